@@ -1,0 +1,407 @@
+"""Sources and targets: what an activation computes, its derivative, and how a call of it looks.
+
+An activation is one entry in a registry: a value, optionally the vector-Jacobian product of that
+value, and the torch calls that mean it. Built-in entries use the very kernels that torch's modules
+and functions use, forward and backward, so that a converted network computes the same bits.
+"""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import math
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+__all__ = [
+    "Activation",
+    "ActivationModule",
+    "get_activation",
+    "recognise",
+    "register_activation",
+    "registered_activations",
+]
+
+Value = Callable[..., Tensor]
+
+
+@dataclass(frozen=True)
+class _Entry:
+    value: Value
+    backward: Value | None
+    defaults: Mapping[str, Any]
+
+
+_REGISTRY: dict[str, _Entry] = {}
+_CALLS: dict[Callable[..., Any], tuple[str, tuple[str, ...]]] = {}
+
+
+@dataclass(frozen=True)
+class Activation:
+    """An element-wise function with its parameters, e.g. ``leaky_relu(negative_slope=0.2)``.
+
+    It holds a registered name and parameter values only, so it is hashable and picklable, and
+    ``str(activation)`` is accepted wherever an activation is asked for.
+    """
+
+    name: str
+    parameters: tuple[tuple[str, Any], ...] = ()
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Value at ``x``, any shape and floating dtype; the result has the same shape."""
+        return _REGISTRY[self.name].value(x, **dict(self.parameters))
+
+    def backward(self, grad: Tensor, x: Tensor) -> Tensor:
+        """Vector-Jacobian product ``grad * f'(x)``, of the shape of ``x``."""
+        entry = _REGISTRY[self.name]
+        if entry.backward is not None:
+            return entry.backward(grad, x, **dict(self.parameters))
+        result: Tensor = torch.func.vjp(self.__call__, x)[1](grad)[0]
+        return result
+
+    def derivative(self, x: Tensor) -> Tensor:
+        """``f'(x)``, element by element; at kinks the value that torch's autograd uses."""
+        return self.backward(torch.ones_like(x), x)
+
+    def __str__(self) -> str:
+        changed = [f"{key}={value!r}" for key, value in self.parameters if self._default(key) != value]
+        return f"{self.name}({', '.join(changed)})" if changed else self.name
+
+    def _default(self, key: str) -> Any:
+        return _REGISTRY[self.name].defaults[key]
+
+
+class ActivationModule(nn.Module):
+    """A plain module for one activation: what a fully transferred site is baked to.
+
+    Example:
+        >>> ActivationModule("sin")(torch.zeros(2))
+        tensor([0., 0.])
+    """
+
+    def __init__(self, activation: str | Activation) -> None:
+        super().__init__()
+        self.activation = get_activation(activation)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.activation(x)
+
+    def extra_repr(self) -> str:
+        return str(self.activation)
+
+
+class Call(NamedTuple):
+    """One recognised call: the activation, its input tensor, and whether it overwrites the input."""
+
+    activation: Activation
+    input: Any
+    inplace: bool
+
+
+def register_activation(
+    name: str,
+    *,
+    backward: Value | None = None,
+    calls: Mapping[Callable[..., Any], tuple[str, ...]] | None = None,
+) -> Callable[[Value], Value]:
+    """Register ``value(x, **parameters)`` as an activation; a decorator.
+
+    Args:
+        name: the name used in ``convert(target=name)``, reports and checkpoints.
+        backward: ``backward(grad, x, **parameters)`` returning ``grad * f'(x)``; derived by
+            autodiff from the value where it is left out.
+        calls: torch functions or tensor methods that mean this activation when a model calls
+            them, each with the names of its positional arguments after the input.
+
+    Returns:
+        A decorator that returns the function unchanged.
+
+    Raises:
+        ValueError: the name is taken, or a parameter has no default.
+
+    Example:
+        >>> @register_activation("docs_gaussian")
+        ... def gaussian(x, width=1.0):
+        ...     return torch.exp(-(x / width) ** 2)
+        >>> get_activation("docs_gaussian", width=2.0)(torch.zeros(1))
+        tensor([1.])
+    """
+    if name in _REGISTRY:
+        raise ValueError(f"activation {name!r} is already registered; choose another name.")
+
+    def decorate(value: Value) -> Value:
+        parameters = list(inspect.signature(value).parameters.values())[1:]
+        missing = [p.name for p in parameters if p.default is inspect.Parameter.empty]
+        if missing:
+            raise ValueError(f"activation {name!r}: give parameter {missing[0]!r} a default value.")
+        _REGISTRY[name] = _Entry(value, backward, {p.name: p.default for p in parameters})
+        for function, positional in (calls or {}).items():
+            _CALLS[function] = (name, positional)
+        return value
+
+    return decorate
+
+
+def registered_activations() -> tuple[str, ...]:
+    """Names of all registered activations, sorted."""
+    return tuple(sorted(_REGISTRY))
+
+
+def get_activation(activation: str | Activation, **parameters: Any) -> Activation:
+    """Look an activation up by name, e.g. ``"sin"``, ``"snake(a=0.5)"``; parameters override defaults.
+
+    Raises:
+        ValueError: unknown name or parameter; the message lists what is known.
+    """
+    if isinstance(activation, Activation):
+        return activation
+    match = re.fullmatch(r"\s*(\w+)\s*(\(.*\))?\s*", str(activation), flags=re.DOTALL)
+    name = match.group(1) if match else str(activation)
+    if name not in _REGISTRY:
+        raise ValueError(
+            f"unknown activation {activation!r}. Known: {', '.join(registered_activations())}. "
+            "Add your own with @register_activation(name)."
+        )
+    if match and match.group(2):
+        call = ast.parse(f"f{match.group(2)}", mode="eval").body
+        assert isinstance(call, ast.Call)
+        written = {str(k.arg): ast.literal_eval(k.value) for k in call.keywords}
+        parameters = written | parameters
+    defaults = _REGISTRY[name].defaults
+    unknown = sorted(parameters.keys() - defaults.keys())
+    if unknown:
+        raise ValueError(
+            f"activation {name!r} has no parameter {unknown[0]!r}; it has: "
+            f"{', '.join(defaults) or 'none'}."
+        )
+    return Activation(name, tuple((defaults | parameters).items()))
+
+
+def recognise(function: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Call | None:
+    """Read a torch call as an activation, or return None where it is none.
+
+    Args:
+        function: what was called, e.g. ``F.relu``, ``torch.tanh``, ``torch.Tensor.sigmoid_``.
+        args: its positional arguments; the first one is the input.
+        kwargs: its keyword arguments.
+    """
+    try:
+        found = _CALLS.get(function)
+    except TypeError:  # an unhashable callable is none of ours
+        return None
+    if found is None:
+        return None
+    name, positional = found
+    given = dict(zip(positional, args[1:], strict=False)) | dict(kwargs)
+    x = args[0] if args else given.pop("input", given.pop("self", None))
+    inplace = bool(given.pop("inplace", False)) or function.__name__.endswith("_")
+    given.pop("out", None)
+    defaults = _REGISTRY[name].defaults
+    return Call(get_activation(name, **{k: v for k, v in given.items() if k in defaults}), x, inplace)
+
+
+# --- the built-in activations ------------------------------------------------------------------
+
+_aten = torch.ops.aten
+
+
+def _methods(name: str) -> dict[Callable[..., Any], tuple[str, ...]]:
+    """The four spellings ``torch.f``, ``torch.f_``, ``Tensor.f``, ``Tensor.f_`` of an operator."""
+    owners = (torch, torch.Tensor)
+    return {getattr(o, n): () for o in owners for n in (name, f"{name}_") if hasattr(o, n)}
+
+
+def _module_calls(name: str, *positional: str) -> dict[Callable[..., Any], tuple[str, ...]]:
+    """``F.f(input, *positional, inplace)`` and, where it exists, ``F.f_``."""
+    both = {getattr(F, name): (*positional, "inplace")}
+    if hasattr(F, f"{name}_"):
+        both[getattr(F, f"{name}_")] = positional
+    return both
+
+
+@register_activation(
+    "relu",
+    backward=lambda g, x: _aten.threshold_backward(g, x, 0),
+    calls=_module_calls("relu") | _methods("relu"),
+)
+def _relu(x: Tensor) -> Tensor:
+    return torch.relu(x)
+
+
+@register_activation(
+    "relu6",
+    backward=lambda g, x: _aten.hardtanh_backward(g, x, 0.0, 6.0),
+    calls=_module_calls("relu6"),
+)
+def _relu6(x: Tensor) -> Tensor:
+    return F.relu6(x)
+
+
+@register_activation(
+    "leaky_relu",
+    backward=lambda g, x, negative_slope: _aten.leaky_relu_backward(g, x, negative_slope, False),
+    calls=_module_calls("leaky_relu", "negative_slope"),
+)
+def _leaky_relu(x: Tensor, negative_slope: float = 0.01) -> Tensor:
+    return F.leaky_relu(x, negative_slope)
+
+
+@register_activation(
+    "elu",
+    backward=lambda g, x, alpha: _aten.elu_backward(g, alpha, 1, 1, False, x),
+    calls=_module_calls("elu", "alpha"),
+)
+def _elu(x: Tensor, alpha: float = 1.0) -> Tensor:
+    return F.elu(x, alpha)
+
+
+_SELU = (1.6732632423543772848170429916717, 1.0507009873554804934193349852946)
+
+
+@register_activation(
+    "selu",
+    backward=lambda g, x: _aten.elu_backward(g, *_SELU, 1, False, x),
+    calls=_module_calls("selu") | _methods("selu"),
+)
+def _selu(x: Tensor) -> Tensor:
+    return F.selu(x)
+
+
+@register_activation(
+    "celu",
+    backward=lambda g, x, alpha: _aten.elu_backward(g, alpha, 1, 1 / alpha, False, x),
+    calls=_module_calls("celu", "alpha"),
+)
+def _celu(x: Tensor, alpha: float = 1.0) -> Tensor:
+    return F.celu(x, alpha)
+
+
+@register_activation(
+    "gelu",
+    backward=lambda g, x, approximate: _aten.gelu_backward(g, x, approximate=approximate),
+    calls={F.gelu: ("approximate",)},
+)
+def _gelu(x: Tensor, approximate: str = "none") -> Tensor:
+    return F.gelu(x, approximate=approximate)
+
+
+def _quick_gelu_backward(g: Tensor, x: Tensor) -> Tensor:
+    s = torch.sigmoid(1.702 * x)
+    return g * s + _aten.sigmoid_backward(g * x, s) * 1.702
+
+
+@register_activation("quick_gelu", backward=_quick_gelu_backward)
+def _quick_gelu(x: Tensor) -> Tensor:
+    return x * torch.sigmoid(1.702 * x)
+
+
+@register_activation(
+    "silu", backward=lambda g, x: _aten.silu_backward(g, x), calls=_module_calls("silu")
+)
+def _silu(x: Tensor) -> Tensor:
+    return F.silu(x)
+
+
+@register_activation(
+    "mish", backward=lambda g, x: _aten.mish_backward(g, x), calls=_module_calls("mish")
+)
+def _mish(x: Tensor) -> Tensor:
+    return F.mish(x)
+
+
+@register_activation(
+    "hardswish", backward=lambda g, x: _aten.hardswish_backward(g, x), calls=_module_calls("hardswish")
+)
+def _hardswish(x: Tensor) -> Tensor:
+    return F.hardswish(x)
+
+
+@register_activation(
+    "hardsigmoid",
+    backward=lambda g, x: _aten.hardsigmoid_backward(g, x),
+    calls=_module_calls("hardsigmoid"),
+)
+def _hardsigmoid(x: Tensor) -> Tensor:
+    return F.hardsigmoid(x)
+
+
+@register_activation(
+    "hardtanh",
+    backward=lambda g, x, min_val, max_val: _aten.hardtanh_backward(g, x, min_val, max_val),
+    calls=_module_calls("hardtanh", "min_val", "max_val"),
+)
+def _hardtanh(x: Tensor, min_val: float = -1.0, max_val: float = 1.0) -> Tensor:
+    return F.hardtanh(x, min_val, max_val)
+
+
+@register_activation(
+    "softplus",
+    backward=lambda g, x, beta, threshold: _aten.softplus_backward(g, x, beta, threshold),
+    calls={F.softplus: ("beta", "threshold")},
+)
+def _softplus(x: Tensor, beta: float = 1.0, threshold: float = 20.0) -> Tensor:
+    return F.softplus(x, beta, threshold)
+
+
+@register_activation(
+    "tanh",
+    backward=lambda g, x: _aten.tanh_backward(g, torch.tanh(x)),
+    calls=_methods("tanh") | {F.tanh: ()},
+)
+def _tanh(x: Tensor) -> Tensor:
+    return torch.tanh(x)
+
+
+@register_activation(
+    "sigmoid",
+    backward=lambda g, x: _aten.sigmoid_backward(g, torch.sigmoid(x)),
+    calls=_methods("sigmoid") | {F.sigmoid: (), torch.special.expit: ()},
+)
+def _sigmoid(x: Tensor) -> Tensor:
+    return torch.sigmoid(x)
+
+
+@register_activation(
+    "resin", backward=lambda g, x: torch.where(x.abs() < math.pi / 2, g * torch.cos(x), 0.0)
+)
+def _resin(x: Tensor) -> Tensor:
+    """Monotonically rectified sine, Eq. 2."""
+    return torch.sin(x.clamp(-math.pi / 2, math.pi / 2))
+
+
+# sin and cos are targets only: in trained networks their calls are position encodings.
+@register_activation("sin", backward=lambda g, x: g * torch.cos(x))
+def _sin(x: Tensor) -> Tensor:
+    return torch.sin(x)
+
+
+@register_activation("cos", backward=lambda g, x: -g * torch.sin(x))
+def _cos(x: Tensor) -> Tensor:
+    return torch.cos(x)
+
+
+@register_activation("snake", backward=lambda g, x, a: g * (1 + torch.sin(2 * a * x)))
+def _snake(x: Tensor, a: float = 1.0) -> Tensor:
+    return x + torch.sin(a * x) ** 2 / a
+
+
+@register_activation("identity", backward=lambda g, x: g)
+def _identity(x: Tensor) -> Tensor:
+    return x.clone()  # a view of the input would be overwritten by a later in-place operation
+
+
+@register_activation("square", backward=lambda g, x: g * (2 * x))
+def _square(x: Tensor) -> Tensor:
+    return x * x
+
+
+@register_activation("polynomial", backward=lambda g, x, a, b, c: g * (2 * a * x + b))
+def _polynomial(x: Tensor, a: float = 0.25, b: float = 0.5, c: float = 0.0) -> Tensor:
+    """``a*x**2 + b*x + c``; the defaults meet ReLU at -2, 0 and 2."""
+    return (a * x + b) * x + c

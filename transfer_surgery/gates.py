@@ -1,0 +1,230 @@
+"""Gates: the random variables ``z`` that choose between source (1) and target (0), section 3.3.
+
+A gate module holds one number per gate and answers three questions: a sample for training, the
+value for prediction, and ``P(z != 0)`` for the structural risk. `hard_concrete` is the paper's
+proposal; `bernoulli`, `line` and `copy` are the baselines of section 4.1.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+__all__ = ["Gate", "HardConcreteGate", "make_gate", "register_gate", "registered_gates"]
+
+GateShape = tuple[int, ...]
+
+# With eps in [2**-25, 1 - 2**-24] no draw moves a gate that is this far out: see `_noise`.
+_CERTAIN = 19.0
+
+_REGISTRY: dict[str, type[Gate]] = {}
+
+
+def register_gate(name: str) -> Callable[[type[Gate]], type[Gate]]:
+    """Register a `Gate` subclass under the name used in ``convert(gate=name)``; a class decorator.
+
+    Raises:
+        ValueError: the name is taken.
+    """
+    if name in _REGISTRY:
+        raise ValueError(f"gate {name!r} is already registered; choose another name.")
+
+    def decorate(cls: type[Gate]) -> type[Gate]:
+        _REGISTRY[name] = cls
+        cls.name = name
+        return cls
+
+    return decorate
+
+
+def registered_gates() -> tuple[str, ...]:
+    """Names of all registered gates, sorted."""
+    return tuple(sorted(_REGISTRY))
+
+
+def make_gate(name: str, shape: GateShape, **options: Any) -> Gate:
+    """Build a registered gate.
+
+    Raises:
+        ValueError: the name is unknown; the message lists the known ones.
+    """
+    if name not in _REGISTRY:
+        raise ValueError(
+            f"unknown gate {name!r}. Known: {', '.join(registered_gates())}. "
+            "Add your own with @register_gate(name)."
+        )
+    return _REGISTRY[name](shape, **options)
+
+
+class Gate(nn.Module):
+    """Base class of gates.
+
+    Args:
+        shape: shape of the gates of one call site: ``()`` per layer, ``(C,)`` per channel, the
+            feature shape per neuron.
+        init: ``"log_alpha"``: ``log_alpha ~ N(8, 1)``, a converted network is unchanged;
+            ``"alpha"``: ``alpha ~ N(8, 1)``, the paper's wording, for training from scratch.
+        noise: ``"batch"``: one draw per gate and forward; ``"example"``: one per gate and example.
+        temperature: ``beta`` of Eq. 10, in (0, 1).
+        stretch: ``(xi, zeta)`` of Eq. 12, ``xi < 0`` and ``zeta > 1``.
+        generator: source of the initial values; the global random state stays untouched.
+
+    Raises:
+        ValueError: an argument is out of its range.
+    """
+
+    name = "gate"
+    learned = True
+    """Whether the gate has a ``log_alpha``; otherwise `progress` is set by the schedule."""
+    straight_through = False
+    """Whether the gradient with respect to ``z`` counts where ``z`` is exactly 0 or 1."""
+
+    log_alpha: nn.Parameter
+    progress: Tensor
+
+    def __init__(
+        self,
+        shape: GateShape,
+        *,
+        init: str = "log_alpha",
+        noise: str = "batch",
+        temperature: float = 2 / 3,
+        stretch: tuple[float, float] = (-0.1, 1.1),
+        generator: torch.Generator | None = None,
+    ) -> None:
+        super().__init__()
+        if init not in ("log_alpha", "alpha"):
+            raise ValueError(f"init={init!r}: use 'log_alpha' (keeps outputs) or 'alpha'.")
+        if noise not in ("batch", "example"):
+            raise ValueError(f"noise={noise!r}: use 'batch' or 'example'.")
+        if not 0 < temperature < 1:
+            raise ValueError(f"temperature={temperature}: it must lie between 0 and 1 (Eq. 10).")
+        if not (stretch[0] < 0 and stretch[1] > 1):
+            raise ValueError(f"stretch={stretch}: needs xi < 0 and zeta > 1 (Eq. 12).")
+        self.shape, self.noise = tuple(shape), noise
+        self.temperature, self.stretch = temperature, (stretch[0], stretch[1])
+        if self.learned:
+            start = torch.randn(self.shape, generator=generator) + 8.0
+            if init == "alpha":
+                start = start.clamp_min(1e-3).log()
+            self.log_alpha = nn.Parameter(start)
+        else:
+            self.register_buffer("progress", torch.zeros(()))
+
+    def sample(self, batch: int) -> Tensor:
+        """Training value of ``z``: shape ``shape``, or ``(batch, *shape)`` with noise per example."""
+        raise NotImplementedError
+
+    def predict(self) -> Tensor:
+        """Prediction value of ``z``, of the gates' shape, float32."""
+        raise NotImplementedError
+
+    def probability(self) -> Tensor:
+        """``P(z != 0)`` per gate, of the gates' shape, differentiable where `learned`."""
+        raise NotImplementedError
+
+    def _noise(self, batch: int) -> Tensor:
+        """``eps ~ U(0, 1)`` of Eq. 15, never exactly 0 or 1.
+
+        No random number is drawn where none can matter (every ``|log_alpha|`` beyond 19, seen on
+        CPU only, where looking costs no synchronisation): a network whose gates are all at 1 then
+        trains with the random stream, hence the dropout masks, of the original.
+        """
+        shape = (batch, *self.shape) if self.noise == "example" else self.shape
+        device = self.log_alpha.device
+        look = device.type == "cpu" and not torch.compiler.is_compiling()
+        if look and bool((self.log_alpha.detach().abs() >= _CERTAIN).all()):
+            return torch.full(shape, 0.5)
+        return torch.rand(shape, device=device).clamp(2.0**-25, 1 - 2.0**-24)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Gate:
+        """Follow the model to its device but stay float32 under ``half()`` and ``to(bfloat16)``."""
+
+        def keep_float32(tensor: Tensor) -> Tensor:
+            moved = fn(tensor)
+            return moved if moved.dtype == torch.float32 else tensor.to(moved.device)
+
+        super()._apply(keep_float32, recurse)
+        return self
+
+    def extra_repr(self) -> str:
+        return f"{self.name}, shape={self.shape}"
+
+
+@register_gate("hard_concrete")
+class HardConcreteGate(Gate):
+    """Rectified binary concrete gate, Eq. 10-16 (Louizos et al. 2018).
+
+    Example:
+        >>> gate = HardConcreteGate((3,))
+        >>> gate.predict()
+        tensor([1., 1., 1.], grad_fn=<ClampBackward1>)
+    """
+
+    def _rectify(self, v: Tensor) -> Tensor:
+        xi, zeta = self.stretch
+        return (v * (zeta - xi) + xi).clamp(0.0, 1.0)  # Eq. 12
+
+    def sample(self, batch: int) -> Tensor:
+        eps = self._noise(batch)
+        logistic = eps.log() - (-eps).log1p()
+        return self._rectify(torch.sigmoid((self.log_alpha + logistic) / self.temperature))  # Eq. 15
+
+    def predict(self) -> Tensor:
+        return self._rectify(torch.sigmoid(self.log_alpha))  # Eq. 16
+
+    def probability(self) -> Tensor:
+        xi, zeta = self.stretch
+        return torch.sigmoid(self.log_alpha - self.temperature * math.log(-xi / zeta))  # Eq. 14
+
+
+@register_gate("bernoulli")
+class BernoulliGate(Gate):
+    """``z ~ Bernoulli(sigmoid(log_alpha))``, the paper's `Bern`, with straight-through gradients.
+
+    The prediction is the likelier of 0 and 1, so that conversion changes nothing.
+    """
+
+    straight_through = True
+
+    def sample(self, batch: int) -> Tensor:
+        p = torch.sigmoid(self.log_alpha)
+        return (self._noise(batch) < p).to(p.dtype) + (p - p.detach())
+
+    def predict(self) -> Tensor:
+        return (self.log_alpha > 0).to(self.log_alpha.dtype)
+
+    def probability(self) -> Tensor:
+        return torch.sigmoid(self.log_alpha)
+
+
+class _ScheduledGate(Gate):
+    """A gate without parameters: a function of the schedule's `progress` in [0, 1]."""
+
+    learned = False
+
+    def sample(self, batch: int) -> Tensor:
+        return self.predict()
+
+    def probability(self) -> Tensor:
+        return (self.predict() != 0).to(self.progress.dtype)
+
+
+@register_gate("line")
+class LineGate(_ScheduledGate):
+    """``z`` falls linearly from 1 to 0 with the schedule: the paper's `Line`."""
+
+    def predict(self) -> Tensor:
+        return (1 - self.progress).expand(self.shape)
+
+
+@register_gate("copy")
+class CopyGate(_ScheduledGate):
+    """``z`` is 1 in the first half of the schedule and 0 from then on: the paper's `Copy`."""
+
+    def predict(self) -> Tensor:
+        return (self.progress < 0.5).to(self.progress.dtype).expand(self.shape)

@@ -1,0 +1,122 @@
+"""Eq. 1 in plain torch: ``z * source(x) + (1 - z) * target(x)``, selecting where ``z`` is 0 or 1.
+
+Where a gate is exactly 1 or 0 the other branch contributes nothing, forward and backward: its
+values are replaced, not multiplied by zero (``0 * inf`` is nan).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from transfer_surgery.activations import Activation
+
+__all__ = ["gated"]
+
+
+def gated(
+    x: Tensor, z: Tensor, source: Activation, target: Activation, straight_through: bool = False
+) -> Tensor:
+    """The gated activation of Eq. 1.
+
+    Args:
+        x: input, any shape.
+        z: gates in [0, 1], float32, of a shape that broadcasts to that of ``x``.
+        source: activation where ``z`` is 1.
+        target: activation where ``z`` is 0.
+        straight_through: whether exact gates need a gradient too (Bernoulli gates).
+
+    Returns:
+        A tensor of the shape of ``x`` and the dtype of ``source(x)``.
+
+    Example:
+        >>> from transfer_surgery.activations import get_activation
+        >>> x = torch.tensor([-1.0, -1.0, -1.0])
+        >>> gated(x, torch.tensor([1.0, 0.5, 0.0]), get_activation("relu"), get_activation("square"))
+        tensor([0.0000, 0.5000, 1.0000])
+    """
+    if torch.compiler.is_compiling():
+        return _where(x, z, source, target)  # plain code, which inductor fuses with its neighbours
+    if _may_look(x, z):
+        ends = None
+        if bool((z == 1).all()):
+            ends = source
+        elif bool((z == 0).all()):
+            ends = target
+        if ends is not None and (not z.requires_grad or not straight_through):
+            return _with_zero_gradient(ends(x), z)
+    result: Tensor = _Gated.apply(x, z, source, target)
+    return result
+
+
+def _may_look(x: Tensor, z: Tensor) -> bool:
+    """Whether the gates' values may steer Python: on CPU, outside traces and transforms."""
+    plain = type(z) is Tensor and type(x) in (Tensor, torch.nn.Parameter)
+    transformed = torch._C._functorch.is_functorch_wrapped_tensor(z)
+    return z.device.type == "cpu" and plain and not transformed and not torch.jit.is_tracing()
+
+
+def _with_zero_gradient(y: Tensor, z: Tensor) -> Tensor:
+    """``y``, through which ``z`` gets the gradient 0 (not None: every gate takes part)."""
+    if not (z.requires_grad and torch.is_grad_enabled()):
+        return y
+    result: Tensor = _ZeroGradient.apply(y, z)
+    return result
+
+
+def _mix(s: Tensor, t: Tensor, z: Tensor) -> Tensor:
+    w = z.to(s.dtype)
+    return torch.where(w == 1, s, torch.where(w == 0, t.to(s.dtype), w * s + (1 - w) * t.to(s.dtype)))
+
+
+def _where(x: Tensor, z: Tensor, source: Activation, target: Activation) -> Tensor:
+    """The same function as plain differentiable tensor code; an unused branch sees input 0."""
+    w = z.to(x.dtype)
+    s = source(torch.where(w == 0, 0.0, x))
+    t = target(torch.where(w == 1, 0.0, x))
+    return _mix(s, t, z)
+
+
+class _ZeroGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(y: Tensor, z: Tensor) -> Tensor:
+        return y.view_as(y)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        ctx.shape = inputs[1].shape
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor]:
+        (grad,) = grads
+        return grad, torch.zeros(ctx.shape, device=grad.device)
+
+
+class _Gated(torch.autograd.Function):
+    """Saves the input and the gates only; source and target are evaluated again in backward."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x: Tensor, z: Tensor, source: Activation, target: Activation) -> Tensor:
+        return _mix(source(x), target(x), z)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        x, z, ctx.source, ctx.target = inputs
+        ctx.save_for_backward(x, z)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
+        (grad,) = grads
+        x, z = ctx.saved_tensors
+        source, target = ctx.source, ctx.target
+        grad_x = grad_z = None
+        if ctx.needs_input_grad[0]:
+            grad_x = _mix(source.backward(grad, x), target.backward(grad, x), z).to(x.dtype)
+        if ctx.needs_input_grad[1]:
+            product = (grad * (source(x) - target(x))).float()
+            grad_z = product.sum_to_size(z.shape)
+        return grad_x, grad_z, None, None

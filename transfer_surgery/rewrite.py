@@ -1,0 +1,236 @@
+"""The rewriter: owners get a class whose ``forward`` calls gated units, and keep their identity.
+
+An owner's class becomes a subclass made at run time, as in ``torch.nn.utils.parametrize``. Its code
+is generated from the fx traces and guarded by what they assumed; where a guard fails, or fx could
+not trace the owner, the original ``forward`` runs and its activation calls are dispatched by
+position. A `Recipe` holds all of it as text, so that owners can be pickled and deep-copied.
+"""
+
+from __future__ import annotations
+
+import builtins
+import importlib
+import inspect
+import linecache
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from types import ModuleType
+from typing import Any
+
+from torch import fx, nn
+
+from transfer_surgery.dispatch import Entry, dispatched_forward
+from transfer_surgery.location import GENERATED
+from transfer_surgery.plan import Leaf, OwnerCall, Site
+from transfer_surgery.trace import OwnerTrace, Untraceable, bind, trace_owner
+
+__all__ = ["Recipe", "original_class", "prepare_owner", "rewritten_class"]
+
+Import = tuple[str, str, str]
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """All that makes an owner's generated class: hashable, picklable, free of machine paths.
+
+    Attributes:
+        source: code of ``forward``, ``_forward_eval`` and ``_forward_train``; empty: dispatch only.
+        imports: the globals of that code, as (name, module, qualified name).
+        table: the call sites for the dispatch.
+    """
+
+    source: str
+    imports: tuple[Import, ...]
+    table: tuple[Entry, ...]
+
+
+def original_class(owner: nn.Module) -> type[nn.Module] | None:
+    """The class that a rewritten owner had before; None for other modules."""
+    recipe = vars(type(owner)).get("_transfer_surgery_recipe")
+    return None if recipe is None else type(owner).__bases__[0]
+
+
+@lru_cache(maxsize=None)
+def rewritten_class(base: type[nn.Module], recipe: Recipe) -> type[nn.Module]:
+    """The subclass of ``base`` that a recipe describes; the same one for the same recipe."""
+
+    def dispatch(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        return dispatched_forward(base, self, recipe.table, args, kwargs)
+
+    def reduce(self: nn.Module, protocol: Any) -> Any:
+        return _rebuild, (base, recipe), self.__getstate__()
+
+    members: dict[str, Any] = {"_transfer_surgery_dispatch": dispatch, "forward": dispatch}
+    if recipe.source:
+        namespace = {name: _load(module, qualname) for name, module, qualname in recipe.imports}
+        filename = f"{GENERATED} {base.__module__}.{base.__qualname__} {hash(recipe):x}>"
+        lines = recipe.source.splitlines(keepends=True)
+        linecache.cache[filename] = (len(recipe.source), None, lines, filename)
+        exec(compile(recipe.source, filename, "exec"), namespace)
+        names = ("forward", "_forward_eval", "_forward_train")
+        members |= {name: namespace[name] for name in names}
+    members |= {
+        "_transfer_surgery_recipe": recipe,
+        "__reduce_ex__": reduce,
+        "__module__": base.__module__,
+        "__qualname__": base.__qualname__,
+        "__doc__": base.__doc__,
+    }
+    return type(base.__name__, (base,), members)
+
+
+def _rebuild(base: type[nn.Module], recipe: Recipe) -> nn.Module:
+    cls = rewritten_class(base, recipe)
+    return cls.__new__(cls)
+
+
+def prepare_owner(
+    probe: nn.Module, owner: str, call: OwnerCall, sites: Sequence[Site], chosen: set[str]
+) -> Recipe:
+    """Generate the code of one owner without changing anything.
+
+    Args:
+        probe: the stand-in of the model.
+        owner: path of the owner.
+        call: how it was called when it was observed.
+        sites: all of its sites.
+        chosen: paths of the sites to convert; the others keep their calls.
+
+    Raises:
+        ValueError: the owner's class cannot be subclassed in place.
+    """
+    rewritten = [site for site in sites if site.path in chosen and site.way != "child"]
+    table = tuple(
+        Entry(site.key, _relative(owner, site.path), site.kind == "module") for site in rewritten
+    )
+    recipe = Recipe("", (), table)
+    module = probe.get_submodule(owner)
+    if any(site.way == "fx" for site in rewritten):
+        try:
+            trace = trace_owner(probe, owner, call, sites)
+            recipe = _generate(type(module), call, trace, table)
+            rewritten_class(type(module), recipe)
+        except (Untraceable, SyntaxError):
+            recipe = Recipe("", (), table)
+    try:
+        module.__class__ = rewritten_class(type(module), recipe)
+    except TypeError as error:
+        raise ValueError(
+            f"{owner or 'the model'}: its class {type(module).__name__} cannot be extended "
+            f"({error}); leave it out with exclude={owner!r}."
+        ) from error
+    return recipe
+
+
+def _relative(owner: str, path: str) -> str:
+    return path[len(owner) + 1 :] if owner else path
+
+
+def _generate(
+    base: type[nn.Module], call: OwnerCall, trace: OwnerTrace, table: tuple[Entry, ...]
+) -> Recipe:
+    units = {entry.key: entry.unit for entry in table}
+    parts = [_outer_forward(base, call, trace)]
+    namespace: dict[str, Any] = {}
+    for mode, graph in trace.graphs.items():
+        for node, key in trace.sites[mode].items():
+            if key in units:
+                _call_unit(graph, node, units[key])
+        code = graph.python_code("self")
+        if any(namespace.get(k, v) is not v for k, v in code.globals.items()):
+            raise Untraceable("its two training modes use one name for two things")
+        namespace |= code.globals
+        parts.append(code.src.replace("def forward(", f"def _forward_{mode}(", 1))
+    source = "\n".join(parts)
+    used = _names(compile(source, "<check>", "exec"))
+    imports = tuple(
+        (name, *_locate_object(name, value)) for name, value in namespace.items() if name in used
+    )
+    return Recipe(source, imports, table)
+
+
+def _call_unit(graph: fx.Graph, node: fx.Node, unit: str) -> None:
+    """Replace an activation call by a call of its unit; out of place, as the unit is."""
+    given = node.args[0] if node.args else node.kwargs.get("input", node.kwargs.get("self"))
+    with graph.inserting_after(node):
+        gated = graph.create_node("call_module", unit, (given,))
+    node.replace_all_uses_with(gated)
+    graph.erase_node(node)
+
+
+def _outer_forward(base: type[nn.Module], call: OwnerCall, trace: OwnerTrace) -> str:
+    """``forward`` with the original signature: checks the assumptions, then runs one graph."""
+    parameters = list(inspect.signature(base.forward).parameters.values())[1:]
+    values = bind(base.forward, call)
+    written, passed, given, guards = ["self"], [], [], []
+    keyword_only = False
+    for p in parameters:
+        if p.kind is p.KEYWORD_ONLY and not keyword_only and "*" not in "".join(written):
+            written.append("*")
+        keyword_only |= p.kind in (p.KEYWORD_ONLY, p.VAR_POSITIONAL)
+        stars = {p.VAR_POSITIONAL: "*", p.VAR_KEYWORD: "**"}.get(p.kind, "")
+        default = "" if p.default is p.empty else f"={_literal(p.default)}"
+        written.append(f"{stars}{p.name}{default}")
+        passed.append(f"{stars or (f'{p.name}=' if p.kind is p.KEYWORD_ONLY else '')}{p.name}")
+        guards.append(p.name if stars else _guard(p.name, values[p.name]))
+        if not stars:
+            given.append(p.name)
+    guards += [f"self.{name} != {_literal(value)}" for name, value in trace.attributes.items()]
+    indent = "\n    "
+    return "".join(
+        [
+            f"def forward({', '.join(written)}):",
+            f"{indent}if {' or '.join(guard for guard in guards if guard) or 'False'}:",
+            f"{indent}    return self._transfer_surgery_dispatch({', '.join(passed)})",
+            f"{indent}if self.training:",
+            f"{indent}    return self._forward_train({', '.join(given)})",
+            f"{indent}return self._forward_eval({', '.join(given)})\n",
+        ]
+    )
+
+
+def _guard(name: str, value: Any) -> str:
+    """An expression that is true where an argument differs from what was traced."""
+    if value is Leaf.TENSOR:
+        return f"{name} is None"
+    if type(value) in (list, tuple):
+        return f"type({name}) is not {type(value).__name__} or len({name}) != {len(value)}"
+    return f"{name} is not {value!r}" if value is None else f"{name} != {_literal(value)}"
+
+
+def _literal(value: Any) -> str:
+    if isinstance(value, float) and not math.isfinite(value):
+        return f"float({str(value)!r})"
+    if isinstance(value, (type(None), bool, int, float, str)):
+        return repr(value)
+    raise Untraceable(f"a default or attribute is a {type(value).__name__}")
+
+
+def _names(code: Any) -> set[str]:
+    nested = (_names(constant) for constant in code.co_consts if hasattr(constant, "co_names"))
+    return set(code.co_names).union(*nested)
+
+
+def _locate_object(name: str, value: Any) -> tuple[str, str]:
+    """Module and qualified name under which a global of generated code can be imported again."""
+    if isinstance(value, ModuleType):
+        return value.__name__, ""
+    if isinstance(value, float):
+        return "math", name  # fx names infinity and not-a-number `inf` and `nan`
+    module = getattr(value, "__module__", None) or builtins.__name__
+    qualname = getattr(value, "__qualname__", name)
+    try:
+        if _load(module, qualname) is value:
+            return module, qualname
+    except (ImportError, AttributeError):
+        pass
+    raise Untraceable(f"it uses {name}, which cannot be imported by name")
+
+
+def _load(module: str, qualname: str) -> Any:
+    value: Any = importlib.import_module(module)
+    for part in filter(None, qualname.split(".")):
+        value = getattr(value, part)
+    return value

@@ -1,0 +1,151 @@
+"""Tracing one owner's ``forward`` with torch.fx, its children being leaves.
+
+Arguments that were no tensors are made concrete, and so are the owner's plain attributes: what was
+assumed is recorded, and the generated code checks it at each call.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+from transfer_surgery.activations import recognise
+from transfer_surgery.location import CallKey, KeyCounter, locate
+from transfer_surgery.plan import Leaf, OwnerCall, Site
+
+__all__ = ["OwnerTrace", "Untraceable", "bind", "trace_owner"]
+
+_PLAIN = (type(None), bool, int, float, str)
+_MODULE_STATE = frozenset(vars(nn.Module()))
+
+
+class Untraceable(Exception):
+    """An owner that torch.fx cannot trace; the message says why."""
+
+
+@dataclass
+class OwnerTrace:
+    """The graphs of an owner, one per training mode, and the assumptions that they hold under."""
+
+    graphs: dict[str, fx.Graph] = field(default_factory=dict)
+    sites: dict[str, dict[fx.Node, CallKey]] = field(default_factory=dict)
+    attributes: dict[str, Any] = field(default_factory=dict)
+
+
+def bind(forward: Any, call: OwnerCall) -> dict[str, Any]:
+    """The value of each parameter of ``forward``, in its order, defaults applied."""
+    bound = inspect.signature(forward).bind(None, *call.args, **call.kwargs)
+    bound.apply_defaults()
+    return dict(list(bound.arguments.items())[1:])
+
+
+def trace_owner(
+    probe: nn.Module, owner: str, call: OwnerCall, sites: Sequence[Site]
+) -> OwnerTrace:
+    """Trace an owner of the probe in both training modes.
+
+    Args:
+        probe: the stand-in of the model; see `transfer_surgery.probe`.
+        owner: path of the owner in it.
+        call: how the owner was called when it was observed.
+        sites: all sites of this owner.
+
+    Raises:
+        Untraceable: fx fails, or the graph differs from what was observed.
+    """
+    module = probe.get_submodule(owner)
+    activations = {id(probe.get_submodule(s.module)) for s in sites if s.module is not None}
+    trace = OwnerTrace()
+    for mode in ("eval", "train"):
+        module.training = mode == "train"
+        tracer = _OwnerTracer(call, activations)
+        graph = _trace(tracer, module, trace.attributes)
+        trace.graphs[mode], trace.sites[mode] = graph, tracer.keys
+        if mode not in call.children:
+            continue
+        expected = {site.key for site in sites if mode in site.modes}
+        if set(tracer.keys.values()) != expected:
+            raise Untraceable(f"in {mode} mode it shows {len(tracer.keys)} of {len(expected)} sites")
+        children = tuple(str(node.target) for node in graph.nodes if node.op == "call_module")
+        if children != call.children[mode]:
+            raise Untraceable(f"in {mode} mode it calls other children than when it runs")
+    return trace
+
+
+def _trace(tracer: _OwnerTracer, module: nn.Module, attributes: dict[str, Any]) -> fx.Graph:
+    own = type(module)
+
+    def read(self: nn.Module, name: str) -> Any:
+        value = own.__getattribute__(self, name)
+        held = object.__getattribute__(self, "__dict__")
+        if name in held and name not in _MODULE_STATE and isinstance(value, _PLAIN):
+            attributes[name] = value
+        return value
+
+    try:
+        module.__class__ = type(own.__name__, (own,), {"__getattribute__": read})
+        return tracer.trace(module)
+    except Exception as error:
+        first_line = str(error).strip().split("\n")[0]
+        raise Untraceable(f"{type(error).__name__}: {first_line}") from error
+    finally:
+        module.__class__ = own
+
+
+class _OwnerTracer(fx.Tracer):
+    def __init__(self, call: OwnerCall, activations: set[int]) -> None:
+        super().__init__()
+        self._call, self._activations, self._counter = call, activations, KeyCounter()
+        self.keys: dict[fx.Node, CallKey] = {}
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        return True
+
+    def create_args_for_root(
+        self, root_fn: Any, is_module: bool, concrete_args: Any = None
+    ) -> tuple[Any, list[Any]]:
+        parameters = inspect.signature(root_fn).parameters
+        args: list[Any] = [self.root]
+        keywords: dict[str, Any] = {}
+        for name, value in bind(root_fn, self._call).items():
+            kind = parameters[name].kind
+            if kind in (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD):
+                if value:
+                    raise Untraceable(f"it was called with more arguments in {name!r}")
+                continue
+            value = self._stand_in(self.create_proxy("placeholder", name, (), {}), value)
+            if kind is inspect.Parameter.KEYWORD_ONLY:
+                keywords[name] = value
+            else:
+                args.append(value)
+        return (lambda *given: root_fn(*given, **keywords)), args
+
+    def _stand_in(self, proxy: fx.Proxy, value: Any) -> Any:
+        """A proxy for a tensor, a container of proxies for a container, else the plain value."""
+        if value is Leaf.TENSOR:
+            return proxy
+        if isinstance(value, _PLAIN):
+            return value
+        if type(value) in (list, tuple) and all(v is Leaf.TENSOR for v in value):
+            return type(value)(proxy[i] for i in range(len(value)))
+        raise Untraceable(f"an argument is a {type(value).__name__}")
+
+    def create_node(self, kind: str, target: Any, *args: Any, **kwargs: Any) -> fx.Node:
+        node = super().create_node(kind, target, *args, **kwargs)
+        if kind == "call_module":
+            found = id(self.root.get_submodule(target)) in self._activations
+        else:
+            function = getattr(torch.Tensor, target, None) if kind == "call_method" else target
+            found = kind in ("call_function", "call_method") and (
+                recognise(function, node.args, node.kwargs) is not None
+            )
+        if found:
+            self.keys[node] = self._counter.key(locate()[0][0])
+        if kind == "get_attr" and str(target).startswith("_tensor_constant"):
+            raise Untraceable("it makes a tensor of its own")
+        return node

@@ -1,0 +1,117 @@
+"""The module at a call site: source and target activation with the gates between them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+
+from transfer_surgery.activations import Activation
+from transfer_surgery.gates import Gate
+from transfer_surgery.kernels import gated
+
+__all__ = ["GatedActivation", "gated_activations"]
+
+GRANULARITIES = ("layer", "channel", "neuron")
+
+
+class GatedActivation(nn.Module):
+    """``z * source(x) + (1 - z) * target(x)`` (Eq. 1): sampled gates in training, Eq. 16 in eval.
+
+    Args:
+        source: the activation that the network had.
+        target: the activation it is transferred to.
+        gate: the gates, of shape ``()``, ``(C,)`` or the feature shape.
+        granularity: ``"layer"``, ``"channel"`` or ``"neuron"``.
+        channel_axis: axis of the channels in the input; used with ``"channel"`` only.
+        neurons: elements of the feature shape (per example), for reports and risk weights.
+        path: where the unit lives, for messages.
+        overwrites_input: the original worked in place and its input is read again later; the
+            result is then written back to the input.
+
+    Example:
+        >>> from transfer_surgery.activations import get_activation
+        >>> from transfer_surgery.gates import make_gate
+        >>> unit = GatedActivation(
+        ...     get_activation("relu"), get_activation("sin"), make_gate("hard_concrete", (3,)),
+        ...     granularity="channel", channel_axis=1, neurons=3,
+        ... ).eval()
+        >>> unit(torch.tensor([[-1.0, 0.0, 2.0]])).detach()
+        tensor([[0., 0., 2.]])
+    """
+
+    def __init__(
+        self,
+        source: Activation,
+        target: Activation,
+        gate: Gate,
+        *,
+        granularity: str,
+        channel_axis: int = 1,
+        neurons: int = 1,
+        path: str = "",
+        overwrites_input: bool = False,
+    ) -> None:
+        super().__init__()
+        self.source, self.target, self.gate = source, target, gate
+        self.granularity, self.channel_axis = granularity, channel_axis
+        self.neurons, self.path, self.overwrites_input = neurons, path, overwrites_input
+
+    @property
+    def log_alpha(self) -> nn.Parameter:
+        """The gates' locations; AttributeError for gates without parameters (line, copy)."""
+        return self.gate.log_alpha
+
+    def forward(self, x: Tensor) -> Tensor:
+        z = self.gate.sample(x.shape[0]) if self.training else self.gate.predict()
+        z = self._broadcast(z, x)
+        if not self.overwrites_input:
+            return gated(x, z, self.source, self.target, self.gate.straight_through)
+        y = gated(x.clone(), z, self.source, self.target, self.gate.straight_through)
+        return x.copy_(y)
+
+    def _broadcast(self, z: Tensor, x: Tensor) -> Tensor:
+        """View ``z`` (or ``(batch, *z)``) so that it broadcasts to ``x``."""
+        per_example = z.dim() > len(self.gate.shape)
+        shape = [1] * x.dim()
+        if per_example:
+            shape[0] = x.shape[0]
+        if self.granularity == "channel":
+            self._expect(tuple(x.shape[self.channel_axis : self.channel_axis + 1 or None]))
+            shape[self.channel_axis] = self.gate.shape[0]
+        elif self.granularity == "neuron":
+            self._expect(tuple(x.shape[1:]))
+            shape[1:] = self.gate.shape
+        return z.reshape(shape)
+
+    def _expect(self, found: tuple[int, ...]) -> None:
+        if found != self.gate.shape:
+            what = "channels" if self.granularity == "channel" else "neurons"
+            fix = "convert with an example_input of this size" + (
+                ", or use granularity='channel'" if self.granularity == "neuron" else ""
+            )
+            raise ValueError(
+                f"{self.path}: gates were made for {what} {self.gate.shape}, the input has {found}. "
+                f"Fix: {fix}."
+            )
+
+    def extra_repr(self) -> str:
+        return f"{self.source} -> {self.target}, {self.granularity}"
+
+
+def gated_activations(model: nn.Module) -> Iterator[tuple[str, GatedActivation]]:
+    """Yield ``(path, unit)`` for each gated activation of a model, each unit once.
+
+    Raises:
+        ValueError: the model has none, that is, it was not converted.
+    """
+    found = False
+    for path, module in model.named_modules():
+        if isinstance(module, GatedActivation):
+            found = True
+            yield path, module
+    if not found:
+        raise ValueError(
+            f"{type(model).__name__} has no gated activations: call convert(model, ...) first."
+        )

@@ -1,0 +1,1 @@
+"""Adapters for model zoos; each registers itself through an entry point."""
