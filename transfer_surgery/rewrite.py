@@ -20,13 +20,15 @@ from types import ModuleType
 from typing import Any
 
 from torch import fx, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from transfer_surgery.dispatch import Entry, dispatched_forward
 from transfer_surgery.location import GENERATED
-from transfer_surgery.plan import Leaf, OwnerCall, Site
+from transfer_surgery.plan import Leaf, OwnerCall, Plan, Site
+from transfer_surgery.probe import probe_copy
 from transfer_surgery.trace import OwnerTrace, Untraceable, bind, trace_owner
 
-__all__ = ["Recipe", "original_class", "prepare_owner", "rewritten_class"]
+__all__ = ["Recipe", "original_class", "prepare_rewrites", "rewritten_class"]
 
 Import = tuple[str, str, str]
 
@@ -86,21 +88,32 @@ def _rebuild(base: type[nn.Module], recipe: Recipe) -> nn.Module:
     return cls.__new__(cls)
 
 
-def prepare_owner(
-    probe: nn.Module, owner: str, call: OwnerCall, sites: Sequence[Site], chosen: set[str]
-) -> Recipe:
-    """Generate the code of one owner without changing anything.
+def prepare_rewrites(model: nn.Module, plan: Plan, chosen: set[str]) -> dict[str, Recipe]:
+    """Generate the code of each owner that has to be rewritten; the model stays as it is.
 
     Args:
-        probe: the stand-in of the model.
-        owner: path of the owner.
-        call: how it was called when it was observed.
-        sites: all of its sites.
+        model: the model.
+        plan: all of its sites.
         chosen: paths of the sites to convert; the others keep their calls.
 
     Raises:
-        ValueError: the owner's class cannot be subclassed in place.
+        ValueError: an owner's class cannot be subclassed in place.
     """
+    owners = dict.fromkeys(s.owner for s in plan if s.path in chosen and s.way != "child")
+    if not owners:
+        return {}
+    probe = probe_copy(model, FakeTensorMode(allow_non_fake_inputs=True))
+    return {
+        owner: _prepare_owner(
+            probe, owner, plan.calls[owner], [s for s in plan if s.owner == owner], chosen
+        )
+        for owner in owners
+    }
+
+
+def _prepare_owner(
+    probe: nn.Module, owner: str, call: OwnerCall, sites: Sequence[Site], chosen: set[str]
+) -> Recipe:
     rewritten = [site for site in sites if site.path in chosen and site.way != "child"]
     table = tuple(
         Entry(site.key, _relative(owner, site.path), site.kind == "module") for site in rewritten

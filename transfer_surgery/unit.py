@@ -11,7 +11,7 @@ from transfer_surgery.activations import Activation
 from transfer_surgery.gates import Gate
 from transfer_surgery.kernels import gated
 
-__all__ = ["GatedActivation", "gated_activations"]
+__all__ = ["GRANULARITIES", "GatedActivation", "gated_activations", "spread_gates"]
 
 GRANULARITIES = ("layer", "channel", "neuron")
 
@@ -57,6 +57,8 @@ class GatedActivation(nn.Module):
         self.source, self.target, self.gate = source, target, gate
         self.granularity, self.channel_axis = granularity, channel_axis
         self.neurons, self.path, self.overwrites_input = neurons, path, overwrites_input
+        # The module that this unit stands in for, in a tuple: it is no child of the unit.
+        self.replaced: tuple[nn.Module, ...] = ()
 
     @property
     def log_alpha(self) -> nn.Parameter:
@@ -65,39 +67,42 @@ class GatedActivation(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         z = self.gate.sample(x.shape[0]) if self.training else self.gate.predict()
-        z = self._broadcast(z, x)
+        self._expect_size(x)
+        z = spread_gates(z, x, self.granularity, self.channel_axis)
         if not self.overwrites_input:
             return gated(x, z, self.source, self.target, self.gate.straight_through)
         y = gated(x.clone(), z, self.source, self.target, self.gate.straight_through)
         return x.copy_(y)
 
-    def _broadcast(self, z: Tensor, x: Tensor) -> Tensor:
-        """View ``z`` (or ``(batch, *z)``) so that it broadcasts to ``x``."""
-        per_example = z.dim() > len(self.gate.shape)
-        shape = [1] * x.dim()
-        if per_example:
-            shape[0] = x.shape[0]
-        if self.granularity == "channel":
-            self._expect(tuple(x.shape[self.channel_axis : self.channel_axis + 1 or None]))
-            shape[self.channel_axis] = self.gate.shape[0]
-        elif self.granularity == "neuron":
-            self._expect(tuple(x.shape[1:]))
-            shape[1:] = self.gate.shape
-        return z.reshape(shape)
-
-    def _expect(self, found: tuple[int, ...]) -> None:
+    def _expect_size(self, x: Tensor) -> None:
+        if self.granularity == "layer":
+            return
+        channels = self.granularity == "channel"
+        found = (x.shape[self.channel_axis],) if channels else tuple(x.shape[1:])
         if found != self.gate.shape:
-            what = "channels" if self.granularity == "channel" else "neurons"
-            fix = "convert with an example_input of this size" + (
-                ", or use granularity='channel'" if self.granularity == "neuron" else ""
-            )
+            alternative = "" if channels else ", or use granularity='channel'"
             raise ValueError(
-                f"{self.path}: gates were made for {what} {self.gate.shape}, the input has {found}. "
-                f"Fix: {fix}."
+                f"{self.path}: gates were made for {'channels' if channels else 'neurons'} "
+                f"{self.gate.shape}, the input has {found}. Fix: convert with an example_input of "
+                f"this size{alternative}."
             )
 
     def extra_repr(self) -> str:
         return f"{self.source} -> {self.target}, {self.granularity}"
+
+
+def spread_gates(z: Tensor, x: Tensor, granularity: str, channel_axis: int) -> Tensor:
+    """View gates of shape ``()``, ``(C,)``, the feature shape, or one more axis of examples in
+    front, so that they broadcast to ``x``."""
+    gate_dims = {"layer": 0, "channel": 1, "neuron": x.dim() - 1}[granularity]
+    shape = [1] * x.dim()
+    if z.dim() > gate_dims:
+        shape[0] = z.shape[0]
+    if granularity == "channel":
+        shape[channel_axis] = z.shape[-1]
+    elif granularity == "neuron":
+        shape[1:] = x.shape[1:]
+    return z.reshape(shape)
 
 
 def gated_activations(model: nn.Module) -> Iterator[tuple[str, GatedActivation]]:

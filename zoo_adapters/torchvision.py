@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import sys
-
 from torch import Tensor, nn
 
 from zoo_adapters.base import image_batch, is_from
@@ -28,13 +26,13 @@ class TorchvisionAdapter:
         return image_batch(model, (3, size, size))
 
     def _crop(self, model: nn.Module) -> int:
-        """Crop size of the first weights in the file that defines the model's class."""
-        from torchvision.models import get_model_weights, list_models
+        """Crop size of weights for a model defined in the same file, 224 where there are none."""
+        from torchvision.models import get_model_builder, get_model_weights, list_models
 
-        module = next(
-            c.__module__ for c in type(model).__mro__ if c.__module__.startswith("torchvision")
-        )
-        for name in list_models(module=sys.modules[module]):
-            for weights in get_model_weights(name):
-                return int(weights.transforms().crop_size[0])
+        files = {cls.__module__ for cls in type(model).__mro__}
+        for name in list_models():
+            if get_model_builder(name).__module__ in files:
+                for weights in get_model_weights(name):
+                    crop = getattr(weights.transforms(), "crop_size", [224])
+                    return int(crop[0])
         return 224

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from transfer_surgery.activations import Activation
 
-__all__ = ["gated"]
+__all__ = ["gated", "gated_plain"]
 
 
 def gated(
@@ -38,7 +38,7 @@ def gated(
         tensor([0.0000, 0.5000, 1.0000])
     """
     if torch.compiler.is_compiling():
-        return _where(x, z, source, target)  # plain code, which inductor fuses with its neighbours
+        return gated_plain(x, z, source, target)  # plain code, which inductor fuses with its neighbours
     if _may_look(x, z):
         ends = None
         if bool((z == 1).all()):
@@ -71,8 +71,8 @@ def _mix(s: Tensor, t: Tensor, z: Tensor) -> Tensor:
     return torch.where(w == 1, s, torch.where(w == 0, t.to(s.dtype), w * s + (1 - w) * t.to(s.dtype)))
 
 
-def _where(x: Tensor, z: Tensor, source: Activation, target: Activation) -> Tensor:
-    """The same function as plain differentiable tensor code; an unused branch sees input 0."""
+def gated_plain(x: Tensor, z: Tensor, source: Activation, target: Activation) -> Tensor:
+    """`gated` as plain differentiable tensor code; an unused branch sees the input 0."""
     w = z.to(x.dtype)
     s = source(torch.where(w == 0, 0.0, x))
     t = target(torch.where(w == 1, 0.0, x))

@@ -1,0 +1,19 @@
+"""transfer_surgery: change the activation functions of a trained network without breaking it."""
+
+from transfer_surgery.activations import get_activation, register_activation
+from transfer_surgery.bake import bake
+from transfer_surgery.convert import convert, revert
+from transfer_surgery.find import find_activations
+from transfer_surgery.gates import register_gate
+from transfer_surgery.unit import GatedActivation
+
+__all__ = [
+    "GatedActivation",
+    "bake",
+    "convert",
+    "find_activations",
+    "get_activation",
+    "register_activation",
+    "register_gate",
+    "revert",
+]

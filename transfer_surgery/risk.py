@@ -1,0 +1,106 @@
+"""The structural risk, Eq. 13 and 14: the expected number of gates that are not yet at 0."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from transfer_surgery.unit import GatedActivation, gated_activations
+
+__all__ = ["REDUCTIONS", "structural_risk"]
+
+REDUCTIONS = ("sum", "mean", "neurons")
+
+
+def structural_risk(model: nn.Module, reduction: str = "sum") -> Tensor:
+    """Structural risk of a converted model, without its weight gamma.
+
+    Training with `wrap_optimizer(..., gamma=...)` adds its gradient already. This function is for
+    logging, and for loops that would rather add ``gamma * structural_risk(model)`` to their loss.
+
+    Args:
+        model: a converted model.
+        reduction: ``"sum"`` over the gates: added to a mean loss, it moves each gate at a speed
+            that does not depend on the size of the network; ``"mean"`` over the gates;
+            ``"neurons"``: each gate counts for the neurons that share it, the literal Eq. 8.
+
+    Returns:
+        A differentiable float32 scalar, on the device of the first gate.
+
+    Raises:
+        ValueError: the model is not converted, or the reduction is unknown.
+
+    Source:
+        Eq. 13: the sum; Eq. 14: ``P(z != 0) = sigmoid(log_alpha - temperature * log(-xi / zeta))``.
+
+    Example:
+        >>> from transfer_surgery.activations import get_activation
+        >>> from transfer_surgery.gates import make_gate
+        >>> gate = make_gate("hard_concrete", (4,))
+        >>> relu, sin = get_activation("relu"), get_activation("sin")
+        >>> unit = GatedActivation(relu, sin, gate, granularity="channel", neurons=400)
+        >>> model = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), unit)
+        >>> risks = [structural_risk(model, r) for r in ("sum", "mean", "neurons")]
+        >>> [round(risk.item()) for risk in risks]
+        [4, 1, 400]
+    """
+    return risk_of([unit for _, unit in gated_activations(model)], reduction)
+
+
+def risk_of(units: Sequence[GatedActivation], reduction: str) -> Tensor:
+    """`structural_risk` of the given units, at least one."""
+    terms = [
+        weight * unit.gate.probability().sum()
+        for unit, weight in zip(units, _weights(units, reduction), strict=True)
+    ]
+    return torch.stack([term.to(terms[0].device) for term in terms]).sum()
+
+
+def add_risk_gradient(
+    units: Sequence[GatedActivation], gamma: float, reduction: str, scale: Tensor | None = None
+) -> None:
+    """Add the gradient of ``gamma * structural_risk`` to the ``.grad`` of the gates.
+
+    Args:
+        units: all units of the model; gates without parameters and frozen ones are left alone.
+        gamma: the weight of the risk.
+        reduction: as in `structural_risk`.
+        scale: a GradScaler's loss scale, where the gradients are still scaled.
+    """
+    probabilities, log_alphas, factors = [], [], []
+    with torch.enable_grad():
+        for unit, weight in zip(units, _weights(units, reduction), strict=True):
+            if unit.gate.learned and unit.log_alpha.requires_grad:
+                probabilities.append(unit.gate.probability())
+                log_alphas.append(unit.log_alpha)
+                factors.append(torch.full_like(probabilities[-1], gamma * weight))
+    if not log_alphas:
+        return
+    # Not torch.autograd.backward, which would run the hooks that DDP has on the parameters.
+    slopes = torch.autograd.grad(probabilities, log_alphas, factors)
+    for log_alpha, slope in zip(log_alphas, slopes, strict=True):
+        scaled = slope if scale is None else slope * scale.to(slope.device)
+        if log_alpha.grad is None:
+            log_alpha.grad = scaled
+        else:
+            log_alpha.grad.add_(scaled)
+
+
+def check_reduction(reduction: str) -> None:
+    """Raise ValueError where the reduction is unknown."""
+    if reduction not in REDUCTIONS:
+        raise ValueError(f"unknown reduction {reduction!r}; use one of {', '.join(REDUCTIONS)}.")
+
+
+def _weights(units: Sequence[GatedActivation], reduction: str) -> list[float]:
+    """What one gate of each unit counts for."""
+    check_reduction(reduction)
+    gates = [math.prod(unit.gate.shape) for unit in units]
+    if reduction == "mean":
+        return [1 / sum(gates)] * len(units)
+    if reduction == "neurons":
+        return [unit.neurons / count for unit, count in zip(units, gates, strict=True)]
+    return [1.0] * len(units)
