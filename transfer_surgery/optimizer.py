@@ -75,19 +75,16 @@ def wrap_optimizer(
 
     Example:
         >>> import torch
-        >>> from transfer_surgery.activations import get_activation
-        >>> from transfer_surgery.gates import make_gate
-        >>> gate = make_gate("hard_concrete", (4,))
-        >>> relu, sin = get_activation("relu"), get_activation("sin")
-        >>> unit = GatedActivation(relu, sin, gate, granularity="channel", neurons=4)
-        >>> model = nn.Sequential(nn.Linear(2, 4), unit)
+        >>> from transfer_surgery import convert
+        >>> network = nn.Sequential(nn.Linear(2, 4), nn.ReLU())
+        >>> model = convert(network, example_input=torch.zeros(1, 2))
         >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
         >>> optimizer = wrap_optimizer(optimizer, model, transfer=TransferSchedule(10))
         >>> for _ in range(10):
         ...     model(torch.randn(8, 2)).square().mean().backward()
         ...     optimizer.step()
         ...     optimizer.zero_grad()
-        >>> unit.gate.predict().tolist()
+        >>> model[1].gate.predict().tolist()
         [0.0, 0.0, 0.0, 0.0]
     """
     units = list(gated_activations(model))

@@ -37,12 +37,9 @@ def structural_risk(model: nn.Module, reduction: str = "sum") -> Tensor:
         Eq. 13: the sum; Eq. 14: ``P(z != 0) = sigmoid(log_alpha - temperature * log(-xi / zeta))``.
 
     Example:
-        >>> from transfer_surgery.activations import get_activation
-        >>> from transfer_surgery.gates import make_gate
-        >>> gate = make_gate("hard_concrete", (4,))
-        >>> relu, sin = get_activation("relu"), get_activation("sin")
-        >>> unit = GatedActivation(relu, sin, gate, granularity="channel", neurons=400)
-        >>> model = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), unit)
+        >>> from transfer_surgery import convert
+        >>> network = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU())
+        >>> model = convert(network, example_input=torch.zeros(1, 3, 12, 12))
         >>> risks = [structural_risk(model, r) for r in ("sum", "mean", "neurons")]
         >>> [round(risk.item()) for risk in risks]
         [4, 1, 400]

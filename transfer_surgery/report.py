@@ -1,0 +1,250 @@
+"""What became of the gates: one row per call site, read from the prediction gates of Eq. 16.
+
+A gate whose prediction is exactly 0 is *transferred* (pure target), exactly 1 *kept* (pure source),
+anything between *mixed*.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from transfer_surgery.unit import GatedActivation, gated_activations
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+__all__ = ["Report", "Row", "data_frame", "report"]
+
+_VERSION = 1
+
+
+@dataclass(frozen=True)
+class Row:
+    """The gates of one call site, or of all of them.
+
+    Args:
+        path: where the site's unit lives in the model; ``"total"`` for all sites.
+        source: the activation the network had; ``"various"`` in a total over different ones.
+        target: the activation it is transferred to, likewise.
+        granularity: ``"layer"``, ``"channel"`` or ``"neuron"``, likewise.
+        gates: number of gates.
+        neurons: elements of the feature shape that the gates share, per example.
+        transferred: share of the gates that predict exactly 0.
+        kept: share of the gates that predict exactly 1.
+        mixed: share of the others.
+        mean_gate: mean prediction, the E[z] of Figure 3.
+        mean_log_alpha: mean location; None for gates without one (line, copy).
+    """
+
+    path: str
+    source: str
+    target: str
+    granularity: str
+    gates: int
+    neurons: int
+    transferred: float
+    kept: float
+    mixed: float
+    mean_gate: float
+    mean_log_alpha: float | None
+
+
+@dataclass(frozen=True, repr=False)
+class Report:
+    """Rows in the order of the model's modules, iterated without their total; prints as a table."""
+
+    rows: tuple[Row, ...]
+    total: Row
+
+    def __iter__(self) -> Iterator[Row]:
+        return iter(self.rows)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __str__(self) -> str:
+        return _table((*self.rows, self.total))
+
+    def __repr__(self) -> str:
+        transferred = _percent(self.total.transferred)
+        return f"Report({len(self)} sites, {self.total.gates} gates, {transferred} transferred)"
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain numbers, strings, lists and dicts, with the version of this layout."""
+        rows = [asdict(row) for row in self.rows]
+        return {"version": _VERSION, "rows": rows, "total": asdict(self.total)}
+
+    def to_json(self) -> str:
+        """The text of `to_dict`."""
+        return json.dumps(self.to_dict(), indent=2)
+
+    def to_pandas(self) -> pd.DataFrame:
+        """A data frame with one line per site.
+
+        Raises:
+            ImportError: pandas is not installed.
+        """
+        return data_frame([asdict(row) for row in self.rows])
+
+    def plot(self, ax: Axes | None = None) -> Figure:
+        """`transfer_surgery.plots.plot_report` of this report."""
+        from transfer_surgery.plots import plot_report
+
+        return plot_report(self, ax)
+
+
+def report(model: nn.Module) -> Report:
+    """Count transferred, kept and mixed gates of a converted model, site by site.
+
+    The numbers of all sites travel to the host together: a report waits for a GPU only once.
+
+    Args:
+        model: a converted model, in train or eval mode.
+
+    Returns:
+        A `Report` with one row per call site.
+
+    Raises:
+        ValueError: the model was not converted.
+
+    Example:
+        >>> from transfer_surgery.activations import get_activation
+        >>> from transfer_surgery.gates import make_gate
+        >>> unit = GatedActivation(
+        ...     get_activation("relu"),
+        ...     get_activation("sin"),
+        ...     make_gate("hard_concrete", (4,)),
+        ...     granularity="channel",
+        ...     neurons=64,
+        ... )
+        >>> with torch.no_grad():
+        ...     _ = unit.log_alpha.copy_(torch.tensor([-9.0, 0.0, 9.0, 9.0]))
+        >>> print(report(nn.Sequential(nn.Conv2d(3, 4, 1), unit)))
+        path   source  target  granularity  gates  neurons  transferred    kept   mixed   E[z]  log_alpha
+        -------------------------------------------------------------------------------------------------
+        1      relu    sin     channel          4       64       25.0 %  50.0 %  25.0 %  0.625       2.25
+        -------------------------------------------------------------------------------------------------
+        total  relu    sin     channel          4       64       25.0 %  50.0 %  25.0 %  0.625       2.25
+    """  # noqa: E501
+    units = list(gated_activations(model))
+    with torch.no_grad():
+        statistics = [_statistics(unit) for _, unit in units]
+        # A model may be spread over several devices: gather on one of them first.
+        numbers = torch.stack([s.to(statistics[0].device) for s in statistics]).tolist()
+    rows = tuple(_row(path, unit, *n) for (path, unit), n in zip(units, numbers, strict=True))
+    return Report(rows, _total(rows))
+
+
+def data_frame(lines: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
+    """A pandas data frame with one line per mapping of column names to values.
+
+    Raises:
+        ImportError: pandas, which the core does without, is not installed.
+    """
+    try:
+        import pandas as pd
+    except ImportError as error:
+        raise ImportError("to_pandas() needs pandas: pip install pandas") from error
+    return pd.DataFrame(lines)
+
+
+def _statistics(unit: GatedActivation) -> Tensor:
+    """Transferred and kept gates, mean gate and mean ``log_alpha``, on the unit's device."""
+    z = unit.gate.predict()
+    location = unit.log_alpha.mean() if unit.gate.learned else torch.zeros_like(z.mean())
+    return torch.stack([(z == 0).sum().float(), (z == 1).sum().float(), z.mean(), location])
+
+
+def _row(
+    path: str, unit: GatedActivation, zeros: float, ones: float, gate: float, location: float
+) -> Row:
+    gates = math.prod(unit.gate.shape)
+    return Row(
+        path=path,
+        source=str(unit.source),
+        target=str(unit.target),
+        granularity=unit.granularity,
+        gates=gates,
+        neurons=unit.neurons,
+        transferred=zeros / gates,
+        kept=ones / gates,
+        mixed=(gates - zeros - ones) / gates,
+        mean_gate=gate,
+        mean_log_alpha=location if unit.gate.learned else None,
+    )
+
+
+def _total(rows: Sequence[Row]) -> Row:
+    gates = sum(row.gates for row in rows)
+    located = [(r.mean_log_alpha, r.gates) for r in rows if r.mean_log_alpha is not None]
+    return Row(
+        path="total",
+        source=_common(row.source for row in rows),
+        target=_common(row.target for row in rows),
+        granularity=_common(row.granularity for row in rows),
+        gates=gates,
+        neurons=sum(row.neurons for row in rows),
+        # Counts again, so that the total is exact too: 49 * (1 / 49) is not 1.
+        transferred=sum(round(row.transferred * row.gates) for row in rows) / gates,
+        kept=sum(round(row.kept * row.gates) for row in rows) / gates,
+        mixed=sum(round(row.mixed * row.gates) for row in rows) / gates,
+        mean_gate=_mean([(row.mean_gate, row.gates) for row in rows]),
+        mean_log_alpha=_mean(located) if located else None,
+    )
+
+
+def _mean(weighted: Sequence[tuple[float, int]]) -> float:
+    return sum(v * n for v, n in weighted) / sum(n for _, n in weighted)
+
+
+def _common(names: Iterator[str]) -> str:
+    distinct = set(names)
+    return distinct.pop() if len(distinct) == 1 else "various"
+
+
+# --- the table ---------------------------------------------------------------------------------
+
+_HEADINGS = {"mean_gate": "E[z]", "mean_log_alpha": "log_alpha"}
+_LEFT = ("path", "source", "target", "granularity")
+
+
+def _table(rows: Sequence[Row]) -> str:
+    """The rows under a heading, the last one set off as their total."""
+    names = [field.name for field in fields(Row)]
+    cells = [[_HEADINGS.get(name, name) for name in names]]
+    cells += [[_cell(name, getattr(row, name)) for name in names] for row in rows]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    lines = ["  ".join(map(_pad, names, line, widths)) for line in cells]
+    rule = "-" * len(lines[0])
+    return "\n".join([lines[0], rule, *lines[1:-1], rule, lines[-1]])
+
+
+def _pad(name: str, text: str, width: int) -> str:
+    return text.ljust(width) if name in _LEFT else text.rjust(width)
+
+
+def _cell(name: str, value: Any) -> str:
+    if name in ("transferred", "kept", "mixed"):
+        return _percent(value)
+    if value is None:
+        return "-"
+    if isinstance(value, float):
+        return f"{value:.3f}" if name == "mean_gate" else f"{value:.2f}"
+    return str(value)
+
+
+def _percent(share: float) -> str:
+    """One decimal; 0 % and 100 % are said of exact shares only."""
+    if share in (0.0, 1.0):
+        return f"{share:.0%}".replace("%", " %")
+    bound = "<" if share < 0.001 else ">" if share > 0.999 else ""
+    return f"{bound}{100 * min(max(share, 0.001), 0.999):.1f} %"
