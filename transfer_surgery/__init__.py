@@ -5,15 +5,28 @@ from transfer_surgery.bake import bake
 from transfer_surgery.convert import convert, revert
 from transfer_surgery.find import find_activations
 from transfer_surgery.gates import register_gate
+from transfer_surgery.history import History
+from transfer_surgery.hooks import FrozenGatesWarning, ScheduleEndedWarning
+from transfer_surgery.optimizer import wrap_optimizer
+from transfer_surgery.report import report
+from transfer_surgery.risk import structural_risk
+from transfer_surgery.schedule import TransferSchedule
 from transfer_surgery.unit import GatedActivation
 
 __all__ = [
+    "FrozenGatesWarning",
     "GatedActivation",
+    "History",
+    "ScheduleEndedWarning",
+    "TransferSchedule",
     "bake",
     "convert",
     "find_activations",
     "get_activation",
     "register_activation",
     "register_gate",
+    "report",
     "revert",
+    "structural_risk",
+    "wrap_optimizer",
 ]

@@ -70,11 +70,16 @@ class Activation:
         return self.backward(torch.ones_like(x), x)
 
     def __str__(self) -> str:
-        changed = [f"{key}={value!r}" for key, value in self.parameters if self._default(key) != value]
+        changed = [f"{k}={_literal(v)}" for k, v in self.parameters if self._default(k) != v]
         return f"{self.name}({', '.join(changed)})" if changed else self.name
 
     def _default(self, key: str) -> Any:
         return _REGISTRY[self.name].defaults[key]
+
+
+def _literal(value: Any) -> str:
+    """Text that `ast.literal_eval` reads back, which "inf" is not."""
+    return repr(value).replace("inf", "1e999") if isinstance(value, float) else repr(value)
 
 
 class ActivationModule(nn.Module):
@@ -97,7 +102,7 @@ class ActivationModule(nn.Module):
 
 
 class Call(NamedTuple):
-    """One recognised call: the activation, its input tensor, and whether it overwrites the input."""
+    """One recognised call: the activation, its input tensor, and whether it overwrites that."""
 
     activation: Activation
     input: Any
@@ -128,7 +133,7 @@ def register_activation(
     Example:
         >>> @register_activation("docs_gaussian")
         ... def gaussian(x, width=1.0):
-        ...     return torch.exp(-(x / width) ** 2)
+        ...     return torch.exp(-((x / width) ** 2))
         >>> get_activation("docs_gaussian", width=2.0)(torch.zeros(1))
         tensor([1.])
     """
@@ -154,13 +159,14 @@ def registered_activations() -> tuple[str, ...]:
 
 
 def get_activation(activation: str | Activation, **parameters: Any) -> Activation:
-    """Look an activation up by name, e.g. ``"sin"``, ``"snake(a=0.5)"``; parameters override defaults.
+    """Look an activation up by name, e.g. ``"sin"`` or ``"snake(a=0.5)"``; parameters override.
 
     Raises:
         ValueError: unknown name or parameter; the message lists what is known.
     """
     if isinstance(activation, Activation):
-        return activation
+        written = dict(activation.parameters) | parameters
+        return get_activation(activation.name, **written) if parameters else activation
     match = re.fullmatch(r"\s*(\w+)\s*(\(.*\))?\s*", str(activation), flags=re.DOTALL)
     name = match.group(1) if match else str(activation)
     if name not in _REGISTRY:
@@ -169,10 +175,7 @@ def get_activation(activation: str | Activation, **parameters: Any) -> Activatio
             "Add your own with @register_activation(name)."
         )
     if match and match.group(2):
-        call = ast.parse(f"f{match.group(2)}", mode="eval").body
-        assert isinstance(call, ast.Call)
-        written = {str(k.arg): ast.literal_eval(k.value) for k in call.keywords}
-        parameters = written | parameters
+        parameters = _read_parameters(name, match.group(2)) | parameters
     defaults = _REGISTRY[name].defaults
     unknown = sorted(parameters.keys() - defaults.keys())
     if unknown:
@@ -180,7 +183,18 @@ def get_activation(activation: str | Activation, **parameters: Any) -> Activatio
             f"activation {name!r} has no parameter {unknown[0]!r}; it has: "
             f"{', '.join(defaults) or 'none'}."
         )
-    return Activation(name, tuple((defaults | parameters).items()))
+    return Activation(name, tuple((dict(defaults) | parameters).items()))
+
+
+def _read_parameters(name: str, text: str) -> dict[str, Any]:
+    """The parameters in ``"(a=0.5)"``; only ``key=value`` with literal values is accepted."""
+    try:
+        call = ast.parse(f"f{text}", mode="eval").body
+        if isinstance(call, ast.Call) and not call.args:
+            return {str(k.arg): ast.literal_eval(k.value) for k in call.keywords}
+    except (SyntaxError, ValueError):
+        pass
+    raise ValueError(f"cannot read activation {name + text!r}: write '{name}(parameter=value)'.")
 
 
 def recognise(function: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Call | None:
@@ -203,7 +217,9 @@ def recognise(function: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -
     inplace = bool(given.pop("inplace", False)) or function.__name__.endswith("_")
     given.pop("out", None)
     defaults = _REGISTRY[name].defaults
-    return Call(get_activation(name, **{k: v for k, v in given.items() if k in defaults}), x, inplace)
+    return Call(
+        get_activation(name, **{k: v for k, v in given.items() if k in defaults}), x, inplace
+    )
 
 
 # --- the built-in activations ------------------------------------------------------------------
@@ -293,7 +309,8 @@ def _gelu(x: Tensor, approximate: str = "none") -> Tensor:
 
 def _quick_gelu_backward(g: Tensor, x: Tensor) -> Tensor:
     s = torch.sigmoid(1.702 * x)
-    return g * s + _aten.sigmoid_backward(g * x, s) * 1.702
+    result: Tensor = g * s + _aten.sigmoid_backward(g * x, s) * 1.702
+    return result
 
 
 @register_activation("quick_gelu", backward=_quick_gelu_backward)
@@ -301,22 +318,37 @@ def _quick_gelu(x: Tensor) -> Tensor:
     return x * torch.sigmoid(1.702 * x)
 
 
-@register_activation(
-    "silu", backward=lambda g, x: _aten.silu_backward(g, x), calls=_module_calls("silu")
-)
+# The kernels of silu and mish have no derivative: where a graph is asked for, formulas that have.
+def _silu_backward(g: Tensor, x: Tensor) -> Tensor:
+    if not torch.is_grad_enabled():
+        result: Tensor = _aten.silu_backward(g, x)
+        return result
+    s = torch.sigmoid(x)
+    return g * (s * (1 + x * (1 - s)))
+
+
+def _mish_backward(g: Tensor, x: Tensor) -> Tensor:
+    if not torch.is_grad_enabled():
+        result: Tensor = _aten.mish_backward(g, x)
+        return result
+    s, t = torch.sigmoid(x), torch.tanh(F.softplus(x))
+    return g * (t + x * s * (1 - t * t))
+
+
+@register_activation("silu", backward=_silu_backward, calls=_module_calls("silu"))
 def _silu(x: Tensor) -> Tensor:
     return F.silu(x)
 
 
-@register_activation(
-    "mish", backward=lambda g, x: _aten.mish_backward(g, x), calls=_module_calls("mish")
-)
+@register_activation("mish", backward=_mish_backward, calls=_module_calls("mish"))
 def _mish(x: Tensor) -> Tensor:
     return F.mish(x)
 
 
 @register_activation(
-    "hardswish", backward=lambda g, x: _aten.hardswish_backward(g, x), calls=_module_calls("hardswish")
+    "hardswish",
+    backward=lambda g, x: _aten.hardswish_backward(g, x),
+    calls=_module_calls("hardswish"),
 )
 def _hardswish(x: Tensor) -> Tensor:
     return F.hardswish(x)

@@ -52,7 +52,9 @@ def find_activations(
         >>> [(site.path, str(site.source), site.shape) for site in plan]
         [('1', 'relu', (2, 8))]
     """
-    arguments = example_arguments(find_example_input(model) if example_input is None else example_input)
+    arguments = example_arguments(
+        find_example_input(model) if example_input is None else example_input
+    )
     observations, probe, notes = _observe(model, arguments, modes)
     return _plan(model, probe, observations, notes)
 
@@ -187,5 +189,9 @@ def _check_traces(
             trace_owner(probe, owner, calls[owner], [s for s in sites if s.owner == owner])
         except Untraceable as error:
             dispatched.add(owner)
-            notes.append(f"{owner or 'the model'}: dispatched by position, fx cannot trace it: {error}")
-    return [replace(s, way="dispatch") if s.owner in dispatched and s.way == "fx" else s for s in sites]
+            notes.append(
+                f"{owner or 'the model'}: dispatched by position, fx cannot trace it: {error}"
+            )
+    return [
+        replace(s, way="dispatch") if s.owner in dispatched and s.way == "fx" else s for s in sites
+    ]

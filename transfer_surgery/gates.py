@@ -12,7 +12,10 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+
+from transfer_surgery.kernels.eager import may_look
 
 __all__ = ["Gate", "HardConcreteGate", "make_gate", "register_gate", "registered_gates"]
 
@@ -108,24 +111,36 @@ class Gate(nn.Module):
         self.shape, self.noise = tuple(shape), noise
         self.temperature, self.stretch = temperature, (stretch[0], stretch[1])
         if self.learned:
-            start = torch.randn(self.shape, generator=generator) + 8.0
+            # Float32 on the generator's device, whatever torch's defaults are.
+            place = None if generator is None else generator.device
+            start = torch.randn(self.shape, generator=generator, dtype=torch.float32, device=place)
+            start += 8.0
             if init == "alpha":
                 start = start.clamp_min(1e-3).log()
             self.log_alpha = nn.Parameter(start)
         else:
-            self.register_buffer("progress", torch.zeros(()))
+            self.register_buffer("progress", torch.zeros((), dtype=torch.float32))
 
     def sample(self, batch: int) -> Tensor:
-        """Training value of ``z``: shape ``shape``, or ``(batch, *shape)`` with noise per example."""
+        """Training value of ``z``: ``shape``, or ``(batch, *shape)`` with noise per example."""
         raise NotImplementedError
 
     def predict(self) -> Tensor:
         """Prediction value of ``z``, of the gates' shape, float32."""
         raise NotImplementedError
 
+    def logit(self) -> Tensor:
+        """``s`` with ``P(z != 0) = sigmoid(s)``: ``log_alpha`` plus a constant, per gate.
+
+        The transfer schedule relies on that form: a number added to ``log_alpha`` adds to ``s``.
+        """
+        return self.log_alpha
+
     def probability(self) -> Tensor:
         """``P(z != 0)`` per gate, of the gates' shape, differentiable where `learned`."""
-        raise NotImplementedError
+        # Its gradient is sigmoid(s) * sigmoid(-s) at any s; that of torch.sigmoid is q * (1 - q) of
+        # the rounded q: off by 1e-3 at log_alpha = 8 in float32, and exactly 0 above 15.
+        return F.logsigmoid(self.logit()).exp()
 
     def _noise(self, batch: int) -> Tensor:
         """``eps ~ U(0, 1)`` of Eq. 15, never exactly 0 or 1.
@@ -135,11 +150,10 @@ class Gate(nn.Module):
         trains with the random stream, hence the dropout masks, of the original.
         """
         shape = (batch, *self.shape) if self.noise == "example" else self.shape
-        device = self.log_alpha.device
-        look = device.type == "cpu" and not torch.compiler.is_compiling()
-        if look and bool((self.log_alpha.detach().abs() >= _CERTAIN).all()):
-            return torch.full(shape, 0.5)
-        return torch.rand(shape, device=device).clamp(2.0**-25, 1 - 2.0**-24)
+        like: dict[str, Any] = {"dtype": torch.float32, "device": self.log_alpha.device}
+        if may_look(self.log_alpha) and bool((self.log_alpha.detach().abs() >= _CERTAIN).all()):
+            return torch.full(shape, 0.5, **like)
+        return torch.rand(shape, **like).clamp(2.0**-25, 1 - 2.0**-24)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Gate:
         """Follow the model to its device but stay float32 under ``half()`` and ``to(bfloat16)``."""
@@ -148,7 +162,7 @@ class Gate(nn.Module):
             moved = fn(tensor)
             return moved if moved.dtype == torch.float32 else tensor.to(moved.device)
 
-        super()._apply(keep_float32, recurse)
+        super()._apply(keep_float32, recurse)  # type: ignore[no-untyped-call]
         return self
 
     def extra_repr(self) -> str:
@@ -172,14 +186,16 @@ class HardConcreteGate(Gate):
     def sample(self, batch: int) -> Tensor:
         eps = self._noise(batch)
         logistic = eps.log() - (-eps).log1p()
-        return self._rectify(torch.sigmoid((self.log_alpha + logistic) / self.temperature))  # Eq. 15
+        return self._rectify(
+            torch.sigmoid((self.log_alpha + logistic) / self.temperature)
+        )  # Eq. 15
 
     def predict(self) -> Tensor:
         return self._rectify(torch.sigmoid(self.log_alpha))  # Eq. 16
 
-    def probability(self) -> Tensor:
+    def logit(self) -> Tensor:
         xi, zeta = self.stretch
-        return torch.sigmoid(self.log_alpha - self.temperature * math.log(-xi / zeta))  # Eq. 14
+        return self.log_alpha - self.temperature * math.log(-xi / zeta)  # Eq. 14
 
 
 @register_gate("bernoulli")
@@ -197,9 +213,6 @@ class BernoulliGate(Gate):
 
     def predict(self) -> Tensor:
         return (self.log_alpha > 0).to(self.log_alpha.dtype)
-
-    def probability(self) -> Tensor:
-        return torch.sigmoid(self.log_alpha)
 
 
 class _ScheduledGate(Gate):

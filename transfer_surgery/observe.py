@@ -155,7 +155,9 @@ class Observer(TorchFunctionMode):
         for event in frame.events:
             self.observation.add(event)
         if frame.events and frame.path not in self.observation.arguments:
-            template = pytree.tree_map_only(Tensor, lambda _: Leaf.TENSOR, (frame.args, frame.kwargs))
+            template = pytree.tree_map_only(
+                Tensor, lambda _: Leaf.TENSOR, (frame.args, frame.kwargs)
+            )
             names = {id(child): name for name, child in frame.module.named_modules()}
             self.observation.arguments[frame.path] = template
             self.observation.children[frame.path] = tuple(

@@ -15,7 +15,7 @@ import linecache
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache
 from types import ModuleType
 from typing import Any
 
@@ -54,7 +54,7 @@ def original_class(owner: nn.Module) -> type[nn.Module] | None:
     return None if recipe is None else type(owner).__bases__[0]
 
 
-@lru_cache(maxsize=None)
+@cache
 def rewritten_class(base: type[nn.Module], recipe: Recipe) -> type[nn.Module]:
     """The subclass of ``base`` that a recipe describes; the same one for the same recipe."""
 

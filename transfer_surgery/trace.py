@@ -44,9 +44,7 @@ def bind(forward: Any, call: OwnerCall) -> dict[str, Any]:
     return dict(list(bound.arguments.items())[1:])
 
 
-def trace_owner(
-    probe: nn.Module, owner: str, call: OwnerCall, sites: Sequence[Site]
-) -> OwnerTrace:
+def trace_owner(probe: nn.Module, owner: str, call: OwnerCall, sites: Sequence[Site]) -> OwnerTrace:
     """Trace an owner of the probe in both training modes.
 
     Args:
@@ -70,7 +68,9 @@ def trace_owner(
             continue
         expected = {site.key for site in sites if mode in site.modes}
         if set(tracer.keys.values()) != expected:
-            raise Untraceable(f"in {mode} mode it shows {len(tracer.keys)} of {len(expected)} sites")
+            raise Untraceable(
+                f"in {mode} mode it shows {len(tracer.keys)} of {len(expected)} sites"
+            )
         children = tuple(str(node.target) for node in graph.nodes if node.op == "call_module")
         if children != call.children[mode]:
             raise Untraceable(f"in {mode} mode it calls other children than when it runs")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-import torch
 from torch import Tensor, nn
 
 from transfer_surgery.activations import Activation
@@ -31,11 +30,16 @@ class GatedActivation(nn.Module):
             result is then written back to the input.
 
     Example:
+        >>> import torch
         >>> from transfer_surgery.activations import get_activation
         >>> from transfer_surgery.gates import make_gate
         >>> unit = GatedActivation(
-        ...     get_activation("relu"), get_activation("sin"), make_gate("hard_concrete", (3,)),
-        ...     granularity="channel", channel_axis=1, neurons=3,
+        ...     get_activation("relu"),
+        ...     get_activation("sin"),
+        ...     make_gate("hard_concrete", (3,)),
+        ...     granularity="channel",
+        ...     channel_axis=1,
+        ...     neurons=3,
         ... ).eval()
         >>> unit(torch.tensor([[-1.0, 0.0, 2.0]])).detach()
         tensor([[0., 0., 2.]])
@@ -78,7 +82,8 @@ class GatedActivation(nn.Module):
         if self.granularity == "layer":
             return
         channels = self.granularity == "channel"
-        found = (x.shape[self.channel_axis],) if channels else tuple(x.shape[1:])
+        axis = self.channel_axis
+        found = tuple(x.shape[axis : axis + 1 or None] if channels else x.shape[1:])
         if found != self.gate.shape:
             alternative = "" if channels else ", or use granularity='channel'"
             raise ValueError(
@@ -92,8 +97,10 @@ class GatedActivation(nn.Module):
 
 
 def spread_gates(z: Tensor, x: Tensor, granularity: str, channel_axis: int) -> Tensor:
-    """View gates of shape ``()``, ``(C,)``, the feature shape, or one more axis of examples in
-    front, so that they broadcast to ``x``."""
+    """View gates so that they broadcast to ``x``.
+
+    Their shape is ``()``, ``(C,)`` or the feature shape, maybe with an axis of examples in front.
+    """
     gate_dims = {"layer": 0, "channel": 1, "neuron": x.dim() - 1}[granularity]
     shape = [1] * x.dim()
     if z.dim() > gate_dims:

@@ -34,12 +34,14 @@ def gated(
     Example:
         >>> from transfer_surgery.activations import get_activation
         >>> x = torch.tensor([-1.0, -1.0, -1.0])
-        >>> gated(x, torch.tensor([1.0, 0.5, 0.0]), get_activation("relu"), get_activation("square"))
+        >>> gated(
+        ...     x, torch.tensor([1.0, 0.5, 0.0]), get_activation("relu"), get_activation("square")
+        ... )
         tensor([0.0000, 0.5000, 1.0000])
     """
-    if torch.compiler.is_compiling():
-        return gated_plain(x, z, source, target)  # plain code, which inductor fuses with its neighbours
-    if _may_look(x, z):
+    if torch.compiler.is_compiling():  # plain code, which inductor fuses with its neighbours
+        return gated_plain(x, z, source, target, straight_through)
+    if type(x) in (Tensor, torch.nn.Parameter) and may_look(z):
         ends = None
         if bool((z == 1).all()):
             ends = source
@@ -51,11 +53,12 @@ def gated(
     return result
 
 
-def _may_look(x: Tensor, z: Tensor) -> bool:
+def may_look(gates: Tensor) -> bool:
     """Whether the gates' values may steer Python: on CPU, outside traces and transforms."""
-    plain = type(z) is Tensor and type(x) in (Tensor, torch.nn.Parameter)
-    transformed = torch._C._functorch.is_functorch_wrapped_tensor(z)
-    return z.device.type == "cpu" and plain and not transformed and not torch.jit.is_tracing()
+    if torch.compiler.is_compiling() or torch.jit.is_tracing():  # type: ignore[attr-defined, no-untyped-call]
+        return False
+    plain = type(gates) in (Tensor, torch.nn.Parameter) and gates.device.type == "cpu"
+    return plain and not torch._C._functorch.is_functorch_wrapped_tensor(gates)
 
 
 def _with_zero_gradient(y: Tensor, z: Tensor) -> Tensor:
@@ -68,15 +71,25 @@ def _with_zero_gradient(y: Tensor, z: Tensor) -> Tensor:
 
 def _mix(s: Tensor, t: Tensor, z: Tensor) -> Tensor:
     w = z.to(s.dtype)
-    return torch.where(w == 1, s, torch.where(w == 0, t.to(s.dtype), w * s + (1 - w) * t.to(s.dtype)))
+    return torch.where(
+        w == 1, s, torch.where(w == 0, t.to(s.dtype), w * s + (1 - w) * t.to(s.dtype))
+    )
 
 
-def gated_plain(x: Tensor, z: Tensor, source: Activation, target: Activation) -> Tensor:
+def gated_plain(
+    x: Tensor, z: Tensor, source: Activation, target: Activation, straight_through: bool = False
+) -> Tensor:
     """`gated` as plain differentiable tensor code; an unused branch sees the input 0."""
     w = z.to(x.dtype)
     s = source(torch.where(w == 0, 0.0, x))
     t = target(torch.where(w == 1, 0.0, x))
-    return _mix(s, t, z)
+    y = _mix(s, t, z)
+    if not straight_through:
+        return y
+    # Selecting gives exact gates no gradient: add theirs with the value 0.
+    difference = (source(x) - target(x)).detach()
+    exact = ((w == 0) | (w == 1)) & difference.isfinite()
+    return y + (z - z.detach()).to(y.dtype) * torch.where(exact, difference, 0.0)
 
 
 class _ZeroGradient(torch.autograd.Function):
@@ -117,6 +130,7 @@ class _Gated(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             grad_x = _mix(source.backward(grad, x), target.backward(grad, x), z).to(x.dtype)
         if ctx.needs_input_grad[1]:
-            product = (grad * (source(x) - target(x))).float()
-            grad_z = product.sum_to_size(z.shape)
+            product = grad * (source(x) - target(x))
+            wide = torch.promote_types(product.dtype, torch.float32)
+            grad_z = product.to(wide).sum_to_size(z.shape)
         return grad_x, grad_z, None, None
