@@ -225,7 +225,9 @@ def _saved(module: nn.Module) -> nn.Module:
 
 
 @pytest.mark.parametrize(
-    "clone", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m)), _saved], ids=str
+    "clone",
+    [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m)), _saved],
+    ids=["deepcopy", "pickle", "save"],
 )
 @pytest.mark.parametrize("gate", ["hard_concrete", "bernoulli", "line", "copy"])
 def test_copies_compute_the_same_and_are_independent(gate, clone):

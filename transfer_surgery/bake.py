@@ -81,7 +81,9 @@ def bake(model: nn.Module, harden: bool = False) -> nn.Module:
           (0): ActivationModule(sin)
         )
     """
-    baked = {unit: _bake_unit(unit, harden) for _, unit in gated_activations(model)}
+    baked: dict[nn.Module, nn.Module] = {
+        unit: _bake_unit(unit, harden) for _, unit in gated_activations(model)
+    }
     for unit, module in baked.items():
         module.train(unit.training)
         share_hooks(unit, module)

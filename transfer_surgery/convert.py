@@ -46,10 +46,10 @@ def convert(
         model: any module; zoo models need no ``example_input``.
         target: activation to transfer to, such as ``"sin"`` or ``"snake(a=0.5)"``.
         source: convert these activations only, by name; None: whatever the model has.
-        granularity: one gate per ``"layer"``, ``"channel"`` or ``"neuron"``, or a mapping from globs
-            on site paths to these; the first glob that matches counts.
-        include: convert only matching sites: a glob on paths (``"layer1"`` includes all below it),
-            a module type (of the owner or of the activation), a predicate on `Site`, or several.
+        granularity: one gate per ``"layer"``, ``"channel"`` or ``"neuron"``, or a mapping from
+            globs on site paths to these; the first glob that matches counts.
+        include: convert only matching sites: a glob on paths (``"layer1"`` includes all below
+            it), a module type (of the owner or the activation), a predicate on `Site`, or several.
         exclude: leave matching sites alone; the same forms.
         roles: roles to convert; see `transfer_surgery.plan.ROLES`.
         example_input: a tensor, a tuple of arguments or a dict of keyword arguments.

@@ -53,7 +53,10 @@ class _Dispatch(TorchFunctionMode):
         """The unit of the running call, if the owner itself or an activation module makes it."""
         places = locate()
         depth = next((i for i, (_, module) in enumerate(places) if module is self._owner), None)
-        if depth is None or depth > 1 or (depth == 1 and any(places[0][1].children())):
+        if depth is None or depth > 1:
+            return None
+        inner = places[0][1]
+        if depth == 1 and (inner is None or any(True for _ in inner.children())):
             return None
         location = places[depth][0]
         return self._units.get((self._counter.key(location), depth == 1))

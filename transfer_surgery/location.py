@@ -33,7 +33,7 @@ class CallKey(NamedTuple):
     """One call site of an owner: where, and the how-manyth activation call from there."""
 
     location: Location
-    count: int
+    number: int
 
 
 class KeyCounter:

@@ -246,7 +246,7 @@ def _follow(name: str, inputs: list[Tensor], outputs: list[Tensor]) -> None:
 
 
 def _channel_axis(x: Tensor) -> int:
-    """1 or -1: from the layer that produced ``x``; else 1 for images and volumes, last for tokens."""
+    """From the layer that produced ``x``; else 1 for images and volumes, -1 for tokens."""
     axis = getattr(x, "_ts_axis", None)
     if axis is None:
         return 1 if x.dim() >= 4 else -1

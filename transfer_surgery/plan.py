@@ -7,6 +7,7 @@ import fnmatch
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 from torch import nn
@@ -154,15 +155,15 @@ class Plan:
         if source is not None:
             sources = _as_tuple(source)
             for one in sources:
-                self._must_match(f"source={str(one)!r}", lambda site, s=one: _is_source(site, s))
+                self._must_match(f"source={str(one)!r}", partial(_is_source, source=one))
             plan = plan.filter(lambda site: any(_is_source(site, s) for s in sources))
         for name, patterns, wanted in (("include", include, True), ("exclude", exclude, False)):
             if patterns is None:
                 continue
             globs = _as_tuple(patterns)
             for glob in globs:
-                self._must_match(f"{name}={glob!r}", lambda site, g=glob: site.matches(g))
-            plan = plan.filter(lambda s, g=globs, w=wanted: any(s.matches(p) for p in g) == w)
+                self._must_match(f"{name}={glob!r}", partial(Site.matches, pattern=glob))
+            plan = plan.filter(partial(_matches_any, patterns=globs, wanted=wanted))
         plan = plan.filter(lambda site: site.reason is None)
         if not plan.sites:
             raise ValueError(f"no activation left to convert.\n{self._why_nothing(roles)}")
@@ -214,3 +215,7 @@ def _is_source(site: Site, source: str | Activation) -> bool:
     if isinstance(source, str) and "(" not in source:
         return site.source.name == get_activation(source).name
     return site.source == get_activation(source)
+
+
+def _matches_any(site: Site, patterns: tuple[Any, ...], wanted: bool) -> bool:
+    return any(site.matches(pattern) for pattern in patterns) == wanted

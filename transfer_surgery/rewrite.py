@@ -15,7 +15,6 @@ import linecache
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cache
 from types import ModuleType
 from typing import Any
 
@@ -31,6 +30,8 @@ from transfer_surgery.trace import OwnerTrace, Untraceable, bind, trace_owner
 __all__ = ["Recipe", "original_class", "prepare_rewrites", "rewritten_class"]
 
 Import = tuple[str, str, str]
+
+_CLASSES: dict[tuple[type[nn.Module], Recipe], type[nn.Module]] = {}
 
 
 @dataclass(frozen=True)
@@ -54,15 +55,19 @@ def original_class(owner: nn.Module) -> type[nn.Module] | None:
     return None if recipe is None else type(owner).__bases__[0]
 
 
-@cache
 def rewritten_class(base: type[nn.Module], recipe: Recipe) -> type[nn.Module]:
     """The subclass of ``base`` that a recipe describes; the same one for the same recipe."""
+    if (base, recipe) not in _CLASSES:
+        _CLASSES[base, recipe] = _make_class(base, recipe)
+    return _CLASSES[base, recipe]
 
+
+def _make_class(base: type[nn.Module], recipe: Recipe) -> type[nn.Module]:
     def dispatch(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         return dispatched_forward(base, self, recipe.table, args, kwargs)
 
     def reduce(self: nn.Module, protocol: Any) -> Any:
-        return _rebuild, (base, recipe), self.__getstate__()
+        return _rebuild, (base, recipe), object.__getstate__(self)
 
     members: dict[str, Any] = {"_transfer_surgery_dispatch": dispatch, "forward": dispatch}
     if recipe.source:
@@ -183,7 +188,7 @@ def _outer_forward(base: type[nn.Module], call: OwnerCall, trace: OwnerTrace) ->
         if p.kind is p.KEYWORD_ONLY and not keyword_only and "*" not in "".join(written):
             written.append("*")
         keyword_only |= p.kind in (p.KEYWORD_ONLY, p.VAR_POSITIONAL)
-        stars = {p.VAR_POSITIONAL: "*", p.VAR_KEYWORD: "**"}.get(p.kind, "")
+        stars = "*" if p.kind is p.VAR_POSITIONAL else "**" if p.kind is p.VAR_KEYWORD else ""
         default = "" if p.default is p.empty else f"={_literal(p.default)}"
         written.append(f"{stars}{p.name}{default}")
         passed.append(f"{stars or (f'{p.name}=' if p.kind is p.KEYWORD_ONLY else '')}{p.name}")

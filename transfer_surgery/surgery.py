@@ -1,4 +1,4 @@
-"""The cuts themselves: putting units in, taking them out, refusing models that are not fit for it."""
+"""The cuts themselves: putting units in, taking them out, refusing models unfit for it."""
 
 from __future__ import annotations
 
@@ -92,7 +92,7 @@ def swap_children(model: nn.Module, swaps: Mapping[nn.Module, nn.Module]) -> Non
     """Register each new module wherever the old one is registered, in the same position."""
     for module in list(model.modules()):
         for name, child in module._modules.items():
-            if child in swaps:
+            if child is not None and child in swaps:
                 module._modules[name] = swaps[child]
 
 

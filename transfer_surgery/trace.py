@@ -24,7 +24,7 @@ _PLAIN = (type(None), bool, int, float, str)
 _MODULE_STATE = frozenset(vars(nn.Module()))
 
 
-class Untraceable(Exception):
+class Untraceable(Exception):  # noqa: N818 - an outcome that callers expect, not an error
     """An owner that torch.fx cannot trace; the message says why."""
 
 
@@ -63,13 +63,13 @@ def trace_owner(probe: nn.Module, owner: str, call: OwnerCall, sites: Sequence[S
         module.training = mode == "train"
         tracer = _OwnerTracer(call, activations)
         graph = _trace(tracer, module, trace.attributes)
-        trace.graphs[mode], trace.sites[mode] = graph, tracer.keys
+        trace.graphs[mode], trace.sites[mode] = graph, tracer.site_keys
         if mode not in call.children:
             continue
         expected = {site.key for site in sites if mode in site.modes}
-        if set(tracer.keys.values()) != expected:
+        if set(tracer.site_keys.values()) != expected:
             raise Untraceable(
-                f"in {mode} mode it shows {len(tracer.keys)} of {len(expected)} sites"
+                f"in {mode} mode it shows {len(tracer.site_keys)} of {len(expected)} sites"
             )
         children = tuple(str(node.target) for node in graph.nodes if node.op == "call_module")
         if children != call.children[mode]:
@@ -101,7 +101,7 @@ class _OwnerTracer(fx.Tracer):
     def __init__(self, call: OwnerCall, activations: set[int]) -> None:
         super().__init__()
         self._call, self._activations, self._counter = call, activations, KeyCounter()
-        self.keys: dict[fx.Node, CallKey] = {}
+        self.site_keys: dict[fx.Node, CallKey] = {}
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         return True
@@ -132,7 +132,8 @@ class _OwnerTracer(fx.Tracer):
         if isinstance(value, _PLAIN):
             return value
         if type(value) in (list, tuple) and all(v is Leaf.TENSOR for v in value):
-            return type(value)(proxy[i] for i in range(len(value)))
+            items: Any = proxy
+            return type(value)(items[i] for i in range(len(value)))
         raise Untraceable(f"an argument is a {type(value).__name__}")
 
     def create_node(self, kind: str, target: Any, *args: Any, **kwargs: Any) -> fx.Node:
@@ -145,7 +146,7 @@ class _OwnerTracer(fx.Tracer):
                 recognise(function, node.args, node.kwargs) is not None
             )
         if found:
-            self.keys[node] = self._counter.key(locate()[0][0])
+            self.site_keys[node] = self._counter.key(locate()[0][0])
         if kind == "get_attr" and str(target).startswith("_tensor_constant"):
             raise Untraceable("it makes a tensor of its own")
         return node
