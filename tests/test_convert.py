@@ -97,8 +97,9 @@ def test_outputs_stay_bit_for_bit_through_every_copy_and_back(model):
     assert gates
     assert all(key.endswith("gate.log_alpha") for key in gates)
     assert [key for key in model.state_dict() if key in keys] == keys
-    for clone in (model, copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
-        assert type(clone) is type(model)
+    gated_class = type(model)
+    for clone in (copy.deepcopy(model), pickle.loads(pickle.dumps(model)), model):
+        assert type(clone) is gated_class
         assert torch.equal(clone(X.clone()), before)
         revert(clone)
         assert type(clone) is cls
@@ -313,3 +314,8 @@ def test_harden_rounds_gates_before_baking():
         model.relu_1.log_alpha.fill_(-1.0)
         expected = torch.sin(model.two(torch.relu(model.one(X))))
         assert torch.equal(bake(model, harden=True)(X), expected)
+
+
+def test_relu6_modules_are_found_under_their_own_name():
+    plan = find_activations(nn.Sequential(nn.ReLU6(), nn.Hardtanh()), X)
+    assert [site.source.name for site in plan] == ["relu6", "hardtanh"]

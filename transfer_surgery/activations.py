@@ -217,9 +217,10 @@ def recognise(function: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -
     inplace = bool(given.pop("inplace", False)) or function.__name__.endswith("_")
     given.pop("out", None)
     defaults = _REGISTRY[name].defaults
-    return Call(
-        get_activation(name, **{k: v for k, v in given.items() if k in defaults}), x, inplace
-    )
+    activation = get_activation(name, **{k: v for k, v in given.items() if k in defaults})
+    if activation == get_activation("hardtanh", min_val=0.0, max_val=6.0):
+        activation = get_activation("relu6")  # nn.ReLU6 is a Hardtanh and calls F.hardtanh
+    return Call(activation, x, inplace)
 
 
 # --- the built-in activations ------------------------------------------------------------------

@@ -75,7 +75,7 @@ def bake(model: nn.Module, harden: bool = False) -> nn.Module:
     Example:
         >>> from transfer_surgery import convert
         >>> model = convert(nn.Sequential(nn.ReLU()), example_input=torch.zeros(1, 4))
-        >>> _ = model[0].log_alpha.fill_(-8.0)
+        >>> _ = model[0].log_alpha.data.fill_(-8.0)
         >>> bake(model)
         Sequential(
           (0): ActivationModule(sin)

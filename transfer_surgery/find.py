@@ -47,6 +47,7 @@ def find_activations(
         TypeError: the model cannot be deep-copied.
 
     Example:
+        >>> import torch
         >>> model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
         >>> plan = find_activations(model, torch.zeros(1, 4))
         >>> [(site.path, str(site.source), site.shape) for site in plan]
