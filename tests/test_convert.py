@@ -319,3 +319,43 @@ def test_harden_rounds_gates_before_baking():
 def test_relu6_modules_are_found_under_their_own_name():
     plan = find_activations(nn.Sequential(nn.ReLU6(), nn.Hardtanh()), X)
     assert [site.source.name for site in plan] == ["relu6", "hardtanh"]
+
+
+def test_a_plan_lists_sites_in_the_order_in_which_they_run():
+    class Inner(nn.Module):
+        def forward(self, x):
+            return torch.tanh(x)
+
+    class Outer(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.inner, self.last = nn.ReLU(), nn.Sequential(Inner()), nn.SiLU()
+
+        def forward(self, x):
+            return F.gelu(self.last(self.inner(self.first(x))))
+
+    order = [site.source.name for site in find_activations(Outer(), X)]
+    assert order == ["relu", "tanh", "silu", "gelu"]
+
+
+@torch.no_grad()
+def test_the_fused_path_of_transformer_layers_does_not_hide_a_replaced_activation():
+    layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True).eval()
+    x = torch.randn(3, 5, 8)
+    before = layer(x)
+    convert(layer, example_input=x)
+    torch.testing.assert_close(layer(x), before)  # the fused kernel rounds otherwise
+    layer.relu_0.log_alpha.fill_(-8.0)
+    expected = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True, activation=torch.sin).eval()
+    expected.load_state_dict(layer.state_dict(), strict=False)
+    torch.testing.assert_close(layer(x), expected(x))
+
+
+def test_an_owner_whose_trace_cannot_be_written_as_code_is_dispatched_and_the_plan_says_so():
+    class Marked(nn.Module):
+        def forward(self, x, marker=object):
+            return F.relu(x)
+
+    plan = find_activations(Marked(), X)
+    assert plan["relu_0"].way == "dispatch"
+    assert "a default or attribute" in plan.notes[0] or "an argument" in plan.notes[0]

@@ -23,7 +23,8 @@ from transfer_surgery.probe import (
     keep_random_state,
     probe_copy,
 )
-from transfer_surgery.trace import Untraceable, trace_owner
+from transfer_surgery.rewrite import generate_recipe
+from transfer_surgery.trace import Untraceable
 
 __all__ = ["find_activations"]
 
@@ -183,11 +184,12 @@ def _join(owner: str, name: str) -> str:
 def _check_traces(
     probe: nn.Module, sites: list[Site], calls: dict[str, OwnerCall], notes: list[str]
 ) -> list[Site]:
-    """Try to trace each owner that has to be rewritten; dispatch where fx cannot."""
+    """Try to rewrite each owner that has to be; dispatch where fx cannot trace it."""
     dispatched = set()
     for owner in dict.fromkeys(s.owner for s in sites if s.way == "fx" and s.reason is None):
         try:
-            trace_owner(probe, owner, calls[owner], [s for s in sites if s.owner == owner])
+            owned = [site for site in sites if site.owner == owner]
+            generate_recipe(probe, owner, calls[owner], owned, {site.path for site in owned})
         except Untraceable as error:
             dispatched.add(owner)
             notes.append(

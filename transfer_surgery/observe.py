@@ -7,7 +7,8 @@ model's input, and which sigmoid it comes from. The facts follow the rules measu
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+import itertools
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -55,6 +56,7 @@ class Event:
     inplace: bool
     role: str
     reason: str | None
+    order: int
     module: str | None = None
     overwrites_input: bool = False
     calls: int = 0
@@ -75,8 +77,9 @@ class Observation:
     arguments: dict[str, tuple[tuple[Any, ...], dict[str, Any]]] = field(default_factory=dict)
     children: dict[str, tuple[str, ...]] = field(default_factory=dict)
 
-    def sites(self) -> Iterator[Event]:
-        yield from self.events.values()
+    def sites(self) -> list[Event]:
+        """The sites in the order of their first calls; owners are complete in another order."""
+        return sorted(self.events.values(), key=lambda event: event.order)
 
     def add(self, event: Event) -> None:
         seen = self.events.setdefault((event.owner, event.key), event)
@@ -117,6 +120,7 @@ class Observer(TorchFunctionMode):
         super().__init__()
         self.probe, self.observation = probe, Observation()
         self._stack: list[_Frame] = []
+        self._order = itertools.count()
         self._overwritten: dict[int, tuple[Tensor, Event]] = {}
         self._paths = {id(module): path for path, module in probe.named_modules()}
         for tensor in (*probe.parameters(), *probe.buffers()):
@@ -199,6 +203,7 @@ class Observer(TorchFunctionMode):
             inplace=call.inplace,
             role="gating" if call.activation.name in _BOUNDED else "hidden",
             reason=reason,
+            order=next(self._order),
             input=x,
             output=out,
         )

@@ -106,10 +106,10 @@ class Site:
 
 @dataclass(frozen=True)
 class Plan:
-    """The sites of a model in the order in which they run; prints as a table.
+    """The sites of a model in the order in which they first run; prints as a table.
 
     Attributes:
-        sites: all sites found, convertible or not.
+        sites: all sites found, convertible or not; those that only run in training come last.
         notes: what could not be examined, and why.
         calls: for each owner, how it was called; needed to rewrite it.
     """

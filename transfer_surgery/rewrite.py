@@ -27,7 +27,7 @@ from transfer_surgery.plan import Leaf, OwnerCall, Plan, Site
 from transfer_surgery.probe import probe_copy
 from transfer_surgery.trace import OwnerTrace, Untraceable, bind, trace_owner
 
-__all__ = ["Recipe", "original_class", "prepare_rewrites", "rewritten_class"]
+__all__ = ["Recipe", "generate_recipe", "original_class", "prepare_rewrites", "rewritten_class"]
 
 Import = tuple[str, str, str]
 
@@ -119,19 +119,11 @@ def prepare_rewrites(model: nn.Module, plan: Plan, chosen: set[str]) -> dict[str
 def _prepare_owner(
     probe: nn.Module, owner: str, call: OwnerCall, sites: Sequence[Site], chosen: set[str]
 ) -> Recipe:
-    rewritten = [site for site in sites if site.path in chosen and site.way != "child"]
-    table = tuple(
-        Entry(site.key, _relative(owner, site.path), site.kind == "module") for site in rewritten
-    )
-    recipe = Recipe("", (), table)
     module = probe.get_submodule(owner)
-    if any(site.way == "fx" for site in rewritten):
-        try:
-            trace = trace_owner(probe, owner, call, sites)
-            recipe = _generate(type(module), call, trace, table)
-            rewritten_class(type(module), recipe)
-        except (Untraceable, SyntaxError):
-            recipe = Recipe("", (), table)
+    if any(site.way == "fx" for site in sites):
+        recipe = generate_recipe(probe, owner, call, sites, chosen)
+    else:
+        recipe = Recipe("", (), _table(owner, sites, chosen))
     try:
         module.__class__ = rewritten_class(type(module), recipe)
     except TypeError as error:
@@ -142,8 +134,29 @@ def _prepare_owner(
     return recipe
 
 
-def _relative(owner: str, path: str) -> str:
-    return path[len(owner) + 1 :] if owner else path
+def generate_recipe(
+    probe: nn.Module, owner: str, call: OwnerCall, sites: Sequence[Site], chosen: set[str]
+) -> Recipe:
+    """Trace an owner and write its code; arguments as for `prepare_rewrites`, for one owner.
+
+    Raises:
+        Untraceable: fx cannot trace the owner, or the trace cannot be written as code.
+    """
+    trace = trace_owner(probe, owner, call, sites)
+    table = _table(owner, sites, chosen)
+    try:
+        return _generate(type(probe.get_submodule(owner)), call, trace, table)
+    except SyntaxError as error:
+        raise Untraceable(f"its trace is no valid code: {error}") from error
+
+
+def _table(owner: str, sites: Sequence[Site], chosen: set[str]) -> tuple[Entry, ...]:
+    prefix = len(owner) + 1 if owner else 0
+    return tuple(
+        Entry(site.key, site.path[prefix:], site.kind == "module")
+        for site in sites
+        if site.path in chosen and site.way != "child"
+    )
 
 
 def _generate(
