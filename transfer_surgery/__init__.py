@@ -1,6 +1,7 @@
 """transfer_surgery: change the activation functions of a trained network without breaking it."""
 
-import transfer_surgery.builtin_activations  # noqa: F401 - registers them
+import transfer_surgery.builtin_activations
+import transfer_surgery.handwritten  # noqa: F401 - both register what they define
 from transfer_surgery.activations import get_activation, register_activation
 from transfer_surgery.bake import bake
 from transfer_surgery.convert import convert, revert

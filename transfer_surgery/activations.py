@@ -22,6 +22,7 @@ __all__ = [
     "get_activation",
     "recognise",
     "register_activation",
+    "register_form",
     "registered_activations",
 ]
 
@@ -33,10 +34,12 @@ class _Entry:
     value: Value
     backward: Value | None
     defaults: Mapping[str, Any]
+    operands: tuple[str, ...]
 
 
 _REGISTRY: dict[str, _Entry] = {}
 _CALLS: dict[Callable[..., Any], tuple[str, tuple[str, ...]]] = {}
+_SPELLINGS: dict[tuple[str, str], _Entry] = {}
 
 
 @dataclass(frozen=True)
@@ -44,21 +47,36 @@ class Activation:
     """An element-wise function with its parameters, e.g. ``leaky_relu(negative_slope=0.2)``.
 
     It holds a registered name and parameter values only, so it is hashable and picklable, and
-    ``str(activation)`` is accepted wherever an activation is asked for.
+    ``str(activation)`` is accepted wherever an activation is asked for. The parameter ``written``
+    marks a hand-written form, which rounds differently from the function of that name; see
+    `transfer_surgery.formulas`.
     """
 
     name: str
     parameters: tuple[tuple[str, Any], ...] = ()
 
-    def __call__(self, x: Tensor) -> Tensor:
+    def __call__(self, x: Tensor, *operands: Tensor) -> Tensor:
         """Value at ``x``, any shape and floating dtype; the result has the same shape."""
-        return _REGISTRY[self.name].value(x, **dict(self.parameters))
+        return self._entry.value(x, *operands, **self._keywords)
+
+    @property
+    def operands(self) -> tuple[str, ...]:
+        """Names of the tensors that it takes besides its input, such as PReLU's ``weight``."""
+        return self._entry.operands
+
+    @property
+    def _entry(self) -> _Entry:
+        written = dict(self.parameters).get("written")
+        return _SPELLINGS[self.name, written] if written else _REGISTRY[self.name]
+
+    @property
+    def _keywords(self) -> dict[str, Any]:
+        return {k: v for k, v in self.parameters if k in self._entry.defaults}
 
     def backward(self, grad: Tensor, x: Tensor) -> Tensor:
-        """Vector-Jacobian product ``grad * f'(x)``, of the shape of ``x``."""
-        entry = _REGISTRY[self.name]
-        if entry.backward is not None:
-            return entry.backward(grad, x, **dict(self.parameters))
+        """Vector-Jacobian product ``grad * f'(x)``, of the shape of ``x``; without operands."""
+        if self._entry.backward is not None:
+            return self._entry.backward(grad, x, **self._keywords)
         result: Tensor = torch.func.vjp(self.__call__, x)[1](grad)[0]
         return result
 
@@ -71,7 +89,7 @@ class Activation:
         return f"{self.name}({', '.join(changed)})" if changed else self.name
 
     def _default(self, key: str) -> Any:
-        return _REGISTRY[self.name].defaults[key]
+        return _REGISTRY[self.name].defaults.get(key)
 
 
 def _literal(value: Any) -> str:
@@ -91,19 +109,21 @@ class ActivationModule(nn.Module):
         super().__init__()
         self.activation = get_activation(activation)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.activation(x)
+    def forward(self, x: Tensor, *operands: Tensor) -> Tensor:
+        # A call site passes what its source needs; a target that took its place needs nothing.
+        return self.activation(x, *operands[: len(self.activation.operands)])
 
     def extra_repr(self) -> str:
         return str(self.activation)
 
 
 class Call(NamedTuple):
-    """One recognised call: the activation, its input tensor, and whether it overwrites that."""
+    """A recognised call: the activation, its input, whether it overwrites that, its operands."""
 
     activation: Activation
     input: Any
     inplace: bool
+    operands: tuple[Any, ...] = ()
 
 
 def register_activation(
@@ -111,8 +131,9 @@ def register_activation(
     *,
     backward: Value | None = None,
     calls: Mapping[Callable[..., Any], tuple[str, ...]] | None = None,
+    operands: tuple[str, ...] = (),
 ) -> Callable[[Value], Value]:
-    """Register ``value(x, **parameters)`` as an activation; a decorator.
+    """Register ``value(x, *operands, **parameters)`` as an activation; a decorator.
 
     Args:
         name: the name used in ``convert(target=name)``, reports and checkpoints.
@@ -120,6 +141,8 @@ def register_activation(
             autodiff from the value where it is left out.
         calls: torch functions or tensor methods that mean this activation when a model calls
             them, each with the names of its positional arguments after the input.
+        operands: names of tensors that the value takes after ``x``, such as a learned slope; an
+            activation with operands can be a source, not a target.
 
     Returns:
         A decorator that returns the function unchanged.
@@ -138,16 +161,31 @@ def register_activation(
         raise ValueError(f"activation {name!r} is already registered; choose another name.")
 
     def decorate(value: Value) -> Value:
-        parameters = list(inspect.signature(value).parameters.values())[1:]
+        parameters = list(inspect.signature(value).parameters.values())[1 + len(operands) :]
         missing = [p.name for p in parameters if p.default is inspect.Parameter.empty]
         if missing:
             raise ValueError(f"activation {name!r}: give parameter {missing[0]!r} a default value.")
-        _REGISTRY[name] = _Entry(value, backward, {p.name: p.default for p in parameters})
+        defaults = {p.name: p.default for p in parameters}
+        _REGISTRY[name] = _Entry(value, backward, defaults, operands)
         for function, positional in (calls or {}).items():
             _CALLS[function] = (name, positional)
         return value
 
     return decorate
+
+
+def register_form(name: str, written: str, value: Value, operands: tuple[str, ...] = ()) -> None:
+    """Register a hand-written form of an activation: the same function, rounded differently.
+
+    Args:
+        name: a registered activation.
+        written: how the form is written, e.g. ``"x * sigmoid(x)"``; shown in plans and reports.
+        value: ``value(x, *operands, **parameters)``, with parameters of that activation.
+        operands: names of the tensors that it takes after ``x``.
+    """
+    known = _REGISTRY[name].defaults
+    used = [p for p in inspect.signature(value).parameters if p in known]
+    _SPELLINGS[name, written] = _Entry(value, None, {p: known[p] for p in used}, operands)
 
 
 def registered_activations() -> tuple[str, ...]:
@@ -174,7 +212,10 @@ def get_activation(activation: str | Activation, **parameters: Any) -> Activatio
     if match and match.group(2):
         parameters = _read_parameters(name, match.group(2)) | parameters
     defaults = _REGISTRY[name].defaults
-    unknown = sorted(parameters.keys() - defaults.keys())
+    unknown = sorted(parameters.keys() - defaults.keys() - {"written"})
+    if "written" in parameters and (name, parameters["written"]) not in _SPELLINGS:
+        forms = [text for known, text in _SPELLINGS if known == name]
+        raise ValueError(f"activation {name!r} has no form {parameters['written']!r}: {forms}.")
     if unknown:
         raise ValueError(
             f"activation {name!r} has no parameter {unknown[0]!r}; it has: "
@@ -213,8 +254,29 @@ def recognise(function: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -
     x = args[0] if args else given.pop("input", given.pop("self", None))
     inplace = bool(given.pop("inplace", False)) or function.__name__.endswith("_")
     given.pop("out", None)
-    defaults = _REGISTRY[name].defaults
-    activation = get_activation(name, **{k: v for k, v in given.items() if k in defaults})
+    entry = _REGISTRY[name]
+    chosen = {k: v for k, v in given.items() if k in entry.defaults}
+    if any(not isinstance(v, (bool, int, float, str, type(None))) for v in chosen.values()):
+        return None  # bounds or slopes that are computed: no fixed function
+    activation = _common_name(get_activation(name, **chosen))
+    if activation is None:
+        return None
+    return Call(activation, x, inplace, tuple(given.get(name) for name in entry.operands))
+
+
+def _common_name(activation: Activation) -> Activation | None:
+    """ReLU and its like in the disguise of a clamp; None for clamps that are no activation."""
+    parameters = dict(activation.parameters)
     if activation == get_activation("hardtanh", min_val=0.0, max_val=6.0):
-        activation = get_activation("relu6")  # nn.ReLU6 is a Hardtanh and calls F.hardtanh
-    return Call(activation, x, inplace)
+        return get_activation("relu6")  # nn.ReLU6 is a Hardtanh and calls F.hardtanh
+    if activation == get_activation("threshold", threshold=0.0, value=0.0):
+        return get_activation("relu")
+    if activation.name == "clamp":
+        bounds = parameters["min"], parameters["max"]
+        if bounds == (0, None):
+            return get_activation("relu", written="clamp(x, 0)")
+        if bounds == (0, 6):
+            return get_activation("relu6", written="clamp(x, 0, 6)")
+        if None in bounds:
+            return None
+    return activation

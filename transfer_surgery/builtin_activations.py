@@ -99,17 +99,6 @@ def _gelu(x: Tensor, approximate: str = "none") -> Tensor:
     return F.gelu(x, approximate=approximate)
 
 
-def _quick_gelu_backward(g: Tensor, x: Tensor) -> Tensor:
-    s = torch.sigmoid(1.702 * x)
-    result: Tensor = g * s + _aten.sigmoid_backward(g * x, s) * 1.702
-    return result
-
-
-@register_activation("quick_gelu", backward=_quick_gelu_backward)
-def _quick_gelu(x: Tensor) -> Tensor:
-    return x * torch.sigmoid(1.702 * x)
-
-
 # The kernels of silu and mish have no derivative: where a graph is asked for, formulas that have.
 def _silu_backward(g: Tensor, x: Tensor) -> Tensor:
     if not torch.is_grad_enabled():
@@ -162,6 +151,11 @@ def _hardsigmoid(x: Tensor) -> Tensor:
 )
 def _hardtanh(x: Tensor, min_val: float = -1.0, max_val: float = 1.0) -> Tensor:
     return F.hardtanh(x, min_val, max_val)
+
+
+@register_activation("threshold", calls=_module_calls("threshold", "threshold", "value"))
+def _threshold(x: Tensor, threshold: float = 0.0, value: float = 0.0) -> Tensor:
+    return F.threshold(x, threshold, value)
 
 
 @register_activation(

@@ -13,6 +13,7 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from transfer_surgery.activations import recognise
+from transfer_surgery.formulas import Tracker
 from transfer_surgery.location import CallKey, KeyCounter, locate
 
 __all__ = ["Entry", "dispatched_forward"]
@@ -37,17 +38,22 @@ def dispatched_forward(
 class _Dispatch(TorchFunctionMode):
     def __init__(self, owner: nn.Module, table: tuple[Entry, ...]) -> None:
         super().__init__()
-        self._owner, self._counter = owner, KeyCounter()
+        self._owner, self._counter, self._tracker = owner, KeyCounter(), Tracker()
         self._units = {(entry.key, entry.is_module): entry.unit for entry in table}
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
-        call = recognise(func, args, kwargs or {})
+        kwargs = kwargs or {}
+        record, match = self._tracker.call(func, args, kwargs)
+        call = match or recognise(func, args, kwargs)
         unit = None if call is None else self._unit_here()
         if call is None or unit is None:
-            return func(*args, **(kwargs or {}))
-        return self._owner.get_submodule(unit)(call.input)
+            result = func(*args, **kwargs)
+        else:
+            result = self._owner.get_submodule(unit)(call.input, *call.operands)
+        self._tracker.made(record, func, args, result)
+        return result
 
     def _unit_here(self) -> str | None:
         """The unit of the running call, if the owner itself or an activation module makes it."""

@@ -14,7 +14,7 @@ from typing import Any
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from transfer_surgery.adapter import find_example_input
+from transfer_surgery.adapter import adapt_sites, find_example_input
 from transfer_surgery.observe import Observation, Observer
 from transfer_surgery.plan import OwnerCall, Plan, Site
 from transfer_surgery.probe import (
@@ -119,22 +119,25 @@ def _plan(
         )
         for (owner, key), f in merged.items()
     ]
+    sites = adapt_sites(model, sites)
     return Plan(tuple(_check_traces(probe, sites, calls, notes)), tuple(notes), calls)
 
 
 def _owner_calls(observations: dict[str, Observation]) -> dict[str, OwnerCall]:
     calls: dict[str, OwnerCall] = {}
-    for observation in reversed(observations.values()):
+    for observation in observations.values():
         for owner, (args, kwargs) in observation.arguments.items():
-            calls[owner] = OwnerCall(args, kwargs, {})
-    return {
-        owner: OwnerCall(
-            call.args,
-            call.kwargs,
-            {m: o.children[owner] for m, o in observations.items() if owner in o.children},
-        )
-        for owner, call in calls.items()
-    }
+            if owner in calls:
+                continue
+            seen = {m: o for m, o in observations.items() if owner in o.arguments}
+            calls[owner] = OwnerCall(
+                args,
+                kwargs,
+                children={mode: one.children[owner] for mode, one in seen.items()},
+                keys={mode: frozenset(one.keys[owner]) for mode, one in seen.items()},
+                modules={k: v for one in seen.values() for k, v in one.modules[owner].items()},
+            )
+    return calls
 
 
 def _assign_ways(model: nn.Module, merged: dict[tuple[str, Any], dict[str, Any]]) -> None:

@@ -8,17 +8,18 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import nn
 
 from transfer_surgery.activations import Activation, get_activation
 from transfer_surgery.location import CallKey
 
-__all__ = ["ROLES", "Leaf", "OwnerCall", "Plan", "Site"]
+__all__ = ["ROLES", "ActivationChild", "Leaf", "OwnerCall", "Plan", "Site"]
 
-ROLES = ("hidden", "gating", "output")
-"""``hidden`` feeds the next layer; ``gating`` multiplies another tensor; ``output`` is returned."""
+ROLES = ("hidden", "gating", "output", "bounding")
+"""``hidden`` feeds the next layer; ``gating`` multiplies another tensor; ``output`` is returned;
+``bounding`` keeps coordinates and the like within limits."""
 
 
 class Leaf(enum.Enum):
@@ -35,6 +36,17 @@ class OwnerCall:
     kwargs: Mapping[str, Any]
     children: Mapping[str, tuple[str, ...]]
     """For each examined mode, the children that the owner called, in order."""
+    keys: Mapping[str, frozenset[CallKey]]
+    """For each examined mode, the activation calls in the owner's code, sites or not."""
+    modules: Mapping[str, ActivationChild]
+    """The activation modules that the owner called, by their paths in the model."""
+
+
+class ActivationChild(NamedTuple):
+    """A module that does nothing but one activation, and the number of known calls in it."""
+
+    activation: Activation
+    calls: int
 
 
 @dataclass(frozen=True)
@@ -44,7 +56,8 @@ class Site:
     Attributes:
         path: where its gated unit will live.
         owner: path of the module whose ``forward`` makes the call; ``""`` is the model.
-        kind: ``"module"``, ``"function"`` or ``"method"``.
+        kind: ``"module"``, ``"function"``, ``"method"``, or ``"formula"``: several calls that
+            together are one activation.
         source: the activation that is called.
         role: one of `ROLES`.
         shape: shape of its input in the example, batch first.

@@ -142,7 +142,7 @@ def generate_recipe(
     Raises:
         Untraceable: fx cannot trace the owner, or the trace cannot be written as code.
     """
-    trace = trace_owner(probe, owner, call, sites)
+    trace = trace_owner(probe, owner, call)
     table = _table(owner, sites, chosen)
     try:
         return _generate(type(probe.get_submodule(owner)), call, trace, table)
@@ -166,9 +166,14 @@ def _generate(
     parts = [_outer_forward(base, call, trace)]
     namespace: dict[str, Any] = {}
     for mode, graph in trace.graphs.items():
-        for node, key in trace.sites[mode].items():
-            if key in units:
-                _call_unit(graph, node, units[key])
+        replaced: dict[fx.Node, fx.Node] = {}
+        for node, traced in trace.calls[mode].items():
+            if traced.key in units:
+                args = tuple(replaced.get(arg, arg) for arg in traced.args)
+                replaced[node] = _call_unit(graph, node, units[traced.key], args)
+                for inner in traced.inner:
+                    if inner not in replaced and not inner.users:
+                        graph.erase_node(inner)
         code = graph.python_code("self")
         if any(namespace.get(k, v) is not v for k, v in code.globals.items()):
             raise Untraceable("its two training modes use one name for two things")
@@ -182,13 +187,13 @@ def _generate(
     return Recipe(source, imports, table)
 
 
-def _call_unit(graph: fx.Graph, node: fx.Node, unit: str) -> None:
+def _call_unit(graph: fx.Graph, node: fx.Node, unit: str, args: tuple[fx.Node, ...]) -> fx.Node:
     """Replace an activation call by a call of its unit; out of place, as the unit is."""
-    given = node.args[0] if node.args else node.kwargs.get("input", node.kwargs.get("self"))
     with graph.inserting_after(node):
-        gated = graph.create_node("call_module", unit, (given,))
+        gated = graph.create_node("call_module", unit, args)
     node.replace_all_uses_with(gated)
     graph.erase_node(node)
+    return gated
 
 
 def _outer_forward(base: type[nn.Module], call: OwnerCall, trace: OwnerTrace) -> str:

@@ -7,18 +7,19 @@ assumed is recorded, and the generated code checks it at each call.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import fx, nn
 
 from transfer_surgery.activations import recognise
+from transfer_surgery.formulas import Tracker
 from transfer_surgery.location import CallKey, KeyCounter, locate
-from transfer_surgery.plan import Leaf, OwnerCall, Site
+from transfer_surgery.plan import ActivationChild, Leaf, OwnerCall
 
-__all__ = ["OwnerTrace", "Untraceable", "bind", "trace_owner"]
+__all__ = ["OwnerTrace", "TracedCall", "Untraceable", "bind", "trace_owner"]
 
 _PLAIN = (type(None), bool, int, float, str)
 _MODULE_STATE = frozenset(vars(nn.Module()))
@@ -28,12 +29,23 @@ class Untraceable(Exception):  # noqa: N818 - an outcome that callers expect, no
     """An owner that torch.fx cannot trace; the message says why."""
 
 
+class TracedCall(NamedTuple):
+    """An activation call in a graph: its identity, what it is given, and what is inside it.
+
+    `inner` are the nodes of a formula except its last one, the latest first.
+    """
+
+    key: CallKey
+    args: tuple[fx.Node, ...]
+    inner: tuple[fx.Node, ...] = ()
+
+
 @dataclass
 class OwnerTrace:
     """The graphs of an owner, one per training mode, and the assumptions that they hold under."""
 
     graphs: dict[str, fx.Graph] = field(default_factory=dict)
-    sites: dict[str, dict[fx.Node, CallKey]] = field(default_factory=dict)
+    calls: dict[str, dict[fx.Node, TracedCall]] = field(default_factory=dict)
     attributes: dict[str, Any] = field(default_factory=dict)
 
 
@@ -44,32 +56,33 @@ def bind(forward: Any, call: OwnerCall) -> dict[str, Any]:
     return dict(list(bound.arguments.items())[1:])
 
 
-def trace_owner(probe: nn.Module, owner: str, call: OwnerCall, sites: Sequence[Site]) -> OwnerTrace:
+def trace_owner(probe: nn.Module, owner: str, call: OwnerCall) -> OwnerTrace:
     """Trace an owner of the probe in both training modes.
 
     Args:
         probe: the stand-in of the model; see `transfer_surgery.probe`.
         owner: path of the owner in it.
         call: how the owner was called when it was observed.
-        sites: all sites of this owner.
 
     Raises:
         Untraceable: fx fails, or the graph differs from what was observed.
     """
     module = probe.get_submodule(owner)
-    activations = {id(probe.get_submodule(s.module)) for s in sites if s.module is not None}
+    activations = {id(probe.get_submodule(path)): child for path, child in call.modules.items()}
     trace = OwnerTrace()
     for mode in ("eval", "train"):
         module.training = mode == "train"
         tracer = _OwnerTracer(call, activations)
         graph = _trace(tracer, module, trace.attributes)
-        trace.graphs[mode], trace.sites[mode] = graph, tracer.site_keys
+        trace.graphs[mode], trace.calls[mode] = graph, tracer.calls
         if mode not in call.children:
             continue
-        expected = {site.key for site in sites if mode in site.modes}
-        if set(tracer.site_keys.values()) != expected:
+        expected = call.keys[mode]
+        found = {traced.key for traced in tracer.calls.values()}
+        if found != expected:
             raise Untraceable(
-                f"in {mode} mode it shows {len(tracer.site_keys)} of {len(expected)} sites"
+                f"in {mode} mode it shows {len(found & expected)} of {len(expected)} "
+                f"activation calls, and {len(found - expected)} others"
             )
         children = tuple(str(node.target) for node in graph.nodes if node.op == "call_module")
         if children != call.children[mode]:
@@ -98,10 +111,11 @@ def _trace(tracer: _OwnerTracer, module: nn.Module, attributes: dict[str, Any]) 
 
 
 class _OwnerTracer(fx.Tracer):
-    def __init__(self, call: OwnerCall, activations: set[int]) -> None:
+    def __init__(self, call: OwnerCall, activations: Mapping[int, ActivationChild]) -> None:
         super().__init__()
         self._call, self._activations, self._counter = call, activations, KeyCounter()
-        self.site_keys: dict[fx.Node, CallKey] = {}
+        self._tracker = Tracker()
+        self.calls: dict[fx.Node, TracedCall] = {}
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         return True
@@ -139,14 +153,31 @@ class _OwnerTracer(fx.Tracer):
     def create_node(self, kind: str, target: Any, *args: Any, **kwargs: Any) -> fx.Node:
         node = super().create_node(kind, target, *args, **kwargs)
         if kind == "call_module":
-            found = id(self.root.get_submodule(target)) in self._activations
-        else:
-            function = getattr(torch.Tensor, target, None) if kind == "call_method" else target
-            found = kind in ("call_function", "call_method") and (
-                recognise(function, node.args, node.kwargs) is not None
-            )
-        if found:
-            self.site_keys[node] = self._counter.key(locate()[0][0])
+            self._note_module(node)
+        elif kind in ("call_function", "call_method"):
+            self._note_function(node)
         if kind == "get_attr" and str(target).startswith("_tensor_constant"):
             raise Untraceable("it makes a tensor of its own")
         return node
+
+    def _note_module(self, node: fx.Node) -> None:
+        child = self._activations.get(id(self.root.get_submodule(str(node.target))))
+        if child is None:
+            return
+        given = node.args[0] if node.args else next(iter(node.kwargs.values()))
+        location = locate()[0][0]
+        key = [self._counter.key(location) for _ in range(child.calls)][-1]
+        self.calls[node] = TracedCall(key, (given,))
+        self._tracker.made(self._tracker.describe(str(child.activation), (given,)), None, (), node)
+
+    def _note_function(self, node: fx.Node) -> None:
+        function: Any = node.target
+        if isinstance(function, str):
+            function = getattr(torch.Tensor, function, None)
+        record, match = self._tracker.call(function, node.args, node.kwargs)
+        call = match or recognise(function, node.args, node.kwargs)
+        if call is not None:
+            inner = dict.fromkeys(one.value for _, one in match.inner) if match else ()
+            key = self._counter.key(locate()[0][0])
+            self.calls[node] = TracedCall(key, (call.input, *call.operands), tuple(inner))
+        self._tracker.made(record, function, node.args, node)

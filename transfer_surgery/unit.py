@@ -58,6 +58,11 @@ class GatedActivation(nn.Module):
         overwrites_input: bool = False,
     ) -> None:
         super().__init__()
+        if target.operands:
+            raise ValueError(
+                f"{path}: {target} takes {', '.join(target.operands)} from the call site of a "
+                "network that has it; it can be a source, not a target."
+            )
         self.source, self.target, self.gate = source, target, gate
         self.granularity, self.channel_axis = granularity, channel_axis
         self.neurons, self.path, self.overwrites_input = neurons, path, overwrites_input
@@ -69,13 +74,13 @@ class GatedActivation(nn.Module):
         """The gates' locations; AttributeError for gates without parameters (line, copy)."""
         return self.gate.log_alpha
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, *operands: Tensor) -> Tensor:
         z = self.gate.sample(x.shape[0]) if self.training else self.gate.predict()
         self._expect_size(x)
         z = spread_gates(z, x, self.granularity, self.channel_axis)
         if not self.overwrites_input:
-            return gated(x, z, self.source, self.target, self.gate.straight_through)
-        y = gated(x.clone(), z, self.source, self.target, self.gate.straight_through)
+            return gated(x, z, self.source, self.target, self.gate.straight_through, operands)
+        y = gated(x.clone(), z, self.source, self.target, self.gate.straight_through, operands)
         return x.copy_(y)
 
     def _expect_size(self, x: Tensor) -> None:

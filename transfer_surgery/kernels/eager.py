@@ -17,7 +17,12 @@ __all__ = ["gated", "gated_plain"]
 
 
 def gated(
-    x: Tensor, z: Tensor, source: Activation, target: Activation, straight_through: bool = False
+    x: Tensor,
+    z: Tensor,
+    source: Activation,
+    target: Activation,
+    straight_through: bool = False,
+    operands: tuple[Tensor, ...] = (),
 ) -> Tensor:
     """The gated activation of Eq. 1.
 
@@ -27,6 +32,7 @@ def gated(
         source: activation where ``z`` is 1.
         target: activation where ``z`` is 0.
         straight_through: whether exact gates need a gradient too (Bernoulli gates).
+        operands: further tensors that the source takes, such as a learned slope.
 
     Returns:
         A tensor of the shape of ``x`` and the dtype of ``source(x)``.
@@ -40,15 +46,17 @@ def gated(
         tensor([0.0000, 0.5000, 1.0000])
     """
     if torch.compiler.is_compiling():  # plain code, which inductor fuses with its neighbours
-        return gated_plain(x, z, source, target, straight_through)
+        return gated_plain(x, z, source, target, straight_through, operands)
     if type(x) in (Tensor, torch.nn.Parameter) and may_look(z):
         ends = None
         if bool((z == 1).all()):
             ends = source
-        elif bool((z == 0).all()):
+        elif bool((z == 0).all()) and not operands:  # those keep their gradient, which is 0
             ends = target
         if ends is not None and (not z.requires_grad or not straight_through):
-            return _with_zero_gradient(ends(x), z)
+            return _with_zero_gradient(ends(x, *operands), z)
+    if operands:
+        return gated_plain(x, z, source, target, straight_through, operands)
     result: Tensor = _Gated.apply(x, z, source, target)
     return result
 
@@ -77,17 +85,22 @@ def _mix(s: Tensor, t: Tensor, z: Tensor) -> Tensor:
 
 
 def gated_plain(
-    x: Tensor, z: Tensor, source: Activation, target: Activation, straight_through: bool = False
+    x: Tensor,
+    z: Tensor,
+    source: Activation,
+    target: Activation,
+    straight_through: bool = False,
+    operands: tuple[Tensor, ...] = (),
 ) -> Tensor:
     """`gated` as plain differentiable tensor code; an unused branch sees the input 0."""
     w = z.to(x.dtype)
-    s = source(torch.where(w == 0, 0.0, x))
+    s = source(torch.where(w == 0, 0.0, x), *operands)
     t = target(torch.where(w == 1, 0.0, x))
     y = _mix(s, t, z)
     if not straight_through:
         return y
     # Selecting gives exact gates no gradient: add theirs with the value 0.
-    difference = (source(x) - target(x)).detach()
+    difference = (source(x, *operands) - target(x)).detach()
     exact = ((w == 0) | (w == 1)) & difference.isfinite()
     return y + (z - z.detach()).to(y.dtype) * torch.where(exact, difference, 0.0)
 
