@@ -19,7 +19,7 @@ from transfer_surgery.activations import (
     registered_activations,
 )
 
-BUILT_IN = registered_activations()
+BUILT_IN = [name for name in registered_activations() if not get_activation(name).operands]
 
 _erf = np.vectorize(math.erf)
 
@@ -58,6 +58,11 @@ CLOSED_FORMS = {
     "gelu(approximate='tanh')": (_gelu_tanh, []),
     "quick_gelu": (lambda x: x * _sigmoid(1.702 * x), []),
     "silu": (lambda x: x * _sigmoid(x), []),
+    "swish": (lambda x: x * _sigmoid(x), []),
+    "swish(beta=0.7)": (lambda x: x * _sigmoid(0.7 * x), []),
+    "squared_relu": (lambda x: np.maximum(x, 0) ** 2, []),
+    "threshold(threshold=0.5, value=-1.0)": (lambda x: np.where(x > 0.5, x, -1.0), [0.5]),
+    "clamp(min=-2, max=0.5)": (lambda x: np.clip(x, -2, 0.5), [-2, 0.5]),
     "mish": (lambda x: x * np.tanh(np.logaddexp(0, x)), []),
     "hardswish": (lambda x: x * np.clip(x + 3, 0, 6) / 6, [-3, 3]),
     "hardsigmoid": (lambda x: np.clip(x + 3, 0, 6) / 6, [-3, 3]),
@@ -105,6 +110,9 @@ NATIVE = {
     "softplus(beta=2.0, threshold=3.0)": lambda x: F.softplus(x, 2.0, 3.0),
     "tanh": torch.tanh,
     "sigmoid": torch.sigmoid,
+    "swish(beta=0.7)": lambda x: x * torch.sigmoid(0.7 * x),
+    "squared_relu": lambda x: torch.relu(x) ** 2,
+    "clamp(min=-2, max=0.5)": lambda x: x.clamp(-2, 0.5),
 }
 
 
@@ -215,7 +223,7 @@ def test_a_third_party_registers_a_function_and_gets_its_derivative_by_autodiff(
     expected = -x / 2 * torch.exp(-(x**2) / 4)
     torch.testing.assert_close(activation.derivative(x), expected)
     assert torch.autograd.gradcheck(activation.backward, (torch.randn_like(x), x))
-    assert recognise(my_op, (x, 2.0, True), {}) == (activation, x, True)
+    assert recognise(my_op, (x, 2.0, True), {}) == (activation, x, True, ())
 
 
 @pytest.mark.usefixtures("empty_registry")

@@ -34,9 +34,9 @@ class MixedActivation(nn.Module):
         self.granularity, self.channel_axis = granularity, channel_axis
         self.register_buffer("z", z)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, *operands: Tensor) -> Tensor:
         z = spread_gates(self.z, x, self.granularity, self.channel_axis)
-        return gated_plain(x, z, self.source, self.target)
+        return gated_plain(x, z, self.source, self.target, operands=operands)
 
     def extra_repr(self) -> str:
         return f"{self.source} -> {self.target}, {float(self.z.mean()):.0%} {self.source}"
@@ -49,8 +49,8 @@ class _Overwriting(nn.Module):
         super().__init__()
         self.activation = activation
 
-    def forward(self, x: Tensor) -> Tensor:
-        return x.copy_(self.activation(x.clone()))
+    def forward(self, x: Tensor, *operands: Tensor) -> Tensor:
+        return x.copy_(self.activation(x.clone(), *operands))
 
 
 @torch.no_grad()

@@ -25,7 +25,7 @@ _CLAMPS: dict[Callable[..., Any], tuple[str, ...]] = {
 
 @register_activation("clamp", calls=_CLAMPS)
 def _clamp(x: Tensor, min: float | None = None, max: float | None = None) -> Tensor:
-    return torch.clamp(x, min, max)
+    return x.clone() if min is None and max is None else torch.clamp(x, min, max)
 
 
 # At a bound, clamp passes the gradient and ReLU does not.
