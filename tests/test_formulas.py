@@ -177,7 +177,9 @@ def test_a_clamp_of_coordinates_is_bounding_and_not_converted():
     ],
 )
 def test_activations_inside_a_fused_kernel_are_listed_with_the_reason(layer, name):
-    plan = find_activations(layer, torch.zeros(5, 2, 4) if "cell" not in name else torch.zeros(2, 4))
+    plan = find_activations(
+        layer, torch.zeros(5, 2, 4) if "cell" not in name else torch.zeros(2, 4)
+    )
     assert [(s.source.name, s.reason) for s in plan] == [
         (name, "it is inside a fused kernel, which takes no other activation")
     ]

@@ -6,6 +6,7 @@ from transfer_surgery.activations import get_activation, register_activation
 from transfer_surgery.bake import bake
 from transfer_surgery.convert import convert, revert
 from transfer_surgery.find import find_activations
+from transfer_surgery.formulas import register_formula
 from transfer_surgery.gates import register_gate
 from transfer_surgery.history import History
 from transfer_surgery.hooks import FrozenGatesWarning, ScheduleEndedWarning
@@ -26,6 +27,7 @@ __all__ = [
     "find_activations",
     "get_activation",
     "register_activation",
+    "register_formula",
     "register_gate",
     "report",
     "revert",

@@ -87,8 +87,8 @@ def register_formula(name: str, text: str, *, exact: bool = False) -> None:
     Args:
         name: a registered activation.
         text: the formula in ``x`` with ``+ - * / **``, numbers and the functions relu, relu6,
-            sigmoid, tanh, softplus, erf and maximum. Parameters of the activation stand for numbers,
-            other names for tensors, its operands. Sums and products match in either order.
+            sigmoid, tanh, softplus, erf and maximum. Parameters of the activation stand for
+            numbers, other names for tensors, its operands. Sums and products match in either order.
         exact: whether the registered value computes the same bits. Otherwise the formula itself
             is evaluated at such sites, so that conversion changes nothing.
 

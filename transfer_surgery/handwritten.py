@@ -17,10 +17,10 @@ from transfer_surgery.activations import register_activation, register_form
 from transfer_surgery.formulas import register_formula
 
 _CLAMPS: dict[Callable[..., Any], tuple[str, ...]] = {
-    getattr(owner, name): ("min", "max")
+    getattr(owner, name): ("min",) if name.startswith("clamp_min") else ("min", "max")
     for owner in (torch, Tensor)
-    for name in ("clamp", "clamp_", "clip", "clip_")
-} | {getattr(owner, name): ("min",) for owner in (torch, Tensor) for name in ("clamp_min", "clamp_min_")}
+    for name in ("clamp", "clamp_", "clip", "clip_", "clamp_min", "clamp_min_")
+}
 
 
 @register_activation("clamp", calls=_CLAMPS)
@@ -92,6 +92,5 @@ register_formula("hardswish", "x * (relu6(x + 3) / 6)")
 register_formula("hardswish", "x * relu6(x + 3) / 6")
 register_formula("gelu", "x * 0.5 * (1 + erf(x / 1.4142135623730951))")
 for _root in ("0.7978845608028654", "0.7978845608"):  # sqrt(2 / pi), as it is usually written
-    _cubic, _factored = f"{_root} * (x + 0.044715 * x ** 3)", f"x * {_root} * (1 + 0.044715 * x * x)"
-    for _inner in (_cubic, _factored):
+    for _inner in (f"{_root} * (x + 0.044715 * x ** 3)", f"x * {_root} * (1 + 0.044715 * x * x)"):
         register_formula("gelu(approximate='tanh')", f"0.5 * x * (1 + tanh({_inner}))")

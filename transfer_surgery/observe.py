@@ -1,15 +1,10 @@
-"""What the finder sees: activation calls, and what flows into and out of them.
-
-Each tensor of the run carries a few facts: where its channels are, whether it depends on the
-model's input, and which sigmoid it comes from. The facts follow the rules measured on both zoos.
-"""
+"""The observer: runs a stand-in of the model and sees every torch call and module call in it."""
 
 from __future__ import annotations
 
 import contextlib
 import itertools
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -20,24 +15,22 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 from transfer_surgery.activations import Activation, Call, get_activation, recognise
+from transfer_surgery.events import Event, Frame, Observation
+from transfer_surgery.facts import (
+    SQUASHING,
+    channel_axis,
+    follow,
+    is_live,
+    is_zero,
+    mark_constant,
+    role_of,
+)
 from transfer_surgery.formulas import Match, Record, Tracker
-from transfer_surgery.location import CallKey, KeyCounter, Location, locate
+from transfer_surgery.location import Location, locate
 from transfer_surgery.plan import ActivationChild, Leaf
 
-__all__ = ["Event", "Observation", "Observer"]
+__all__ = ["Observer"]
 
-_CHANNELS_FIRST = {
-    *(f"conv{kind}{n}d" for kind in ("", "_transpose") for n in (1, 2, 3)),
-    *("batch_norm", "group_norm", "instance_norm"),
-}
-_CHANNELS_LAST = {"linear", "layer_norm", "rms_norm", "embedding", "bilinear"}
-_RESHAPES = {
-    *("reshape", "view", "flatten", "unflatten", "permute", "transpose", "movedim", "moveaxis"),
-    *("swapaxes", "swapdims", "squeeze", "unsqueeze", "t", "matmul", "bmm", "einsum", "__matmul__"),
-}
-_BOUNDED = {"sigmoid", "hardsigmoid"}
-_OUTPUTS = _BOUNDED | {"tanh", "hardtanh", "softplus"}
-_ZEROS = {"zeros", "zeros_like", "new_zeros"}
 _FUSED = "it is inside a fused kernel, which takes no other activation"
 _LISTED = {
     F.rrelu: ("rrelu", "its slope is random"),
@@ -52,101 +45,7 @@ _LISTED = {
     torch.rnn_relu_cell: ("rnn_relu_cell", _FUSED),
 }
 """Calls that are listed with a reason and never converted."""
-
-
-@dataclass
-class Event:
-    """One activation call site as seen in one training mode."""
-
-    owner: str
-    key: CallKey
-    source: Activation
-    kind: str
-    shape: tuple[int, ...]
-    channel_axis: int
-    inplace: bool
-    role: str
-    reason: str | None
-    order: int
-    listed: bool = False
-    module: str | None = None
-    overwrites_input: bool = False
-    calls: int = 0
-    input: Tensor | None = field(default=None, repr=False)
-    output: Tensor | None = field(default=None, repr=False)
-    readers: set[Any] = field(default_factory=set, repr=False)
-    absorbed: set[Any] = field(default_factory=set, repr=False)
-
-    repeats: list[Event] = field(default_factory=list, repr=False)
-
-    @property
-    def is_part(self) -> bool:
-        """Whether all that reads the result belongs to the formula of another activation."""
-        alone = bool(self.readers) and self.readers <= self.absorbed
-        return alone and all(event.is_part for event in self.repeats)
-
-    def fields(self) -> dict[str, Any]:
-        """The part of a `Site` that an event knows."""
-        names = ("source", "kind", "shape", "channel_axis", "inplace", "role", "reason", "module")
-        return {n: getattr(self, n) for n in (*names, "overwrites_input", "calls")}
-
-
-@dataclass
-class Observation:
-    """All sites of one run, the arguments of each owner and the children that it called."""
-
-    events: dict[tuple[str, CallKey], Event] = field(default_factory=dict)
-    arguments: dict[str, tuple[tuple[Any, ...], dict[str, Any]]] = field(default_factory=dict)
-    children: dict[str, tuple[str, ...]] = field(default_factory=dict)
-    keys: dict[str, set[CallKey]] = field(default_factory=dict)
-    modules: dict[str, dict[str, ActivationChild]] = field(default_factory=dict)
-
-    def sites(self) -> list[Event]:
-        """The sites in the order of their first calls; owners are complete in another order."""
-        events = (event for event in self.events.values() if not event.is_part)
-        return sorted(events, key=lambda event: event.order)
-
-    def add(self, event: Event) -> None:
-        seen = self.events.setdefault((event.owner, event.key), event)
-        seen.calls += 1
-        if seen is not event:
-            seen.repeats.append(event)
-            event.input = event.output = None
-        seen.overwrites_input |= event.overwrites_input
-        channels = seen.shape[seen.channel_axis :][:1], event.shape[event.channel_axis :][:1]
-        if channels[0] != channels[1]:
-            seen.reason = f"its calls see {channels[0][0]} and {channels[1][0]} channels"
-
-
-@dataclass
-class _Frame:
-    """One running call of a module."""
-
-    path: str
-    module: nn.Module
-    called_from: Location
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
-    counter: KeyCounter = field(default_factory=KeyCounter)
-    events: list[Event] = field(default_factory=list)
-    children: list[nn.Module] = field(default_factory=list)
-    keys: list[CallKey] = field(default_factory=list)
-    modules: dict[str, ActivationChild] = field(default_factory=dict)
-
-    def draw_key(self, location: Location, calls: int = 1) -> CallKey:
-        """The key of an activation call of this module, the last of several at one place."""
-        self.keys.append([self.counter.key(location) for _ in range(calls)][-1])
-        return self.keys[-1]
-
-    def is_one_activation(self, output: Any) -> bool:
-        """Whether the module did nothing but one activation of its input."""
-        events = [event for event in self.events if not event.is_part]
-        if len(events) != 1 or self.children or any(True for _ in self.module.children()):
-            return False
-        inputs = (*self.args, *self.kwargs.values())
-        stateless = not self.module._parameters and not self.module._buffers
-        (event,) = self.events = events
-        return stateless and bool(inputs) and inputs[0] is event.input and output is event.output
+_LISTED_NAMES = {name for name, _ in _LISTED.values()}
 
 
 class Observer(TorchFunctionMode):
@@ -155,13 +54,13 @@ class Observer(TorchFunctionMode):
     def __init__(self, probe: nn.Module) -> None:
         super().__init__()
         self.probe, self.observation = probe, Observation()
-        self._stack: list[_Frame] = []
+        self._stack: list[Frame] = []
         self._order = itertools.count()
         self._tracker = Tracker()
         self._overwritten: dict[int, tuple[Tensor, Event]] = {}
         self._paths = {id(module): path for path, module in probe.named_modules()}
         for tensor in (*probe.parameters(), *probe.buffers()):
-            tensor._ts_live = False  # type: ignore[attr-defined]
+            mark_constant(tensor)
         for module in probe.modules():
             module.register_forward_pre_hook(self._enter, with_kwargs=True)
             module.register_forward_hook(self._leave)
@@ -174,7 +73,7 @@ class Observer(TorchFunctionMode):
         self._note_reads(output)
         returned = {id(leaf) for leaf in pytree.tree_leaves(output)}
         for event in self.observation.sites():
-            if id(event.output) in returned and event.source.name in _OUTPUTS:
+            if id(event.output) in returned and event.source.name in SQUASHING:
                 event.role = "output"
         return self.observation
 
@@ -183,15 +82,15 @@ class Observer(TorchFunctionMode):
         called_from: Location = places[1][0] if len(places) > 1 else ()
         if self._stack:
             self._stack[-1].children.append(module)
-        self._stack.append(_Frame(self._paths[id(module)], module, called_from, args, kwargs))
+        self._stack.append(Frame(self._paths[id(module)], module, called_from, args, kwargs))
 
     def _leave(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         frame = self._stack.pop()
         if self._stack and frame.is_one_activation(output):
             caller, event = self._stack[-1], frame.events[0]
             event.owner, event.module, event.kind = caller.path, frame.path, "module"
-            if event.listed:
-                event.key = CallKey(frame.called_from, -1 - len(caller.events))
+            if event.source.name in _LISTED_NAMES:
+                event.key = caller.draw_listed_key(frame.called_from)
             else:
                 event.key = caller.draw_key(frame.called_from, len(frame.keys))
                 child = ActivationChild(event.source, len(frame.keys))
@@ -235,13 +134,15 @@ class Observer(TorchFunctionMode):
             if inner.event is not None:
                 inner.event.absorbed.add(parent)
         self._tracker.made(record, func, args, out)
+        event = None if call is None else self._record(func, call, match, out)
+        if record is not None:
+            record.event = event
         if outputs:
             self._note_reads(inputs)
-            _follow(getattr(func, "__name__", ""), inputs, outputs)
-        if call is not None:
-            event = self._record(func, call, match, out)
-            if record is not None:
-                record.event = event
+            gate = event if event is not None and event.role == "gating" else None
+            follow(getattr(func, "__name__", ""), inputs, outputs, gate)
+        if call is not None and event is not None and call.inplace:
+            self._overwritten[call.input.untyped_storage()._cdata] = (call.input, event)
         return out
 
     def _read(
@@ -252,30 +153,27 @@ class Observer(TorchFunctionMode):
             return None, None, None
         record, match = self._tracker.call(func, args, kwargs)
         if match is not None:
-            call: Call | None = Call(match.activation, match.input, match.inplace, match.operands)
-            if any(getattr(x, "_ts_zero", False) for x in match.operands):
-                relu = get_activation("relu", written="maximum(x, zero)")
-                call = Call(relu, match.input, match.inplace, match.operands)
-        elif func in _LISTED:
-            call = Call(Activation(_LISTED[func][0]), args[0] if args else None, False)
+            if not is_live(match.input) or any(map(is_live, match.operands)):
+                # It looks like a formula, but what should be a learned tensor is not. The call
+                # counts all the same: the tracer and the dispatch do not know better.
+                self._stack[-1].draw_key(locate()[0][0])
+                return None, record, None
+            activation = match.activation
+            if any(map(is_zero, match.operands)):
+                activation = get_activation("relu", written="maximum(x, zero)")
+            return Call(activation, match.input, match.inplace, match.operands), record, match
+        if func in _LISTED:
+            call: Call | None = Call(Activation(_LISTED[func][0]), args[0] if args else None, False)
         else:
             call = recognise(func, args, kwargs)
-        if call is not None and not isinstance(call.input, Tensor):
-            call = None
-        return call, record, match
+        return call if call and isinstance(call.input, Tensor) else None, record, None
 
-    def _record(
-        self, func: Callable[..., Any], call: Call, match: Match | None, out: Any
-    ) -> Event | None:
+    def _record(self, func: Callable[..., Any], call: Call, match: Match | None, out: Any) -> Event:
         frame, x = self._stack[-1], call.input
         location = locate()[0][0]
-        listed = func in _LISTED
-        key = CallKey(location, -1 - len(frame.events)) if listed else frame.draw_key(location)
-        live = _is_live(x)
-        if match is not None and (not live or any(_is_live(x) for x in match.operands)):
-            return None  # it looks like a formula, but its operand is no learned tensor
-        reason = _LISTED[func][1] if listed else None
-        if not live:
+        draw = frame.draw_listed_key if func in _LISTED else frame.draw_key
+        reason = _LISTED[func][1] if func in _LISTED else None
+        if not is_live(x):
             reason = "it does not depend on the input"
         elif not x.is_floating_point():
             reason = f"its input is {x.dtype}"
@@ -284,24 +182,19 @@ class Observer(TorchFunctionMode):
         kind = "method" if getattr(Tensor, func.__name__, None) is func else "function"
         event = Event(
             owner=frame.path,
-            key=key,
+            key=draw(location),
             source=call.activation,
             kind="formula" if match else kind,
             shape=tuple(x.shape),
-            channel_axis=_channel_axis(x),
+            channel_axis=channel_axis(x),
             inplace=call.inplace,
-            role=_role(call.activation, x),
+            role=role_of(call.activation, x),
             reason=reason,
             order=next(self._order),
-            listed=listed,
             input=x,
             output=out,
         )
         frame.events.append(event)
-        if call.inplace:
-            self._overwritten[x.untyped_storage()._cdata] = (x, event)
-        if event.role == "gating" and isinstance(out, Tensor):
-            out._ts_sigmoid = event  # type: ignore[attr-defined]
         return event
 
     def _note_reads(self, value: Any) -> None:
@@ -311,48 +204,3 @@ class Observer(TorchFunctionMode):
                 _, event = self._overwritten.get(leaf.untyped_storage()._cdata, (None, None))
                 if event is not None:
                     event.overwrites_input = True
-
-
-def _is_live(x: Tensor) -> bool:
-    """Whether a tensor depends on the model's input; new tensors are inputs."""
-    return getattr(x, "_ts_live", True)
-
-
-def _role(activation: Activation, x: Tensor) -> str:
-    if activation.name in _BOUNDED:
-        return "gating"
-    written = str(dict(activation.parameters).get("written", ""))
-    is_clamp = activation.name in ("clamp", "tlu") or written.startswith(("clamp", "maximum"))
-    # Of what comes straight from a layer a clamp at 0 is an activation; else it bounds coordinates.
-    from_layer = getattr(x, "_ts_axis", None) is not None and activation.name != "clamp"
-    return "bounding" if is_clamp and not from_layer else "hidden"
-
-
-def _follow(name: str, inputs: list[Tensor], outputs: list[Tensor]) -> None:
-    """Carry the facts from the inputs of a torch call to its outputs."""
-    live = any(_is_live(x) for x in inputs) and name not in _ZEROS
-    like = max(inputs, key=Tensor.numel, default=None)
-    layer = name in _CHANNELS_FIRST or name in _CHANNELS_LAST
-    sigmoid = getattr(inputs[0], "_ts_sigmoid", None) if inputs else None
-    if layer and sigmoid is not None:
-        sigmoid.role = "hidden"  # it feeds the next layer instead of multiplying something
-    for out in outputs:
-        facts: Any = out
-        if name in _CHANNELS_FIRST:
-            facts._ts_axis = 1
-        elif name in _CHANNELS_LAST:
-            facts._ts_axis = -1
-        elif name in _RESHAPES or like is None or like.dim() != out.dim():
-            facts._ts_axis = None
-        else:
-            facts._ts_axis = getattr(like, "_ts_axis", None)
-        facts._ts_live, facts._ts_zero = live, name in _ZEROS
-        facts._ts_sigmoid = sigmoid if len(inputs) == 1 and not layer else None
-
-
-def _channel_axis(x: Tensor) -> int:
-    """From the layer that produced ``x``; else 1 for images and volumes, -1 for tokens."""
-    axis = getattr(x, "_ts_axis", None)
-    if axis is None:
-        return 1 if x.dim() >= 4 else -1
-    return int(axis)

@@ -164,7 +164,7 @@ class _OwnerTracer(fx.Tracer):
         child = self._activations.get(id(self.root.get_submodule(str(node.target))))
         if child is None:
             return
-        given = node.args[0] if node.args else next(iter(node.kwargs.values()))
+        given: Any = node.args[0] if node.args else next(iter(node.kwargs.values()))
         location = locate()[0][0]
         key = [self._counter.key(location) for _ in range(child.calls)][-1]
         self.calls[node] = TracedCall(key, (given,))
