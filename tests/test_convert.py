@@ -359,3 +359,19 @@ def test_an_owner_whose_trace_cannot_be_written_as_code_is_dispatched_and_the_pl
     plan = find_activations(Marked(), X)
     assert plan["relu_0"].way == "dispatch"
     assert "a default or attribute" in plan.notes[0] or "an argument" in plan.notes[0]
+
+
+def test_a_step_whose_first_input_is_a_constant_still_depends_on_the_input():
+    class Recurrent(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.step = nn.Sequential(nn.Linear(4, 4), nn.ReLU())
+
+        def forward(self, x):
+            state = torch.zeros_like(x)
+            for _ in range(3):
+                state = self.step(state) + x
+            return state
+
+    (site,) = find_activations(Recurrent(), torch.zeros(2, 4))
+    assert (site.path, site.calls, site.reason) == ("step.1", 3, None)

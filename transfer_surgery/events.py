@@ -11,7 +11,9 @@ from transfer_surgery.activations import Activation
 from transfer_surgery.location import CallKey, KeyCounter, Location
 from transfer_surgery.plan import ActivationChild
 
-__all__ = ["Event", "Frame", "Observation"]
+__all__ = ["NOT_LIVE", "Event", "Frame", "Observation"]
+
+NOT_LIVE = "it does not depend on the input"
 
 
 @dataclass
@@ -74,6 +76,8 @@ class Observation:
         if seen is not event:
             seen.repeats.append(event)
             event.input = event.output = None
+        if seen.reason == NOT_LIVE:  # the first of a loop may start from a constant
+            seen.reason = event.reason
         seen.overwrites_input |= event.overwrites_input
         channels = seen.shape[seen.channel_axis :][:1], event.shape[event.channel_axis :][:1]
         if channels[0] != channels[1]:

@@ -15,7 +15,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 from transfer_surgery.activations import Activation, Call, get_activation, recognise
-from transfer_surgery.events import Event, Frame, Observation
+from transfer_surgery.events import NOT_LIVE, Event, Frame, Observation
 from transfer_surgery.facts import (
     SQUASHING,
     channel_axis,
@@ -174,7 +174,7 @@ class Observer(TorchFunctionMode):
         draw = frame.draw_listed_key if func in _LISTED else frame.draw_key
         reason = _LISTED[func][1] if func in _LISTED else None
         if not is_live(x):
-            reason = "it does not depend on the input"
+            reason = NOT_LIVE
         elif not x.is_floating_point():
             reason = f"its input is {x.dtype}"
         elif "forward" in vars(frame.module):
