@@ -1,7 +1,9 @@
 """Promises of convert, revert and bake on small hand-made networks: the hard cases, one each."""
 
 import copy
+import io
 import pickle
+import warnings
 
 import pytest
 import torch
@@ -274,7 +276,7 @@ def test_seed_decides_the_start_of_the_gates():
         ({"temperature": 2.0}, "temperature"),
         ({"stretch": (0.0, 1.0)}, "stretch"),
         ({"example_input": torch.zeros(1, 9, 5, 5)}, "does not run on the example input"),
-        ({"example_input": None}, "Pass example_input="),
+        ({"example_input": ()}, "Pass example_input="),
     ],
     ids=str,
 )
@@ -375,3 +377,65 @@ def test_a_step_whose_first_input_is_a_constant_still_depends_on_the_input():
 
     (site,) = find_activations(Recurrent(), torch.zeros(2, 4))
     assert (site.path, site.calls, site.reason) == ("step.1", 3, None)
+
+
+def test_a_mixed_site_bakes_bit_for_bit_also_where_its_input_is_a_strided_view():
+    class Split(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.joint, self.act, self.last = nn.Linear(16, 96), nn.GELU(), nn.Linear(64, 8)
+
+        def forward(self, x):
+            return self.last(self.act(self.joint(x).split([32, 64], dim=-1)[1]))
+
+    model, x = Split(), torch.randn(2, 33, 16)
+    convert(model.eval(), example_input=x)
+    model.act.log_alpha.data.copy_(torch.randn(64).sign() * 8)
+    with torch.no_grad():
+        gated = model(x)
+        assert torch.equal(bake(model)(x), gated)
+
+
+def test_a_converted_model_can_be_traced_by_torchscript():
+    model, x = nn.Sequential(nn.Linear(4, 6), nn.ReLU()).eval(), torch.randn(5, 4)
+    convert(model, example_input=x)
+    model[1].log_alpha.data.copy_(torch.tensor([8.0, -8.0, 0.5] * 2))
+    buffer = io.BytesIO()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch.jit is deprecated
+        torch.jit.save(torch.jit.trace(model, x), buffer)
+        buffer.seek(0)
+        torch.testing.assert_close(torch.jit.load(buffer)(x), model(x))
+
+
+@pytest.mark.parametrize("late", [True, 1])
+def test_a_branch_that_did_not_run_at_conversion_warns_when_it_runs(late):
+    class Late(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer, self.late = nn.Linear(4, 4), False
+
+        def forward(self, x):
+            x = self.layer(F.relu(x))
+            return torch.tanh(x) if self.late else x
+
+    model, x = Late().eval(), torch.randn(3, 4)
+    convert(model, example_input=x)
+    model(x)
+    model.late = late
+    with pytest.warns(
+        RuntimeWarning, match=r"Late calls tanh \(.*forward, line 3 of it\) in a branch"
+    ):
+        after = model(x)
+    assert torch.equal(after, revert(model)(x))
+
+
+def test_a_module_that_changes_the_result_of_its_activation_in_place_is_no_activation():
+    class Scaled(nn.Module):
+        def forward(self, x):
+            return F.gelu(x).mul_(1.7)
+
+    model, x = nn.Sequential(nn.Linear(4, 4), Scaled()).eval(), torch.randn(3, 4)
+    before = model(x)
+    assert find_activations(model, x).sites[0].path == "1.gelu_0"
+    assert torch.equal(convert(model, example_input=x)(x), before)

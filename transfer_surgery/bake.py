@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from transfer_surgery.activations import Activation, ActivationModule
-from transfer_surgery.kernels import gated_plain
+from transfer_surgery.kernels import gated
 from transfer_surgery.surgery import share_hooks, swap_children
 from transfer_surgery.unit import GatedActivation, gated_activations, spread_gates
 
@@ -36,7 +36,7 @@ class MixedActivation(nn.Module):
 
     def forward(self, x: Tensor, *operands: Tensor) -> Tensor:
         z = spread_gates(self.z, x, self.granularity, self.channel_axis)
-        return gated_plain(x, z, self.source, self.target, operands=operands)
+        return gated(x, z, self.source, self.target, operands=operands)
 
     def extra_repr(self) -> str:
         return f"{self.source} -> {self.target}, {float(self.z.mean()):.0%} {self.source}"

@@ -10,10 +10,13 @@ from torch import nn
 
 from transfer_surgery.activations import Activation, get_activation
 from transfer_surgery.find import find_activations
+from transfer_surgery.fused import reopen_fused_paths
 from transfer_surgery.gates import make_gate
 from transfer_surgery.plan import Plan, Site
+from transfer_surgery.probe import keep_random_state
 from transfer_surgery.rewrite import prepare_rewrites
-from transfer_surgery.surgery import insert_units, refuse_unfit, restore_owner, swap_children
+from transfer_surgery.surgery import insert_units, restore_owner, share_hooks, swap_children
+from transfer_surgery.unfit import refuse_unfit
 from transfer_surgery.unit import GRANULARITIES, GatedActivation, gated_activations
 
 __all__ = ["convert", "revert"]
@@ -103,7 +106,8 @@ def convert(
         )
         for site, g in zip(chosen, granularities, strict=True)
     }
-    recipes = prepare_rewrites(model, whole, {site.path for site in chosen})
+    with keep_random_state():
+        recipes = prepare_rewrites(model, whole, {site.path for site in chosen})
     insert_units(model, whole, units, recipes)
     return model
 
@@ -125,10 +129,16 @@ def revert(model: nn.Module) -> nn.Module:
           (1): ReLU()
         )
     """
-    units = [unit for _, unit in gated_activations(model) if unit.replaced]
-    swap_children(model, {unit: unit.replaced[0].train(unit.training) for unit in units})
+    originals: dict[nn.Module, nn.Module] = {
+        unit: unit.replaced[0] for _, unit in gated_activations(model) if unit.replaced
+    }
+    for unit, original in originals.items():
+        original.train(unit.training)
+        share_hooks(unit, original)
+    swap_children(model, originals)
     for module in list(model.modules()):
         restore_owner(module)
+    reopen_fused_paths(model)
     return model
 
 

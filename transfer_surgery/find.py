@@ -15,9 +15,11 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from transfer_surgery.adapter import adapt_sites, find_example_input
-from transfer_surgery.observe import Observation, Observer
+from transfer_surgery.events import Observation
+from transfer_surgery.observe import Observer
 from transfer_surgery.plan import OwnerCall, Plan, Site
 from transfer_surgery.probe import (
+    Uncopyable,
     example_arguments,
     fake_arguments,
     keep_random_state,
@@ -67,6 +69,8 @@ def _observe(
     """Run the probe in each mode: on fake tensors, or for real where values steer the model."""
     try:
         return _run(model, arguments, modes, FakeTensorMode(allow_non_fake_inputs=True))
+    except Uncopyable:
+        raise
     except Exception as fake_error:
         try:
             return _run(model, arguments, modes, None)
@@ -175,7 +179,10 @@ def _runs_in_order(model: nn.Module, owner: str) -> bool:
 
 def _free_name(model: nn.Module, owner: str, base: str, taken: set[str | None]) -> str:
     module, number = model.get_submodule(owner), 0
-    while hasattr(module, f"{base}_{number}") or _join(owner, f"{base}_{number}") in taken:
+    # Not hasattr: a __getattr__ may answer to any name.
+    held = {*dir(type(module)), *vars(module), *module._modules}
+    held |= {*module._parameters, *module._buffers}
+    while f"{base}_{number}" in held or _join(owner, f"{base}_{number}") in taken:
         number += 1
     return _join(owner, f"{base}_{number}")
 
@@ -192,7 +199,8 @@ def _check_traces(
     for owner in dict.fromkeys(s.owner for s in sites if s.way == "fx" and s.reason is None):
         try:
             owned = [site for site in sites if site.owner == owner]
-            generate_recipe(probe, owner, calls[owner], owned, {site.path for site in owned})
+            with keep_random_state():
+                generate_recipe(probe, owner, calls[owner], owned, {s.path for s in owned})
         except Untraceable as error:
             dispatched.add(owner)
             notes.append(

@@ -15,9 +15,10 @@ from types import CodeType, FrameType
 from typing import NamedTuple
 
 import torch
+import torch.utils.checkpoint
 from torch import fx, nn
 
-__all__ = ["GENERATED", "CallKey", "KeyCounter", "Location", "locate"]
+__all__ = ["GENERATED", "CallKey", "KeyCounter", "Location", "is_checkpointed", "locate"]
 
 GENERATED = "<transfer_surgery"
 """Start of the file name of generated code."""
@@ -26,6 +27,7 @@ Location = tuple[tuple[str, int, int], ...]
 
 _LIBRARY = (str(Path(torch.__file__).parent), str(Path(__file__).parent), GENERATED)
 _MODULE_CALL = nn.Module._call_impl.__code__
+_CHECKPOINT = torch.utils.checkpoint.__file__
 _TRACE = fx.Tracer.trace.__code__
 
 
@@ -68,6 +70,18 @@ def locate() -> list[tuple[Location, nn.Module | None]]:
             chain.append(_position(code, frame.f_lasti))
         frame = frame.f_back
     return found
+
+
+def is_checkpointed(owner: nn.Module) -> bool:
+    """Whether the running call of ``owner`` is inside a ``torch.utils.checkpoint`` of its own."""
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None:
+        if frame.f_code is _MODULE_CALL and frame.f_locals["self"] is owner:
+            return False
+        if frame.f_code.co_filename == _CHECKPOINT:
+            return True
+        frame = frame.f_back
+    return False
 
 
 def _position(code: CodeType, instruction: int) -> tuple[str, int, int]:

@@ -28,6 +28,7 @@ from transfer_surgery.facts import (
 from transfer_surgery.formulas import Match, Record, Tracker
 from transfer_surgery.location import Location, locate
 from transfer_surgery.plan import ActivationChild, Leaf
+from transfer_surgery.probe import is_packed
 
 __all__ = ["Observer"]
 
@@ -86,7 +87,7 @@ class Observer(TorchFunctionMode):
 
     def _leave(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         frame = self._stack.pop()
-        if self._stack and frame.is_one_activation(output):
+        if self._stack and frame.is_one_activation(output) and self._is_untouched(frame.events[0]):
             caller, event = self._stack[-1], frame.events[0]
             event.owner, event.module, event.kind = caller.path, frame.path, "module"
             if event.source.name in _LISTED_NAMES:
@@ -105,9 +106,7 @@ class Observer(TorchFunctionMode):
         observation.keys.setdefault(frame.path, set()).update(frame.keys)
         observation.modules.setdefault(frame.path, {}).update(frame.modules)
         if frame.path not in observation.arguments:
-            template = pytree.tree_map_only(
-                Tensor, lambda _: Leaf.TENSOR, (frame.args, frame.kwargs)
-            )
+            template = pytree.tree_map(_stand_in, (frame.args, frame.kwargs), is_leaf=is_packed)
             names = {id(child): name for name, child in frame.module.named_modules()}
             observation.arguments[frame.path] = template
             observation.children[frame.path] = tuple(
@@ -170,13 +169,18 @@ class Observer(TorchFunctionMode):
 
     def _record(self, func: Callable[..., Any], call: Call, match: Match | None, out: Any) -> Event:
         frame, x = self._stack[-1], call.input
-        location = locate()[0][0]
+        location, caller = locate()[0]
         draw = frame.draw_listed_key if func in _LISTED else frame.draw_key
         reason = _LISTED[func][1] if func in _LISTED else None
         if not is_live(x):
             reason = NOT_LIVE
         elif not x.is_floating_point():
             reason = f"its input is {x.dtype}"
+        elif caller is not frame.module:
+            reason = (
+                "the module that calls it is not registered in the model; keep it in an "
+                "nn.ModuleList or nn.ModuleDict"
+            )
         elif "forward" in vars(frame.module):
             reason = "its owner's forward is replaced on the instance"
         kind = "method" if getattr(Tensor, func.__name__, None) is func else "function"
@@ -197,6 +201,11 @@ class Observer(TorchFunctionMode):
         frame.events.append(event)
         return event
 
+    def _is_untouched(self, event: Event) -> bool:
+        """Whether the result of an activation has not been changed in place since."""
+        record = self._tracker.known(event.output)
+        return event.source.name in _LISTED_NAMES or (record is not None and record.event is event)
+
     def _note_reads(self, value: Any) -> None:
         """An input that was overwritten in place is read again: its new value matters."""
         for leaf in pytree.tree_leaves(value):
@@ -204,3 +213,9 @@ class Observer(TorchFunctionMode):
                 _, event = self._overwritten.get(leaf.untyped_storage()._cdata, (None, None))
                 if event is not None:
                     event.overwrites_input = True
+
+
+def _stand_in(value: Any) -> Any:
+    if is_packed(value):
+        return Leaf.PACKED
+    return Leaf.TENSOR if isinstance(value, Tensor) else value

@@ -23,9 +23,10 @@ ROLES = ("hidden", "gating", "output", "bounding")
 
 
 class Leaf(enum.Enum):
-    """Stands for a tensor in the arguments of an `OwnerCall`."""
+    """Stands for a tensor, or a packed sequence, in the arguments of an `OwnerCall`."""
 
     TENSOR = "tensor"
+    PACKED = "packed sequence"
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""What became of the gates: one row per call site, read from the prediction gates of Eq. 16.
+"""What became of the gates: a row per call site or stage, from the prediction gates of Eq. 16.
 
 A gate whose prediction is exactly 0 is *transferred* (pure target), exactly 1 *kept* (pure source),
 anything between *mixed*.
@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from transfer_surgery.adapter import find_adapter
 from transfer_surgery.unit import GatedActivation, gated_activations
 
 if TYPE_CHECKING:
@@ -25,15 +26,16 @@ if TYPE_CHECKING:
 __all__ = ["Report", "Row", "data_frame", "report"]
 
 _VERSION = 1
+_GROUPINGS = ("site", "stage")
 
 
 @dataclass(frozen=True)
 class Row:
-    """The gates of one call site, or of all of them.
+    """The gates of one call site, or of several together.
 
     Args:
-        path: where the site's unit lives in the model; ``"total"`` for all sites.
-        source: the activation the network had; ``"various"`` in a total over different ones.
+        path: where the site's unit lives in the model; the name of a stage; ``"total"``.
+        source: the activation the network had; ``"various"`` for several sites that differ in it.
         target: the activation it is transferred to, likewise.
         granularity: ``"layer"``, ``"channel"`` or ``"neuron"``, likewise.
         gates: number of gates.
@@ -64,6 +66,7 @@ class Report:
 
     rows: tuple[Row, ...]
     total: Row
+    by: str = "site"
 
     def __iter__(self) -> Iterator[Row]:
         return iter(self.rows)
@@ -76,19 +79,21 @@ class Report:
 
     def __repr__(self) -> str:
         transferred = _percent(self.total.transferred)
-        return f"Report({len(self)} sites, {self.total.gates} gates, {transferred} transferred)"
+        return (
+            f"Report({len(self)} {self.by}s, {self.total.gates} gates, {transferred} transferred)"
+        )
 
     def to_dict(self) -> dict[str, Any]:
         """Plain numbers, strings, lists and dicts, with the version of this layout."""
         rows = [asdict(row) for row in self.rows]
-        return {"version": _VERSION, "rows": rows, "total": asdict(self.total)}
+        return {"version": _VERSION, "by": self.by, "rows": rows, "total": asdict(self.total)}
 
     def to_json(self) -> str:
         """The text of `to_dict`."""
         return json.dumps(self.to_dict(), indent=2)
 
     def to_pandas(self) -> pd.DataFrame:
-        """A data frame with one line per site.
+        """A data frame with one line per row.
 
         Raises:
             ImportError: pandas is not installed.
@@ -102,19 +107,21 @@ class Report:
         return plot_report(self, ax)
 
 
-def report(model: nn.Module) -> Report:
+def report(model: nn.Module, *, by: str = "site") -> Report:
     """Count transferred, kept and mixed gates of a converted model, site by site.
 
     The numbers of all sites travel to the host together: a report waits for a GPU only once.
 
     Args:
         model: a converted model, in train or eval mode.
+        by: ``"site"``, or ``"stage"`` for sums over the stages that the model's adapter names
+            (``stem``, ``layer1``, ...); sites in none of them go by the model's child they are in.
 
     Returns:
-        A `Report` with one row per call site.
+        A `Report` with one row per call site or stage.
 
     Raises:
-        ValueError: the model was not converted.
+        ValueError: the model was not converted; ``by`` is neither.
 
     Example:
         >>> from transfer_surgery.activations import get_activation
@@ -135,13 +142,18 @@ def report(model: nn.Module) -> Report:
         -------------------------------------------------------------------------------------------------
         total  relu    sin     channel          4       64       25.0 %  50.0 %  25.0 %  0.625       2.25
     """  # noqa: E501
+    if by not in _GROUPINGS:
+        raise ValueError(f"by={by!r}: expected one of {', '.join(map(repr, _GROUPINGS))}.")
     units = list(gated_activations(model))
     with torch.no_grad():
         statistics = [_statistics(unit) for _, unit in units]
         # A model may be spread over several devices: gather on one of them first.
         numbers = torch.stack([s.to(statistics[0].device) for s in statistics]).tolist()
     rows = tuple(_row(path, unit, *n) for (path, unit), n in zip(units, numbers, strict=True))
-    return Report(rows, _total(rows))
+    total = _sum("total", rows)
+    if by == "stage":
+        rows = tuple(_sum(stage, members) for stage, members in _stages(model, rows).items())
+    return Report(rows, total, by)
 
 
 def data_frame(lines: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
@@ -183,11 +195,26 @@ def _row(
     )
 
 
-def _total(rows: Sequence[Row]) -> Row:
+def _stages(model: nn.Module, rows: Sequence[Row]) -> dict[str, list[Row]]:
+    """The rows of each stage, in the order in which the stages come up."""
+    adapter = find_adapter(model)
+    stages = {} if adapter is None else adapter.stages(model)
+    stage_of = {path: stage for stage, paths in stages.items() for path in paths}
+    members: dict[str, list[Row]] = {}
+    for row in rows:
+        names = row.path.split(".")
+        prefixes = (".".join(names[:depth]) for depth in range(len(names), 0, -1))
+        stage = next((stage_of[p] for p in prefixes if p in stage_of), names[0])
+        members.setdefault(stage, []).append(row)
+    return members
+
+
+def _sum(path: str, rows: Sequence[Row]) -> Row:
+    """The rows as one; shares and means are those of all their gates."""
     gates = sum(row.gates for row in rows)
     located = [(r.mean_log_alpha, r.gates) for r in rows if r.mean_log_alpha is not None]
     return Row(
-        path="total",
+        path=path,
         source=_common(row.source for row in rows),
         target=_common(row.target for row in rows),
         granularity=_common(row.granularity for row in rows),

@@ -21,8 +21,8 @@ from typing import Any
 from torch import fx, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from transfer_surgery.dispatch import Entry, dispatched_forward
-from transfer_surgery.location import GENERATED
+from transfer_surgery.dispatch import Entry, dispatched_forward, hidden_units
+from transfer_surgery.location import GENERATED, CallKey
 from transfer_surgery.plan import Leaf, OwnerCall, Plan, Site
 from transfer_surgery.probe import probe_copy
 from transfer_surgery.trace import OwnerTrace, Untraceable, bind, trace_owner
@@ -42,11 +42,13 @@ class Recipe:
         source: code of ``forward``, ``_forward_eval`` and ``_forward_train``; empty: dispatch only.
         imports: the globals of that code, as (name, module, qualified name).
         table: the call sites for the dispatch.
+        seen: all activation calls in the owner's code, converted or not.
     """
 
     source: str
     imports: tuple[Import, ...]
     table: tuple[Entry, ...]
+    seen: frozenset[CallKey]
 
 
 def original_class(owner: nn.Module) -> type[nn.Module] | None:
@@ -64,12 +66,17 @@ def rewritten_class(base: type[nn.Module], recipe: Recipe) -> type[nn.Module]:
 
 def _make_class(base: type[nn.Module], recipe: Recipe) -> type[nn.Module]:
     def dispatch(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        return dispatched_forward(base, self, recipe.table, args, kwargs)
+        return dispatched_forward(base, self, recipe.table, recipe.seen, args, kwargs)
 
     def reduce(self: nn.Module, protocol: Any) -> Any:
-        return _rebuild, (base, recipe), object.__getstate__(self)
+        """As the base class wants it done: it may have a way of its own."""
+        reduced: Any = base.__reduce_ex__(self, protocol)
+        function, args, *rest = reduced
+        plain = (base if value is type(self) else value for value in (function, *args))
+        return _rebuild, (recipe, *plain), *rest
 
     members: dict[str, Any] = {"_transfer_surgery_dispatch": dispatch, "forward": dispatch}
+    members["_modules"] = hidden_units(recipe.table)
     if recipe.source:
         namespace = {name: _load(module, qualname) for name, module, qualname in recipe.imports}
         filename = f"{GENERATED} {base.__module__}.{base.__qualname__} {hash(recipe):x}>"
@@ -88,9 +95,11 @@ def _make_class(base: type[nn.Module], recipe: Recipe) -> type[nn.Module]:
     return type(base.__name__, (base,), members)
 
 
-def _rebuild(base: type[nn.Module], recipe: Recipe) -> nn.Module:
-    cls = rewritten_class(base, recipe)
-    return cls.__new__(cls)
+def _rebuild(recipe: Recipe, function: Any, *args: Any) -> nn.Module:
+    """An owner as its base class makes it, of the rewritten class."""
+    owner: nn.Module = function(*args)
+    object.__setattr__(owner, "__class__", rewritten_class(type(owner), recipe))
+    return owner
 
 
 def prepare_rewrites(model: nn.Module, plan: Plan, chosen: set[str]) -> dict[str, Recipe]:
@@ -123,9 +132,9 @@ def _prepare_owner(
     if any(site.way == "fx" for site in sites):
         recipe = generate_recipe(probe, owner, call, sites, chosen)
     else:
-        recipe = Recipe("", (), _table(owner, sites, chosen))
+        recipe = Recipe("", (), _table(owner, sites, chosen), _seen(call))
     try:
-        module.__class__ = rewritten_class(type(module), recipe)
+        object.__setattr__(module, "__class__", rewritten_class(type(module), recipe))
     except TypeError as error:
         raise ValueError(
             f"{owner or 'the model'}: its class {type(module).__name__} cannot be extended "
@@ -159,6 +168,10 @@ def _table(owner: str, sites: Sequence[Site], chosen: set[str]) -> tuple[Entry, 
     )
 
 
+def _seen(call: OwnerCall) -> frozenset[CallKey]:
+    return frozenset[CallKey]().union(*call.keys.values())
+
+
 def _generate(
     base: type[nn.Module], call: OwnerCall, trace: OwnerTrace, table: tuple[Entry, ...]
 ) -> Recipe:
@@ -184,7 +197,7 @@ def _generate(
     imports = tuple(
         (name, *_locate_object(name, value)) for name, value in namespace.items() if name in used
     )
-    return Recipe(source, imports, table)
+    return Recipe(source, imports, table, _seen(call))
 
 
 def _call_unit(graph: fx.Graph, node: fx.Node, unit: str, args: tuple[fx.Node, ...]) -> fx.Node:

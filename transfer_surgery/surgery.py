@@ -1,50 +1,28 @@
-"""The cuts themselves: putting units in, taking them out, refusing models unfit for it."""
+"""The cuts themselves: putting units in and taking them out."""
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.utils.parametrize import type_before_parametrizations
 
+from transfer_surgery.fused import close_fused_paths
 from transfer_surgery.plan import Plan
-from transfer_surgery.rewrite import Recipe, original_class, rewritten_class
+from transfer_surgery.rewrite import Recipe, rewritten_class
 from transfer_surgery.unit import GatedActivation
 
-__all__ = ["insert_units", "refuse_unfit", "restore_owner", "share_hooks", "swap_children"]
+__all__ = ["insert_units", "restore_owner", "share_hooks", "swap_children"]
 
+_MODULE_STATE = frozenset(vars(nn.Module()))
 _HOOKS = (
     *("_forward_hooks", "_forward_hooks_with_kwargs", "_forward_hooks_always_called"),
     *("_forward_pre_hooks", "_forward_pre_hooks_with_kwargs"),
-    *("_backward_hooks", "_backward_pre_hooks"),
+    *("_backward_hooks", "_backward_pre_hooks", "_is_full_backward_hook"),
 )
-
-
-def refuse_unfit(model: nn.Module) -> None:
-    """Raise before anything is changed where surgery would do harm.
-
-    Raises:
-        TypeError: not an eager module: scripted, compiled, traced or wrapped for distribution.
-        ValueError: already converted.
-    """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"convert takes a torch.nn.Module, not {type(model).__name__}.")
-    wrappers = (
-        (torch.jit.ScriptModule, "convert the model before torch.jit.script or trace"),
-        (torch._dynamo.OptimizedModule, "convert the model before torch.compile"),
-        (nn.parallel.DistributedDataParallel, "convert the model before wrapping it in DDP"),
-        (nn.DataParallel, "convert the model before wrapping it in DataParallel"),
-    )
-    for path, module in model.named_modules():
-        for wrapper, fix in wrappers:
-            if isinstance(module, wrapper):
-                raise TypeError(f"{path or 'the model'} is a {type(module).__name__}: {fix}.")
-        if isinstance(module, GatedActivation):
-            raise ValueError(
-                f"{path} is gated already: the model was converted before. Call revert(model) "
-                "first, or convert once with all sites."
-            )
 
 
 def insert_units(
@@ -55,7 +33,8 @@ def insert_units(
 ) -> None:
     """Put units in their places and give rewritten owners their class.
 
-    All that can fail comes first; then only names and classes are assigned.
+    All that can fail comes first; then only names and classes are assigned, past any
+    ``__setattr__`` of the modules.
 
     Args:
         model: the model.
@@ -64,9 +43,9 @@ def insert_units(
         recipes: the generated code, by owner path.
     """
     owners = {path: model.get_submodule(path) for path in recipes}
-    classes = {path: rewritten_class(type(owners[path]), r) for path, r in recipes.items()}
+    classes = {path: _rewritten_type(owners[path], recipe) for path, recipe in recipes.items()}
     default = next(model.parameters(), torch.zeros(())).device
-    callers = Counter(site.module for site in plan)
+    callers = Counter(model.get_submodule(s.module) for s in plan if s.module is not None)
     places = []
     for site in plan:
         if site.path not in units:
@@ -79,21 +58,45 @@ def insert_units(
             unit.replaced = (original,)
             unit.train(original.training)
             share_hooks(original, unit)
-        # A module with one caller is that site under each of its names.
-        places.append((holder, name, unit, original if callers[site.module] == 1 else None))
+        places.append((holder, name, unit, original))
+    # A module with one caller is that site under each of its names.
+    everywhere = {old: unit for _, _, unit, old in places if old is not None and callers[old] == 1}
     for holder, name, unit, _ in places:
         holder._modules[name] = unit
-    swap_children(model, {old: unit for _, _, unit, old in places if old is not None})
+    swap_children(model, everywhere)
+    close_fused_paths(model, [model.get_submodule(s.owner) for s in plan if s.path in units])
     for path, owner in owners.items():
-        owner.__class__ = classes[path]
+        object.__setattr__(owner, "__class__", classes[path])
 
 
 def swap_children(model: nn.Module, swaps: Mapping[nn.Module, nn.Module]) -> None:
-    """Register each new module wherever the old one is registered, in the same position."""
+    """Put each new module wherever the old one is: registered, or in an attribute of a module."""
+    seen: set[int] = set()
     for module in list(model.modules()):
+        if isinstance(module, GatedActivation):
+            continue  # it keeps the module that it stands in for
         for name, child in module._modules.items():
             if child is not None and child in swaps:
                 module._modules[name] = swaps[child]
+        for name in vars(module).keys() - _MODULE_STATE:
+            vars(module)[name] = _swap_inside(vars(module)[name], swaps, seen)
+
+
+def _swap_inside(value: Any, swaps: Mapping[nn.Module, nn.Module], seen: set[int]) -> Any:
+    """Swap modules in plain lists, tuples and dicts; lists and dicts stay the same objects."""
+    if isinstance(value, nn.Module):
+        return swaps.get(value, value)
+    if type(value) not in (list, tuple, dict) or id(value) in seen:
+        return value
+    seen.add(id(value))  # containers may contain themselves
+    if isinstance(value, list):
+        value[:] = [_swap_inside(item, swaps, seen) for item in value]
+    elif isinstance(value, dict):
+        value.update({key: _swap_inside(item, swaps, seen) for key, item in value.items()})
+    else:
+        items = tuple(_swap_inside(item, swaps, seen) for item in value)
+        return value if all(a is b for a, b in zip(items, value, strict=True)) else items
+    return value
 
 
 def share_hooks(old: nn.Module, new: nn.Module) -> None:
@@ -104,12 +107,27 @@ def share_hooks(old: nn.Module, new: nn.Module) -> None:
 
 def restore_owner(owner: nn.Module) -> None:
     """Give a rewritten owner its class back and drop its units; other modules are left alone."""
-    base = original_class(owner)
-    if base is not None:
-        recipe = vars(type(owner))["_transfer_surgery_recipe"]
-        for entry in recipe.table:
-            del owner._modules[entry.unit]
-        owner.__class__ = base
+    for cls in type(owner).__mro__:
+        recipe = vars(cls).get("_transfer_surgery_recipe")
+        if recipe is not None:
+            for entry in recipe.table:
+                owner._modules.pop(entry.unit, None)
+            restored = _with_ancestor(type(owner), cls, cls.__bases__[0])
+            object.__setattr__(owner, "__class__", restored)
+
+
+def _rewritten_type(owner: nn.Module, recipe: Recipe) -> type[nn.Module]:
+    """The class of a rewritten owner: `parametrize` expects its own class to stay on top."""
+    base = type_before_parametrizations(owner)
+    return _with_ancestor(type(owner), base, rewritten_class(base, recipe))
+
+
+def _with_ancestor(cls: type[Any], old: type[Any], new: type[Any]) -> type[Any]:
+    """A class like ``cls``, made at run time over ``old``, over ``new`` instead."""
+    if cls is old:
+        return new
+    members = {k: v for k, v in vars(cls).items() if k not in ("__dict__", "__weakref__")}
+    return type(cls.__name__, (_with_ancestor(cls.__bases__[0], old, new),), members)
 
 
 def _device(owner: nn.Module, default: torch.device) -> torch.device:

@@ -7,14 +7,16 @@ assumed is recorded, and the generated code checks it at each call.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
 from torch import fx, nn
+from torch.nn.utils.parametrize import is_parametrized
 
 from transfer_surgery.activations import recognise
+from transfer_surgery.adapter import notrace_functions
 from transfer_surgery.formulas import Tracker
 from transfer_surgery.location import CallKey, KeyCounter, locate
 from transfer_surgery.plan import ActivationChild, Leaf, OwnerCall
@@ -69,10 +71,10 @@ def trace_owner(probe: nn.Module, owner: str, call: OwnerCall) -> OwnerTrace:
     """
     module = probe.get_submodule(owner)
     activations = {id(probe.get_submodule(path)): child for path, child in call.modules.items()}
-    trace = OwnerTrace()
+    leaves, trace = notrace_functions(probe), OwnerTrace()
     for mode in ("eval", "train"):
-        module.training = mode == "train"
-        tracer = _OwnerTracer(call, activations)
+        object.__setattr__(module, "training", mode == "train")
+        tracer = _OwnerTracer(call, activations, leaves)
         graph = _trace(tracer, module, trace.attributes)
         trace.graphs[mode], trace.calls[mode] = graph, tracer.calls
         if mode not in call.children:
@@ -85,15 +87,19 @@ def trace_owner(probe: nn.Module, owner: str, call: OwnerCall) -> OwnerTrace:
                 f"activation calls, and {len(found - expected)} others"
             )
         children = tuple(str(node.target) for node in graph.nodes if node.op == "call_module")
-        if children != call.children[mode]:
+        ran = tuple(c for c in call.children[mode] if not c.startswith("parametrizations."))
+        if children != ran:
             raise Untraceable(f"in {mode} mode it calls other children than when it runs")
     return trace
 
 
 def _trace(tracer: _OwnerTracer, module: nn.Module, attributes: dict[str, Any]) -> fx.Graph:
     own = type(module)
+    parametrizations: Any = module.parametrizations if is_parametrized(module) else ()
 
     def read(self: nn.Module, name: str) -> Any:
+        if name in parametrizations:  # stays an attribute: parametrizations may be removed again
+            return tracer.create_proxy("get_attr", name, (), {})
         value = own.__getattribute__(self, name)
         held = object.__getattribute__(self, "__dict__")
         if name in held and name not in _MODULE_STATE and isinstance(value, _PLAIN):
@@ -101,18 +107,24 @@ def _trace(tracer: _OwnerTracer, module: nn.Module, attributes: dict[str, Any]) 
         return value
 
     try:
-        module.__class__ = type(own.__name__, (own,), {"__getattribute__": read})
+        watched = type(own.__name__, (own,), {"__getattribute__": read})
+        object.__setattr__(module, "__class__", watched)  # past a __setattr__ of its own
         return tracer.trace(module)
     except Exception as error:
         first_line = str(error).strip().split("\n")[0]
         raise Untraceable(f"{type(error).__name__}: {first_line}") from error
     finally:
-        module.__class__ = own
+        object.__setattr__(module, "__class__", own)
 
 
 class _OwnerTracer(fx.Tracer):
-    def __init__(self, call: OwnerCall, activations: Mapping[int, ActivationChild]) -> None:
-        super().__init__()
+    def __init__(
+        self,
+        call: OwnerCall,
+        activations: Mapping[int, ActivationChild],
+        leaves: tuple[Callable[..., Any], ...],
+    ) -> None:
+        super().__init__(autowrap_functions=leaves)
         self._call, self._activations, self._counter = call, activations, KeyCounter()
         self._tracker = Tracker()
         self.calls: dict[fx.Node, TracedCall] = {}

@@ -45,7 +45,7 @@ def gated(
         ... )
         tensor([0.0000, 0.5000, 1.0000])
     """
-    if torch.compiler.is_compiling():  # plain code, which inductor fuses with its neighbours
+    if _is_traced():  # plain code: inductor fuses it with its neighbours, TorchScript can save it
         return gated_plain(x, z, source, target, straight_through, operands)
     if type(x) in (Tensor, torch.nn.Parameter) and may_look(z):
         ends = None
@@ -54,26 +54,33 @@ def gated(
         elif bool((z == 0).all()) and not operands:  # those keep their gradient, which is 0
             ends = target
         if ends is not None and (not z.requires_grad or not straight_through):
-            return _with_zero_gradient(ends(x, *operands), z)
+            return ends(_with_zero_gradient(x, z), *operands)
     if operands:
         return gated_plain(x, z, source, target, straight_through, operands)
     result: Tensor = _Gated.apply(x, z, source, target)
     return result
 
 
+def _is_traced() -> bool:
+    return torch.compiler.is_compiling() or torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
+
+
 def may_look(gates: Tensor) -> bool:
     """Whether the gates' values may steer Python: on CPU, outside traces and transforms."""
-    if torch.compiler.is_compiling() or torch.jit.is_tracing():  # type: ignore[attr-defined, no-untyped-call]
+    if _is_traced():
         return False
     plain = type(gates) in (Tensor, torch.nn.Parameter) and gates.device.type == "cpu"
     return plain and not torch._C._functorch.is_functorch_wrapped_tensor(gates)
 
 
-def _with_zero_gradient(y: Tensor, z: Tensor) -> Tensor:
-    """``y``, through which ``z`` gets the gradient 0 (not None: every gate takes part)."""
+def _with_zero_gradient(x: Tensor, z: Tensor) -> Tensor:
+    """``x``, through which ``z`` gets the gradient 0 (not None: every gate takes part).
+
+    Done to the input, since the result is a view, and networks change activations in place.
+    """
     if not (z.requires_grad and torch.is_grad_enabled()):
-        return y
-    result: Tensor = _ZeroGradient.apply(y, z)
+        return x
+    result: Tensor = _ZeroGradient.apply(x, z)
     return result
 
 
@@ -107,8 +114,8 @@ def gated_plain(
 
 class _ZeroGradient(torch.autograd.Function):
     @staticmethod
-    def forward(y: Tensor, z: Tensor) -> Tensor:
-        return y.view_as(y)
+    def forward(x: Tensor, z: Tensor) -> Tensor:
+        return x.view_as(x)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:

@@ -1,0 +1,156 @@
+"""Activation recomputation draws the same gates again: the gradients stay bit for bit."""
+
+import copy
+
+import pytest
+import timm
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils.checkpoint import checkpoint, checkpoint_sequential
+
+from transfer_surgery import convert
+
+X = torch.linspace(-3, 3, 4 * 6).reshape(4, 6)
+
+
+class Block(nn.Module):
+    """A child, a functional and a re-used activation, and dropout, which draws noise as well."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.Linear(6, 8), nn.Linear(8, 6)
+        self.act, self.drop = nn.ReLU(inplace=True), nn.Dropout(0.2)
+
+    def forward(self, x):
+        return x + self.act(self.second(F.gelu(self.drop(self.act(self.first(x))))))
+
+
+class Stack(nn.Module):
+    def __init__(self, how="plain"):
+        super().__init__()
+        self.how, self.blocks = how, nn.Sequential(Block(), Block(), Block())
+
+    def forward(self, x):
+        if self.how == "sequential":
+            return checkpoint_sequential(self.blocks, 2, x, use_reentrant=False)
+        for block in self.blocks:
+            if self.how == "plain":
+                x = block(x)
+            else:
+                x = checkpoint(block, x, use_reentrant=self.how == "reentrant")
+        return x
+
+
+def mid_transfer(model, seed=3):
+    """Gates where the noise decides: some samples are 0, some 1, many between."""
+    generator = torch.Generator().manual_seed(seed)
+    for name, parameter in model.named_parameters():
+        if name.endswith("log_alpha"):
+            parameter.data.copy_(torch.randn(parameter.shape, generator=generator))
+    return model.train()
+
+
+def gradients(model, x):
+    """The loss and the gradient of everything; the copy keeps running statistics as they were."""
+    model = copy.deepcopy(model)
+    torch.manual_seed(7)
+    x = x.clone().requires_grad_()
+    loss = model(x).square().mean()
+    loss.backward()
+    found = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    assert any(name.endswith("log_alpha") and grad.any() for name, grad in found.items())
+    return {"loss": loss.detach(), "input": x.grad} | found
+
+
+def assert_same(expected, actual):
+    assert expected.keys() == actual.keys()
+    for name, value in expected.items():
+        assert torch.equal(value, actual[name]), name
+
+
+@pytest.mark.parametrize("noise", ["batch", "example"])
+@pytest.mark.parametrize("how", ["reentrant", "not reentrant", "sequential"])
+def test_a_checkpointed_block_recomputes_with_the_same_gates(how, noise):
+    model = mid_transfer(convert(Stack(), example_input=X, noise=noise))
+    expected = gradients(model, X)
+    model.how = how
+    assert_same(expected, gradients(model, X))
+
+
+@pytest.mark.parametrize("how", ["reentrant", "not reentrant", "sequential"])
+def test_a_model_that_checkpoints_already_is_converted_as_one_that_does_not(how):
+    plain, checkpointed = Stack(), Stack(how)
+    checkpointed.load_state_dict(plain.state_dict())
+    for model in (plain, checkpointed):
+        mid_transfer(convert(model, example_input=X, seed=1))
+    assert_same(gradients(plain, X), gradients(checkpointed, X))
+
+
+ZOO = {
+    "resnet18": {"drop_path_rate": 0.1},
+    "densenet121": {"growth_rate": 8, "block_config": (2, 2, 2, 2)},
+    "efficientnet_b0": {"drop_path_rate": 0.1},
+    "convnext_atto": {"drop_path_rate": 0.1},
+    "vit_tiny_patch16_224": {"img_size": 32, "depth": 3, "drop_path_rate": 0.1},
+    "swin_tiny_patch4_window7_224": {
+        "img_size": 64,
+        "window_size": 2,
+        "embed_dim": 24,
+        "depths": (1, 1, 1, 1),
+    },
+}
+
+
+@pytest.mark.parametrize("noise", ["batch", "example"])
+@pytest.mark.parametrize("name", ZOO)
+def test_timm_grad_checkpointing_recomputes_with_the_same_gates(name, noise):
+    """Set before the conversion or after it: one result, that without checkpointing."""
+    size = ZOO[name].get("img_size", 32)
+    x = torch.randn(2, 3, size, size)
+    model = timm.create_model(name, num_classes=10, **ZOO[name])
+    early = copy.deepcopy(model)
+    early.set_grad_checkpointing(True)
+    mid_transfer(convert(model, example_input=x, noise=noise, seed=1))
+    expected = gradients(model, x)
+    mid_transfer(convert(early, example_input=x, noise=noise, seed=1))
+    assert_same(expected, gradients(early, x))
+    model.set_grad_checkpointing(True)
+    assert_same(expected, gradients(model, x))
+
+
+class OwnCheckpoint(nn.Module):
+    """Calls functions inside a checkpoint in its own forward, with or without fx."""
+
+    def __init__(self, traceable, reentrant):
+        super().__init__()
+        self.linear, self.traceable, self.reentrant = nn.Linear(6, 6), traceable, reentrant
+
+    def body(self, x):
+        return F.gelu(torch.tanh(self.linear(x)))
+
+    def forward(self, x):
+        if not self.traceable and x.sum() < -1e9:
+            return x
+        return checkpoint(self.body, x, use_reentrant=self.reentrant)
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_a_checkpoint_inside_a_rewritten_forward_gives_the_gradients_of_the_plain_one(reentrant):
+    model = mid_transfer(convert(OwnCheckpoint(True, reentrant), example_input=X, seed=1))
+    found = gradients(model, X)
+    torch.manual_seed(7)
+    model.gelu_0(model.tanh_0(model.linear(X))).square().mean().backward()
+    for name, parameter in model.named_parameters():
+        assert torch.equal(parameter.grad, found[name]), name
+
+
+@pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad")
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_a_checkpoint_inside_a_dispatched_forward_is_refused_when_it_trains(reentrant):
+    model = OwnCheckpoint(False, reentrant).eval()
+    with torch.no_grad():
+        before = model(X)
+        assert torch.equal(convert(model, example_input=X)(X), before)
+    with pytest.raises(RuntimeError, match=r"^tanh_0: .* inside torch\.utils\.checkpoint"):
+        mid_transfer(model)(X.clone().requires_grad_())
