@@ -1,6 +1,7 @@
 import json
 import math
 import sys
+from collections import OrderedDict
 from dataclasses import FrozenInstanceError, asdict
 
 import pytest
@@ -148,6 +149,22 @@ def test_the_table_says_0_and_100_percent_of_exact_shares_only(zeros, shown):
 
 def test_repr_is_one_short_line():
     assert repr(report(unit([ZERO]))) == "Report(1 sites, 1 gates, 100 % transferred)"
+
+
+def test_by_stage_sums_the_rows_below_each_child_of_a_model_of_no_zoo():
+    body = nn.Sequential(unit([ZERO]), nn.Sequential(unit([HALF, ONE, ONE], source="gelu")))
+    model = nn.Sequential(OrderedDict(stem=unit([ONE, ONE]), body=body))
+    by_stage, by_site = report(model, by="stage"), report(model)
+    assert [row.path for row in by_stage] == ["stem", "body"]
+    assert asdict(by_stage.rows[1]) == asdict(report(body).total) | {"path": "body"}
+    assert by_stage.total == by_site.total
+    assert (by_stage.by, by_site.by) == ("stage", "site")
+    assert repr(by_stage) == "Report(2 stages, 6 gates, 16.7 % transferred)"
+
+
+def test_an_unknown_grouping_is_refused():
+    with pytest.raises(ValueError, match="by='block': expected one of 'site', 'stage'"):
+        report(nn.Sequential(unit([ONE])), by="block")
 
 
 def test_json_holds_the_dict_and_its_version():
