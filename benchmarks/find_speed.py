@@ -1,0 +1,109 @@
+"""How long it takes to find the activations of a model, beside one of its forward passes.
+
+    python benchmarks/find_speed.py
+
+Memory is that of the search alone, in a process of its own, beside what the activations of the
+forward pass take: the search runs on fake tensors, which have shapes but no memory. Linux only.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+import warnings
+from pathlib import Path
+from typing import Annotated, Any
+
+import timm
+import torch
+import typer
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor, nn
+from zoo.models import build
+
+from transfer_surgery import find_activations
+
+# resnetrs420 has the most activations of all models in both zoos, 699.
+MODELS = ["timm:resnet50", "timm:resnetrs420"]
+EXAMPLES = 2
+CLEAR, STATUS = Path("/proc/self/clear_refs"), Path("/proc/self/status")
+
+
+def main(
+    models: Annotated[list[str] | None, typer.Argument(help="timm:NAME ...")] = None,
+    threads: Annotated[int, typer.Option(min=1, help="Of torch.")] = 2,
+    measure: Annotated[str | None, typer.Option(hidden=True)] = None,
+) -> None:
+    """Time `find_activations` at the default input size of timm models, two examples."""
+    if measure:
+        warnings.simplefilter("ignore")  # of the zoos
+        print(json.dumps(_measure(measure, threads)))
+        return
+    table = Table(title=f"find_activations, {threads} threads, {EXAMPLES} examples")
+    table.add_column("model", no_wrap=True)
+    for header in ("sites", "find, s", "forward, s", "ratio", "find, MiB", "outputs, MiB"):
+        table.add_column(header, justify="right")
+    for name in models or MODELS:
+        found = _in_a_process(name, threads)
+        times = found["find"], found["forward"], found["find"] / found["forward"]
+        memory = found["find_mib"], found["outputs_mib"]
+        row = [*(f"{value:.2f}" for value in times), *(f"{value:,.0f}" for value in memory)]
+        table.add_row(name, str(found["sites"]), *row)
+    Console().print(table)
+
+
+def _in_a_process(name: str, threads: int) -> dict[str, Any]:
+    command = [sys.executable, __file__, "--measure", name, "--threads", str(threads)]
+    return dict(json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout))
+
+
+def _measure(name: str, threads: int) -> dict[str, Any]:
+    torch.set_num_threads(threads)
+    model = build(name)
+    size = timm.get_pretrained_cfg(name.partition(":")[2]).input_size
+    images = torch.randn(EXAMPLES, *size)
+    CLEAR.write_text("5")  # the peak starts anew, from what is resident now
+    before, start = _peak_mib(), time.perf_counter()
+    plan = find_activations(model, images)
+    find, grown = time.perf_counter() - start, _peak_mib() - before
+    with torch.no_grad():
+        model(images)  # the first forward also prepares kernels
+        start = time.perf_counter()
+        model(images)
+        forward = time.perf_counter() - start
+    return {
+        "sites": sum("eval" in site.modes for site in plan),
+        "find": find,
+        "forward": forward,
+        "find_mib": grown,
+        "outputs_mib": _output_bytes(model, images) / 2**20,
+    }
+
+
+def _peak_mib() -> float:
+    (line,) = (line for line in STATUS.read_text().splitlines() if line.startswith("VmHWM"))
+    return int(line.split()[1]) / 2**10
+
+
+@torch.no_grad()
+def _output_bytes(model: nn.Module, images: Tensor) -> int:
+    """Bytes of the outputs of all modules without children, as training would keep them."""
+    total = 0
+
+    def add(module: nn.Module, args: Any, output: Any) -> None:
+        nonlocal total
+        total += output.nbytes if isinstance(output, Tensor) else 0
+
+    leaves = [module for module in model.modules() if not any(True for _ in module.children())]
+    handles = [leaf.register_forward_hook(add) for leaf in leaves]
+    model(images)
+    for handle in handles:
+        handle.remove()
+    return total
+
+
+if __name__ == "__main__":
+    typer.run(main)

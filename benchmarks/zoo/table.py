@@ -1,0 +1,246 @@
+"""The results as a page of Markdown: what was shown, and every exception with its reason."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Mapping
+from datetime import UTC, datetime
+from statistics import median
+from typing import Any
+
+from zoo.records import PACKAGES, problem
+
+__all__ = ["render"]
+
+Record = Mapping[str, Any]
+
+
+def render(records: Iterable[Record], oracle: Mapping[str, Any], command: str, listed: int) -> str:
+    """The page.
+
+    Args:
+        records: one per model, as `zoo.records.read` returns them.
+        oracle: by model name ``{"sites": n, "untainted": m}``, counted by other means: all of the
+            activations in eval mode, and those that do not depend on the input. May be empty.
+        command: what was typed to make the page.
+        listed: number of models that the zoos have.
+    """
+    records = sorted(records, key=lambda record: record["name"])
+    sections = [
+        "# Coverage of the zoos",
+        _introduction(records, command, listed),
+        "## Totals",
+        _totals(records),
+        "## Exceptions",
+        _exceptions(records),
+        "## Activations left alone",
+        _left(records),
+        "## Agreement with independent counts",
+        _agreement(records, oracle),
+        "## Time",
+        _times(records),
+        "## Families",
+        _families(records),
+    ]
+    return "\n\n".join(sections) + "\n"
+
+
+def _introduction(records: list[Record], command: str, listed: int) -> str:
+    used = {package: _one(r["versions"][package] for r in records) for package in PACKAGES}
+    return (
+        f"{', '.join(f'{package} {number}' for package, number in used.items())}; "
+        f"{datetime.now(UTC):%Y-%m-%d}. Generated, do not edit:\n\n    {command}\n\n"
+        f"{len(records):,} of the {listed:,} models that the zoos list. "
+        "Every model has random weights (zero and constant ones with noise), two examples, real "
+        "numbers and the smallest input that it takes. *Unchanged*: the eval output of the "
+        "converted model equals the original's bit for bit. *Trained*: a backward pass gives every "
+        "gate a finite gradient, and every weight that had one before. *Baked*: with gates set to "
+        "0 or 1 at random, the baked model's output equals the gated one's bit for bit. *Changes*: "
+        "with all gates at the target, the output is another one, so that the conversion is real. "
+        "[What is checked, in detail](../benchmarks/README.md)."
+    )
+
+
+def _totals(records: list[Record]) -> str:
+    zoos = sorted({_zoo(record) for record in records})
+    columns = {zoo: [record for record in records if _zoo(record) == zoo] for zoo in zoos}
+    if len(zoos) > 1:
+        columns["both"] = records
+    counts: dict[str, Callable[[Record], int]] = {
+        "models": lambda r: 1,
+        "converted": lambda r: "converted" in r,
+        "unchanged": lambda r: r.get("identical", False),
+        "changes": lambda r: r.get("changes", False),
+        "trained": lambda r: r.get("trained", False),
+        "baked": lambda r: r.get("baked", False),
+        "**without a problem**": lambda r: r["ok"],
+        "hidden activations": lambda r: r.get("sites", {}).get("hidden", 0),
+        "of these converted": lambda r: r.get("converted", 0),
+        "- by replacing a child": lambda r: r.get("ways", {}).get("child", 0),
+        "- by rewriting the owner (fx)": lambda r: r.get("ways", {}).get("fx", 0),
+        "- by dispatch": lambda r: r.get("ways", {}).get("dispatch", 0),
+        "gating activations": lambda r: r.get("sites", {}).get("gating", 0),
+        "output activations": lambda r: r.get("sites", {}).get("output", 0),
+        "modules called": lambda r: r.get("kinds", {}).get("module", 0),
+        "functions called": lambda r: r.get("kinds", {}).get("function", 0),
+        "methods called": lambda r: r.get("kinds", {}).get("method", 0),
+        "run in training only": lambda r: r.get("train_only", 0),
+        "models with frozen weights": lambda r: r.get("frozen", False),
+        "models in bfloat16": lambda r: r.get("dtype") == "bfloat16",
+    }
+    rows = [
+        [label, *(f"{sum(map(count, column)):,}" for column in columns.values())]
+        for label, count in counts.items()
+    ]
+    return _table(["", *columns], rows) + (
+        "\n\nActivations are counted once per place in the code of one module, however often it "
+        "runs. Weights are frozen, and only gates trained, from 1e9 parameters on, and bfloat16 is "
+        "used from 3e9 on, for memory's sake."
+    )
+
+
+def _exceptions(records: list[Record]) -> str:
+    rows = [[_code(r["name"]), _plain(problem(r) or "")] for r in records if not r["ok"]]
+    constant = [r["name"] for r in records if r.get("depends") is False]
+    broken = [r["name"] for r in records if r.get("finite", 1.0) < 1.0]
+    flat = [r["name"] for r in records if r.get("gates_with_zero_gradient")]
+    parts = [_table(["model", "problem"], rows) if rows else "None."]
+    for names, what in (
+        (constant, "The output is the same for both examples, so that equality says less"),
+        (broken, "Some outputs are not finite (compared all the same, NaN equal to NaN)"),
+        (
+            flat,
+            "Some gates have a gradient of zero throughout, as behind a path dropped at random",
+        ),
+    ):
+        if names:
+            parts.append(f"{what}: {_some(names)}.")
+    return "\n\n".join(parts)
+
+
+def _left(records: list[Record]) -> str:
+    sites, models = Counter[tuple[str, str]](), defaultdict[tuple[str, str], list[str]](list)
+    for record in records:
+        for role, reasons in record.get("left", {}).items():
+            for reason, number in reasons.items():
+                key = role, re.sub(r"\d+", "N", _plain(reason))
+                sites[key] += number
+                models[key].append(record["name"])
+    rows = [
+        [
+            role,
+            reason,
+            f"{number:,}",
+            str(len(set(models[role, reason]))),
+            _some(models[role, reason]),
+        ]
+        for (role, reason), number in sites.most_common()
+    ]
+    notes = Counter(_kind_of_note(n) for r in records for n in {*r.get("notes", ())})
+    text = (
+        _table(["role", "reason", "activations", "models", "such as"], rows)
+        if rows
+        else "None, apart from those with another role."
+    )
+    if notes:
+        text += "\n\nNotes of the finder:\n\n" + _table(
+            ["note", "owners"], [[note, str(number)] for note, number in notes.most_common()]
+        )
+    return text
+
+
+def _kind_of_note(note: str) -> str:
+    """A note without the path in front, which differs from model to model."""
+    return re.sub(r"\d+", "N", _plain(note).partition(": ")[2] or note)
+
+
+def _agreement(records: list[Record], oracle: Mapping[str, Any]) -> str:
+    found = {r["name"]: r["eval_sites"] for r in records if "eval_sites" in r}
+    compared = sorted(found.keys() & oracle.keys())
+    if not compared:
+        return "Not compared in this run."
+    counted = {name: oracle[name]["sites"] - oracle[name]["untainted"] for name in compared}
+    different = [name for name in compared if found[name] != counted[name]]
+    text = f"{len(compared) - len(different)} of {len(compared)} models agree."
+    rows = [[_code(n), str(found[n]), str(counted[n])] for n in different]
+    return f"{text}\n\n{_table(['model', 'found', 'independent'], rows)}" if rows else text
+
+
+def _times(records: list[Record]) -> str:
+    rows = []
+    for label, key in (("find", "find"), ("convert", "convert"), ("one forward", "forward")):
+        timed = [(r["seconds"][key], r["name"]) for r in records if key in r.get("seconds", {})]
+        if timed:
+            middle, (longest, name) = median(s for s, _ in timed), max(timed)
+            rows.append([label, f"{middle:.2f}", f"{longest:.1f}", _code(name)])
+    peaks = [(r["peak_mib"], r["name"]) for r in records if "peak_mib" in r]
+    ratios = [
+        r["seconds"]["find"] / r["seconds"]["forward"]
+        for r in records
+        if r.get("seconds", {}).get("forward") and "find" in r["seconds"]
+    ]
+    lines = [_table(["seconds", "median", "longest", "model"], rows)] if rows else []
+    if ratios:
+        lines.append(
+            f"To find the activations takes {median(ratios):.1f} forward passes (median) of two "
+            "examples at the small input size; it does not grow with the size of the input, as a "
+            "forward does. All on one thread."
+        )
+    if peaks:
+        peak, name = max(peaks)
+        lines.append(
+            f"Peak memory: median {median(p for p, _ in peaks):,.0f} MiB, most {peak:,} MiB "
+            f"({_code(name)}), of which the imported packages are about 700 MiB."
+        )
+    return "\n\n".join(lines) or "Nothing was timed."
+
+
+def _families(records: list[Record]) -> str:
+    groups = defaultdict[str, list[Record]](list)
+    for record in records:
+        groups[record["family"]].append(record)
+    rows = []
+    for family, members in sorted(groups.items()):
+        total = sum((Counter(r.get("sites", {})) for r in members), Counter[str]())
+        ways = sum((Counter(r.get("ways", {})) for r in members), Counter[str]())
+        times = [r["seconds"]["find"] for r in members if "find" in r.get("seconds", {})]
+        rows.append(
+            [
+                family,
+                f"{sum(r['ok'] for r in members)} / {len(members)}",
+                *(f"{total[role]:,}" for role in ("hidden", "gating", "output")),
+                *(f"{ways[way]:,}" for way in ("child", "fx", "dispatch")),
+                f"{median(times):.1f}" if times else "",
+            ]
+        )
+    roles_and_ways = ["hidden", "gating", "output", "child", "fx", "dispatch"]
+    return _table(["family", "models", *roles_and_ways, "find, s"], rows)
+
+
+def _table(header: list[str], rows: list[list[str]]) -> str:
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join(f"| {' | '.join(cell.replace('|', '/') for cell in line)} |" for line in lines)
+
+
+def _some(names: list[str], number: int = 4) -> str:
+    names = sorted(set(names))
+    rest = f" and {len(names) - number} more" if len(names) > number else ""
+    return ", ".join(map(_code, names[:number])) + rest
+
+
+def _plain(text: str) -> str:
+    """Text for a page that anyone may see: without the folders of this machine."""
+    return re.sub(r"(?<![\w.])/(?:[\w.+-]+/)+", "", text).replace("\n", " ")
+
+
+def _code(name: str) -> str:
+    return f"`{name}`"
+
+
+def _zoo(record: Record) -> str:
+    return str(record["name"]).partition(":")[0]
+
+
+def _one(values: Iterable[str]) -> str:
+    return " and ".join(sorted(set(values)))
