@@ -12,11 +12,12 @@ import torch
 import torchvision
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils import _pytree as pytree
 
 from transfer_surgery import adapter as adapters
 from transfer_surgery import bake, convert, find_activations, report
 from transfer_surgery.adapter import Adapter, find_adapter, find_example_input
-from transfer_surgery.probe import example_arguments, fake_arguments, probe_copy
+from transfer_surgery.probe import example_arguments, probe_copy
 
 os.environ["TRANSFORMERS_VERBOSITY"] = "error"  # it remarks on tiny vocabularies
 RECIPES = Path(__file__).parents[1] / "CONTRIBUTING.md"
@@ -163,7 +164,8 @@ def test_a_broken_adapter_is_left_out_with_a_warning(
 def runs(model, training):
     """Whether the adapter's example input suits the model, on fake tensors."""
     fake = FakeTensorMode(allow_non_fake_inputs=True)
-    args, kwargs = fake_arguments(example_arguments(find_example_input(model)), fake)
+    example = pytree.tree_map_only(torch.Tensor, fake.from_tensor, find_example_input(model))
+    args, kwargs = example_arguments(example)
     probe = probe_copy(model, fake).train(training)
     with torch.no_grad(), fake:
         probe(*args, **kwargs)

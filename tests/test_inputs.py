@@ -231,3 +231,16 @@ def test_activations_that_do_not_depend_on_the_input_are_listed_and_stay():
 
 def test_the_model_may_be_an_activation_itself():
     assert_every_promise(nn.ReLU(), X)
+
+
+def test_tensors_whose_first_axes_mean_different_things_are_taken_as_they_are():
+    class Recurrent(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.gru, self.act = nn.GRU(4, 6, batch_first=True), nn.ReLU()
+
+        def forward(self, x, h0):
+            return self.act(self.gru(x, h0)[0])
+
+    plan = find_activations(Recurrent(), (torch.zeros(1, 5, 4), torch.zeros(1, 1, 6)))
+    assert [str(site.source) for site in plan] == ["gru", "relu"]

@@ -67,29 +67,34 @@ def _observe(
     model: nn.Module, arguments: Any, modes: Sequence[str]
 ) -> tuple[dict[str, Observation], nn.Module, list[str]]:
     """Run the probe in each mode: on fake tensors, or for real where values steer the model."""
-    try:
-        return _run(model, arguments, modes, FakeTensorMode(allow_non_fake_inputs=True))
-    except Uncopyable:
-        raise
-    except Exception as fake_error:
+    errors: list[Exception] = []
+    for fake, double in ((True, True), (True, False), (False, True), (False, False)):
+        mode = FakeTensorMode(allow_non_fake_inputs=True) if fake else None
         try:
-            return _run(model, arguments, modes, None)
+            return _run(model, arguments, modes, mode, double)
+        except Uncopyable:
+            raise
         except Exception as error:
-            raise ValueError(
-                f"{type(model).__name__} does not run on the example input "
-                f"({type(error).__name__}: {error}). Pass example_input=: a tensor, a tuple of "
-                "positional arguments or a dict of keyword arguments."
-            ) from (error if str(error) != str(fake_error) else fake_error)
+            errors.append(error)
+    raise ValueError(
+        f"{type(model).__name__} does not run on the example input "
+        f"({type(errors[-1]).__name__}: {errors[-1]}). Pass example_input=: a tensor, a tuple of "
+        "positional arguments or a dict of keyword arguments."
+    ) from errors[-1]
 
 
 def _run(
-    model: nn.Module, arguments: Any, modes: Sequence[str], fake: FakeTensorMode | None
+    model: nn.Module,
+    arguments: Any,
+    modes: Sequence[str],
+    fake: FakeTensorMode | None,
+    double: bool,
 ) -> tuple[dict[str, Observation], nn.Module, list[str]]:
     observations: dict[str, Observation] = {}
     notes = []
     for mode in modes:
         probe = probe_copy(model, fake).train(mode == "train")
-        args, kwargs = fake_arguments(arguments, fake)
+        args, kwargs = fake_arguments(arguments, fake, double)
         try:
             with keep_random_state():
                 observations[mode] = Observer(probe).run(args, kwargs, fake)

@@ -60,9 +60,10 @@ class Observer(TorchFunctionMode):
         self._tracker = Tracker()
         self._overwritten: dict[int, tuple[Tensor, Event]] = {}
         self._paths = {id(module): path for path, module in probe.named_modules()}
-        for tensor in (*probe.parameters(), *probe.buffers()):
-            mark_constant(tensor)
         for module in probe.modules():
+            for tensor in pytree.tree_leaves(vars(module)):  # also those it keeps in plain lists
+                if isinstance(tensor, Tensor):
+                    mark_constant(tensor)
             module.register_forward_pre_hook(self._enter, with_kwargs=True)
             module.register_forward_hook(self._leave)
 

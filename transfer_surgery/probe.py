@@ -134,15 +134,15 @@ def example_arguments(example_input: Any) -> tuple[tuple[Any, ...], dict[str, An
     return (example_input,), {}
 
 
-def fake_arguments(arguments: Any, fake: FakeTensorMode | None) -> Any:
-    """Arguments for a probe: fake tensors, or clones; a single example becomes two.
+def fake_arguments(arguments: Any, fake: FakeTensorMode | None, double: bool) -> Any:
+    """Arguments for a probe: fake tensors, or clones; with `double`, a single example as two.
 
     Batch normalisation refuses to train on one value per channel, hence two. An axis of length 1 is
     one of examples where every tensor starts with one; that of a packed sequence never is.
     """
     leaves = pytree.tree_leaves(arguments, is_leaf=is_packed)
     tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor) and leaf.dim() > 1]
-    single = all(tensor.shape[0] == 1 for tensor in tensors)
+    single = double and all(tensor.shape[0] == 1 for tensor in tensors)
 
     def copy_leaf(leaf: Any) -> Any:
         if is_packed(leaf):
