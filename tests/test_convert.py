@@ -439,3 +439,19 @@ def test_a_module_that_changes_the_result_of_its_activation_in_place_is_no_activ
     before = model(x)
     assert find_activations(model, x).sites[0].path == "1.gelu_0"
     assert torch.equal(convert(model, example_input=x)(x), before)
+
+
+def test_what_is_written_into_new_tensors_depends_on_the_input():
+    class Pooled(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.second, self.act = nn.Linear(4, 4), nn.Linear(4, 4), nn.ReLU()
+
+        def forward(self, x):
+            pooled, copied = torch.zeros(2, 4), x.new_empty(2, 4)
+            pooled[torch.tensor([0, 1])] = self.first(x)
+            copied[0].copy_(self.first(x)[1])
+            return self.act(self.second(pooled)) + F.relu(copied)
+
+    plan = find_activations(Pooled(), torch.zeros(2, 4))
+    assert [site.reason for site in plan] == [None, None]

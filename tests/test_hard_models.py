@@ -46,7 +46,7 @@ HARD = {
     "ghostnetv2_100": (96, 42, "gates that eval does not call"),
 }
 OTHERS = {
-    "torchvision fasterrcnn_resnet50_fpn": (_faster_rcnn, _boxes, 50),
+    "torchvision fasterrcnn_resnet50_fpn": (_faster_rcnn, _boxes, 52),
     "torchvision raft_small": (
         lambda: torchvision.models.get_model("raft_small"),
         lambda: (torch.rand(2, 3, 128, 128), torch.rand(2, 3, 128, 128)),
@@ -112,3 +112,9 @@ def test_a_hard_model_converts_unchanged_trains_and_bakes(name):
     gated = _predict(model, arguments)
     assert not _same(gated, before)
     assert _same(_predict(bake(model), arguments), gated)
+
+
+def test_a_site_in_torchvision_is_known_by_its_place_in_the_code():
+    plan = find_activations(torchvision.models.resnet18(), torch.zeros(2, 3, 64, 64))
+    functions = {site.key.location[0][0] for site in plan if site.way == "fx"}
+    assert functions == {"BasicBlock.forward"}

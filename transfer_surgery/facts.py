@@ -12,7 +12,16 @@ from torch import Tensor
 
 from transfer_surgery.activations import Activation
 
-__all__ = ["SQUASHING", "channel_axis", "follow", "is_live", "is_zero", "mark_constant", "role_of"]
+__all__ = [
+    "SQUASHING",
+    "channel_axis",
+    "follow",
+    "is_live",
+    "is_zero",
+    "mark_constant",
+    "mark_live",
+    "role_of",
+]
 
 _CHANNELS_FIRST = {
     *(f"conv{kind}{n}d" for kind in ("", "_transpose") for n in (1, 2, 3)),
@@ -32,6 +41,11 @@ SQUASHING = _GATES | {"tanh", "hardtanh", "softplus"}
 def mark_constant(tensor: Tensor) -> None:
     """Say that a tensor does not depend on the input."""
     tensor._ts_live = False  # type: ignore[attr-defined]
+
+
+def mark_live(tensor: Tensor) -> None:
+    """Say that a tensor depends on the input."""
+    tensor._ts_live, tensor._ts_zero = True, False  # type: ignore[attr-defined]
 
 
 def is_live(x: Tensor) -> bool:

@@ -18,7 +18,7 @@ from torch import Tensor, fx
 
 from transfer_surgery.activations import Activation, get_activation, recognise, register_form
 
-__all__ = ["Match", "Record", "Tracker", "register_formula"]
+__all__ = ["Match", "Record", "Tracker", "overwrites", "register_formula"]
 
 _ARITHMETIC = {"mul": "*", "multiply": "*", "add": "+", "sub": "-", "pow": "**"} | {
     **{"div": "/", "truediv": "/", "true_divide": "/"},
@@ -149,7 +149,7 @@ class Tracker:
         if found is None:
             return None, None
         record = self.describe(*found)
-        return record, self._match(record, _overwrites(function))
+        return record, self._match(record, overwrites(function))
 
     def describe(self, label: str, given: tuple[Any, ...]) -> Record:
         """A record of a call that is known by its label, such as ``"relu"`` or ``"*"``."""
@@ -165,7 +165,7 @@ class Tracker:
         self, record: Record | None, function: Any, args: tuple[Any, ...], result: Any
     ) -> None:
         """Note the result of a call."""
-        if _overwrites(function) and args:
+        if overwrites(function) and args:
             self._records.pop(id(args[0]), None)  # what was known of the old value is void
         if record is not None:
             record.value = result
@@ -248,7 +248,7 @@ def _base_name(function: Any) -> str:
     return name[1:] if _is_augmented(function, name) else name.rstrip("_")
 
 
-def _overwrites(function: Any) -> bool:
+def overwrites(function: Any) -> bool:
     """Whether a call changes its first argument."""
     name = str(getattr(function, "__name__", ""))
     if name in ("setitem", "__setitem__") or _is_augmented(function, name):

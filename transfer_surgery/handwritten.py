@@ -91,6 +91,6 @@ register_formula("hardsigmoid", "relu6(x + 3) / 6")
 register_formula("hardswish", "x * (relu6(x + 3) / 6)")
 register_formula("hardswish", "x * relu6(x + 3) / 6")
 register_formula("gelu", "x * 0.5 * (1 + erf(x / 1.4142135623730951))")
-for _root in ("0.7978845608028654", "0.7978845608"):  # sqrt(2 / pi), as it is usually written
+for _root in ("0.7978845608028654", "0.7978845608", "0.79788456"):  # sqrt(2 / pi), as written
     for _inner in (f"{_root} * (x + 0.044715 * x ** 3)", f"x * {_root} * (1 + 0.044715 * x * x)"):
         register_formula("gelu(approximate='tanh')", f"0.5 * x * (1 + tanh({_inner}))")

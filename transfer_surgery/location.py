@@ -8,6 +8,7 @@ and when fx traces the owner, in either training mode, so all of them mean the s
 from __future__ import annotations
 
 import itertools
+import os
 import sys
 from collections import Counter
 from pathlib import Path
@@ -25,7 +26,9 @@ GENERATED = "<transfer_surgery"
 
 Location = tuple[tuple[str, int, int], ...]
 
-_LIBRARY = (str(Path(torch.__file__).parent), str(Path(__file__).parent), GENERATED)
+# With the separator: torchvision is none of torch's.
+_FOLDERS = (f"{Path(module).parent}{os.sep}" for module in (torch.__file__, __file__))
+_LIBRARY = (*_FOLDERS, GENERATED)
 _MODULE_CALL = nn.Module._call_impl.__code__
 _CHECKPOINT = torch.utils.checkpoint.__file__
 _TRACE = fx.Tracer.trace.__code__

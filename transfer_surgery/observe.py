@@ -23,9 +23,10 @@ from transfer_surgery.facts import (
     is_live,
     is_zero,
     mark_constant,
+    mark_live,
     role_of,
 )
-from transfer_surgery.formulas import Match, Record, Tracker
+from transfer_surgery.formulas import Match, Record, Tracker, overwrites
 from transfer_surgery.location import Location, locate
 from transfer_surgery.plan import ActivationChild, Leaf
 from transfer_surgery.probe import is_packed
@@ -59,6 +60,7 @@ class Observer(TorchFunctionMode):
         self._order = itertools.count()
         self._tracker = Tracker()
         self._overwritten: dict[int, tuple[Tensor, Event]] = {}
+        self._written: dict[int, Tensor] = {}
         self._paths = {id(module): path for path, module in probe.named_modules()}
         for module in probe.modules():
             for tensor in pytree.tree_leaves(vars(module)):  # also those it keeps in plain lists
@@ -126,6 +128,7 @@ class Observer(TorchFunctionMode):
             out = func(*args, **kwargs)
         inputs = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
         outputs = [leaf for leaf in pytree.tree_leaves(out) if isinstance(leaf, Tensor)]
+        self._note_writes(func, inputs)
         for x in inputs:
             known = self._tracker.known(x)
             if known is not None and known.event is not None and outputs:
@@ -206,6 +209,15 @@ class Observer(TorchFunctionMode):
         """Whether the result of an activation has not been changed in place since."""
         record = self._tracker.known(event.output)
         return event.source.name in _LISTED_NAMES or (record is not None and record.event is event)
+
+    def _note_writes(self, func: Any, inputs: list[Tensor]) -> None:
+        """What something live is written into is live from then on, with all of its views."""
+        for x in inputs:
+            if self._written and x.untyped_storage()._cdata in self._written:
+                mark_live(x)
+        if overwrites(func) and any(map(is_live, inputs[1:])):
+            mark_live(inputs[0])
+            self._written[inputs[0].untyped_storage()._cdata] = inputs[0]
 
     def _note_reads(self, value: Any) -> None:
         """An input that was overwritten in place is read again: its new value matters."""
