@@ -34,7 +34,7 @@ def _transformers_vit():
 HARD = {
     "hrnet_w18": (96, 284, "changes a list while it runs"),
     "efficientvit_b1": (96, 46, "a branch on the device"),
-    "bat_resnext26ts": (128, 59, "control flow in attention"),
+    "bat_resnext26ts": (256, 59, "control flow in attention"),
     "dm_nfnet_f0": (96, 64, "F.gelu inside a module with a gain"),
     "res2net50_26w_4s": (96, 81, "one ReLU for branches of different width"),
     "coat_tiny": (224, 14, "whole blocks called several times"),
