@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from transfer_surgery import bake, convert, find_activations, revert
+from transfer_surgery import bake, convert, find_activations, register_formula, revert
 from transfer_surgery.unit import gated_activations
 
 
@@ -210,3 +210,18 @@ def test_an_activation_with_operands_is_refused_as_a_target():
     with pytest.raises(ValueError, match="star_relu takes scale, bias from the call site"):
         convert(model, target="star_relu", example_input=torch.zeros(1, 4))
     assert type(model[1]) is nn.ReLU
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("no_such", "relu(x) ** 2", "unknown activation 'no_such'"),
+        ("relu", "x", "expected a call or an operation on x"),
+        ("relu", "relu(y)", "expected a call or an operation on x"),
+        ("relu", "gamma(x) * x", r"cannot contain 'gamma\(x\)'; it may use"),
+        ("relu", "x % 2", "cannot contain 'x % 2'"),
+    ],
+)
+def test_a_bad_formula_is_refused_with_what_is_possible(name, text, message):
+    with pytest.raises(ValueError, match=message):
+        register_formula(name, text)

@@ -92,11 +92,17 @@ def register_formula(name: str, text: str, *, exact: bool = False) -> None:
         exact: whether the registered value computes the same bits. Otherwise the formula itself
             is evaluated at such sites, so that conversion changes nothing.
 
+    Raises:
+        ValueError: an unknown activation; no call, no ``x`` or something else in the text.
+
     Example:
         >>> register_formula("squared_relu", "relu(x) ** 2.0", exact=True)
     """
+    get_activation(name)
     term = _parse(ast.parse(text, mode="eval").body)
     names = [n.id for n in ast.walk(ast.parse(text)) if isinstance(n, ast.Name)]
+    if not isinstance(term, _Term) or "x" not in names:
+        raise ValueError(f"formula {text!r}: expected a call or an operation on x.")
     free = [n for n in dict.fromkeys(names) if n not in _FUNCTIONS and n != "x"]
     if not exact:
         parameters = {k: v for k, v in get_activation(name).parameters if k in free}
@@ -114,11 +120,14 @@ def _parse(node: ast.expr) -> Any:
         return node.value
     if isinstance(node, ast.Name):
         return node.id
-    if isinstance(node, ast.BinOp):
+    if isinstance(node, ast.BinOp) and type(node.op) in _SYMBOLS:
         return _Term(_SYMBOLS[type(node.op)], (_parse(node.left), _parse(node.right)))
-    if isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
-        return _Term(node.func.id, tuple(_parse(one) for one in node.args))
-    raise ValueError(f"a formula cannot contain {ast.unparse(node)!r}.")
+    if isinstance(node, ast.Call) and ast.unparse(node.func) in _FUNCTIONS and not node.keywords:
+        return _Term(ast.unparse(node.func), tuple(_parse(one) for one in node.args))
+    raise ValueError(
+        f"a formula cannot contain {ast.unparse(node)!r}; it may use + - * / **, numbers, names and "
+        f"{', '.join(_FUNCTIONS)}."
+    )
 
 
 class Tracker:
