@@ -125,8 +125,8 @@ def _parse(node: ast.expr) -> Any:
     if isinstance(node, ast.Call) and ast.unparse(node.func) in _FUNCTIONS and not node.keywords:
         return _Term(ast.unparse(node.func), tuple(_parse(one) for one in node.args))
     raise ValueError(
-        f"a formula cannot contain {ast.unparse(node)!r}; it may use + - * / **, numbers, names and "
-        f"{', '.join(_FUNCTIONS)}."
+        f"a formula cannot contain {ast.unparse(node)!r}; it may use + - * / **, numbers, names "
+        f"and {', '.join(_FUNCTIONS)}."
     )
 
 
