@@ -13,7 +13,7 @@ from transfer_surgery.find import find_activations
 from transfer_surgery.fused import reopen_fused_paths
 from transfer_surgery.gates import make_gate
 from transfer_surgery.plan import Plan, Site
-from transfer_surgery.probe import keep_random_state
+from transfer_surgery.probe import undisturbed
 from transfer_surgery.rewrite import prepare_rewrites
 from transfer_surgery.surgery import insert_units, restore_owner, share_hooks, swap_children
 from transfer_surgery.unfit import refuse_unfit
@@ -106,7 +106,7 @@ def convert(
         )
         for site, g in zip(chosen, granularities, strict=True)
     }
-    with keep_random_state():
+    with undisturbed():
         recipes = prepare_rewrites(model, whole, {site.path for site in chosen})
     insert_units(model, whole, units, recipes)
     return model

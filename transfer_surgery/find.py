@@ -22,8 +22,8 @@ from transfer_surgery.probe import (
     Uncopyable,
     example_arguments,
     fake_arguments,
-    keep_random_state,
     probe_copy,
+    undisturbed,
 )
 from transfer_surgery.rewrite import generate_recipe
 from transfer_surgery.trace import Untraceable
@@ -96,7 +96,7 @@ def _run(
         probe = probe_copy(model, fake).train(mode == "train")
         args, kwargs = fake_arguments(arguments, fake, double)
         try:
-            with keep_random_state():
+            with undisturbed():
                 observations[mode] = Observer(probe).run(args, kwargs, fake)
         except Exception as error:
             if not observations:
@@ -204,7 +204,7 @@ def _check_traces(
     for owner in dict.fromkeys(s.owner for s in sites if s.way == "fx" and s.reason is None):
         try:
             owned = [site for site in sites if site.owner == owner]
-            with keep_random_state():
+            with undisturbed():
                 generate_recipe(probe, owner, calls[owner], owned, {s.path for s in owned})
         except Untraceable as error:
             dispatched.add(owner)

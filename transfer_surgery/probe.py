@@ -27,8 +27,8 @@ __all__ = [
     "example_arguments",
     "fake_arguments",
     "is_packed",
-    "keep_random_state",
     "probe_copy",
+    "undisturbed",
 ]
 
 _HOOKS = {name for name, value in vars(nn.Module()).items() if isinstance(value, OrderedDict)}
@@ -166,7 +166,7 @@ def is_packed(value: Any) -> bool:
 
 
 @contextlib.contextmanager
-def keep_random_state() -> Iterator[None]:
+def undisturbed() -> Iterator[None]:
     """Examine in silence: random streams stay, global hooks and warnings wait for real runs."""
     state = random.getstate()
     hooks = {name: getattr(torch_module, name).copy() for name in _GLOBAL_HOOKS}

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from transfer_surgery.adapter import Adapter
-from transfer_surgery.probe import keep_random_state, probe_copy
+from transfer_surgery.probe import probe_copy, undisturbed
 from zoo_adapters.base import id_batch, zero_batch
 
 __all__ = ["GenericAdapter"]
@@ -72,7 +72,7 @@ def _runs(model: nn.Module, guess: Tensor) -> bool:
     fake = FakeTensorMode(allow_non_fake_inputs=True)
     probe, guess = probe_copy(model, fake).eval(), fake.from_tensor(guess)
     try:
-        with keep_random_state(), torch.no_grad(), fake:
+        with undisturbed(), torch.no_grad(), fake:
             probe(guess)
     except Exception:  # whatever a model raises on what is not its input
         return False
