@@ -421,7 +421,7 @@ def test_an_unknown_name_is_answered_with_the_known_ones():
     ("options", "message"),
     [
         ({"init": "zero"}, "init='zero': use 'log_alpha'"),
-        ({"noise": "pixel"}, "noise='pixel': use 'batch' or 'example'"),
+        ({"noise": "pixel"}, "noise='pixel': use 'batch', 'example' or 'none'"),
         ({"temperature": 0.0}, "temperature=0.0: it must lie between 0 and 1"),
         ({"temperature": 1.0}, "temperature=1.0: it must lie"),
         ({"temperature": math.nan}, "temperature=nan: it must lie"),

@@ -18,8 +18,10 @@ from torch import Tensor, nn
 from torch.optim import SGD, Adam, AdamW, Optimizer, RMSprop, lr_scheduler
 
 from transfer_surgery.activations import get_activation
+from transfer_surgery.controllers import ScheduleEndedWarning
+from transfer_surgery.frozen import FrozenGatesWarning
 from transfer_surgery.gates import make_gate
-from transfer_surgery.optimizer import FrozenGatesWarning, ScheduleEndedWarning, wrap_optimizer
+from transfer_surgery.optimizer import wrap_optimizer
 from transfer_surgery.risk import structural_risk
 from transfer_surgery.schedule import TransferSchedule
 from transfer_surgery.unit import GatedActivation, gated_activations
@@ -452,7 +454,7 @@ def test_gates_that_the_user_froze_stay() -> None:
 def test_a_linear_schedule_gives_the_papers_line_and_copy(kind: str) -> None:
     model = network(kind)
     optimizer = SGD(model.parameters(), lr=0.1)
-    schedule = TransferSchedule(10, start=0, end=1, shape="linear")
+    schedule = TransferSchedule(10, start=0, end=1.0, shape="linear")
     wrap_optimizer(optimizer, model, transfer=schedule)
     for step in range(1, 11):
         plain(model, optimizer, False, step)
@@ -656,12 +658,38 @@ def test_wrapping_twice_is_an_error() -> None:
     refused(ValueError, "wrapped already.*Build a new optimizer", model, optimizer, gamma=1.0)
 
 
-def test_a_scheduler_that_was_created_before_is_an_error() -> None:
+@pytest.mark.parametrize("why", ["gates not held", "gate_lr"])
+def test_a_scheduler_that_was_created_before_is_an_error_where_a_group_is_needed(why: str) -> None:
     model = network()
-    optimizer = SGD(model.parameters(), lr=0.1)
+    others = [p for n, p in model.named_parameters() if "log_alpha" not in n]
+    optimizer = SGD(others if why == "gates not held" else model.parameters(), lr=0.1)
     lr_scheduler.StepLR(optimizer, 1)
     message = "scheduler was created .* Create it after wrap_optimizer"
-    refused(ValueError, message, model, optimizer, gamma=1.0)
+    settings = {"gate_lr": 0.1} if why == "gate_lr" else {}
+    refused(ValueError, message, model, optimizer, gamma=1.0, **settings)
+
+
+@pytest.mark.parametrize("how", [{"gamma": GAMMA}, {"transfer": LENGTH}])
+def test_with_a_scheduler_that_was_created_before_gates_stay_in_their_group(
+    how: dict[str, Any],
+) -> None:
+    model = mixed_network()
+    weights = [p for n, p in model.named_parameters() if p.dim() > 1]
+    vectors = [p for n, p in model.named_parameters() if p.dim() <= 1]
+    optimizer = SGD([{"params": weights}, {"params": vectors, "lr": 0.01}], lr=0.1)
+    scheduler = lr_scheduler.StepLR(optimizer, 1)
+    reference = copy.deepcopy(model)
+    wrap_optimizer(optimizer, model, **how)
+    assert [len(group["params"]) for group in optimizer.param_groups] == [3, 5]
+    plain(model, optimizer, False, 0)
+    scheduler.step()
+    assert optimizer.param_groups[1]["transfer_step"] == 1
+    if "gamma" in how:
+        vectors = [p for n, p in reference.named_parameters() if p.dim() <= 1]
+        weights = [p for n, p in reference.named_parameters() if p.dim() > 1]
+        explicit = SGD([{"params": weights}, {"params": vectors, "lr": 0.01}], lr=0.1)
+        plain(reference, explicit, True, 0)
+        assert_same_weights(model, reference)
 
 
 def test_a_scheduler_that_was_created_before_still_works_where_no_group_is_added() -> None:

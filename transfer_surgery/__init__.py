@@ -4,13 +4,15 @@ import transfer_surgery.builtin_activations
 import transfer_surgery.handwritten  # noqa: F401 - both register what they define
 from transfer_surgery.activations import get_activation, register_activation
 from transfer_surgery.bake import bake
+from transfer_surgery.controllers import ScheduleEndedWarning
+from transfer_surgery.checkpoint import load_gates, save_gates
 from transfer_surgery.convert import convert, revert
 from transfer_surgery.find import find_activations
 from transfer_surgery.formulas import register_formula
+from transfer_surgery.frozen import FrozenGatesWarning
 from transfer_surgery.gates import register_gate
 from transfer_surgery.history import History
-from transfer_surgery.hooks import FrozenGatesWarning, ScheduleEndedWarning
-from transfer_surgery.optimizer import wrap_optimizer
+from transfer_surgery.optimizer import pause_transfer, resume_transfer, wrap_optimizer
 from transfer_surgery.report import report
 from transfer_surgery.risk import structural_risk
 from transfer_surgery.schedule import TransferSchedule
@@ -26,11 +28,15 @@ __all__ = [
     "convert",
     "find_activations",
     "get_activation",
+    "load_gates",
+    "pause_transfer",
     "register_activation",
     "register_formula",
     "register_gate",
     "report",
+    "resume_transfer",
     "revert",
+    "save_gates",
     "structural_risk",
     "wrap_optimizer",
 ]

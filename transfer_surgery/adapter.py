@@ -60,8 +60,9 @@ class Adapter:
     def stages(self, model: nn.Module) -> Mapping[str, Iterable[str]]:
         """Module paths of each stage, in order; what lies below a path belongs to its stage.
 
-        ``report(model, by="stage")`` sums up by them; the longest path counts, and modules below
-        none go by the name of the model's child that they are in.
+        ``report(model, by="stage")`` sums up by them, and ``TransferSchedule(order=...)`` goes by
+        them; the longest path counts, and modules below none go by the name of the model's child
+        that they are in.
         """
         return {}
 
@@ -117,6 +118,19 @@ def notrace_functions(model: nn.Module) -> tuple[Callable[..., Any], ...]:
     """The functions that torch.fx must not look into, as the model's adapter says."""
     adapter = find_adapter(model)
     return () if adapter is None else adapter.notrace_functions(model)
+
+
+def stages_of(model: nn.Module, paths: Iterable[str]) -> dict[str, str]:
+    """The stage that each path belongs to, see `Adapter.stages`."""
+    adapter = find_adapter(model)
+    stages = {} if adapter is None else adapter.stages(model)
+    stage_of = {path: stage for stage, members in stages.items() for path in members}
+    found = {}
+    for path in paths:
+        names = path.split(".")
+        prefixes = (".".join(names[:depth]) for depth in range(len(names), 0, -1))
+        found[path] = next((stage_of[p] for p in prefixes if p in stage_of), names[0])
+    return found
 
 
 def adapt_sites(model: nn.Module, sites: Sequence[Site]) -> list[Site]:

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from transfer_surgery.activations import Activation, get_activation
+from transfer_surgery.adapter import stages_of
 from transfer_surgery.find import find_activations
 from transfer_surgery.fused import reopen_fused_paths
 from transfer_surgery.gates import make_gate
@@ -35,6 +36,7 @@ def convert(
     gate: str = "hard_concrete",
     init: str = "log_alpha",
     noise: str = "batch",
+    spread: float = 1.0,
     temperature: float = 2 / 3,
     stretch: tuple[float, float] = (-0.1, 1.1),
     seed: int | None = None,
@@ -59,7 +61,11 @@ def convert(
         gate: ``"hard_concrete"``, or the paper's baselines ``"bernoulli"``, ``"line"``, ``"copy"``.
         init: ``"log_alpha"``: ``log_alpha ~ N(8, 1)``; ``"alpha"``: ``alpha ~ N(8, 1)``, which
             changes outputs and is meant for training from scratch.
-        noise: one draw per gate and forward (``"batch"``) or per gate and example (``"example"``).
+        noise: one draw per gate and forward (``"batch"``), per gate and example (``"example"``), or
+            none: then training uses the gates of prediction. The noise of half-open gates hurts
+            deep pretrained networks in the middle of the transfer.
+        spread: standard deviation of the initial ``log_alpha``. The wider, the fewer gates are
+            half-open at the same time under a `TransferSchedule`; its mean is then ``8 * spread``.
         temperature: beta of Eq. 10.
         stretch: (xi, zeta) of Eq. 12.
         seed: seed of the initial ``log_alpha``; None: torch's current seed. The global random state
@@ -91,8 +97,10 @@ def convert(
     if not chosen.sites:
         raise ValueError(f"every activation selected is {target} already; choose another target.")
     granularities = _granularities(chosen, granularity)
+    stages = stages_of(model, [site.path for site in chosen])
     generator = torch.Generator().manual_seed(torch.initial_seed() if seed is None else seed)
-    options = {"init": init, "noise": noise, "temperature": temperature, "stretch": stretch}
+    options: dict[str, Any] = {"init": init, "noise": noise, "spread": spread}
+    options |= {"temperature": temperature, "stretch": stretch}
     units = {
         site.path: GatedActivation(
             site.source,
@@ -103,8 +111,10 @@ def convert(
             neurons=site.neurons,
             path=site.path,
             overwrites_input=site.overwrites_input,
+            depth=depth,
+            stage=stages[site.path],
         )
-        for site, g in zip(chosen, granularities, strict=True)
+        for depth, (site, g) in enumerate(zip(chosen, granularities, strict=True))
     }
     with undisturbed():
         recipes = prepare_rewrites(model, whole, {site.path for site in chosen})

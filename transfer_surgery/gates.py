@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from transfer_surgery.kernels.eager import may_look
+from transfer_surgery.sharding import whole
 
 __all__ = ["Gate", "HardConcreteGate", "make_gate", "register_gate", "registered_gates"]
 
@@ -67,11 +68,15 @@ class Gate(nn.Module):
     """Base class of gates.
 
     Args:
-        shape: shape of the gates of one call site: ``()`` per layer, ``(C,)`` per channel, the
-            feature shape per neuron.
+        shape: shape of the gates of one call site: ``(1,)`` per layer (FSDP2 takes no scalars),
+            ``(C,)`` per channel, the feature shape per neuron.
         init: ``"log_alpha"``: ``log_alpha ~ N(8, 1)``, a converted network is unchanged;
             ``"alpha"``: ``alpha ~ N(8, 1)``, the paper's wording, for training from scratch.
-        noise: ``"batch"``: one draw per gate and forward; ``"example"``: one per gate and example.
+        noise: ``"batch"``: one draw per gate and forward; ``"example"``: one per gate and example;
+            ``"none"``: no sampling, training uses the prediction of Eq. 16 too.
+        spread: standard deviation of the initial ``log_alpha``. Above 1 their mean is
+            ``8 * spread``, so that no gate starts below 1; with a transfer schedule, the wider the
+            spread, the fewer gates are between 0 and 1 at the same time.
         temperature: ``beta`` of Eq. 10, in (0, 1).
         stretch: ``(xi, zeta)`` of Eq. 12, ``xi < 0`` and ``zeta > 1``.
         generator: source of the initial values; the global random state stays untouched.
@@ -95,6 +100,7 @@ class Gate(nn.Module):
         *,
         init: str = "log_alpha",
         noise: str = "batch",
+        spread: float = 1.0,
         temperature: float = 2 / 3,
         stretch: tuple[float, float] = (-0.1, 1.1),
         generator: torch.Generator | None = None,
@@ -102,8 +108,12 @@ class Gate(nn.Module):
         super().__init__()
         if init not in ("log_alpha", "alpha"):
             raise ValueError(f"init={init!r}: use 'log_alpha' (keeps outputs) or 'alpha'.")
-        if noise not in ("batch", "example"):
-            raise ValueError(f"noise={noise!r}: use 'batch' or 'example'.")
+        if noise not in ("batch", "example", "none"):
+            raise ValueError(f"noise={noise!r}: use 'batch', 'example' or 'none'.")
+        if not (0 <= spread < math.inf):
+            raise ValueError(f"spread={spread}: a standard deviation, give a number from 0 on.")
+        if spread != 1 and init == "alpha":
+            raise ValueError("spread is that of log_alpha; leave it out with init='alpha'.")
         if not 0 < temperature < 1:
             raise ValueError(f"temperature={temperature}: it must lie between 0 and 1 (Eq. 10).")
         if not (stretch[0] < 0 and stretch[1] > 1):
@@ -114,12 +124,17 @@ class Gate(nn.Module):
             # Float32 on the generator's device, whatever torch's defaults are.
             place = None if generator is None else generator.device
             start = torch.randn(self.shape, generator=generator, dtype=torch.float32, device=place)
-            start += 8.0
+            start = start * spread + 8.0 * max(1.0, spread)
             if init == "alpha":
                 start = start.clamp_min(1e-3).log()
             self.log_alpha = nn.Parameter(start)
         else:
             self.register_buffer("progress", torch.zeros((), dtype=torch.float32))
+
+    @property
+    def count(self) -> int:
+        """Number of gates."""
+        return math.prod(self.shape)
 
     def sample(self, batch: int) -> Tensor:
         """Training value of ``z``: ``shape``, or ``(batch, *shape)`` with noise per example."""
@@ -129,12 +144,16 @@ class Gate(nn.Module):
         """Prediction value of ``z``, of the gates' shape, float32."""
         raise NotImplementedError
 
+    def location(self) -> Tensor:
+        """``log_alpha`` in float32 and whole, where FSDP2 shards it or its policy casts it."""
+        return whole(self.log_alpha).float()
+
     def logit(self) -> Tensor:
         """``s`` with ``P(z != 0) = sigmoid(s)``: ``log_alpha`` plus a constant, per gate.
 
         The transfer schedule relies on that form: a number added to ``log_alpha`` adds to ``s``.
         """
-        return self.log_alpha
+        return self.location()
 
     def probability(self) -> Tensor:
         """``P(z != 0)`` per gate, of the gates' shape, differentiable where `learned`."""
@@ -151,6 +170,8 @@ class Gate(nn.Module):
         """
         shape = (batch, *self.shape) if self.noise == "example" else self.shape
         like: dict[str, Any] = {"dtype": torch.float32, "device": self.log_alpha.device}
+        if self.noise == "none":
+            return torch.full(shape, 0.5, **like)
         if may_look(self.log_alpha) and bool((self.log_alpha.detach().abs() >= _CERTAIN).all()):
             return torch.full(shape, 0.5, **like)
         return torch.rand(shape, **like).clamp(2.0**-25, 1 - 2.0**-24)
@@ -184,18 +205,20 @@ class HardConcreteGate(Gate):
         return (v * (zeta - xi) + xi).clamp(0.0, 1.0)  # Eq. 12
 
     def sample(self, batch: int) -> Tensor:
+        if self.noise == "none":
+            return self.predict()
         eps = self._noise(batch)
         logistic = eps.log() - (-eps).log1p()
         return self._rectify(
-            torch.sigmoid((self.log_alpha + logistic) / self.temperature)
+            torch.sigmoid((self.location() + logistic) / self.temperature)
         )  # Eq. 15
 
     def predict(self) -> Tensor:
-        return self._rectify(torch.sigmoid(self.log_alpha))  # Eq. 16
+        return self._rectify(torch.sigmoid(self.location()))  # Eq. 16
 
     def logit(self) -> Tensor:
         xi, zeta = self.stretch
-        return self.log_alpha - self.temperature * math.log(-xi / zeta)  # Eq. 14
+        return self.location() - self.temperature * math.log(-xi / zeta)  # Eq. 14
 
 
 @register_gate("bernoulli")
@@ -208,11 +231,11 @@ class BernoulliGate(Gate):
     straight_through = True
 
     def sample(self, batch: int) -> Tensor:
-        p = torch.sigmoid(self.log_alpha)
+        p = torch.sigmoid(self.location())
         return (self._noise(batch) < p).to(p.dtype) + (p - p.detach())
 
     def predict(self) -> Tensor:
-        return (self.log_alpha > 0).to(self.log_alpha.dtype)
+        return (self.location() > 0).float()
 
 
 class _ScheduledGate(Gate):

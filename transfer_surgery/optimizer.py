@@ -9,29 +9,35 @@ from __future__ import annotations
 
 import math
 from typing import Any, TypeVar
-from weakref import WeakSet
+from weakref import WeakKeyDictionary
 
 from torch import Tensor, nn
 from torch.optim import LBFGS, Optimizer
 
-from transfer_surgery.hooks import STEP, FrozenGatesWarning, ScheduleEndedWarning, StepHooks
+from transfer_surgery.controllers import AutoGamma, ConstantGamma, Controller, Projection
+from transfer_surgery.hooks import PAUSED, STEP, StepHooks, gates_group
 from transfer_surgery.risk import check_reduction
 from transfer_surgery.schedule import TransferSchedule
 from transfer_surgery.unit import GatedActivation, gated_activations
 
-__all__ = ["FrozenGatesWarning", "ScheduleEndedWarning", "wrap_optimizer"]
+__all__ = ["pause_transfer", "resume_transfer", "wrap_optimizer"]
 
 AnyOptimizer = TypeVar("AnyOptimizer", bound=Optimizer)
 
-_WRAPPED: WeakSet[Optimizer] = WeakSet()
+_WRAPPED: WeakKeyDictionary[Optimizer, StepHooks] = WeakKeyDictionary()
+
+# Under these names other optimizers keep the one that they wrap: Accelerate and Lightning, SAM, and
+# timm's Lookahead.
+_INNER = ("optimizer", "base_optimizer", "_base_optimizer")
 
 
 def wrap_optimizer(
     optimizer: AnyOptimizer,
     model: nn.Module,
     *,
-    gamma: float | None = None,
+    gamma: float | str | None = None,
     transfer: TransferSchedule | None = None,
+    gamma_warmup: int = 0,
     gate_lr: float | None = None,
     gate_weight_decay: float | None = None,
     reduction: str = "sum",
@@ -41,24 +47,32 @@ def wrap_optimizer(
     The gates get a parameter group of their own, the last one, whether or not the optimizer was
     built before `convert`; their optimizer state is kept. (LBFGS allows one group: they join it.)
     Call it before learning-rate schedulers are created and before ``load_state_dict``, which then
-    continues at the step where the checkpoint was saved.
+    continues at the step where the checkpoint was saved. Where a scheduler exists already, the
+    gates stay in the group in which the optimizer has them.
 
     The risk is added inside ``step``, to the gradient that is there by then: clipping
     before ``step`` does not see it. With a closure each evaluation adds it, and the loss that the
-    closure returns includes it. A gradient that is not finite stops the step with a
-    FloatingPointError before anything is updated (looked for at every step on a CPU, at every 50th
-    elsewhere, where looking costs a synchronisation, and not where a GradScaler looks).
+    closure returns includes it. Of an optimizer that wraps another (Accelerate's, SAM, Lookahead)
+    the inner one's ``step`` counts: SAM perturbs by the gradient of the task alone.
+
+    A gradient that is not finite stops the step with a FloatingPointError before anything is
+    updated (looked for at every step on a CPU, at every 50th elsewhere, where looking costs a
+    synchronisation, and not where a GradScaler looks).
 
     Args:
         optimizer: any `torch.optim.Optimizer` of the model's parameters.
-        model: the converted model.
-        gamma: the weight of the structural risk, constant, as in the paper.
-        transfer: or the share of the gates to transfer, and by when; no risk is added then. For any
-            optimizer and network the gates follow this schedule.
+        model: the converted model, also in DDP or after FSDP2's ``fully_shard``.
+        gamma: the weight of the structural risk, constant, as in the paper; or ``"auto"`` together
+            with `transfer`: a weight that is adapted so that the mean ``P(z != 0)`` follows the
+            schedule, by dual ascent. That is as good as the optimizer lets it be.
+        transfer: the share of the gates to transfer, and by when. Without `gamma` no risk is added;
+            the gates are moved to the schedule's budget after each step, for any optimizer,
+            learning rate and network.
+        gamma_warmup: optimizer steps over which a constant gamma rises from 0.
         gate_lr: learning rate of the gates; by default that of the first group.
         gate_weight_decay: weight decay of the gates; by default the largest of the optimizer's
-            groups with `gamma` (it brings ``log_alpha`` from 8 to where the risk acts) and 0 with
-            `transfer` (nothing but the schedule is to move all gates together).
+            groups with a constant gamma (it brings ``log_alpha`` from 8 to where the risk acts) and
+            0 otherwise (nothing but the schedule is to move all gates together).
         reduction: what one gate counts for in the risk, see `structural_risk`.
 
     Returns:
@@ -87,61 +101,152 @@ def wrap_optimizer(
         >>> model[1].gate.predict().tolist()
         [0.0, 0.0, 0.0, 0.0]
     """
-    units = list(gated_activations(model))
-    _check_training(gamma, transfer, reduction, [unit for _, unit in units])
-    _check_optimizer(optimizer, model)
-    learned = [unit for _, unit in units if unit.gate.learned]
+    sites = dict(gated_activations(model))
+    units = list(sites.values())
+    _check_training(gamma, transfer, reduction, gamma_warmup, units)
+    inner = _innermost(optimizer)
+    _check_optimizer(inner, model)
+    learned = [unit for unit in units if unit.gate.learned]
     given = {"lr": gate_lr, "weight_decay": gate_weight_decay}
     settings = {key: value for key, value in given.items() if value is not None}
-    _check_settings(settings, optimizer, bool(learned))
+    _check_settings(settings, inner, bool(learned))
+    controller = _controller(sites, gamma, transfer, gamma_warmup, reduction)
 
     if not learned:
-        optimizer.param_groups[0].setdefault(STEP, 0)
-    elif isinstance(optimizer, LBFGS):
-        _join_only_group(optimizer, learned)
+        inner.param_groups[0].setdefault(STEP, 0)
+    elif isinstance(inner, LBFGS):
+        _join_only_group(inner, learned)
     else:
-        _move_to_own_group(optimizer, model, learned, settings, decay=gamma is not None)
-    hooks = StepHooks(optimizer, model, gamma, transfer, reduction)
-    optimizer.register_step_pre_hook(hooks.before_step)
-    optimizer.register_step_post_hook(hooks.after_step)
-    _WRAPPED.add(optimizer)
+        decay = isinstance(controller, ConstantGamma)
+        _move_to_own_group(optimizer, inner, model, learned, settings, decay)
+    hooks = StepHooks(inner, model, controller)
+    inner.register_step_pre_hook(hooks.before_step)
+    inner.register_step_post_hook(hooks.after_step)
+    _WRAPPED[inner] = hooks
     return optimizer
 
 
+def pause_transfer(optimizer: Optimizer) -> None:
+    """Let the clock of the optimizer's `TransferSchedule` stand still, while training goes on.
+
+    The gates are kept at the budget of the last step; a checkpoint remembers the pause. The
+    schedule then ends later by as many steps.
+
+    Args:
+        optimizer: an optimizer wrapped with ``transfer=``.
+
+    Raises:
+        ValueError: it is not.
+
+    Example:
+        >>> import torch
+        >>> from transfer_surgery import convert
+        >>> model = convert(nn.Sequential(nn.ReLU()), example_input=torch.zeros(1, 2))
+        >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        >>> _ = wrap_optimizer(optimizer, model, transfer=TransferSchedule(10))
+        >>> pause_transfer(optimizer)  # until accuracy has recovered, say
+        >>> optimizer.step()
+        >>> resume_transfer(optimizer)
+        >>> optimizer.param_groups[-1]["transfer_step"]
+        0
+    """
+    gates_group(_scheduled(optimizer))[PAUSED] = True
+
+
+def resume_transfer(optimizer: Optimizer) -> None:
+    """Undo `pause_transfer`; nothing happens where there is no pause.
+
+    Raises:
+        ValueError: the optimizer was not wrapped with ``transfer=``.
+    """
+    gates_group(_scheduled(optimizer))[PAUSED] = False
+
+
+def _scheduled(optimizer: Optimizer) -> Optimizer:
+    inner = _innermost(optimizer)
+    hooks = _WRAPPED.get(inner)
+    if hooks is None or isinstance(hooks.controller, ConstantGamma):
+        raise ValueError(
+            "only a transfer schedule can be paused: wrap this optimizer with "
+            "wrap_optimizer(optimizer, model, transfer=TransferSchedule(total_steps)) first."
+        )
+    return inner
+
+
+def _innermost(optimizer: Optimizer) -> Optimizer:
+    """The optimizer whose ``step`` updates the parameters, inside of those that wrap it."""
+    inner = (getattr(optimizer, name, None) for name in _INNER)
+    found = next((o for o in inner if isinstance(o, Optimizer) and o is not optimizer), None)
+    return optimizer if found is None else _innermost(found)
+
+
+def _controller(
+    sites: dict[str, GatedActivation],
+    gamma: float | str | None,
+    transfer: TransferSchedule | None,
+    warmup: int,
+    reduction: str,
+) -> Controller:
+    if transfer is None:
+        assert isinstance(gamma, (int, float))
+        return ConstantGamma(sites, gamma, warmup, reduction)
+    return Projection(sites, transfer) if gamma is None else AutoGamma(sites, transfer)
+
+
 def _check_training(
-    gamma: float | None,
+    gamma: float | str | None,
     transfer: TransferSchedule | None,
     reduction: str,
+    warmup: int,
     units: list[GatedActivation],
 ) -> None:
-    if (gamma is None) == (transfer is None):
+    constant = gamma is not None and gamma != "auto"
+    if constant == (transfer is not None):
         raise ValueError(
             "give exactly one of gamma= (a constant weight of the risk) and "
-            "transfer=TransferSchedule(total_steps) (a share of the gates, by a given step)."
+            "transfer=TransferSchedule(total_steps) (a share of the gates, by a given step), or "
+            "gamma='auto' and transfer= (a weight that follows the schedule)."
         )
     check_reduction(reduction)
-    if gamma is not None:
-        if not (gamma >= 0 and math.isfinite(gamma)):
-            raise ValueError(f"gamma={gamma}: give a finite number that is not negative.")
-        if not any(unit.gate.learned for unit in units):
-            raise ValueError(
-                f"gates of the kind {units[0].gate.name!r} have no parameters that gamma could "
-                "move; use transfer=TransferSchedule(total_steps)."
-            )
+    if gamma is not None and not any(unit.gate.learned for unit in units):
+        raise ValueError(
+            f"gates of the kind {units[0].gate.name!r} have no parameters that gamma could "
+            "move; use transfer=TransferSchedule(total_steps)."
+        )
+    if constant and not (isinstance(gamma, (int, float)) and 0 <= gamma < math.inf):
+        raise ValueError(f"gamma={gamma}: give a finite number that is not negative, or 'auto'.")
+    if warmup and (not constant or warmup < 0):
+        raise ValueError(
+            f"gamma_warmup={warmup}: steps over which a constant gamma= rises; a transfer schedule "
+            "has its own start=."
+        )
     if transfer is not None:
-        if not isinstance(transfer, TransferSchedule):
-            raise TypeError(f"transfer={transfer!r}: give a TransferSchedule(total_steps).")
-        if reduction != "sum":
-            raise ValueError(
-                f"reduction={reduction!r} weights the risk of gamma=; a transfer schedule counts "
-                "every gate once. Leave it out."
-            )
-        scheduled = [unit.gate.name for unit in units if not unit.gate.learned]
-        if scheduled and transfer.fraction < 1:
-            raise ValueError(
-                f"gates of the kind {scheduled[0]!r} all go together: use fraction=1, or convert "
-                "with gate='hard_concrete' to transfer a share of them."
-            )
+        _check_schedule(transfer, reduction, gamma, units)
+
+
+def _check_schedule(
+    transfer: TransferSchedule,
+    reduction: str,
+    gamma: float | str | None,
+    units: list[GatedActivation],
+) -> None:
+    if not isinstance(transfer, TransferSchedule):
+        raise TypeError(f"transfer={transfer!r}: give a TransferSchedule(total_steps).")
+    if reduction != "sum":
+        raise ValueError(
+            f"reduction={reduction!r} weights the risk of gamma=; a transfer schedule counts "
+            "every gate once. Leave it out."
+        )
+    if gamma == "auto" and transfer.order != "joint":
+        raise ValueError(
+            f"order={transfer.order!r}: gamma='auto' is one weight for all gates. Leave gamma out."
+        )
+    scheduled = [unit.gate.name for unit in units if not unit.gate.learned]
+    if scheduled and transfer.fraction < 1:
+        raise ValueError(
+            f"gates of the kind {scheduled[0]!r} all go together: use fraction=1, or convert "
+            "with gate='hard_concrete' to transfer a share of them."
+        )
 
 
 def _check_optimizer(optimizer: Optimizer, model: nn.Module) -> None:
@@ -185,25 +290,23 @@ def _join_only_group(optimizer: LBFGS, units: list[GatedActivation]) -> None:
 
 def _move_to_own_group(
     optimizer: Optimizer,
+    inner: Optimizer,
     model: nn.Module,
     units: list[GatedActivation],
     settings: dict[str, float],
     decay: bool,
 ) -> None:
-    groups = optimizer.param_groups
+    groups = inner.param_groups
     earlier = next((group for group in groups if STEP in group), None)
     if earlier is not None:  # a copy of a wrapped optimizer
         earlier.update(settings)
         return
-    if any("initial_lr" in group for group in groups):
-        raise ValueError(
-            "a learning-rate scheduler was created for this optimizer: it would not know the group "
-            "of the gates. Create it after wrap_optimizer. (If it is no longer in use, delete "
-            "'initial_lr' from optimizer.param_groups first.)"
-        )
     gates = {unit.log_alpha for unit in units}
+    if any("initial_lr" in group for group in groups):
+        _leave_in_place(groups, gates, settings)
+        return
     own: dict[str, Any] = {"lr": _copy(groups[0]["lr"]), STEP: 0}
-    if "weight_decay" in optimizer.defaults:
+    if "weight_decay" in inner.defaults:
         own["weight_decay"] = max(group["weight_decay"] for group in groups) if decay else 0.0
     named = "param_names" in groups[0]
     own["params"] = [(n, p) if named else p for n, p in model.named_parameters() if p in gates]
@@ -211,7 +314,25 @@ def _move_to_own_group(
         stay = [i for i, p in enumerate(group["params"]) if p not in gates]
         for key in ("params", "param_names") if named else ("params",):
             group[key] = [group[key][i] for i in stay]
+    # Of the outer optimizer, which may want settings of its own in each group.
     optimizer.add_param_group(own | settings)
+
+
+def _leave_in_place(
+    groups: list[dict[str, Any]], gates: set[nn.Parameter], settings: dict[str, float]
+) -> None:
+    """A learning-rate scheduler knows the groups that there are: it must not find another one."""
+    held = {p for group in groups for p in group["params"]}
+    if settings or not gates <= held:
+        wrong = f"gate_{next(iter(settings))} needs" if settings else "the gates need"
+        raise ValueError(
+            "a learning-rate scheduler was created for this optimizer: it would not know the group "
+            f"that {wrong}. Create it after wrap_optimizer, or build the optimizer from the "
+            "converted model's parameters: gates then stay in the group they are in. (If the "
+            "scheduler is no longer in use, delete 'initial_lr' from optimizer.param_groups first.)"
+        )
+    holding = [g for g in groups if any(p in gates for p in g["params"])]
+    holding[0].setdefault(STEP, 0)
 
 
 def _copy(lr: float | Tensor) -> float | Tensor:

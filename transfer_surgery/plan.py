@@ -95,9 +95,9 @@ class Site:
     key: CallKey = field(repr=False)
 
     def gate_shape(self, granularity: str) -> tuple[int, ...]:
-        """Shape of the gates: ``()`` per layer, ``(C,)`` per channel, feature shape per neuron."""
+        """Shape of the gates: ``(1,)`` per layer, ``(C,)`` per channel, or the feature shape."""
         if granularity == "layer":
-            return ()
+            return (1,)
         return (self.shape[self.channel_axis],) if granularity == "channel" else self.shape[1:]
 
     @property

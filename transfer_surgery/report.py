@@ -7,7 +7,6 @@ anything between *mixed*.
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import TYPE_CHECKING, Any
@@ -15,7 +14,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from transfer_surgery.adapter import find_adapter
 from transfer_surgery.unit import GatedActivation, gated_activations
 
 if TYPE_CHECKING:
@@ -110,7 +108,8 @@ class Report:
 def report(model: nn.Module, *, by: str = "site") -> Report:
     """Count transferred, kept and mixed gates of a converted model, site by site.
 
-    The numbers of all sites travel to the host together: a report waits for a GPU only once.
+    The numbers of all sites travel to the host together: a report waits for a GPU only once. Where
+    FSDP2 shards the gates they are gathered first: call it on every rank, not on the first alone.
 
     Args:
         model: a converted model, in train or eval mode.
@@ -152,7 +151,7 @@ def report(model: nn.Module, *, by: str = "site") -> Report:
     rows = tuple(_row(path, unit, *n) for (path, unit), n in zip(units, numbers, strict=True))
     total = _sum("total", rows)
     if by == "stage":
-        rows = tuple(_sum(stage, members) for stage, members in _stages(model, rows).items())
+        rows = tuple(_sum(stage, members) for stage, members in _stages(units, rows).items())
     return Report(rows, total, by)
 
 
@@ -172,14 +171,14 @@ def data_frame(lines: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
 def _statistics(unit: GatedActivation) -> Tensor:
     """Transferred and kept gates, mean gate and mean ``log_alpha``, on the unit's device."""
     z = unit.gate.predict()
-    location = unit.log_alpha.mean() if unit.gate.learned else torch.zeros_like(z.mean())
+    location = unit.gate.location().mean() if unit.gate.learned else torch.zeros_like(z.mean())
     return torch.stack([(z == 0).sum().float(), (z == 1).sum().float(), z.mean(), location])
 
 
 def _row(
     path: str, unit: GatedActivation, zeros: float, ones: float, gate: float, location: float
 ) -> Row:
-    gates = math.prod(unit.gate.shape)
+    gates = unit.gate.count
     return Row(
         path=path,
         source=str(unit.source),
@@ -195,17 +194,13 @@ def _row(
     )
 
 
-def _stages(model: nn.Module, rows: Sequence[Row]) -> dict[str, list[Row]]:
+def _stages(
+    units: Sequence[tuple[str, GatedActivation]], rows: Sequence[Row]
+) -> dict[str, list[Row]]:
     """The rows of each stage, in the order in which the stages come up."""
-    adapter = find_adapter(model)
-    stages = {} if adapter is None else adapter.stages(model)
-    stage_of = {path: stage for stage, paths in stages.items() for path in paths}
     members: dict[str, list[Row]] = {}
-    for row in rows:
-        names = row.path.split(".")
-        prefixes = (".".join(names[:depth]) for depth in range(len(names), 0, -1))
-        stage = next((stage_of[p] for p in prefixes if p in stage_of), names[0])
-        members.setdefault(stage, []).append(row)
+    for (path, unit), row in zip(units, rows, strict=True):
+        members.setdefault(unit.stage or path.split(".")[0], []).append(row)
     return members
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 import torch
@@ -57,7 +56,10 @@ def risk_of(units: Sequence[GatedActivation], reduction: str) -> Tensor:
 
 
 def add_risk_gradient(
-    units: Sequence[GatedActivation], gamma: float, reduction: str, scale: Tensor | None = None
+    units: Sequence[GatedActivation],
+    gamma: float | Tensor,
+    reduction: str,
+    scale: Tensor | None = None,
 ) -> None:
     """Add the gradient of ``gamma * structural_risk`` to the ``.grad`` of the gates.
 
@@ -68,22 +70,26 @@ def add_risk_gradient(
         scale: a GradScaler's loss scale, where the gradients are still scaled.
     """
     probabilities, log_alphas, factors = [], [], []
+    scaled = gamma if scale is None else gamma * scale
     with torch.enable_grad():
         for unit, weight in zip(units, _weights(units, reduction), strict=True):
             if unit.gate.learned and unit.log_alpha.requires_grad:
-                probabilities.append(unit.gate.probability())
+                probability = unit.gate.probability()
+                factor = torch.full_like(probability, weight, requires_grad=False)
+                if isinstance(scaled, Tensor):
+                    scaled = scaled.to(factor.device)
+                probabilities.append(probability)
                 log_alphas.append(unit.log_alpha)
-                factors.append(torch.full_like(probabilities[-1], gamma * weight))
+                factors.append(factor * scaled)
     if not log_alphas:
         return
     # Not torch.autograd.backward, which would run the hooks that DDP has on the parameters.
     slopes = torch.autograd.grad(probabilities, log_alphas, factors)
     for log_alpha, slope in zip(log_alphas, slopes, strict=True):
-        scaled = slope if scale is None else slope * scale.to(slope.device)
         if log_alpha.grad is None:
-            log_alpha.grad = scaled
+            log_alpha.grad = slope
         else:
-            log_alpha.grad.add_(scaled)
+            log_alpha.grad.add_(slope)
 
 
 def check_reduction(reduction: str) -> None:
@@ -95,7 +101,7 @@ def check_reduction(reduction: str) -> None:
 def _weights(units: Sequence[GatedActivation], reduction: str) -> list[float]:
     """What one gate of each unit counts for."""
     check_reduction(reduction)
-    gates = [math.prod(unit.gate.shape) for unit in units]
+    gates = [unit.gate.count for unit in units]
     if reduction == "mean":
         return [1 / sum(gates)] * len(units)
     if reduction == "neurons":

@@ -1,9 +1,4 @@
-"""Transfer schedules: what share of the gates is away from 0 at which step, and how that is kept.
-
-The schedule is kept by a *budget projection*: after every optimizer step one common offset is added
-to all ``log_alpha``, such that the mean of ``P(z != 0)`` equals the schedule's budget. What the
-gates learned relative to each other decides who goes first.
-"""
+"""Transfer schedules: what share of the gates is away from 0 at which step, and who goes first."""
 
 from __future__ import annotations
 
@@ -11,42 +6,32 @@ import math
 from collections.abc import Sequence
 from dataclasses import KW_ONLY, dataclass
 
-import torch
-from torch import Tensor
-
-from transfer_surgery.gates import Gate
-
-__all__ = ["TransferSchedule", "project"]
+__all__ = ["ORDERS", "TransferSchedule", "turns"]
 
 SHAPES = ("cosine", "linear")
-
-# Where gates are left at the end: the mirror of the start of a converted network, log_alpha = 8.
-# The eval gate is then exactly 0 (1), and a sampled one too with probability 0.998.
-_END = 8.0
-
-# Budgets closer than this to 0 or 1 mean no more than a gate at its end: converted gates,
-# log_alpha ~ N(8, 1), have 1 - mean P(z != 0) = 1.1e-4.
-_MARGIN = 1e-4
-
-# Enough for any spread of log_alpha below 200; from the step before, 4 are. A fixed number, since
-# to look whether it converged would synchronise with the device.
-_ITERATIONS = 16
+ORDERS = ("joint", "front_to_back", "back_to_front")
 
 
 @dataclass(frozen=True)
 class TransferSchedule:
-    """What share of the gates is to be transferred, and by when.
+    """What share of the gates is to be transferred, by when and in which order.
 
     Args:
         total_steps: optimizer steps of the whole training, ``epochs * steps_per_epoch``.
-        fraction: share of the gates that is transferred at the end, in (0, 1]. Below 1 the gates
-            with the lowest ``log_alpha`` go and the others are kept at their source.
-        start: when the transfer starts, as a share of `total_steps`; before it no gate is moved.
-        end: when it ends, as a share of `total_steps`; the rest is for the transferred network.
+        fraction: share of the gates that is transferred at the end, in (0, 1]. Below 1 the others
+            are kept at their source: those with the highest ``log_alpha`` when their turn comes
+            (``order="joint"``), or those of the sites that come last in the order.
+        start: when the transfer starts: a share of `total_steps` (a float) or optimizer steps (an
+            int). Before it no gate is moved.
+        end: when it ends, likewise; the rest is for the transferred network.
         shape: ``"cosine"`` (slow at both ends) or ``"linear"``.
+        order: ``"joint"``: all gates together, what they learn decides who goes first.
+            ``"front_to_back"`` or ``"back_to_front"``: one part of the network after the other, the
+            stages of a zoo model (``stem``, ``layer1``, ...), or site by site where none are known.
+            A sequence of globs on site paths: the sites of the first go first, and so on.
 
-    ``TransferSchedule(n, start=0, end=1, shape="linear")`` gives the paper's *Line* and *Copy* when
-    the model was converted with ``gate="line"`` or ``gate="copy"``.
+    ``TransferSchedule(n, start=0, end=1.0, shape="linear")`` gives the paper's *Line* and *Copy*
+    when the model was converted with ``gate="line"`` or ``gate="copy"``.
 
     Raises:
         ValueError: an argument is out of its range.
@@ -58,6 +43,8 @@ class TransferSchedule:
         >>> schedule = TransferSchedule(100, start=0.1, end=0.5)
         >>> [round(schedule.budget(step), 3) for step in (0, 10, 20, 30, 40, 50, 100)]
         [1.0, 1.0, 0.854, 0.5, 0.146, 0.0, 0.0]
+        >>> TransferSchedule(100, start=10, end=50).budget(20) == schedule.budget(20)
+        True
     """
 
     total_steps: int
@@ -66,6 +53,7 @@ class TransferSchedule:
     start: float = 0.1
     end: float = 0.7
     shape: str = "cosine"
+    order: str | Sequence[str] = "joint"
 
     def __post_init__(self) -> None:
         if isinstance(self.total_steps, bool) or not isinstance(self.total_steps, int):
@@ -79,18 +67,32 @@ class TransferSchedule:
             raise ValueError(
                 f"fraction={self.fraction}: the share of gates to transfer lies in (0, 1]."
             )
-        if not 0 <= self.start < self.end <= 1:
+        if type(self.end) is int and self.end == 1:
             raise ValueError(
-                f"start={self.start}, end={self.end}: both are shares of total_steps, with "
-                "0 <= start < end <= 1."
+                "end=1 would be the first step; write end=1.0 for the last one."
+            )
+        if not 0 <= self._share(self.start) < self._share(self.end) <= 1:
+            raise ValueError(
+                f"start={self.start}, end={self.end}: shares of total_steps (floats, 1.0 is all of "
+                "them) or optimizer steps (ints), with 0 <= start < end <= total_steps."
             )
         if self.shape not in SHAPES:
             raise ValueError(f"shape={self.shape!r}: use one of {', '.join(SHAPES)}.")
+        if isinstance(self.order, str) and self.order not in ORDERS:
+            raise ValueError(
+                f"order={self.order!r}: use one of {', '.join(ORDERS)}, or a list of globs on "
+                "site paths."
+            )
+        if not isinstance(self.order, str):
+            object.__setattr__(self, "order", tuple(self.order))
+
+    def _share(self, moment: float) -> float:
+        return moment / self.total_steps if type(moment) is int else moment
 
     def progress(self, step: int) -> float:
         """How far the gates that go have gone after `step` optimizer steps, from 0 to 1."""
-        p = (step / self.total_steps - self.start) / (self.end - self.start)
-        p = min(max(p, 0.0), 1.0)
+        start, end = self._share(self.start), self._share(self.end)
+        p = min(max((step / self.total_steps - start) / (end - start), 0.0), 1.0)
         return (1 - math.cos(math.pi * p)) / 2 if self.shape == "cosine" else p
 
     def budget(self, step: int) -> float:
@@ -98,79 +100,25 @@ class TransferSchedule:
         return 1 - self.fraction * self.progress(step)
 
 
-@torch.no_grad()
-def project(
-    gates: Sequence[Gate], progress: float, *, fraction: float = 1.0, skip: Tensor | None = None
-) -> None:
-    """Move gates by one common offset, so that the mean of their ``P(z != 0)`` is ``1 - progress``.
+def turns(sizes: Sequence[int], fraction: float, progress: float) -> list[tuple[float, float]]:
+    """For groups of gates that go one after the other: each one's fraction and progress.
 
-    With ``fraction < 1`` this holds for those that go, the ``ceil(fraction * n)`` gates with the
-    lowest ``P(z != 0)``. One offset for *all* gates could only lower the mean: it would end
-    with every gate between 0 and 1 instead of a share at 0 and the others at 1.
-
-    At ``progress == 1`` the highest ``log_alpha`` of those that go is at most -8, and that of those
-    that stay at least 8: every eval gate is then exactly 0 or 1, whatever the loss asks for.
-    Nothing is moved at ``progress == 0``. No step synchronises with the device.
+    The mean over all gates is that of a joint transfer: a group of many gates takes longer.
 
     Args:
-        gates: gates with a ``log_alpha``, all on one device; they are changed in place.
-        progress: from 0 (all at the source) to 1 (those that go are at the target).
-        fraction: the share of gates that go, in (0, 1].
-        skip: a scalar on the gates' device; where it is not 0, nothing is moved (the ``found_inf``
-            of a GradScaler whose optimizer skips the step on the device).
+        sizes: the number of gates of each group, in the order in which they go.
+        fraction: of all gates.
+        progress: of all gates that go.
 
     Example:
-        >>> from transfer_surgery.gates import make_gate
-        >>> gate = make_gate("hard_concrete", (1000,))
-        >>> project([gate], 0.25)
-        >>> round(gate.probability().mean().item(), 4)
-        0.75
-        >>> project([gate], 1.0, fraction=0.3)
-        >>> int((gate.predict() == 0).sum()), int((gate.predict() == 1).sum())
-        (300, 700)
+        >>> turns([10, 10, 20], 0.75, 0.5)
+        [(1.0, 1.0), (1.0, 0.5), (0.5, 0.0)]
     """
-    if not gates or progress <= 0:
-        return
-    log_alphas = [gate.log_alpha.detach() for gate in gates]
-    before = torch.cat([log_alpha.flatten() for log_alpha in log_alphas])
-    logits = torch.cat([gate.logit().flatten() for gate in gates])
-
-    number = before.numel()
-    going = max(1, math.ceil(fraction * number - 1e-6))  # 0.1 * 30 is 3.0000000000000004
-    at = slice(None) if going == number else logits.topk(going, largest=False, sorted=False).indices
-    if progress < 1:
-        after = before.clone()
-        after[at] += _offset(logits[at], 1 - progress)
-    else:
-        after = before.clamp_min(_END)
-        offset = (-_END - before[at].amax()).clamp_max(0)
-        after[at] = (before[at] + offset).clamp_max(-_END)  # the clamp is for rounding
-    if skip is not None:
-        after = torch.where(skip.to(after.device) != 0, before, after)
-    parts = torch.split(after, [log_alpha.numel() for log_alpha in log_alphas])
-    for log_alpha, part in zip(log_alphas, parts, strict=True):
-        log_alpha.copy_(part.view_as(log_alpha))
-
-
-def _offset(logits: Tensor, budget: float) -> Tensor:
-    """The number ``d`` with ``mean(sigmoid(logits + d)) == budget``, to 1e-4, on the device.
-
-    Newton's method on ``logit(mean)``, which is nearly linear in ``d``. Its slope is never above 1
-    (the mean of ``p * (1 - p)`` is at most ``m * (1 - m)``), so the root is at least as far away as
-    the error: a lower bound for the bracket that catches Newton where gates are widely spread.
-    """
-    budget = min(max(budget, _MARGIN), 1 - _MARGIN)
-    goal = math.log(budget / (1 - budget))
-    low, high = goal - logits.amax(), goal - logits.amin()
-    d = torch.zeros_like(low).clamp(low, high)
-    for _ in range(_ITERATIONS):
-        p = torch.sigmoid(logits + d)
-        mean = p.mean()
-        slope = mean - torch.dot(p, p) / p.numel()
-        error = torch.logit(mean, eps=1e-6) - goal
-        low = torch.where(error < 0, d - error, low)
-        high = torch.where(error < 0, high, d - error)
-        newton = d - error * mean * (1 - mean) / slope
-        inside = (newton >= low) & (newton <= high)  # False for nan: no gate is between 0 and 1
-        d = torch.where(inside, newton, (low + high) / 2)
-    return d
+    going = math.ceil(fraction * sum(sizes) - 1e-6)  # 0.1 * 30 is 3.0000000000000004
+    gone, before, result = progress * going, 0, []
+    for size in sizes:
+        mine = min(max(going - before, 0), size)
+        share = min(max((gone - before) / mine, 0.0), 1.0) if mine else 0.0
+        result.append((mine / size, share))
+        before += mine
+    return result

@@ -21,13 +21,15 @@ class GatedActivation(nn.Module):
     Args:
         source: the activation that the network had.
         target: the activation it is transferred to.
-        gate: the gates, of shape ``()``, ``(C,)`` or the feature shape.
+        gate: the gates, of shape ``(1,)``, ``(C,)`` or the feature shape.
         granularity: ``"layer"``, ``"channel"`` or ``"neuron"``.
         channel_axis: axis of the channels in the input; used with ``"channel"`` only.
         neurons: elements of the feature shape (per example), for reports and risk weights.
         path: where the unit lives, for messages.
         overwrites_input: the original worked in place and its input is read again later; the
             result is then written back to the input.
+        depth: its place in the order in which the model's activations run.
+        stage: the part of the model that it belongs to, such as ``"layer1"``.
 
     Example:
         >>> import torch
@@ -56,6 +58,8 @@ class GatedActivation(nn.Module):
         neurons: int = 1,
         path: str = "",
         overwrites_input: bool = False,
+        depth: int = 0,
+        stage: str = "",
     ) -> None:
         super().__init__()
         if target.operands:
@@ -66,6 +70,7 @@ class GatedActivation(nn.Module):
         self.source, self.target, self.gate = source, target, gate
         self.granularity, self.channel_axis = granularity, channel_axis
         self.neurons, self.path, self.overwrites_input = neurons, path, overwrites_input
+        self.depth, self.stage = depth, stage
         # The module that this unit stands in for, in a tuple: it is no child of the unit.
         self.replaced: tuple[nn.Module, ...] = ()
 
@@ -104,9 +109,9 @@ class GatedActivation(nn.Module):
 def spread_gates(z: Tensor, x: Tensor, granularity: str, channel_axis: int) -> Tensor:
     """View gates so that they broadcast to ``x``.
 
-    Their shape is ``()``, ``(C,)`` or the feature shape, maybe with an axis of examples in front.
+    Their shape is ``(1,)``, ``(C,)`` or the feature shape, maybe with an axis of examples in front.
     """
-    gate_dims = {"layer": 0, "channel": 1, "neuron": x.dim() - 1}[granularity]
+    gate_dims = {"layer": 1, "channel": 1, "neuron": x.dim() - 1}[granularity]
     shape = [1] * x.dim()
     if z.dim() > gate_dims:
         shape[0] = z.shape[0]

@@ -1,0 +1,54 @@
+"""Which sites go together, and in which order: `TransferSchedule(order=...)`."""
+
+from __future__ import annotations
+
+import fnmatch
+from collections.abc import Mapping, Sequence
+
+from transfer_surgery.unit import GatedActivation
+
+__all__ = ["in_order"]
+
+Sites = Mapping[str, GatedActivation]
+
+
+def in_order(sites: Sites, order: str | Sequence[str]) -> list[list[GatedActivation]]:
+    """Groups of units in the order in which they are to be transferred.
+
+    Args:
+        sites: the units of a model, by their paths.
+        order: as in `TransferSchedule`.
+
+    Raises:
+        ValueError: a glob matches no site that an earlier one left, or a site matches none.
+    """
+    if not isinstance(order, str):
+        return _by_globs(sites, order)
+    units = sorted(sites.values(), key=lambda unit: unit.depth)
+    if order == "joint":
+        return [units]
+    stages: dict[str, list[GatedActivation]] = {}
+    for unit in units:
+        stages.setdefault(unit.stage, []).append(unit)
+    groups = list(stages.values()) if len(stages) > 1 else [[unit] for unit in units]
+    return groups if order == "front_to_back" else groups[::-1]
+
+
+def _by_globs(sites: Sites, globs: Sequence[str]) -> list[list[GatedActivation]]:
+    left = dict(sites)
+    groups = []
+    for glob in globs:
+        chosen = {path: unit for path, unit in left.items() if _matches(unit.path or path, glob)}
+        if not chosen:
+            raise ValueError(
+                f"order: {glob!r} matches none of the sites that are left: {', '.join(left)}."
+            )
+        groups.append(list(chosen.values()))
+        left = {path: unit for path, unit in left.items() if path not in chosen}
+    if left:
+        raise ValueError(f"order: no glob matches {', '.join(left)}; add '*' as the last one.")
+    return groups
+
+
+def _matches(path: str, glob: str) -> bool:
+    return fnmatch.fnmatchcase(path, glob) or fnmatch.fnmatchcase(path, f"{glob}.*")
