@@ -134,13 +134,17 @@ class Projection(_Scheduled):
 
     def follow(self, group: Group, step: int, skipped: Tensor | None) -> None:
         progress = self.schedule.progress(step)
+        if progress > 0:
+            self._project(progress, skipped)
+        self._warn_at_the_end(step)
+
+    def _project(self, progress: float, skipped: Tensor | None) -> None:
         for units, fraction, share in self._turns(progress):
             gates = [unit.gate for unit in units if unit.gate.learned]
             project(gates, share, fraction=fraction, skip=skipped)
             for unit in units:
                 if not unit.gate.learned:
                     unit.gate.progress.fill_(share)
-        self._warn_at_the_end(step)
 
     def _turns(self, progress: float) -> list[tuple[list[GatedActivation], float, float]]:
         """For each group of units that are not frozen by the user: its fraction and progress."""

@@ -41,9 +41,10 @@ def project(
     others stay at their source. One offset for *all* gates could only lower the mean: it would end
     with every gate between 0 and 1 instead of a share at 0 and the others at 1.
 
-    At ``progress == 1`` every eval gate is exactly 0 or 1, whatever the loss asks for. Nothing is
-    moved at ``progress == 0``. No step synchronises with the device. Gates that FSDP2 shards are
-    gathered, one collective each, and every rank computes the same.
+    At ``progress == 1`` every eval gate is exactly 0 or 1, whatever the loss asks for. At
+    ``progress == 0`` gates that wait at the source stay as they are; they are moved back there if
+    they have left it. No step synchronises with the device. Gates that FSDP2 shards are gathered,
+    one collective each, and every rank computes the same.
 
     Args:
         gates: gates with a ``log_alpha``; they are changed in place.
@@ -62,7 +63,7 @@ def project(
         >>> int((gate.predict() == 0).sum()), int((gate.predict() == 1).sum())
         (300, 700)
     """
-    if not gates or progress <= 0:
+    if not gates:
         return
     log_alphas = [gate.log_alpha.detach() for gate in gates]
     device = log_alphas[0].device  # a model may be spread over several
@@ -74,17 +75,24 @@ def project(
     at = slice(None) if going == number else logits.topk(going, largest=False, sorted=False).indices
     # Past the end by a little more than is looked for: what is there already does not move.
     after = before + torch.where(logits < _END, _END + 0.01 - logits, 0.0)
-    if progress < 1:
-        offset = _offset(logits[at], 1 - progress)
-    else:
-        highest = logits[at].amax()
-        offset = torch.where(highest > -_END, -_END - 0.01 - highest, 0.0)
-    after[at] = before[at] + offset
+    after[at] = before[at] + _way(logits[at], progress)
     if skip is not None:
         after = torch.where(skip.to(after.device) != 0, before, after)
     parts = torch.split(after, [log_alpha.numel() for log_alpha in log_alphas])
     for log_alpha, part in zip(log_alphas, parts, strict=True):
         log_alpha.copy_(like_shard(part.view(log_alpha.shape), log_alpha))
+
+
+def _way(logits: Tensor, progress: float) -> Tensor:
+    """The common offset of the gates that go."""
+    if progress >= 1:
+        highest = logits.amax()
+        return torch.where(highest > -_END, -_END - 0.01 - highest, 0.0)
+    offset = _offset(logits, 1 - progress)
+    if progress > 0:
+        return offset
+    away = torch.sigmoid(logits).mean() < 1 - 5 * _MARGIN
+    return torch.where(away, offset, 0.0)
 
 
 def logit_of_budget(budget: float) -> float:
