@@ -1,0 +1,319 @@
+"""TransferCallback in transformers' Trainer, and Accelerate, against the same plain loop."""
+
+import copy
+import sys
+
+import pytest
+import torch
+from accelerate import Accelerator
+from torch.utils.data import DataLoader, Dataset
+from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+    ViTConfig,
+    ViTForImageClassification,
+)
+
+from transfer_surgery import TransferSchedule, bake, convert, report, wrap_optimizer
+from transfer_surgery.frameworks.transformers import TransferCallback
+
+BATCH = 4
+LR = 2e-3
+
+
+class Sentences(Dataset):
+    """32 sentences of 6 random words; the first word tells the label."""
+
+    def __init__(self):
+        self.ids = torch.randint(50, (32, 6), generator=torch.Generator().manual_seed(2))
+
+    def __len__(self):
+        return len(self.ids)
+
+    def __getitem__(self, index):
+        return {"input_ids": self.ids[index], "labels": self.ids[index, 0] % 3}
+
+
+class Images(Sentences):
+    """The same, each word a shade of grey."""
+
+    def __getitem__(self, index):
+        words = self.ids[index]
+        image = words[:4].float().div(50).reshape(1, 2, 2).repeat(3, 4, 4)
+        return {"pixel_values": image, "labels": words[0] % 3}
+
+
+SIZES = {
+    "hidden_size": 16,
+    "intermediate_size": 32,
+    "num_attention_heads": 2,
+    "num_hidden_layers": 2,
+    "num_labels": 3,
+}
+
+
+def plain_bert(dropout=0.0):
+    torch.manual_seed(1)
+    rates = {"attention_probs_dropout_prob": dropout, "hidden_dropout_prob": dropout}
+    return BertForSequenceClassification(BertConfig(vocab_size=50, **rates, **SIZES))
+
+
+def bert():
+    """Without dropout and noise, so that no other use of the generator changes the training."""
+    return convert(plain_bert(), "sin", noise="none")
+
+
+def random_bert():
+    return convert(plain_bert(dropout=0.1), "sin")
+
+
+def trainer_of(model, folder, *callbacks, trainer=Trainer, **arguments):
+    defaults = {
+        "disable_tqdm": True,
+        "learning_rate": LR,
+        "logging_steps": 8,
+        "num_train_epochs": 3,
+        "optim": "adamw_torch",  # the default is fused, which rounds in another order
+        "per_device_train_batch_size": BATCH,
+        "report_to": "none",
+        "save_strategy": "no",
+        "train_sampling_strategy": "sequential",
+        "use_cpu": True,
+    }
+    settings = TrainingArguments(folder, **defaults | arguments)
+    return trainer(model, settings, train_dataset=Sentences(), callbacks=list(callbacks))
+
+
+def linear_decay(optimizer, steps):
+    return torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / steps)
+
+
+def plain_loop(model, schedule, accumulate=1, divide=True):
+    """What the Trainer does, written out."""
+    optimizer = torch.optim.AdamW(model.parameters(), lr=LR, weight_decay=0.0)
+    wrap_optimizer(optimizer, model, transfer=schedule)
+    scheduler = linear_decay(optimizer, schedule.total_steps)
+    model.train()
+    for _ in range(3):
+        for i, batch in enumerate(DataLoader(Sentences(), batch_size=BATCH)):
+            (model(**batch).loss / (accumulate if divide else 1)).backward()
+            if (i + 1) % accumulate:
+                continue
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            scheduler.step()
+            optimizer.zero_grad()
+    return model
+
+
+def assert_same(model, expected):
+    actual, expected = model.state_dict(), expected.state_dict()
+    assert actual.keys() == expected.keys()
+    for key, value in expected.items():
+        assert torch.equal(actual[key], value), key
+
+
+def test_the_trainers_training_is_that_of_the_plain_loop_bit_for_bit(tmp_path):
+    model, callback = bert(), TransferCallback(fraction=0.5, end=0.8)
+    trainer_of(model, tmp_path, callback).train()
+    assert_same(model, plain_loop(bert(), TransferSchedule(24, fraction=0.5, end=0.8)))
+    assert report(model).total.transferred == 0.5
+
+
+def test_accumulated_batches_count_as_one_step(tmp_path):
+    model, callback = bert(), TransferCallback(fraction=0.5)
+    trainer_of(model, tmp_path, callback, gradient_accumulation_steps=2).train()
+    # The Trainer leaves the division to the model's loss, and Bert's does not divide (5.23).
+    schedule = TransferSchedule(12, fraction=0.5)
+    assert_same(model, plain_loop(bert(), schedule, accumulate=2, divide=False))
+    assert report(model).total.transferred == 0.5
+    assert callback.history.records[-1].step == 12
+
+
+def test_a_resumed_training_ends_like_an_uninterrupted_one_bit_for_bit(tmp_path):
+    whole, half, resumed = random_bert(), random_bert(), random_bert()
+    trainer_of(whole, tmp_path / "whole", TransferCallback()).train()
+
+    class Stop(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            control.should_save = control.should_training_stop = state.global_step == 11
+
+    trainer_of(half, tmp_path, TransferCallback(), Stop()).train()
+    assert 0 < report(half).total.mean_gate < 1
+    callback = TransferCallback()
+    trainer_of(resumed, tmp_path, callback).train(resume_from_checkpoint=True)
+    assert_same(resumed, whole)
+    assert report(resumed).total.transferred == 1
+    assert callback.history.records[0].step == 16
+
+
+def test_the_same_trainer_may_go_on_from_its_checkpoint(tmp_path):
+    model = random_bert()
+    trainer = trainer_of(model, tmp_path, TransferCallback(), save_strategy="steps", save_steps=12)
+    trainer.train()
+    finished = copy.deepcopy(model)
+    trainer.train(resume_from_checkpoint=f"{tmp_path}/checkpoint-12")
+    assert_same(model, finished)
+
+
+def test_the_same_trainer_with_another_number_of_steps_is_refused(tmp_path):
+    trainer = trainer_of(bert(), tmp_path, TransferCallback(), max_steps=3)
+    trainer.train()
+    trainer.args.max_steps = 5
+    with pytest.raises(ValueError, match=r"a schedule of 3 steps, .* has 5: make a new Trainer"):
+        trainer.train()
+
+
+class Reporter(TrainerCallback):
+    """What TensorBoard's callback would get."""
+
+    def __init__(self):
+        self.logs = []
+
+    def on_log(self, args, state, control, logs, **kwargs):
+        self.logs.append(dict(logs))
+
+
+def test_totals_are_in_the_logs_the_log_history_and_the_history(tmp_path):
+    before, after, callback = Reporter(), Reporter(), TransferCallback()
+    trainer = trainer_of(bert(), tmp_path, before, callback, after)
+    result = trainer.train()
+    assert [record.step for record in callback.history.records] == [8, 16, 24]
+    expected = [record.total_gate for record in callback.history.records]
+    for logs in (after.logs, trainer.state.log_history):
+        assert [entry["gate/total"] for entry in logs] == [*expected, expected[-1]]
+    assert not any("gate/total" in logs for logs in before.logs)
+    assert result.metrics["transfer/total"] == 1
+
+
+def test_a_reporter_can_be_moved_behind_the_callback(tmp_path):
+    trainer = trainer_of(bert(), tmp_path, Reporter(), TransferCallback())
+    reporter = trainer.pop_callback(Reporter)
+    trainer.add_callback(reporter)
+    trainer.train()
+    assert all("transfer/total" in logs for logs in reporter.logs)
+
+
+def test_an_evaluation_returns_what_it_did(tmp_path):
+    trainer = trainer_of(bert(), tmp_path, TransferCallback(), max_steps=2)
+    trainer.train()
+    assert not any("total" in name for name in trainer.evaluate(Sentences()))
+
+
+def test_gamma_and_a_given_schedule_are_used_as_they_are(tmp_path):
+    model = bert()
+    trainer_of(model, tmp_path, TransferCallback(TransferSchedule(5)), max_steps=5).train()
+    assert report(model).total.transferred == 1
+    model = bert()
+    constant = {"learning_rate": 0.7, "lr_scheduler_type": "constant"}
+    trainer_of(model, tmp_path, TransferCallback(gamma=1e4), **constant).train()
+    assert report(model).total.transferred > 0.9
+
+
+def test_it_works_with_bfloat16_and_images_and_bakes(tmp_path):
+    torch.manual_seed(0)
+    model = convert(
+        ViTForImageClassification(ViTConfig(image_size=8, patch_size=4, **SIZES)), "sin"
+    )
+    trainer = trainer_of(model, tmp_path, TransferCallback(), bf16=True)
+    trainer.train_dataset = Images()
+    trainer.train()
+    assert report(model).total.transferred == 1
+    images = torch.randn(2, 3, 8, 8)
+    expected = model.eval()(images).logits
+    assert torch.equal(bake(model)(images).logits, expected)
+
+
+def test_an_optimizer_of_the_user_that_is_wrapped_before_needs_no_callback(tmp_path):
+    model = bert()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=LR, weight_decay=0)
+    wrap_optimizer(optimizer, model, transfer=TransferSchedule(24), gate_lr=0.1)
+    trainer = trainer_of(model, tmp_path)
+    trainer.optimizer = optimizer
+    trainer.train()
+    assert report(model).total.transferred == 1
+
+
+def test_a_model_that_was_not_converted_is_refused_with_the_way_out(tmp_path):
+    model = plain_bert()
+    with pytest.raises(ValueError, match=r"call convert\(model, \.\.\.\) first"):
+        trainer_of(model, tmp_path, TransferCallback()).train()
+
+
+def test_an_optimizer_built_before_conversion_is_refused_with_the_way_out(tmp_path):
+    model = plain_bert()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=LR)
+    trainer = trainer_of(convert(model, "sin"), tmp_path, TransferCallback())
+    trainer.optimizer = optimizer
+    with pytest.raises(ValueError, match="build the optimizer from the converted model"):
+        trainer.train()
+
+
+def test_without_transformers_the_message_says_how_to_get_it(monkeypatch):
+    monkeypatch.delitem(sys.modules, "transfer_surgery.frameworks.transformers")
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    with pytest.raises(ImportError, match=r"pip install 'transfer-surgery\[transformers\]'"):
+        import transfer_surgery.frameworks.transformers  # noqa: F401
+
+
+@pytest.mark.parametrize("first", ["wrap", "prepare", "prepare and schedule"])
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_accelerate_trains_like_the_plain_loop_bit_for_bit(first, accumulate):
+    model = bert()
+    steps = 24 // accumulate
+    schedule = TransferSchedule(steps, fraction=0.5)
+    accelerator = Accelerator(cpu=True, gradient_accumulation_steps=accumulate)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=LR, weight_decay=0.0)
+    loader = DataLoader(Sentences(), batch_size=BATCH)
+    if first == "wrap":
+        wrap_optimizer(optimizer, model, transfer=schedule)
+    scheduler = None
+    if first != "prepare":
+        scheduler = linear_decay(optimizer, steps)
+    model, optimizer, loader = accelerator.prepare(model, optimizer, loader)
+    if first != "wrap":
+        assert wrap_optimizer(optimizer, model, transfer=schedule) is optimizer
+    if scheduler is None:
+        scheduler = linear_decay(optimizer, steps)
+    scheduler = accelerator.prepare(scheduler)
+
+    model.train()
+    for _ in range(3):
+        for batch in loader:
+            with accelerator.accumulate(model):
+                accelerator.backward(model(**batch).loss)
+                if accelerator.sync_gradients:
+                    accelerator.clip_grad_norm_(model.parameters(), 1.0)
+                optimizer.step()
+                scheduler.step()
+                optimizer.zero_grad()
+    assert_same(accelerator.unwrap_model(model), plain_loop(bert(), schedule, accumulate))
+    assert report(model).total.transferred == 0.5
+
+
+def test_accelerates_checkpoints_continue_the_schedule(tmp_path):
+    def prepared():
+        model = bert()
+        optimizer = torch.optim.AdamW(model.parameters(), lr=LR)
+        accelerator = Accelerator(cpu=True)
+        model, optimizer = accelerator.prepare(model, optimizer)
+        wrap_optimizer(optimizer, model, transfer=TransferSchedule(8))
+        return accelerator, model, optimizer
+
+    def train(accelerator, model, optimizer, batches):
+        for batch in batches:
+            optimizer.zero_grad()
+            accelerator.backward(model(**batch).loss)
+            optimizer.step()
+
+    batches = list(DataLoader(Sentences(), batch_size=BATCH))
+    whole, half, resumed = prepared(), prepared(), prepared()
+    train(*whole, batches)
+    train(*half, batches[:4])
+    half[0].save_state(tmp_path)
+    resumed[0].load_state(tmp_path)
+    train(*resumed, batches[4:])
+    assert_same(resumed[1], whole[1])

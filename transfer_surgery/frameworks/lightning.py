@@ -1,0 +1,120 @@
+"""`TransferCallback` for Lightning: its Trainer's optimizer follows a transfer schedule."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from torch.optim import Optimizer
+
+from transfer_surgery.frameworks.settings import TransferSettings, record_totals
+from transfer_surgery.history import History
+from transfer_surgery.schedule import TransferSchedule
+
+try:
+    from lightning.pytorch import Callback, LightningModule, Trainer
+except ImportError as error:
+    raise ImportError(
+        "this callback needs Lightning: pip install 'transfer-surgery[lightning]'"
+    ) from error
+
+__all__ = ["TransferCallback"]
+
+
+class TransferCallback(Callback):
+    """Transfer the gates of a converted network while Lightning trains it.
+
+    Convert the network in ``__init__`` of the LightningModule, or in ``configure_model``: before
+    ``configure_optimizers``. Gradient accumulation, clipping, precision and resuming from a
+    checkpoint (``fit(ckpt_path=...)``) need nothing more. Where ``configure_optimizers`` returns a
+    learning-rate scheduler, the gates stay in the parameter group that it gave them; for a
+    `gate_lr` of their own call `wrap_optimizer` there, before the scheduler is created, instead of
+    using this callback.
+
+    Args:
+        transfer: a schedule; by default one over the Trainer's ``estimated_stepping_batches``.
+        log_every: optimizer steps between records, which go to the Trainer's loggers as
+            ``transfer/total`` and ``gate/total``; by default its ``log_every_n_steps``.
+        settings: arguments of `TransferSchedule` (without `total_steps`) and of `wrap_optimizer`.
+
+    Attributes:
+        history: `History` of the latest fit, from where it began or was resumed.
+
+    Raises:
+        TypeError: a setting is unknown.
+        ValueError: the settings exclude each other, or at the start of a fit: the model is not
+            converted, it has several optimizers, or the number of steps is not known.
+        ImportError: Lightning is not installed.
+
+    Example:
+        >>> from lightning.pytorch import Trainer
+        >>> callback = TransferCallback(fraction=0.5, end=0.8)
+        >>> trainer = Trainer(max_epochs=3, callbacks=[callback], accelerator="cpu", logger=False)
+        >>> # trainer.fit(module, loader)
+    """
+
+    def __init__(
+        self,
+        transfer: TransferSchedule | None = None,
+        *,
+        log_every: int | None = None,
+        **settings: Any,
+    ) -> None:
+        self.settings = TransferSettings.of(transfer, settings)
+        if log_every is not None and log_every < 1:
+            raise ValueError(f"log_every={log_every}: at least 1 step.")
+        self.log_every = log_every
+        self.history: History | None = None
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Wrap the optimizer: it exists by now, and its state is restored after this hook."""
+        optimizer = _only(trainer.optimizers)
+        total = _total_steps(trainer, pl_module) if self.settings.counts_steps else None
+        self.settings.wrap(optimizer, pl_module, total)
+        self.history = History(pl_module)
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, *args: Any, **kwargs: Any
+    ) -> None:
+        step = trainer.global_step
+        every = self.log_every or trainer.log_every_n_steps  # type: ignore[attr-defined]
+        if every and step and step % every == 0:
+            self._record(trainer)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._record(trainer)
+
+    def _record(self, trainer: Trainer) -> None:
+        assert self.history is not None
+        step = trainer.global_step
+        if self.history.records and self.history.records[-1].step == step:
+            return  # a batch that was only accumulated, or the end of the training
+        totals = record_totals(self.history, step)
+        for logger in trainer.loggers:
+            logger.log_metrics(totals, step=step)
+
+
+def _only(optimizers: list[Optimizer]) -> Optimizer:
+    if len(optimizers) == 1:
+        return optimizers[0]
+    raise ValueError(
+        f"configure_optimizers gave {len(optimizers)} optimizers, and TransferCallback serves one: "
+        "call wrap_optimizer in configure_optimizers, on the one that trains the converted "
+        "network, and leave out the callback."
+    )
+
+
+def _total_steps(trainer: Trainer, module: LightningModule) -> int:
+    fix = "give TransferCallback(TransferSchedule(total_steps))"
+    if not module.automatic_optimization:
+        raise ValueError(
+            "with manual optimization only training_step knows how often the optimizer steps: "
+            f"{fix}."
+        )
+    total = trainer.estimated_stepping_batches
+    if not 0 < total < math.inf:
+        raise ValueError(
+            "the number of steps is not known, since neither max_steps nor the length of "
+            f"epochs and loader limits the training: {fix}."
+        )
+    return int(total)

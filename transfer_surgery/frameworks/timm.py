@@ -1,0 +1,152 @@
+"""`wrap_timm_optimizer`: a line for timm's ``train.py``, and for scripts that were made from it."""
+
+from __future__ import annotations
+
+from collections.abc import Set
+from typing import Any, Protocol, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from transfer_surgery.frameworks.settings import TransferSettings
+from transfer_surgery.hooks import STEP
+from transfer_surgery.schedule import TransferSchedule
+from transfer_surgery.unit import gated_activations
+
+try:
+    from timm.optim.lookahead import Lookahead
+    from timm.scheduler.scheduler_factory import create_scheduler_v2, scheduler_kwargs
+except ImportError as error:
+    raise ImportError("this needs timm: pip install 'transfer-surgery[timm]'") from error
+
+__all__ = ["total_updates", "wrap_timm_optimizer"]
+
+AnyOptimizer = TypeVar("AnyOptimizer", bound=Optimizer)
+
+
+class _Loader(Protocol):
+    def __len__(self) -> int: ...
+
+
+def wrap_timm_optimizer(
+    optimizer: AnyOptimizer,
+    model: nn.Module,
+    args: Any,
+    loader: _Loader,
+    transfer: TransferSchedule | None = None,
+    **settings: Any,
+) -> AnyOptimizer:
+    """`wrap_optimizer` for the optimizer of a ``train.py``, over all of its epochs.
+
+    Two lines make timm's ``train.py`` transfer gates: ``convert(model)`` after ``create_model``,
+    and this one anywhere between ``create_loader`` and the first epoch, before or after
+    ``create_scheduler_v2``. The gates stay in the parameter groups that ``create_optimizer_v2``
+    gave them (without weight decay, since they are vectors), so that ``resume_checkpoint``, which
+    ``train.py`` calls earlier, fits: the schedule continues where the checkpoint was saved. With
+    ``--no-resume-opt`` it begins anew.
+
+    The slow weights of a Lookahead optimizer leave the gates out: they would bring transferred
+    gates back half-way, also after the last step. A ``ModelEmaV3`` averages gates like all
+    parameters; give it time after the end of the schedule.
+
+    Args:
+        optimizer: what ``create_optimizer_v2`` made of the converted model.
+        model: the converted model, also inside DDP or ``torch.compile``.
+        args: the namespace of ``train.py``, or any object with its attributes.
+        loader: the training loader.
+        transfer: a schedule; by default one over `total_updates`.
+        settings: arguments of `TransferSchedule` (without `total_steps`) and of `wrap_optimizer`
+            (without `gate_lr` and `gate_weight_decay`, which are those of the groups).
+
+    Returns:
+        The same object.
+
+    Raises:
+        TypeError: a setting is unknown.
+        ValueError: the settings exclude each other, the model is not converted, or it was only
+            after the optimizer had been built.
+        ImportError: timm is not installed.
+
+    Example:
+        >>> from argparse import Namespace
+        >>> import timm
+        >>> from timm.optim import create_optimizer_v2
+        >>> from transfer_surgery import convert
+        >>> args = Namespace(epochs=4, sched="cosine", cooldown_epochs=1, grad_accum_steps=2)
+        >>> model = convert(timm.create_model("test_resnet"))
+        >>> optimizer = create_optimizer_v2(model, "sgd", lr=0.1, weight_decay=1e-4)
+        >>> loader = range(25)  # stands for a loader of 25 batches
+        >>> optimizer = wrap_timm_optimizer(optimizer, model, args, loader, fraction=0.5)
+        >>> total_updates(args, loader)
+        65
+    """
+    told = TransferSettings.of(transfer, settings)
+    own = sorted({"gate_lr", "gate_weight_decay"} & told.optimizer.keys())
+    if own:
+        raise ValueError(
+            f"{', '.join(own)}: the gates stay in the groups that timm made, since train.py "
+            "restores the optimizer before this call. Leave it out, or call wrap_optimizer right "
+            "after create_optimizer_v2."
+        )
+    units = [unit for _, unit in gated_activations(model)]
+    gates = {u.log_alpha for u in units if u.gate.learned and u.log_alpha.requires_grad}
+    base = optimizer._base_optimizer if isinstance(optimizer, Lookahead) else optimizer
+    marked = _mark(base, gates)
+    try:
+        told.wrap(base, model, total_updates(args, loader) if told.counts_steps else None)
+    except Exception:
+        for group in marked:
+            del group[STEP]
+        raise
+    if isinstance(optimizer, Lookahead):
+        _leave_out(optimizer, gates)
+    return optimizer
+
+
+def total_updates(args: Any, loader: _Loader) -> int:
+    """Optimizer updates of a whole ``train.py``: with cycles, cooldown and warmup prefix.
+
+    Args:
+        args: the namespace of ``train.py``, or any object with its attributes.
+        loader: the training loader.
+
+    Example:
+        >>> from types import SimpleNamespace
+        >>> total_updates(SimpleNamespace(epochs=10, sched="none"), range(25))
+        250
+    """
+    every = getattr(args, "grad_accum_steps", 1)
+    updates_per_epoch = -(-len(loader) // every)
+    # timm's own answer, for an optimizer that is thrown away.
+    nothing = torch.optim.SGD([torch.zeros(1)], lr=0.1)
+    _, epochs = create_scheduler_v2(
+        nothing, **scheduler_kwargs(args), updates_per_epoch=updates_per_epoch
+    )
+    return int(epochs) * updates_per_epoch
+
+
+def _mark(optimizer: Optimizer, gates: Set[Tensor]) -> list[dict[str, Any]]:
+    """Let the gates stay where they are: `wrap_optimizer` leaves groups alone that count steps."""
+    groups = optimizer.param_groups
+    held = {p for group in groups for p in group["params"]}
+    if not gates <= held:
+        raise ValueError(
+            f"the optimizer holds {len(gates & held)} of the {len(gates)} gate parameters: call "
+            "convert(model) before create_optimizer_v2(model)."
+        )
+    if not gates or any(STEP in group for group in groups):  # restored from a checkpoint
+        return []
+    home = next(group for group in groups if not gates.isdisjoint(group["params"]))
+    home[STEP] = 0
+    return [home]
+
+
+def _leave_out(optimizer: Any, gates: Set[Tensor]) -> None:
+    """Keep gates out of Lookahead's averages, in ``step`` and in ``sync_lookahead``."""
+    update_slow = optimizer.update_slow
+
+    def update_others(group: dict[str, Any]) -> None:
+        update_slow(group | {"params": [p for p in group["params"] if p not in gates]})
+
+    optimizer.update_slow = update_others

@@ -1,0 +1,303 @@
+"""What a checkpoint of gates says about its sites, as JSON with a version, and how sites differ."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Collection, Iterable, Mapping
+from dataclasses import asdict, dataclass, fields, replace
+from typing import Any
+
+from torch import nn
+
+from transfer_surgery.activations import Activation, get_activation, registered_activations
+from transfer_surgery.gates import registered_gates
+from transfer_surgery.location import CallKey
+from transfer_surgery.plan import Plan
+from transfer_surgery.unit import GRANULARITIES, GatedActivation
+
+__all__ = ["GateConfig", "SiteConfig"]
+
+_FORMAT = "transfer_surgery gates"
+_VERSION = 1
+
+
+@dataclass(frozen=True)
+class SiteConfig:
+    """All of one gated activation but the values of its gates.
+
+    Attributes:
+        path: where it lives in the model.
+        source: the activation that the network had, as `get_activation` reads it.
+        target: the activation it is transferred to, likewise.
+        gate: registered name of the gate.
+        granularity: ``"layer"``, ``"channel"`` or ``"neuron"``.
+        shape: of the gates.
+        channel_axis: axis of the channels in the input.
+        neurons: elements of the feature shape, per example.
+        noise: of the gate, as are `temperature` and `stretch`.
+        depth: its place in the order in which the model's activations run.
+        stage: the part of the model that it belongs to.
+        call: which of the activation calls in the code of its owner, as (number, of how many): a
+            name such as ``relu_0`` alone would mean another call once the code has a new one. None
+            for a site that is a child module.
+    """
+
+    path: str
+    source: str
+    target: str
+    gate: str
+    granularity: str
+    shape: tuple[int, ...]
+    channel_axis: int
+    neurons: int
+    noise: str
+    temperature: float
+    stretch: tuple[float, float]
+    depth: int
+    stage: str
+    call: tuple[int, int] | None
+
+    @classmethod
+    def of(cls, path: str, unit: GatedActivation, owner: nn.Module | None) -> SiteConfig:
+        """The description of a unit of a converted model.
+
+        Args:
+            path: where it lives.
+            unit: the unit.
+            owner: the module that holds it, None where the unit itself is the model.
+
+        Raises:
+            ValueError: its activations cannot be written as text.
+        """
+        gate = unit.gate
+        return cls(
+            path=path,
+            source=_as_text(path, unit.source),
+            target=_as_text(path, unit.target),
+            gate=gate.name,
+            granularity=unit.granularity,
+            shape=gate.shape,
+            channel_axis=unit.channel_axis,
+            neurons=unit.neurons,
+            noise=gate.noise,
+            temperature=gate.temperature,
+            stretch=gate.stretch,
+            depth=unit.depth,
+            stage=unit.stage,
+            call=_call_of_unit(path.rpartition(".")[2], owner),
+        )
+
+    @classmethod
+    def from_dict(cls, data: Any) -> SiteConfig:
+        """The inverse of `dataclasses.asdict`, after JSON.
+
+        Raises:
+            ValueError: a field is missing, unknown or of another type.
+        """
+        if not isinstance(data, dict) or data.keys() != _CHECKS.keys():
+            raise ValueError(f"a site is {data!r}; expected the fields {', '.join(_CHECKS)}")
+        for name, is_valid in _CHECKS.items():
+            if not is_valid(data[name]):
+                raise ValueError(f"site {data['path']!r}: {name} is {data[name]!r}")
+        given: dict[str, Any] = {k: tuple(v) if type(v) is list else v for k, v in data.items()}
+        return cls(**given)
+
+    def difference(self, here: SiteConfig) -> str:
+        """In words, how the site of a model differs from this one; empty where it does not."""
+        names = ["source", "target", "gate", "granularity", "shape", "noise", "temperature"]
+        names += ["stretch", "call", *(["channel_axis"] if self.granularity == "channel" else [])]
+        pairs = [(name, getattr(self, name), getattr(here, name)) for name in names]
+        return "; ".join(
+            f"{name} {_words(saved)} in the checkpoint, {_words(found)} here"
+            for name, saved, found in pairs
+            if saved != found
+        )
+
+
+@dataclass(frozen=True)
+class GateConfig:
+    """The gated sites of a model, in the order of its modules.
+
+    Attributes:
+        model: name of its class, for messages.
+        sites: one entry per site.
+
+    Example:
+        >>> import torch
+        >>> from transfer_surgery import convert
+        >>> from transfer_surgery.unit import gated_activations
+        >>> model = convert(nn.Sequential(nn.ReLU()), example_input=torch.zeros(1, 4))
+        >>> sites = tuple(SiteConfig.of(path, u, model) for path, u in gated_activations(model))
+        >>> config = GateConfig("Sequential", sites)
+        >>> GateConfig.from_json(config.to_json()) == config
+        True
+    """
+
+    model: str
+    sites: tuple[SiteConfig, ...]
+
+    def to_json(self) -> str:
+        """Text with the version of this layout."""
+        return json.dumps({"format": _FORMAT, "version": _VERSION, **asdict(self)}, indent=2)
+
+    @classmethod
+    def from_json(cls, text: str) -> GateConfig:
+        """The inverse of `to_json`.
+
+        Raises:
+            ValueError: no JSON, written by another program or a newer version, or damaged.
+        """
+        data = json.loads(text)
+        if not isinstance(data, dict) or data.get("format") != _FORMAT:
+            raise ValueError("it was written by another program, not by save_gates")
+        version = data.get("version")
+        if type(version) is not int or not isinstance(data.get("sites"), list):
+            raise ValueError("its version or its list of sites is missing")
+        if version > _VERSION:
+            raise ValueError(
+                f"it has version {version}, this transfer_surgery reads up to {_VERSION}: upgrade"
+            )
+        sites = tuple(SiteConfig.from_dict(site) for site in data["sites"])
+        if not sites or len({site.path for site in sites}) < len(sites):
+            raise ValueError("it has no sites, or one of them twice")
+        return cls(str(data.get("model")), sites)
+
+    def refuse_unknown(self) -> None:
+        """Raise where a gate or an activation is not registered in this process.
+
+        Raises:
+            ValueError: naming them.
+        """
+        gates = {site.gate for site in self.sites} - set(registered_gates())
+        texts = {text for site in self.sites for text in (site.source, site.target)}
+        names = {text.partition("(")[0] for text in texts} - set(registered_activations())
+        for what, register, missing in (
+            ("gate", "gate", gates),
+            ("activation", "activation", names),
+        ):
+            if missing:
+                raise ValueError(
+                    f"the checkpoint of a {self.model} uses the {what} "
+                    f"{', '.join(map(repr, sorted(missing)))}, which is not registered here: "
+                    f"import the code that calls register_{register} for it first."
+                )
+        for text in texts:
+            get_activation(text)
+
+    def at(self, plan: Plan) -> dict[str, SiteConfig | str]:
+        """The sites as a plan of a model has them, or why it cannot have them."""
+        wanted = {site.path: site for site in self.sites}
+        found: dict[str, SiteConfig | str] = {}
+        for site in plan:
+            saved = wanted.get(site.path)
+            if saved is None:
+                continue
+            if site.reason is not None:
+                found[site.path] = f"cannot be converted here: {site.reason}"
+            elif saved.granularity != "layer" and len(site.shape) < 2:
+                found[site.path] = f"its input {site.shape} has no {saved.granularity} axis here"
+            else:
+                found[site.path] = replace(
+                    saved,
+                    source=str(site.source),
+                    shape=site.gate_shape(saved.granularity),
+                    channel_axis=site.channel_axis,
+                    call=_call_of_site(site.path, plan, wanted),
+                )
+        return found
+
+    def refuse_other_sites(self, model: str, here: Mapping[str, SiteConfig | str]) -> None:
+        """Raise where the sites of a model are not these.
+
+        Args:
+            model: name of the model's class.
+            here: its sites, or why they cannot be had.
+
+        Raises:
+            ValueError: naming the sites that differ, and how.
+        """
+        saved = {site.path: site for site in self.sites}
+        different = []
+        for path in dict.fromkeys([*saved, *here]):
+            found = here.get(path, "there is no such site here")
+            if path not in saved:
+                different.append(f"{path}: has gates here, none in the checkpoint")
+            elif isinstance(found, str):
+                different.append(f"{path}: {found}")
+            elif why := saved[path].difference(found):
+                different.append(f"{path}: {why}")
+        if different:
+            shown = different[:20]
+            shown += [f"... and {len(different) - 20} more"] if len(different) > 20 else []
+            lines = "\n  ".join(shown)
+            raise ValueError(
+                f"{len(different)} of the sites of this {model} are not those of the checkpoint, "
+                f"which is of a {self.model} with {len(saved)} sites:\n  {lines}\nLoad it into the "
+                "model that it was saved from: same class, arguments and example_input."
+            )
+
+
+def _as_text(path: str, activation: Activation) -> str:
+    text = str(activation)
+    try:
+        same = get_activation(text) == activation
+    except ValueError:
+        same = False
+    if not same:
+        raise ValueError(
+            f"{path}: {text!r} does not read back as the same activation; parameters of a "
+            "registered activation have to be numbers, strings or tuples of these."
+        )
+    return text
+
+
+def _words(value: Any) -> str:
+    return "none" if value is None else str(value)
+
+
+def _call_of_unit(name: str, owner: nn.Module | None) -> tuple[int, int] | None:
+    recipe = getattr(type(owner), "_transfer_surgery_recipe", None)
+    if recipe is None:
+        return None
+    keys = {entry.unit: entry.key for entry in recipe.table}
+    return _rank(keys[name], {*recipe.seen, *keys.values()}) if name in keys else None
+
+
+def _call_of_site(path: str, plan: Plan, chosen: Collection[str]) -> tuple[int, int] | None:
+    site = plan[path]
+    if site.way == "child":
+        return None
+    own = [s.key for s in plan if s.owner == site.owner and s.way != "child" and s.path in chosen]
+    return _rank(
+        site.key, {*own, *(k for keys in plan.calls[site.owner].keys.values() for k in keys)}
+    )
+
+
+def _rank(key: CallKey, calls: Iterable[CallKey]) -> tuple[int, int]:
+    """By position, seen from the owner's ``forward``: line numbers alone change too easily."""
+    order = sorted(calls, key=lambda call: (call.location[::-1], call.number))
+    return order.index(key) + 1, len(order)
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str)
+
+
+def _is_whole(value: Any) -> bool:
+    return type(value) is int
+
+
+def _is_number(value: Any) -> bool:
+    return type(value) in (int, float)
+
+
+_CHECKS: dict[str, Callable[[Any], bool]] = {
+    field.name: _is_text for field in fields(SiteConfig)
+} | {
+    "granularity": lambda value: value in GRANULARITIES,
+    **dict.fromkeys(("channel_axis", "neurons", "depth"), _is_whole),
+    "shape": lambda value: isinstance(value, list) and all(map(_is_whole, value)),
+    "temperature": _is_number,
+    "stretch": lambda v: isinstance(v, list) and len(v) == 2 and all(map(_is_number, v)),
+    "call": lambda v: v is None or (isinstance(v, list) and len(v) == 2 and all(map(_is_whole, v))),
+}
