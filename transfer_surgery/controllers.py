@@ -22,7 +22,7 @@ from transfer_surgery.unit import GatedActivation
 __all__ = ["MULTIPLIER", "AutoGamma", "ConstantGamma", "Controller", "Projection"]
 
 MULTIPLIER = "transfer_multiplier"
-"""Key of a parameter group: the Lagrange multiplier of ``gamma="auto"``."""
+"""Key of a parameter group: logarithm of the multiplier of ``gamma="auto"``."""
 
 Sites = Mapping[str, GatedActivation]
 Group = dict[str, Any]
@@ -156,15 +156,15 @@ class Projection(_Scheduled):
 
 
 class AutoGamma(_Scheduled):
-    """A gamma that follows the schedule: dual ascent on an augmented Lagrangian.
+    """A gamma that follows the schedule: dual ascent on the constraint mean P(z != 0) <= budget.
 
-    The constraint is ``c = logit(mean P(z != 0)) - logit(budget) = 0``; its log-odds have a slope
-    also where the risk itself has none. Added to the loss, per gate, is ``u*c + rho/2 * c**2`` with
-    the multiplier ``u``, which grows by a share of ``rho * c`` after each step. With the chain rule
-    that is the paper's risk with ``gamma = (u + rho*c) / (m * (1 - m))`` at the mean ``m``.
-
-    ``rho`` goes with 1 / learning rate, since it is the product that decides whether gates reach
-    the budget, crawl or swing. Nothing is exact here: for that there is `Projection`.
+    In log-odds ``c = logit(mean P(z != 0)) - logit(budget)``, which have a slope also where the
+    risk has almost none, and in the logarithm of gamma, which has to be ten thousand times larger
+    at the start than in the middle: ``log gamma = u + c - log(learning rate)``, and ``u`` grows by
+    ``c / 10`` after each step. (``c`` in ``u + c`` is the term of an augmented Lagrangian; with
+    momentum the learning rate is that of many steps together.) Gates that went too far stay there,
+    since the risk can only lower them. The optimizer decides how near to the budget that comes:
+    see docs/controller.md.
 
     Args:
         sites: the units of the model, by path.
@@ -179,26 +179,16 @@ class AutoGamma(_Scheduled):
 
     def add_gradient(self, group: Group, step: int, scale: Tensor | None) -> None:
         if self._active(step):
-            mean, excess = self._excess(step)
-            weight = self._multiplier(group, mean) + _rho(group) * excess
-            sign = -1 if group.get("maximize", False) else 1
-            gamma = sign * weight / (mean * (1 - mean)).clamp_min(1e-6)
-            add_risk_gradient(self.units, gamma, "sum", scale)
+            add_risk_gradient(self.units, self._gamma(group, step), "sum", scale)
 
     def loss(self, group: Group, step: int) -> Tensor | None:
-        if not self._active(step):
-            return None
-        mean, excess = self._excess(step)
-        sign = -1 if group.get("maximize", False) else 1
-        gates = sum(unit.gate.count for unit in self._moving())
-        pull: Tensor = self._multiplier(group, mean) + _rho(group) / 2 * excess
-        return sign * gates * pull * excess
+        return self._gamma(group, step) * risk_of(self.units, "sum") if self._active(step) else None
 
     @torch.no_grad()
     def follow(self, group: Group, step: int, skipped: Tensor | None) -> None:
         if self._active(step):
             mean, excess = self._excess(step)
-            growth = _DUAL_RATE * _rho(group) * excess
+            growth = _DUAL_RATE * excess
             if skipped is not None:
                 growth = torch.where(skipped.to(growth.device) != 0, 0.0, growth)
             group[MULTIPLIER] = self._multiplier(group, mean) + growth
@@ -212,25 +202,29 @@ class AutoGamma(_Scheduled):
 
     @torch.no_grad()
     def _excess(self, step: int) -> tuple[Tensor, Tensor]:
-        """Mean of ``P(z != 0)``, and its log-odds above those of the budget."""
+        """Mean of ``P(z != 0)``, and by how much its log-odds are above those of the budget."""
         units = self._moving()
         device = units[0].log_alpha.device
         mean = torch.cat([u.gate.probability().flatten().to(device) for u in units]).mean()
         goal = logit_of_budget(self.schedule.budget(step))
-        return mean, torch.logit(mean, eps=1e-5) - goal
+        return mean, (torch.logit(mean, eps=1e-5) - goal).clamp(-3, 3)
+
+    @torch.no_grad()
+    def _gamma(self, group: Group, step: int) -> Tensor:
+        mean, excess = self._excess(step)
+        momentum = group.get("momentum") or group.get("betas", (0.0,))[0]
+        rate = group.get("lr", 1.0) / (1 - momentum) + 1e-8
+        sign = -1 if group.get("maximize", False) else 1
+        multiplier = torch.exp((self._multiplier(group, mean) + excess).clamp(-20, 20))
+        gamma: Tensor = multiplier * (sign / rate)
+        return gamma
 
     def _multiplier(self, group: Group, like: Tensor) -> Tensor:
         """On the device of the gates: a checkpoint may have been loaded on another one."""
         return torch.as_tensor(group.get(MULTIPLIER, 0.0), dtype=like.dtype, device=like.device)
 
 
-_DUAL_RATE = 0.05
-
-
-def _rho(group: Group) -> Any:
-    """A quarter of the way in one step of SGD; with momentum, as fast as does not swing."""
-    momentum = group.get("momentum") or group.get("betas", (0.0,))[0]
-    return (1 - momentum) ** 2 / 4 / (group.get("lr", 1.0) + 1e-8)  # a tensor if lr is one
+_DUAL_RATE = 0.1
 
 
 def _moves(unit: GatedActivation) -> bool:

@@ -8,11 +8,13 @@ groups, which every way of saving an optimizer keeps.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any, TypeVar
 from weakref import WeakKeyDictionary
 
+import torch
 from torch import Tensor, nn
-from torch.optim import LBFGS, Optimizer
+from torch.optim import LBFGS, Muon, Optimizer
 
 from transfer_surgery.controllers import AutoGamma, ConstantGamma, Controller, Projection
 from transfer_surgery.hooks import PAUSED, STEP, StepHooks, gates_group
@@ -23,6 +25,7 @@ from transfer_surgery.unit import GatedActivation, gated_activations
 __all__ = ["pause_transfer", "resume_transfer", "wrap_optimizer"]
 
 AnyOptimizer = TypeVar("AnyOptimizer", bound=Optimizer)
+AnyHook = TypeVar("AnyHook", bound=Callable[..., Any])
 
 _WRAPPED: WeakKeyDictionary[Optimizer, StepHooks] = WeakKeyDictionary()
 
@@ -63,8 +66,9 @@ def wrap_optimizer(
         optimizer: any `torch.optim.Optimizer` of the model's parameters.
         model: the converted model, also in DDP or after FSDP2's ``fully_shard``.
         gamma: the weight of the structural risk, constant, as in the paper; or ``"auto"`` together
-            with `transfer`: a weight that is adapted so that the mean ``P(z != 0)`` follows the
-            schedule, by dual ascent. That is as good as the optimizer lets it be.
+            with `transfer`: a weight that is adapted so that the mean ``P(z != 0)`` comes near the
+            schedule, by dual ascent. With Adam or Lion give a `gate_lr` such as 0.3: a gate has to
+            move by some 16 in all, and they move it by the learning rate in each step.
         transfer: the share of the gates to transfer, and by when. Without `gamma` no risk is added;
             the gates are moved to the schedule's budget after each step, for any optimizer,
             learning rate and network.
@@ -107,6 +111,7 @@ def wrap_optimizer(
     inner = _innermost(optimizer)
     _check_optimizer(inner, model)
     learned = [unit for unit in units if unit.gate.learned]
+    _check_takes_gates(inner, bool(learned))
     given = {"lr": gate_lr, "weight_decay": gate_weight_decay}
     settings = {key: value for key, value in given.items() if value is not None}
     _check_settings(settings, inner, bool(learned))
@@ -120,10 +125,20 @@ def wrap_optimizer(
         decay = isinstance(controller, ConstantGamma)
         _move_to_own_group(optimizer, inner, model, learned, settings, decay)
     hooks = StepHooks(inner, model, controller)
-    inner.register_step_pre_hook(hooks.before_step)
-    inner.register_step_post_hook(hooks.after_step)
+    inner.register_step_pre_hook(_in_python(hooks.before_step))
+    inner.register_step_post_hook(_in_python(hooks.after_step))
     _WRAPPED[inner] = hooks
     return optimizer
+
+
+def _in_python(hook: AnyHook) -> AnyHook:
+    """The hook, which stays Python where ``step`` is compiled.
+
+    Traced, it would be compiled anew at each step of a schedule, whose progress is a number.
+    """
+    reason = "the hooks of wrap_optimizer run in Python: compile step() without fullgraph=True"
+    kept: AnyHook = torch.compiler.disable(hook, reason=reason)  # type: ignore[no-untyped-call]
+    return kept
 
 
 def pause_transfer(optimizer: Optimizer) -> None:
@@ -262,6 +277,15 @@ def _check_optimizer(optimizer: Optimizer, model: nn.Module) -> None:
         raise ValueError(
             f"the optimizer holds no parameter of this {type(model).__name__}: pass the model that "
             "it was built for. (After deepcopy or FSDP build the optimizer anew.)"
+        )
+
+
+def _check_takes_gates(optimizer: Optimizer, learned: bool) -> None:
+    # It checks its parameters when it is built only, and would fail at the first step.
+    if learned and isinstance(optimizer, Muon):
+        raise ValueError(
+            "torch.optim.Muon updates matrices as a whole, and gates are none: hold them, like "
+            "biases, in a second optimizer such as AdamW, and wrap that one."
         )
 
 

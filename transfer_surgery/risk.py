@@ -83,11 +83,16 @@ def add_risk_gradient(
                 factors.append(factor * scaled)
     if not log_alphas:
         return
+    # After backward(create_graph=True) the optimizer differentiates the gradient (AdaHessian).
+    again = any(p.grad is not None and p.grad.requires_grad for p in log_alphas)
     # Not torch.autograd.backward, which would run the hooks that DDP has on the parameters.
-    slopes = torch.autograd.grad(probabilities, log_alphas, factors)
+    slopes = torch.autograd.grad(probabilities, log_alphas, factors, create_graph=again)
     for log_alpha, slope in zip(log_alphas, slopes, strict=True):
         if log_alpha.grad is None:
             log_alpha.grad = slope
+        elif again:
+            with torch.enable_grad():
+                log_alpha.grad = log_alpha.grad + slope
         else:
             log_alpha.grad.add_(slope)
 

@@ -68,9 +68,7 @@ class TransferSchedule:
                 f"fraction={self.fraction}: the share of gates to transfer lies in (0, 1]."
             )
         if type(self.end) is int and self.end == 1:
-            raise ValueError(
-                "end=1 would be the first step; write end=1.0 for the last one."
-            )
+            raise ValueError("end=1 would be the first step; write end=1.0 for the last one.")
         if not 0 <= self._share(self.start) < self._share(self.end) <= 1:
             raise ValueError(
                 f"start={self.start}, end={self.end}: shares of total_steps (floats, 1.0 is all of "

@@ -1,0 +1,269 @@
+"""Pauses, warm-up, the automatic gamma and what is said of frozen gates."""
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from test_optimizer import (
+    GAMMA,
+    assert_same_weights,
+    log_alphas,
+    mixed_network,
+    network,
+    plain,
+    task,
+)
+from torch import nn
+from torch.optim import LBFGS, SGD, Adam, AdamW, Optimizer, lr_scheduler
+
+from transfer_surgery import (
+    FrozenGatesWarning,
+    TransferSchedule,
+    pause_transfer,
+    resume_transfer,
+    structural_risk,
+    wrap_optimizer,
+)
+from transfer_surgery.unit import gated_activations
+
+# ---- pauses
+
+
+def test_in_a_pause_the_budget_is_held_while_the_weights_train_on() -> None:
+    model = network(width=20)
+    schedule = TransferSchedule(20, start=0, end=1.0)
+    optimizer = wrap_optimizer(SGD(model.parameters(), lr=0.1), model, transfer=schedule)
+    for step in range(8):
+        plain(model, optimizer, False, step)
+    pause_transfer(optimizer)
+    weight = model[0].weight.detach().clone()
+    gates = log_alphas(model)
+    for step in range(5):
+        plain(model, optimizer, False, step)
+        assert structural_risk(model, "mean").item() == pytest.approx(schedule.budget(8), abs=1e-3)
+    assert not torch.equal(model[0].weight, weight)
+    assert not torch.equal(log_alphas(model), gates)  # they still learn who goes first
+    resume_transfer(optimizer)
+    for step in range(12):
+        plain(model, optimizer, False, step)
+        expected = schedule.budget(9 + step)
+        assert structural_risk(model, "mean").item() == pytest.approx(expected, abs=1e-3)
+    assert optimizer.param_groups[-1]["transfer_step"] == 20
+
+
+def test_a_pause_survives_a_checkpoint() -> None:
+    model = network()
+    make = {"transfer": TransferSchedule(10, start=0)}
+    optimizer = wrap_optimizer(Adam(model.parameters()), model, **make)
+    plain(model, optimizer, False, 0)
+    pause_transfer(optimizer)
+    other = copy.deepcopy(model)
+    again = wrap_optimizer(Adam(other.parameters()), other, **make)
+    again.load_state_dict(optimizer.state_dict())
+    plain(other, again, False, 0)
+    assert again.param_groups[-1]["transfer_step"] == 1
+
+
+def test_only_schedules_can_be_paused() -> None:
+    model = network()
+    optimizer = SGD(model.parameters(), lr=0.1)
+    with pytest.raises(ValueError, match="only a transfer schedule can be paused"):
+        pause_transfer(optimizer)
+    wrap_optimizer(optimizer, model, gamma=1.0)
+    with pytest.raises(ValueError, match="only a transfer schedule can be paused"):
+        resume_transfer(optimizer)
+
+
+# ---- gamma
+
+
+def test_gamma_rises_linearly_over_the_warm_up() -> None:
+    model = mixed_network()
+    reference = copy.deepcopy(model)
+    wrapped = wrap_optimizer(SGD(model.parameters(), lr=0.1), model, gamma=GAMMA, gamma_warmup=4)
+    explicit = SGD(reference.parameters(), lr=0.1)
+    for step, share in enumerate([0.25, 0.5, 0.75, 1.0, 1.0, 1.0]):
+        task(model, step).backward()
+        wrapped.step()
+        wrapped.zero_grad()
+        (task(reference, step) + share * GAMMA * structural_risk(reference)).backward()
+        explicit.step()
+        explicit.zero_grad()
+    assert_same_weights(model, reference)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"gamma": 1.0, "gamma_warmup": -1}, "gamma_warmup=-1: steps over which"),
+        ({"transfer": TransferSchedule(9), "gamma_warmup": 3}, "has its own start="),
+        ({"gamma": "auto"}, "give exactly one of"),
+        ({"gamma": "often"}, "gamma=often: give a finite number"),
+        (
+            {"gamma": "auto", "transfer": TransferSchedule(9, order="front_to_back")},
+            "order='front_to_back': gamma='auto' is one weight",
+        ),
+    ],
+)
+def test_arguments_of_gamma_that_do_not_fit_are_errors(
+    arguments: dict[str, Any], message: str
+) -> None:
+    model = network()
+    optimizer = SGD(model.parameters(), lr=0.1)
+    with pytest.raises(ValueError, match=message):
+        wrap_optimizer(optimizer, model, **arguments)
+    assert len(optimizer.param_groups) == 1
+
+
+@pytest.mark.parametrize("lr", [0.001, 0.1])
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+def test_the_automatic_gamma_comes_near_the_schedule_at_any_learning_rate(
+    lr: float, momentum: float
+) -> None:
+    model = network(width=64)
+    schedule = TransferSchedule(300)
+    optimizer = SGD(model.parameters(), lr=lr, momentum=momentum)
+    wrap_optimizer(optimizer, model, gamma="auto", transfer=schedule)
+    distances = []
+    for step in range(1, 301):
+        plain(model, optimizer, False, step)
+        distances.append(abs(structural_risk(model, "mean").item() - schedule.budget(step)))
+    assert max(distances) < 0.25
+    assert all((unit.gate.predict() == 0).all() for _, unit in gated_activations(model))
+
+
+@pytest.mark.parametrize("make", [SGD, Adam])
+def test_steps_of_the_automatic_gamma_equal_those_of_the_explicit_loss(make: Any) -> None:
+    model = mixed_network()
+    reference = copy.deepcopy(model)
+    wrapped = make(model.parameters(), lr=0.01)
+    wrap_optimizer(wrapped, model, gamma="auto", transfer=TransferSchedule(10, start=0))
+    explicit = make(reference.parameters(), lr=0.01)
+    seen = []
+
+    def closure() -> Any:
+        wrapped.zero_grad()
+        loss = task(model, step)
+        loss.backward()
+        return loss
+
+    for step in range(4):
+        risk = structural_risk(model).item()
+        with_risk: Any = wrapped.step(closure)  # the loss with the risk tells which gamma it was
+        gamma = (with_risk.item() - task(reference, step).item()) / risk
+        seen.append(gamma)
+        explicit.zero_grad()
+        (task(reference, step) + gamma * structural_risk(reference)).backward()
+        explicit.step()
+    assert_same_weights(model, reference, rtol=1e-3, atol=1e-5)
+    assert len({round(gamma, 3) for gamma in seen}) == 4
+
+
+def test_the_automatic_gamma_is_part_of_the_checkpoint() -> None:
+    def start() -> tuple[nn.Module, Optimizer]:
+        model = mixed_network()
+        optimizer = SGD(model.parameters(), lr=0.1, momentum=0.9)
+        schedule = TransferSchedule(10, start=0)
+        return model, wrap_optimizer(optimizer, model, gamma="auto", transfer=schedule)
+
+    torch.manual_seed(0)
+    model, optimizer = start()
+    for step in range(3):
+        plain(model, optimizer, False, step)
+    other, again = start()
+    other.load_state_dict(model.state_dict())
+    again.load_state_dict(optimizer.state_dict())
+    for step in range(3, 6):
+        plain(model, optimizer, False, step)
+        plain(other, again, False, step)
+    assert_same_weights(model, other, rtol=0, atol=0)
+
+
+# ---- frozen gates
+
+
+def warned(model: nn.Module, optimizer: Optimizer, steps: int = 200, scheduler: Any = None) -> str:
+    """What the one warning says that must come in the last of these steps, and in none before."""
+    for _ in range(steps - 1):
+        plain(model, optimizer, False, 0)
+        if scheduler is not None:
+            scheduler.step()
+    with pytest.warns(FrozenGatesWarning) as caught:
+        plain(model, optimizer, False, 0)
+    assert len(caught) == 1
+    for _ in range(200):  # once is enough: pytest makes a second one an error
+        plain(model, optimizer, False, 0)
+    return str(caught[0].message)
+
+
+def test_gradients_below_the_eps_of_adam_are_named() -> None:
+    model = network()
+    optimizer = wrap_optimizer(AdamW(model.parameters(), eps=1e-4), model, gamma=0.1)
+    message = warned(model, optimizer)
+    assert "gradients are below the optimizer's eps" in message
+    assert "sites 1, 3)" in message
+    assert "or a smaller eps" in message
+
+
+def test_gates_that_move_by_weight_decay_alone_are_named() -> None:
+    model = network()
+    optimizer = SGD(model.parameters(), lr=0.1, weight_decay=0.01)
+    message = warned(model, wrap_optimizer(optimizer, model, gamma=0.01))
+    assert "move by weight decay alone" in message
+
+
+def test_a_learning_rate_that_ended_at_0_is_named() -> None:
+    model = network(width=40)
+    for _, unit in gated_activations(model):
+        nn.init.constant_(unit.log_alpha, 4.0)
+    optimizer = SGD(model.parameters(), lr=0.05)
+    wrap_optimizer(optimizer, model, gamma=10.0)
+    scheduler = lr_scheduler.LinearLR(optimizer, 1.0, 0.0, total_iters=200)
+    message = warned(model, optimizer, 400, scheduler)
+    assert "the learning rate of the gates is 0" in message
+
+
+def test_only_the_sites_that_do_not_move_are_named() -> None:
+    model = network()
+    nn.init.constant_(model[1].log_alpha, 0.0)
+    message = warned(model, wrap_optimizer(SGD(model.parameters(), lr=0.01), model, gamma=1.0))
+    assert "(sites 3)" in message
+
+
+def test_gates_that_the_user_froze_or_that_wait_for_their_schedule_are_not_reported() -> None:
+    model = network()
+    for _, unit in gated_activations(model):
+        unit.log_alpha.requires_grad_(False)
+    optimizer = wrap_optimizer(SGD(model.parameters(), lr=0.01), model, gamma=1.0)
+    for _ in range(201):
+        plain(model, optimizer, False, 0)
+    model = network()
+    optimizer = SGD(model.parameters(), lr=0.01)
+    wrap_optimizer(optimizer, model, gamma="auto", transfer=TransferSchedule(1000, start=0.5))
+    for _ in range(201):
+        plain(model, optimizer, False, 0)
+
+
+def test_an_automatic_gamma_that_cannot_keep_up_is_reported() -> None:
+    model = network()
+    optimizer = Adam(model.parameters(), lr=1e-5)
+    wrap_optimizer(optimizer, model, gamma="auto", transfer=TransferSchedule(400, start=0))
+    assert "gates are frozen" in warned(model, optimizer)
+
+
+def test_lbfgs_takes_an_automatic_gamma() -> None:
+    model = mixed_network()
+    optimizer = LBFGS(model.parameters(), lr=0.1, max_iter=2)
+    wrap_optimizer(optimizer, model, gamma="auto", transfer=TransferSchedule(10, start=0))
+    before = log_alphas(model)
+
+    def closure() -> torch.Tensor:
+        optimizer.zero_grad()
+        loss = task(model, 0)
+        loss.backward()
+        return loss
+
+    for _ in range(4):
+        optimizer.step(closure)
+    assert bool((log_alphas(model) < before).any())
