@@ -13,11 +13,12 @@ from typing import Any, TypeVar
 from weakref import WeakKeyDictionary
 
 import torch
-from torch import Tensor, nn
-from torch.optim import LBFGS, Muon, Optimizer
+from torch import nn
+from torch.optim import Optimizer
 
 from transfer_surgery.controllers import AutoGamma, ConstantGamma, Controller, Projection
-from transfer_surgery.hooks import PAUSED, STEP, StepHooks, gates_group
+from transfer_surgery.gate_group import check_settings, hold_gates
+from transfer_surgery.hooks import PAUSED, StepHooks, gates_group
 from transfer_surgery.risk import check_reduction
 from transfer_surgery.schedule import TransferSchedule
 from transfer_surgery.unit import GatedActivation, gated_activations
@@ -111,19 +112,17 @@ def wrap_optimizer(
     inner = _innermost(optimizer)
     _check_optimizer(inner, model)
     learned = [unit for unit in units if unit.gate.learned]
-    _check_takes_gates(inner, bool(learned))
     given = {"lr": gate_lr, "weight_decay": gate_weight_decay}
     settings = {key: value for key, value in given.items() if value is not None}
-    _check_settings(settings, inner, bool(learned))
+    check_settings(settings, inner, bool(learned))
     controller = _controller(sites, gamma, transfer, gamma_warmup, reduction)
 
-    if not learned:
-        inner.param_groups[0].setdefault(STEP, 0)
-    elif isinstance(inner, LBFGS):
-        _join_only_group(inner, learned)
-    else:
-        decay = isinstance(controller, ConstantGamma)
-        _move_to_own_group(optimizer, inner, model, learned, settings, decay)
+    decay = [group.get("weight_decay", 0.0) for group in inner.param_groups]
+    defaults = {"weight_decay": max(decay) if isinstance(controller, ConstantGamma) else 0.0}
+    if isinstance(controller, Projection):
+        # Of timm's Lookahead: its average over steps would undo a part of the projection.
+        defaults["lookahead_alpha"] = 1.0
+    hold_gates(optimizer, inner, model, learned, settings, **defaults)
     hooks = StepHooks(inner, model, controller)
     inner.register_step_pre_hook(_in_python(hooks.before_step))
     inner.register_step_post_hook(_in_python(hooks.after_step))
@@ -278,87 +277,3 @@ def _check_optimizer(optimizer: Optimizer, model: nn.Module) -> None:
             f"the optimizer holds no parameter of this {type(model).__name__}: pass the model that "
             "it was built for. (After deepcopy or FSDP build the optimizer anew.)"
         )
-
-
-def _check_takes_gates(optimizer: Optimizer, learned: bool) -> None:
-    # It checks its parameters when it is built only, and would fail at the first step.
-    if learned and isinstance(optimizer, Muon):
-        raise ValueError(
-            "torch.optim.Muon updates matrices as a whole, and gates are none: hold them, like "
-            "biases, in a second optimizer such as AdamW, and wrap that one."
-        )
-
-
-def _check_settings(settings: dict[str, float], optimizer: Optimizer, learned: bool) -> None:
-    for key, value in settings.items():
-        if not (value >= 0 and math.isfinite(value)):
-            raise ValueError(f"gate_{key}={value}: give a finite number that is not negative.")
-        if isinstance(optimizer, LBFGS):
-            raise ValueError(f"gate_{key}: LBFGS allows only one parameter group. Leave it out.")
-        if not learned:
-            raise ValueError(f"gate_{key}: these gates have no parameters. Leave it out.")
-        if key not in optimizer.defaults:
-            raise ValueError(f"gate_{key}: {type(optimizer).__name__} has no {key}. Leave it out.")
-
-
-def _join_only_group(optimizer: LBFGS, units: list[GatedActivation]) -> None:
-    group = optimizer.param_groups[0]
-    held = {id(p) for p in group["params"]}
-    new = [unit.log_alpha for unit in units if id(unit.log_alpha) not in held]
-    if new:
-        group["params"].extend(new)  # in place: LBFGS keeps a reference to this very list
-        optimizer._numel_cache = None
-        optimizer.state.clear()  # its curvature history has the old number of parameters
-    group.setdefault(STEP, 0)
-
-
-def _move_to_own_group(
-    optimizer: Optimizer,
-    inner: Optimizer,
-    model: nn.Module,
-    units: list[GatedActivation],
-    settings: dict[str, float],
-    decay: bool,
-) -> None:
-    groups = inner.param_groups
-    earlier = next((group for group in groups if STEP in group), None)
-    if earlier is not None:  # a copy of a wrapped optimizer
-        earlier.update(settings)
-        return
-    gates = {unit.log_alpha for unit in units}
-    if any("initial_lr" in group for group in groups):
-        _leave_in_place(groups, gates, settings)
-        return
-    own: dict[str, Any] = {"lr": _copy(groups[0]["lr"]), STEP: 0}
-    if "weight_decay" in inner.defaults:
-        own["weight_decay"] = max(group["weight_decay"] for group in groups) if decay else 0.0
-    named = "param_names" in groups[0]
-    own["params"] = [(n, p) if named else p for n, p in model.named_parameters() if p in gates]
-    for group in groups:
-        stay = [i for i, p in enumerate(group["params"]) if p not in gates]
-        for key in ("params", "param_names") if named else ("params",):
-            group[key] = [group[key][i] for i in stay]
-    # Of the outer optimizer, which may want settings of its own in each group.
-    optimizer.add_param_group(own | settings)
-
-
-def _leave_in_place(
-    groups: list[dict[str, Any]], gates: set[nn.Parameter], settings: dict[str, float]
-) -> None:
-    """A learning-rate scheduler knows the groups that there are: it must not find another one."""
-    held = {p for group in groups for p in group["params"]}
-    if settings or not gates <= held:
-        wrong = f"gate_{next(iter(settings))} needs" if settings else "the gates need"
-        raise ValueError(
-            "a learning-rate scheduler was created for this optimizer: it would not know the group "
-            f"that {wrong}. Create it after wrap_optimizer, or build the optimizer from the "
-            "converted model's parameters: gates then stay in the group they are in. (If the "
-            "scheduler is no longer in use, delete 'initial_lr' from optimizer.param_groups first.)"
-        )
-    holding = [g for g in groups if any(p in gates for p in g["params"])]
-    holding[0].setdefault(STEP, 0)
-
-
-def _copy(lr: float | Tensor) -> float | Tensor:
-    """The same value, but not the same tensor: schedulers change a tensor in place."""
-    return lr.clone() if isinstance(lr, Tensor) else lr
