@@ -22,7 +22,17 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import SGD, AdamW, Optimizer
 
-from transfer_surgery import TransferSchedule, convert, report, structural_risk, wrap_optimizer
+from transfer_surgery import (
+    TransferSchedule,
+    bake,
+    convert,
+    load_gates,
+    report,
+    revert,
+    save_gates,
+    structural_risk,
+    wrap_optimizer,
+)
 from transfer_surgery.unit import gated_activations
 
 GAMMA = 0.3
@@ -219,3 +229,23 @@ def low_precision(how: str) -> Result:
     model = shard(network(), policy)
     train(model, wrapped(model, "adamw", how), range(STEPS))
     return {"dtype": model[4].log_alpha.dtype, "risk": structural_risk(model, "mean").detach()}
+
+
+def gates_only(folder: Path) -> Result:
+    """Gates of a sharded model saved, loaded into a base model, and into another sharded one."""
+    model = shard(network())
+    train(model, wrapped(model, "adamw", "part by part"), range(STEPS))
+    save_gates(model, folder)
+    dist.barrier()
+    other = shard(network())
+    gates = [unit.log_alpha for _, unit in gated_activations(other)]
+    load_gates(other, folder)
+    kept = all(g is u.log_alpha for g, (_, u) in zip(gates, gated_activations(other), strict=True))
+    refused = []
+    for verb in (bake, revert):
+        try:
+            verb(model)
+        except TypeError as error:
+            refused.append(str(error))
+    states = {"saved": whole_state(model), "loaded": whole_state(other)}
+    return states | {"kept": kept, "refused": refused}

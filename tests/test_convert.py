@@ -455,3 +455,11 @@ def test_what_is_written_into_new_tensors_depends_on_the_input():
 
     plan = find_activations(Pooled(), torch.zeros(2, 4))
     assert [site.reason for site in plan] == [None, None]
+
+
+def test_a_plan_filtered_to_one_of_two_owners_leaves_the_other_one_alone() -> None:
+    model = Alias()
+    plan = find_activations(model, X).filter(lambda site: site.path == "b.1")
+    convert(model, plan=plan)
+    assert isinstance(model.b[1], GatedActivation)
+    assert isinstance(model.a[1], nn.ReLU)

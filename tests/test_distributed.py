@@ -11,7 +11,7 @@ from torch import nn
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.optim import Optimizer
 
-from transfer_surgery import report, structural_risk, wrap_optimizer
+from transfer_surgery import load_gates, report, revert, structural_risk, wrap_optimizer
 from transfer_surgery.unit import gated_activations
 
 pytestmark = pytest.mark.skipif(
@@ -118,6 +118,23 @@ def test_gates_stay_float32_under_a_bfloat16_policy(tmp_path: Path) -> None:
     assert first["risk"] == second["risk"]
     budget = SETTINGS["schedule"]["transfer"].budget(STEPS)
     assert first["risk"].item() == pytest.approx(budget, abs=1e-3)
+
+
+def test_gates_of_a_sharded_model_are_saved_whole_and_loaded_anywhere(tmp_path: Path) -> None:
+    folder = tmp_path / "gates"
+    first, second = on_ranks(ranks.gates_only, tmp_path, folder)
+    base = revert(ranks.network())
+    load_gates(base, folder, example_input=torch.zeros(2, 6))
+    gates = {key: v for key, v in base.state_dict().items() if key.endswith("log_alpha")}
+    assert len(gates) == 3
+    for key, log_alpha in gates.items():
+        for result in (first, second):
+            assert torch.equal(result["saved"][key], log_alpha)
+            assert torch.equal(result["loaded"][key], log_alpha)
+    assert first["kept"]
+    assert second["kept"]
+    assert all("is sharded by fully_shard. Gather its state" in text for text in first["refused"])
+    assert len(first["refused"]) == 2
 
 
 def test_creating_the_state_of_an_optimizer_is_no_step_of_the_schedule() -> None:

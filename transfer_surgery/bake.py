@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from transfer_surgery.activations import Activation, ActivationModule
 from transfer_surgery.kernels import gated
 from transfer_surgery.surgery import share_hooks, swap_children
+from transfer_surgery.unfit import refuse_sharded
 from transfer_surgery.unit import GatedActivation, gated_activations, spread_gates
 
 __all__ = ["MixedActivation", "bake"]
@@ -71,6 +72,7 @@ def bake(model: nn.Module, harden: bool = False) -> nn.Module:
 
     Raises:
         ValueError: the model is not converted; it is then unchanged.
+        TypeError: the model is sharded by FSDP2; the message says what to do.
 
     Example:
         >>> from transfer_surgery import convert
@@ -81,6 +83,7 @@ def bake(model: nn.Module, harden: bool = False) -> nn.Module:
           (0): ActivationModule(sin)
         )
     """
+    refuse_sharded(model)
     baked: dict[nn.Module, nn.Module] = {
         unit: _bake_unit(unit, harden) for _, unit in gated_activations(model)
     }

@@ -17,7 +17,7 @@ from transfer_surgery.plan import Plan, Site
 from transfer_surgery.probe import undisturbed
 from transfer_surgery.rewrite import prepare_rewrites
 from transfer_surgery.surgery import insert_units, restore_owner, share_hooks, swap_children
-from transfer_surgery.unfit import refuse_unfit
+from transfer_surgery.unfit import refuse_sharded, refuse_unfit
 from transfer_surgery.unit import GRANULARITIES, GatedActivation, gated_activations
 
 __all__ = ["convert", "revert"]
@@ -130,6 +130,7 @@ def revert(model: nn.Module) -> nn.Module:
 
     Raises:
         ValueError: the model is not converted.
+        TypeError: it is sharded by FSDP2; the message says what to do.
 
     Example:
         >>> model = nn.Sequential(nn.Linear(4, 8), nn.ReLU())
@@ -139,6 +140,7 @@ def revert(model: nn.Module) -> nn.Module:
           (1): ReLU()
         )
     """
+    refuse_sharded(model)
     originals: dict[nn.Module, nn.Module] = {
         unit: unit.replaced[0] for _, unit in gated_activations(model) if unit.replaced
     }

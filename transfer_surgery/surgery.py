@@ -45,7 +45,7 @@ def insert_units(
     owners = {path: model.get_submodule(path) for path in recipes}
     classes = {path: _rewritten_type(owners[path], recipe) for path, recipe in recipes.items()}
     default = next(model.parameters(), torch.zeros(())).device
-    callers = Counter(model.get_submodule(s.module) for s in plan if s.module is not None)
+    callers = _callers(model, plan)
     places = []
     for site in plan:
         if site.path not in units:
@@ -67,6 +67,15 @@ def insert_units(
     close_fused_paths(model, [model.get_submodule(s.owner) for s in plan if s.path in units])
     for path, owner in owners.items():
         object.__setattr__(owner, "__class__", classes[path])
+
+
+def _callers(model: nn.Module, plan: Plan) -> Counter[nn.Module]:
+    """At how many places each activation module is called, also where a filtered plan is silent."""
+    sites = Counter(model.get_submodule(s.module) for s in plan if s.module is not None)
+    owners: Counter[nn.Module] = Counter()
+    for call in plan.calls.values():
+        owners.update({model.get_submodule(path) for path in call.modules})
+    return sites | owners
 
 
 def swap_children(model: nn.Module, swaps: Mapping[nn.Module, nn.Module]) -> None:

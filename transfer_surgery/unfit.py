@@ -9,7 +9,7 @@ from torch.nn.parameter import is_lazy
 
 from transfer_surgery.unit import GatedActivation
 
-__all__ = ["refuse_unfit"]
+__all__ = ["refuse_sharded", "refuse_unfit"]
 
 # By name: importing torch.distributed.fsdp to compare classes would take longer than `convert`.
 _WRAPPERS = {
@@ -46,6 +46,22 @@ def refuse_unfit(model: nn.Module) -> None:
                 "first, or convert once with all sites."
             )
         _refuse_without_values(where, module)
+
+
+def refuse_sharded(model: nn.Module) -> None:
+    """Raise where FSDP2 manages the parameters, which modules must not be taken away from.
+
+    Raises:
+        TypeError: naming the way to do it.
+    """
+    for path, module in model.named_modules():
+        if any(cls.__name__ == "FSDPModule" for cls in type(module).__mro__):
+            raise TypeError(
+                f"{path or 'the model'} is sharded by fully_shard. Gather its state on every rank "
+                "(torch.distributed.checkpoint.state_dict.get_model_state_dict with "
+                "StateDictOptions(full_state_dict=True)), load that into a converted model that is "
+                "not sharded, and go on with this one."
+            )
 
 
 def _refuse_without_values(where: str, module: nn.Module) -> None:
