@@ -125,3 +125,26 @@ def test_loaders_show_every_image_once_and_only_training_changes_the_order() -> 
     x, _ = next(iter(train))
     assert x.shape == (4, 1, 16, 16)
     assert torch.equal(x, torch.full_like(x, -1))
+
+
+@pytest.mark.parametrize("options", [[], ["--fsdp", "--order", "front_to_back"]])
+def test_two_processes_transfer_everything_and_go_on_where_they_were(
+    options: list[str], tmp_path: Path
+) -> None:
+    def trained(folder: Path) -> tuple[str, dict[str, torch.Tensor]]:
+        launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+        script = [EXAMPLES / "distributed.py", "--epochs", 3, "--batch-size", 120, *options]
+        command = [sys.executable, *launcher, *map(str, script), "--checkpoint", str(folder)]
+        one_thread = os.environ | {"OMP_NUM_THREADS": "1"}
+        result = subprocess.run(command, capture_output=True, text=True, env=one_thread)
+        assert result.returncode == 0, result.stderr
+        model = torch.load(folder / "baked.pt", weights_only=False)
+        return result.stdout, dict(model.named_parameters())
+
+    printed, weights = trained(tmp_path)
+    assert "epoch 3: 100.0% transferred" in printed
+    assert "baked: test accuracy" in printed
+    (tmp_path / "latest").write_text("1")  # as if it had been killed in the second epoch
+    printed, again = trained(tmp_path)
+    assert "resumed after epoch 1\nepoch 2: " in printed
+    torch.testing.assert_close(again, weights, rtol=0, atol=0)
