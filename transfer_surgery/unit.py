@@ -111,9 +111,9 @@ def spread_gates(z: Tensor, x: Tensor, granularity: str, channel_axis: int) -> T
 
     Their shape is ``(1,)``, ``(C,)`` or the feature shape, maybe with an axis of examples in front.
     """
-    gate_dims = {"layer": 1, "channel": 1, "neuron": x.dim() - 1}[granularity]
+    gate_dims = {"layer": 0, "channel": 1, "neuron": x.dim() - 1}[granularity]
     shape = [1] * x.dim()
-    if z.dim() > gate_dims:
+    if shape and z.dim() > gate_dims:
         shape[0] = z.shape[0]
     if granularity == "channel":
         shape[channel_axis] = z.shape[-1]
