@@ -80,7 +80,7 @@ class Outcome:
 
 
 def main(
-    steps: Annotated[int, typer.Option(min=10, help="Optimizer steps of each run.")] = 150,
+    steps: Annotated[int, typer.Option(min=10, help="Optimizer steps of each run.")] = 100,
     gamma: Annotated[float, typer.Option(help="The constant one, for every run.")] = 500.0,
     models: Annotated[list[str] | None, typer.Option(help="Some of the models.")] = None,
     threads: Annotated[int, typer.Option(min=1, help="Of torch.")] = 2,
@@ -196,7 +196,8 @@ def markdown(rows: list[tuple[str, str, float, list[Outcome]]], steps: int, gamm
     worst = [max(outcomes[i].deviation for *_, outcomes in rows) for i in range(len(MODES))]
     summary = ", ".join(f"{mode} {value:.4f}" for mode, value in zip(MODES, worst, strict=True))
     versions = f"torch {torch.__version__}, timm {timm.__version__}, {datetime.date.today()}, CPU"
-    command = f"python benchmarks/controller.py --steps {steps} --gamma {gamma:g} --table ..."
+    options = f"--steps {steps} --gamma {gamma:g} --threads {torch.get_num_threads()}"
+    command = f"python benchmarks/controller.py {options} --table docs/controller.md"
     return f"""# Asked and reached
 
 {versions}. Generated, do not edit:
@@ -213,7 +214,8 @@ the last step.
 - *projection*: `wrap_optimizer(..., transfer=TransferSchedule({steps}))`.
 - *auto*: the same with `gamma="auto", gate_lr={GATE_LR}`. The lr of the row is that of the weights.
 - *gamma*: the constant `gamma={gamma:g}` in every row, with the lr of the row. Nothing is asked of
-  it; its deviation is from the same curve. (frozen): there was a `FrozenGatesWarning`.
+  it; its deviation is from the same curve. (frozen): there was a `FrozenGatesWarning`, which
+  looks every 200 steps.
 
 {table}
 
