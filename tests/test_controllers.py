@@ -19,6 +19,7 @@ from torch.optim import LBFGS, SGD, Adam, AdamW, Optimizer, lr_scheduler
 
 from transfer_surgery import (
     FrozenGatesWarning,
+    TransferRestartedWarning,
     TransferSchedule,
     pause_transfer,
     resume_transfer,
@@ -73,6 +74,25 @@ def test_only_schedules_can_be_paused() -> None:
     wrap_optimizer(optimizer, model, gamma=1.0)
     with pytest.raises(ValueError, match="only a transfer schedule can be paused"):
         resume_transfer(optimizer)
+
+
+def test_a_schedule_that_begins_anew_on_transferred_gates_says_so_once() -> None:
+    model = network(width=20)
+    schedule = TransferSchedule(10, start=0)
+    optimizer = wrap_optimizer(SGD(model.parameters(), lr=0.1), model, transfer=schedule)
+    for step in range(8):
+        plain(model, optimizer, False, step)
+    saved = copy.deepcopy(optimizer.state_dict())
+    for resumed in (True, False):
+        other = copy.deepcopy(model)
+        again = wrap_optimizer(SGD(other.parameters(), lr=0.1), other, transfer=schedule)
+        if resumed:  # pytest makes a warning an error
+            again.load_state_dict(saved)
+        else:
+            message = "100% of the gates were transferred already, .* load its optimizer's state"
+            with pytest.warns(TransferRestartedWarning, match=message):
+                plain(other, again, False, 0)
+        plain(other, again, False, 1)
 
 
 # ---- gamma
@@ -131,6 +151,20 @@ def test_the_automatic_gamma_comes_near_the_schedule_at_any_learning_rate(
         distances.append(abs(structural_risk(model, "mean").item() - schedule.budget(step)))
     assert max(distances) < 0.25
     assert all((unit.gate.predict() == 0).all() for _, unit in gated_activations(model))
+
+
+def test_the_automatic_gamma_survives_a_warm_up_of_the_learning_rate_from_0() -> None:
+    model = network(width=64)
+    schedule = TransferSchedule(300, start=0)
+    optimizer = SGD(model.parameters(), lr=0.1, momentum=0.9)
+    wrap_optimizer(optimizer, model, gamma="auto", transfer=schedule)
+    scheduler = lr_scheduler.LambdaLR(optimizer, lambda step: min(1.0, step / 10))
+    for step in range(1, 301):
+        plain(model, optimizer, False, step)
+        scheduler.step()
+        distance = structural_risk(model, "mean").item() - schedule.budget(step)
+        assert abs(distance) < 0.3
+    assert log_alphas(model).abs().max() < 1000
 
 
 @pytest.mark.parametrize("make", [SGD, Adam])

@@ -10,10 +10,11 @@ import pytest
 import torch
 from loops import GAMMA, batch, gates, mean_probability, network, plain
 from torch import Tensor, nn
-from torch.optim import SGD, Adam, AdamW
+from torch.optim import SGD, Adam, AdamW, Optimizer
 
 from transfer_surgery import TransferSchedule, convert, wrap_optimizer
-from transfer_surgery.controllers import AutoGamma, ConstantGamma, Controller, Projection
+from transfer_surgery.auto_gamma import AutoGamma
+from transfer_surgery.controllers import ConstantGamma, Controller, Projection
 from transfer_surgery.optimizer import _WRAPPED
 from transfer_surgery.risk import REDUCTIONS, add_risk_gradient
 from transfer_surgery.unit import gated_activations
@@ -69,7 +70,9 @@ def controllers(model: nn.Module) -> Iterator[Controller]:
     yield ConstantGamma(sites(model), GAMMA, 3, "sum")
     yield AutoGamma(sites(model), TransferSchedule(10, start=0))
     for schedule in SCHEDULES:
-        yield Projection(sites(model), schedule)
+        projection = Projection(sites(model), schedule)
+        projection.begun = True  # it looks once, before it moves the first gate
+        yield projection
 
 
 @pytest.mark.parametrize("skipped", [None, torch.zeros((), device="meta")])
@@ -99,12 +102,20 @@ HOW: dict[str, dict[str, Any]] = {
 }
 
 
+def begin(optimizer: Optimizer) -> None:
+    """As after the first steps: it looks at the first of 50, and before it moves the first gate."""
+    hooks = _WRAPPED[optimizer]
+    hooks.finite.looks = 1
+    if isinstance(hooks.controller, Projection):
+        hooks.controller.begun = True
+
+
 @pytest.mark.parametrize("make", [SGD, AdamW])
 @pytest.mark.parametrize("how", HOW)
 def test_a_whole_step_never_looks_between_the_looks_at_the_gradients(how: str, make: Any) -> None:
     model = on_meta()
     optimizer = wrap_optimizer(make(model.parameters(), lr=0.1), model, **HOW[how])
-    _WRAPPED[optimizer].finite.looks = 1  # it looks at the first of 50 steps
+    begin(optimizer)
     for _ in range(20):
         model(X.to("meta")).sum().backward()
         optimizer.step()

@@ -5,7 +5,7 @@ import transfer_surgery.handwritten  # noqa: F401 - both register what they defi
 from transfer_surgery.activations import get_activation, register_activation
 from transfer_surgery.bake import bake
 from transfer_surgery.checkpoint import load_gates, save_gates
-from transfer_surgery.controllers import ScheduleEndedWarning
+from transfer_surgery.controllers import ScheduleEndedWarning, TransferRestartedWarning
 from transfer_surgery.convert import convert, revert
 from transfer_surgery.find import find_activations
 from transfer_surgery.formulas import register_formula
@@ -23,6 +23,7 @@ __all__ = [
     "GatedActivation",
     "History",
     "ScheduleEndedWarning",
+    "TransferRestartedWarning",
     "TransferSchedule",
     "bake",
     "convert",

@@ -16,7 +16,8 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from transfer_surgery.controllers import AutoGamma, ConstantGamma, Controller, Projection
+from transfer_surgery.auto_gamma import AutoGamma
+from transfer_surgery.controllers import ConstantGamma, Controller, Projection
 from transfer_surgery.gate_group import check_settings, hold_gates
 from transfer_surgery.hooks import PAUSED, StepHooks, gates_group
 from transfer_surgery.risk import check_reduction
