@@ -164,7 +164,6 @@ def test_the_automatic_gamma_survives_a_warm_up_of_the_learning_rate_from_0() ->
         scheduler.step()
         distance = structural_risk(model, "mean").item() - schedule.budget(step)
         assert abs(distance) < 0.3
-    assert log_alphas(model).abs().max() < 1000
 
 
 @pytest.mark.parametrize("make", [SGD, Adam])

@@ -24,10 +24,10 @@ class AutoGamma(Scheduled):
     In log-odds ``c = logit(mean P(z != 0)) - logit(budget)``, which have a slope also where the
     risk has almost none, and in the logarithm of gamma, which has to be ten thousand times larger
     at the start than in the middle: ``log gamma = u + c - log(initial learning rate)``, and ``u``
-    grows by ``c / 10`` after each step. (``c`` in ``u + c`` is the term of an augmented Lagrangian; with
-    momentum the learning rate is that of many steps together.) Gates that went too far stay there,
-    since the risk can only lower them. The optimizer decides how near to the budget that comes:
-    see docs/controller.md.
+    grows by ``c / 10`` after each step. (``c`` in ``u + c`` is the term of an augmented
+    Lagrangian; with momentum the learning rate is that of many steps together.) Gates that went too
+    far stay there, since the risk can only lower them. The optimizer decides how near to the
+    budget that comes: see docs/controller.md.
 
     Args:
         sites: the units of the model, by path.
