@@ -92,10 +92,9 @@ def shard(model: nn.Module) -> nn.Module:
 
 def own(loader: Any, epoch: int, steps: int) -> Iterator[tuple[Tensor, Tensor]]:
     """This rank's batches: every rank shuffles alike and takes another one of each round."""
-    state = torch.get_rng_state()
-    torch.manual_seed(epoch)
-    batches = list(loader)
-    torch.set_rng_state(state)
+    with torch.random.fork_rng():
+        torch.manual_seed(epoch)
+        batches = list(loader)
     rank, ranks = dist.get_rank(), dist.get_world_size()
     yield from batches[rank : steps * ranks : ranks]
 

@@ -80,7 +80,7 @@ def controllers(model: nn.Module) -> Iterator[Controller]:
 def test_controllers_never_look_at_the_gates(index: int, skipped: Tensor | None) -> None:
     model = on_meta()
     controller = list(controllers(model))[index]
-    group: dict[str, Any] = {"lr": 0.1, "momentum": 0.9}
+    group: dict[str, Any] = {"lr": 0.1, "momentum": 0.9} | controller.memory()
     for step in range(1, 11):
         controller.add_gradient(group, step, skipped)
         controller.loss(group, step)

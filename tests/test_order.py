@@ -135,6 +135,29 @@ def test_all_gates_together_keep_to_the_budget_in_any_order(
         assert bool((torch.cat([u.gate.predict() for u in groups[0]]) == 0).all())
 
 
+def test_two_converted_networks_in_one_model_go_one_after_the_other() -> None:
+    parts = [
+        convert(
+            nn.Sequential(nn.ReLU(), nn.Sequential(nn.Linear(4, 4), nn.GELU())),
+            example_input=torch.zeros(1, 4),
+            roles=("hidden", "output"),
+        )
+        for _ in range(2)
+    ]
+    both = sites(nn.Sequential(*parts))
+    found = in_order(both, "front_to_back")
+    names_of = {id(unit): path for path, unit in both.items()}
+    assert [[names_of[id(u)] for u in g] for g in found] == [["0.0"], ["0.1.1"], ["1.0"], ["1.1.1"]]
+
+
+def test_globs_may_be_those_of_the_model_or_of_what_wraps_it() -> None:
+    model = convert(timm.create_model("resnet18"))
+    expected = names(in_order(sites(model), ["layer3", "*"]))
+    wrapped = sites(nn.DataParallel(model))
+    assert names(in_order(wrapped, ["layer3", "*"])) == expected
+    assert names(in_order(wrapped, ["module.layer3", "*"])) == expected
+
+
 def test_the_order_is_that_of_the_model_inside_any_wrapper() -> None:
     model = convert(timm.create_model("resnet18"))
     expected = names(in_order(sites(model), "front_to_back"))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -33,6 +35,9 @@ class AutoGamma(Scheduled):
         sites: the units of the model, by path.
         schedule: the schedule; its order is "joint".
     """
+
+    def memory(self) -> dict[str, Any]:
+        return {_MULTIPLIER: torch.zeros(())}
 
     def needs_movement(self, step: int) -> bool:
         if not self._active(step):
@@ -77,7 +82,10 @@ class AutoGamma(Scheduled):
         mean, excess = self._excess(step)
         momentum = group.get("momentum") or group.get("betas", (0.0,))[0]
         # Not the lr of the moment: what momentum keeps of a gradient is stepped with later ones.
-        rate = group.get("initial_lr", group.get("lr", 1.0)) / (1 - momentum) + 1e-8
+        lr = group.get("initial_lr", group.get("lr"))
+        if not isinstance(lr, Tensor):
+            lr = lr or 1.0  # Adafactor may have None
+        rate = lr / (1 - momentum)
         sign = -1 if group.get("maximize", False) else 1
         multiplier = torch.exp((self._multiplier(group, mean) + excess).clamp(-20, 20))
         gamma: Tensor = multiplier * (sign / rate)
@@ -85,4 +93,5 @@ class AutoGamma(Scheduled):
 
     def _multiplier(self, group: Group, like: Tensor) -> Tensor:
         """On the device of the gates: a checkpoint may have been loaded on another one."""
-        return torch.as_tensor(group.get(_MULTIPLIER, 0.0), dtype=like.dtype, device=like.device)
+        kept: Tensor = group[_MULTIPLIER]
+        return kept.to(like.device)

@@ -10,6 +10,7 @@ import warnings
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from transfer_surgery.order import in_order
@@ -33,6 +34,9 @@ Sites = Mapping[str, GatedActivation]
 Group = dict[str, Any]
 
 
+_TOO_FAR = 0.3  # share of the gates that no start of a training has transferred
+
+
 class ScheduleEndedWarning(UserWarning):
     """The training runs for longer than its `TransferSchedule` was made for."""
 
@@ -50,6 +54,13 @@ class Controller:
 
     def __init__(self, sites: Sites) -> None:
         self.units = list(sites.values())
+
+    def memory(self) -> dict[str, Any]:
+        """What is kept in the gates' group, as it is at the start.
+
+        It is there from the start, since some checkpoints fill only what they find.
+        """
+        return {}
 
     def needs_movement(self, step: int) -> bool:
         """Whether gates that stay where they are now are to be reported as frozen."""
@@ -157,11 +168,13 @@ class Projection(Scheduled):
         learned = [u for u in self.units if u.gate.learned and moves(u)]
         if not learned:
             return
-        predicted = [unit.gate.predict().detach() for unit in learned]
-        zeros = sum(float((z == 0).sum()) for z in predicted) / sum(z.numel() for z in predicted)
-        if zeros > asked + 0.1:
+        device = learned[0].log_alpha.device
+        with torch.no_grad():
+            open_ = torch.cat([u.gate.probability().flatten().to(device) for u in learned]).mean()
+        gone = 1 - float(open_)
+        if gone > asked + _TOO_FAR:
             warnings.warn(
-                f"{zeros:.0%} of the gates were transferred already, and the schedule, at step "
+                f"{gone:.0%} of the gates were transferred already, and the schedule, at step "
                 f"{step}, asks for {asked:.0%}: they are moved back to their source. To go on with "
                 "an earlier training load its optimizer's state after wrap_optimizer: the state "
                 "holds the number of the step. To keep those gates set requires_grad=False.",
@@ -178,11 +191,13 @@ class Projection(Scheduled):
                     unit.gate.progress.fill_(share)
 
     def _turns(self, progress: float) -> list[tuple[list[GatedActivation], float, float]]:
-        """For each group of units that are not frozen by the user: its fraction and progress."""
-        groups = [[unit for unit in units if moves(unit)] for units in self.groups]
-        groups = [units for units in groups if units]
-        sizes = [sum(unit.gate.count for unit in units) for units in groups]
+        """For each group its units that are not frozen by the user, its fraction and progress.
+
+        Frozen ones keep their place in the order: the others do not go earlier for it.
+        """
+        sizes = [sum(unit.gate.count for unit in units) for units in self.groups]
         shares = turns(sizes, self.schedule.fraction, progress)
+        groups = [[unit for unit in units if moves(unit)] for units in self.groups]
         return [(units, *share) for units, share in zip(groups, shares, strict=True)]
 
 

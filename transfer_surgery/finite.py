@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from transfer_surgery.sharding import is_sharded
+from transfer_surgery.sharding import anywhere, local
 from transfer_surgery.unit import gated_activations
 
 __all__ = ["FiniteWatch"]
@@ -28,17 +29,31 @@ class FiniteWatch:
 
     def __init__(self, optimizer: Optimizer, model: nn.Module) -> None:
         held = {id(p) for group in optimizer.param_groups for p in group["params"]}
-        ours = [(name, p) for name, p in model.named_parameters() if id(p) in held]
         gates = {id(u.log_alpha) for _, u in gated_activations(model) if u.gate.learned}
-        vectors = [p for _, p in ours if p.dim() <= 1 and id(p) not in gates]
+        # By place: the tensors themselves are replaced when a model is sharded later.
+        ours = [
+            (f"{path}.{name}" if path else name, module, name, p)
+            for path, module in model.named_modules()
+            for name, p in module._parameters.items()
+            if p is not None and id(p) in held
+        ]
+        vectors = any(p.dim() <= 1 and id(p) not in gates for *_, p in ours)
         self.watched = [
-            (name, p) for name, p in ours if not vectors or p.dim() <= 1 or id(p) in gates
+            (path, module, name)
+            for path, module, name, p in ours
+            if not vectors or p.dim() <= 1 or id(p) in gates
         ]
         self.looks = 0
 
+    def _gradients(self) -> Iterator[tuple[str, Tensor]]:
+        for path, module, name in self.watched:
+            parameter = module._parameters.get(name)
+            if parameter is not None and parameter.grad is not None:
+                yield path, parameter.grad
+
     def check(self, step: int, state: str) -> None:
         """Raise FloatingPointError where a gradient is not finite; `state` says what that means."""
-        found = [(n, p.grad) for n, p in self.watched if p.grad is not None and p.grad.numel()]
+        found = [(path, grad) for path, grad in self._gradients() if grad.numel()]
         on_cpu = all(grad.device.type == "cpu" for _, grad in found)
         first = self.looks == 0
         self.looks += 1
@@ -47,7 +62,7 @@ class FiniteWatch:
         # The largest element rather than a sum of squares, which overflows where no element does.
         norms = [norm.to(found[0][1].device) for norm in _largest([grad for _, grad in found])]
         finite = torch.stack(norms).isfinite()
-        if _everywhere(bool(finite.all()), found[0][1]):
+        if not anywhere(not bool(finite.all()), [grad for _, grad in found]):
             return
         if not on_cpu and not first:
             state = f"the last look was {_LOOK_EVERY} steps ago: go back to a checkpoint before it"
@@ -60,21 +75,7 @@ class FiniteWatch:
 
 
 def _largest(grads: list[Tensor]) -> list[Tensor]:
-    local = [grad.to_local() if is_sharded(grad) else grad for grad in grads]  # type: ignore[attr-defined]
+    parts = [local(grad) for grad in grads]
     # A shard may be empty, and has no largest element then.
-    return torch._foreach_norm([t if t.numel() else t.new_zeros(1) for t in local], math.inf)  # type: ignore[return-value]
-
-
-def _everywhere(finite: bool, grad: Tensor) -> bool:
-    """Whether it is so on every rank that shares sharded gradients: all of them must stop, or none.
-
-    Ranks of DDP have the same gradients by now.
-    """
-    if not is_sharded(grad):
-        return finite
-    from torch.distributed.tensor import DTensor, Partial
-
-    mesh = grad.device_mesh  # type: ignore[attr-defined]
-    bad = torch.full((1,), float(not finite), device=grad.device)
-    total = DTensor.from_local(bad, mesh, [Partial()] * mesh.ndim, run_check=False).full_tensor()
-    return not bool(total.any())
+    norms = torch._foreach_norm([t if t.numel() else t.new_zeros(1) for t in parts], math.inf)
+    return list(norms)

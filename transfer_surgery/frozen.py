@@ -64,11 +64,11 @@ class FrozenWatch:
         self.steps += 1
         return not self.warned and self.steps % _WINDOW == 0
 
-    def look(self, optimizer: Optimizer, scale: Tensor | None) -> None:
+    def look(self, optimizer: Optimizer) -> None:
         """At the end of a window: see which gates moved."""
         groups = {id(p): group for group in optimizer.param_groups for p in group["params"]}
         frozen: dict[str, dict[str, _Movement]] = {}
-        for (path, unit), movement in zip(self.sites.items(), self._movements(scale), strict=True):
+        for (path, unit), movement in zip(self.sites.items(), self._movements(), strict=True):
             group = groups.get(id(unit.log_alpha))
             if group is None or not unit.log_alpha.requires_grad:
                 continue  # frozen by the user
@@ -79,14 +79,14 @@ class FrozenWatch:
             warnings.warn(_message(frozen), FrozenGatesWarning, stacklevel=4)
 
     @torch.no_grad()
-    def _movements(self, scale: Tensor | None) -> list[_Movement]:
+    def _movements(self) -> list[_Movement]:
         rows = []
         for unit, before in zip(self.sites.values(), self.before, strict=True):
             now, grad = whole(unit.log_alpha.detach()), unit.log_alpha.grad
             size = now.new_zeros(()) if grad is None else whole(grad).abs().mean()
-            size = size if scale is None else size / scale.to(size.device)
             opened = (unit.gate.predict() != 0).float().mean()
-            rows.append(torch.stack([(now - before).abs().mean(), now.mean(), size, opened]))
+            change = (now - before.to(now.device)).abs().mean()
+            rows.append(torch.stack([change, now.mean(), size, opened]))
         # A model may be spread over several devices: gather on one of them first.
         return [_Movement(*r) for r in torch.stack([r.to(rows[0].device) for r in rows]).tolist()]
 
@@ -96,12 +96,13 @@ def _reason(movement: _Movement, group: Mapping[str, Any]) -> str | None:
     if movement.open == 0:
         return None
     still = movement.change < _STILL
-    if still and float(group.get("lr", 1.0)) == 0:
+    if still and group.get("lr") is not None and float(group["lr"]) == 0:
         return "lr"
-    if movement.gradient < group.get("eps", 0.0):
+    eps = group.get("eps")  # Adafactor's is a pair, and means something else
+    if isinstance(eps, float) and movement.gradient < eps:
         return "eps"
     # Decay that is not part of the gradient (AdamW, Lion) is small beside such an optimizer's step.
-    coupled = not group.get("decoupled_weight_decay", "betas" in group)
+    coupled = not group.get("decoupled_weight_decay", "momentum" not in group)
     pull = group.get("weight_decay", 0.0) * abs(movement.location)
     if not still and coupled and movement.gradient < _NOTHING * pull:
         return "decay"

@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.optim import LBFGS, Muon, Optimizer
 
-from transfer_surgery.hooks import STEP
+from transfer_surgery.hooks import PAUSED, STEP
 from transfer_surgery.unit import GatedActivation
 
 __all__ = ["check_settings", "hold_gates"]
@@ -40,9 +40,10 @@ def hold_gates(
     model: nn.Module,
     units: Sequence[GatedActivation],
     settings: Mapping[str, float],
-    **defaults: float,
+    defaults: Mapping[str, float],
+    memory: Mapping[str, Any],
 ) -> None:
-    """Make the optimizer hold the gates, and mark the group with the count of steps.
+    """Make the optimizer hold the gates, and mark their group with the count of steps.
 
     Args:
         optimizer: as the user has it.
@@ -51,60 +52,85 @@ def hold_gates(
         units: its units whose gates are learned.
         settings: of the gates' group, checked by `check_settings`.
         defaults: further settings of a new group, where its optimizer has such.
+        memory: what the controller keeps in the group.
 
     Raises:
-        ValueError: a scheduler knows the groups already, and the gates need one.
+        ValueError: the gates need a group that they cannot have.
     """
-    if not units:
-        inner.param_groups[0].setdefault(STEP, 0)
-    elif isinstance(inner, LBFGS):
-        _join_only_group(inner, units)
-    elif earlier := next((g for g in inner.param_groups if STEP in g), None):
-        earlier.update(settings)  # a copy of a wrapped optimizer
-    elif any("initial_lr" in group for group in inner.param_groups):
-        _leave_in_place(inner.param_groups, {unit.log_alpha for unit in units}, settings)
-    else:
-        gates = {unit.log_alpha for unit in units}
-        own = {key: value for key, value in defaults.items() if key in inner.defaults}
-        _move_to_own_group(optimizer, inner, model, gates, own | dict(settings))
+    groups = inner.param_groups
+    gates = [unit.log_alpha for unit in units]
+    before = [{**group, "params": list(group["params"])} for group in groups]
+    try:
+        group = _group_for(gates, optimizer, inner, model, settings, defaults)
+    except Exception:  # of add_param_group, say: everything is where it was
+        for changed, old in zip(groups, before, strict=False):
+            changed.update(old)
+        del groups[len(before) :]
+        raise
+    for key, value in {STEP: 0, PAUSED: False, **memory}.items():
+        group.setdefault(key, value)
 
 
-def _join_only_group(optimizer: LBFGS, units: Sequence[GatedActivation]) -> None:
-    group = optimizer.param_groups[0]
-    held = {id(p) for p in group["params"]}
-    new = [unit.log_alpha for unit in units if id(unit.log_alpha) not in held]
-    if new:
-        group["params"].extend(new)  # in place: LBFGS keeps a reference to this very list
-        optimizer._numel_cache = None
-        optimizer.state.clear()  # its curvature history has the old number of parameters
-    group.setdefault(STEP, 0)
-
-
-def _move_to_own_group(
+def _group_for(
+    gates: list[nn.Parameter],
     optimizer: Optimizer,
     inner: Optimizer,
     model: nn.Module,
-    gates: set[nn.Parameter],
-    settings: dict[str, float],
-) -> None:
+    settings: Mapping[str, float],
+    defaults: Mapping[str, float],
+) -> dict[str, Any]:
+    """The group that is to hold the gates, after they were put there."""
     groups = inner.param_groups
-    named = "param_names" in groups[0]
-    own: dict[str, Any] = {"lr": _copy(groups[0]["lr"]), STEP: 0}
-    own["params"] = [(n, p) if named else p for n, p in model.named_parameters() if p in gates]
-    for group in groups:
-        stay = [i for i, p in enumerate(group["params"]) if p not in gates]
-        for key in ("params", "param_names") if named else ("params",):
-            group[key] = [group[key][i] for i in stay]
-    # Of the outer optimizer, which may want settings of its own in each group.
-    optimizer.add_param_group(own | settings)
+    if not gates:
+        return groups[0]
+    if isinstance(inner, LBFGS):
+        return _join_only_group(inner, gates)
+    holding = [group for group in groups if not set(gates).isdisjoint(group["params"])]
+    marked = [group for group in groups if STEP in group]  # by a copy's wrapping, or by our caller
+    if marked or (len(holding) == 1 and set(holding[0]["params"]) == set(gates)):
+        return _keep_group((marked or holding)[0], holding, gates, settings)
+    if any("initial_lr" in group for group in groups):
+        return _leave_in_place(holding, gates, settings)
+    own = {key: value for key, value in defaults.items() if key in inner.defaults}
+    return _move_to_own_group(gates, optimizer, inner, model, own | dict(settings))
+
+
+def _join_only_group(optimizer: LBFGS, gates: list[nn.Parameter]) -> dict[str, Any]:
+    group: dict[str, Any] = optimizer.param_groups[0]
+    held = set(group["params"])
+    if not held.issuperset(gates):
+        # In place: LBFGS keeps a reference to this very list.
+        group["params"].extend(gate for gate in gates if gate not in held)
+        optimizer._numel_cache = None
+        optimizer.state.clear()  # its curvature history has the old number of parameters
+    return group
+
+
+def _keep_group(
+    group: dict[str, Any],
+    holding: list[dict[str, Any]],
+    gates: list[nn.Parameter],
+    settings: Mapping[str, float],
+) -> dict[str, Any]:
+    """The group that the gates have already."""
+    if not _hold(holding, gates):
+        raise ValueError(
+            "this optimizer was wrapped for other gates than the model has now: build it anew."
+        )
+    if settings and not set(gates).issuperset(group["params"]):
+        raise ValueError(
+            f"gate_{next(iter(settings))}: the gates share a parameter group with weights. Leave "
+            "it out, or build the optimizer anew."
+        )
+    group.update(settings)
+    return group
 
 
 def _leave_in_place(
-    groups: list[dict[str, Any]], gates: set[nn.Parameter], settings: Mapping[str, float]
-) -> None:
+    holding: list[dict[str, Any]], gates: list[nn.Parameter], settings: Mapping[str, float]
+) -> dict[str, Any]:
     """A learning-rate scheduler knows the groups that there are: it must not find another one."""
-    held = {p for group in groups for p in group["params"]}
-    if settings or not gates <= held:
+    if settings or not _hold(holding, gates):
         wrong = f"gate_{next(iter(settings))} needs" if settings else "the gates need"
         raise ValueError(
             "a learning-rate scheduler was created for this optimizer: it would not know the group "
@@ -112,8 +138,34 @@ def _leave_in_place(
             "converted model's parameters: gates then stay in the group they are in. (If the "
             "scheduler is no longer in use, delete 'initial_lr' from optimizer.param_groups first.)"
         )
-    holding = [g for g in groups if any(p in gates for p in g["params"])]
-    holding[0].setdefault(STEP, 0)
+    return holding[0]
+
+
+def _move_to_own_group(
+    gates: list[nn.Parameter],
+    optimizer: Optimizer,
+    inner: Optimizer,
+    model: nn.Module,
+    settings: dict[str, float],
+) -> dict[str, Any]:
+    groups, moved = inner.param_groups, set(gates)
+    named = "param_names" in groups[0]
+    own: dict[str, Any] = {"lr": _copy(groups[0]["lr"])} if "lr" in groups[0] else {}
+    own["params"] = [(n, p) if named else p for n, p in model.named_parameters() if p in moved]
+    for group in groups:
+        stay = [i for i, p in enumerate(group["params"]) if p not in moved]
+        for key in ("params", "param_names") if named else ("params",):
+            group[key] = [group[key][i] for i in stay]
+    # Of the outer optimizer, which may want settings of its own in each group.
+    optimizer.add_param_group(own | settings)
+    # What held nothing but gates goes: some checkpoints lose the settings of an empty group.
+    groups[:] = [group for group in groups if group["params"]]
+    return groups[-1]
+
+
+def _hold(groups: list[dict[str, Any]], gates: list[nn.Parameter]) -> bool:
+    """Whether the groups hold all gates that are trained."""
+    return {p for g in groups for p in g["params"]}.issuperset(p for p in gates if p.requires_grad)
 
 
 def _copy(lr: float | Tensor) -> float | Tensor:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -12,10 +13,10 @@ from torch.optim import Optimizer
 from transfer_surgery.controllers import Controller
 from transfer_surgery.finite import FiniteWatch
 from transfer_surgery.frozen import FrozenWatch
-from transfer_surgery.sharding import is_sharded
+from transfer_surgery.sharding import anywhere, is_fsdp, local
 from transfer_surgery.unit import gated_activations
 
-__all__ = ["PAUSED", "STEP", "StepHooks"]
+__all__ = ["PAUSED", "STEP", "StepHooks", "gates_group", "reshard"]
 
 STEP = "transfer_step"
 """Key of a parameter group: optimizer steps since the start of the transfer, without pauses."""
@@ -39,13 +40,17 @@ class StepHooks:
         self.controller = controller
         self.finite = FiniteWatch(optimizer, model)
         self.frozen = FrozenWatch(dict(gated_activations(model)))
+        self.sharded = [module for module in model.modules() if is_fsdp(module)]
         self.empty = False
 
     def before_step(
         self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         """Add the risk's gradient now, or in the closure after each evaluation of it."""
+        if _is_nested(optimizer):
+            return None
         _refuse_capture()
+        reshard(self.sharded)
         self.frozen.start()
         self.empty = False
         if kwargs.get("closure") is not None:
@@ -62,13 +67,14 @@ class StepHooks:
         self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> None:
         """Count the step; let the controller move the gates, and see whether they move at all."""
-        if self.empty:
+        if self.empty or _is_nested(optimizer):
             return
+        reshard(self.sharded)  # a closure may have run the model
         group, step = gates_group(optimizer), _next_step(optimizer)
         group[STEP] = step
         self.controller.follow(group, step, getattr(optimizer, "found_inf", None))
         if self.frozen.is_due() and self.controller.needs_movement(step):
-            self.frozen.look(optimizer, getattr(optimizer, "grad_scale", None))
+            self.frozen.look(optimizer)
 
     def _with_risk(self, closure: Closure, optimizer: Optimizer) -> Closure:
         evaluations = 0
@@ -112,6 +118,27 @@ def _next_step(optimizer: Optimizer) -> int:
     return int(group.get(STEP, 0)) + (not group.get(PAUSED, False))
 
 
+def reshard(modules: Iterable[Any]) -> None:
+    """Let FSDP2 modules have their shards as parameters: after an eval forward, some are whole.
+
+    What would be written into those is lost.
+    """
+    for module in modules:
+        module.reshard()
+
+
+# What torch makes of every `step` to run its hooks.
+_STEP_CODE = Optimizer.profile_hook_step(lambda optimizer: None).__code__
+
+
+def _is_nested(optimizer: Optimizer) -> bool:
+    """Whether another ``step`` of the same optimizer calls this one, by ``super().step()``."""
+    calls, frame = 0, sys._getframe()
+    while (frame := frame.f_back) is not None:  # type: ignore[assignment]
+        calls += frame.f_code is _STEP_CODE and frame.f_locals.get("self") is optimizer
+    return calls > 1
+
+
 def _refuse_capture() -> None:
     if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
         raise RuntimeError(
@@ -129,8 +156,7 @@ def _is_empty(optimizer: Optimizer) -> bool:
     if not all(_is_zero(group.get("lr", 1.0)) for group in groups):
         return False
     grads = [p.grad for group in groups for p in group["params"] if p.grad is not None]
-    local = [grad.to_local() if is_sharded(grad) else grad for grad in grads]
-    return bool(grads) and not any(bool(grad.any()) for grad in local)
+    return bool(grads) and not anywhere(any(bool(local(g).any()) for g in grads), grads)
 
 
 def _is_zero(lr: float | Tensor) -> bool:

@@ -8,7 +8,7 @@ groups, which every way of saving an optimizer keeps.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 from weakref import WeakKeyDictionary
 
@@ -19,9 +19,10 @@ from torch.optim import Optimizer
 from transfer_surgery.auto_gamma import AutoGamma
 from transfer_surgery.controllers import ConstantGamma, Controller, Projection
 from transfer_surgery.gate_group import check_settings, hold_gates
-from transfer_surgery.hooks import PAUSED, StepHooks, gates_group
+from transfer_surgery.hooks import PAUSED, StepHooks, gates_group, reshard
 from transfer_surgery.risk import check_reduction
 from transfer_surgery.schedule import TransferSchedule
+from transfer_surgery.sharding import is_fsdp
 from transfer_surgery.unit import GatedActivation, gated_activations
 
 __all__ = ["pause_transfer", "resume_transfer", "wrap_optimizer"]
@@ -31,9 +32,9 @@ AnyHook = TypeVar("AnyHook", bound=Callable[..., Any])
 
 _WRAPPED: WeakKeyDictionary[Optimizer, StepHooks] = WeakKeyDictionary()
 
-# Under these names other optimizers keep the one that they wrap: Accelerate and Lightning, SAM, and
-# timm's Lookahead.
-_INNER = ("optimizer", "base_optimizer", "_base_optimizer")
+# Under these names other optimizers keep the one that they wrap: Accelerate and Lightning, SAM,
+# timm's Lookahead, and opacus.
+_INNER = ("optimizer", "base_optimizer", "_base_optimizer", "original_optimizer")
 
 
 def wrap_optimizer(
@@ -59,6 +60,9 @@ def wrap_optimizer(
     before ``step`` does not see it. With a closure each evaluation adds it, and the loss that the
     closure returns includes it. Of an optimizer that wraps another (Accelerate's, SAM, Lookahead)
     the inner one's ``step`` counts: SAM perturbs by the gradient of the task alone.
+
+    Of several optimizers of one model wrap one, or each with the submodule that it trains: all
+    gates of `model` are moved by `optimizer`.
 
     A gradient that is not finite stops the step with a FloatingPointError before anything is
     updated (looked for at every step on a CPU, at every 50th elsewhere, where looking costs a
@@ -111,7 +115,9 @@ def wrap_optimizer(
     units = list(sites.values())
     _check_training(gamma, transfer, reduction, gamma_warmup, units)
     inner = _innermost(optimizer)
+    reshard(module for module in model.modules() if is_fsdp(module))
     _check_optimizer(inner, model)
+    _check_gates(sites)
     learned = [unit for unit in units if unit.gate.learned]
     given = {"lr": gate_lr, "weight_decay": gate_weight_decay}
     settings = {key: value for key, value in given.items() if value is not None}
@@ -123,7 +129,7 @@ def wrap_optimizer(
     if isinstance(controller, Projection):
         # Of timm's Lookahead: its average over steps would undo a part of the projection.
         defaults["lookahead_alpha"] = 1.0
-    hold_gates(optimizer, inner, model, learned, settings, **defaults)
+    hold_gates(optimizer, inner, model, learned, settings, defaults, controller.memory())
     hooks = StepHooks(inner, model, controller)
     inner.register_step_pre_hook(_in_python(hooks.before_step))
     inner.register_step_post_hook(_in_python(hooks.after_step))
@@ -145,7 +151,7 @@ def pause_transfer(optimizer: Optimizer) -> None:
     """Let the clock of the optimizer's `TransferSchedule` stand still, while training goes on.
 
     The gates are kept at the budget of the last step; a checkpoint remembers the pause. The
-    schedule then ends later by as many steps.
+    schedule then ends later by as many steps. In a distributed training call it on every rank.
 
     Args:
         optimizer: an optimizer wrapped with ``transfer=``.
@@ -267,6 +273,16 @@ def _check_schedule(
 def _check_optimizer(optimizer: Optimizer, model: nn.Module) -> None:
     if not isinstance(optimizer, Optimizer):
         raise TypeError(f"{type(optimizer).__name__} is not a torch.optim.Optimizer.")
+    if type(optimizer).__name__ == "ZeroRedundancyOptimizer":
+        raise ValueError(
+            "ZeroRedundancyOptimizer steps a part of the parameters on each rank, and would move "
+            "a part of the gates: use fully_shard(model), which shards the optimizer's state too."
+        )
+    if not hasattr(optimizer, "_optimizer_step_pre_hooks"):
+        raise ValueError(
+            f"{type(optimizer).__name__} did not call torch.optim.Optimizer.__init__ and runs no "
+            "step hooks: wrap the optimizer inside it instead."
+        )
     if optimizer in _WRAPPED:
         raise ValueError(
             "this optimizer is wrapped already: the risk would count twice. Build a new optimizer "
@@ -277,4 +293,20 @@ def _check_optimizer(optimizer: Optimizer, model: nn.Module) -> None:
         raise ValueError(
             f"the optimizer holds no parameter of this {type(model).__name__}: pass the model that "
             "it was built for. (After deepcopy or FSDP build the optimizer anew.)"
+        )
+
+
+def _check_gates(sites: Mapping[str, GatedActivation]) -> None:
+    learned = {path: unit for path, unit in sites.items() if unit.gate.learned}
+    for path, unit in learned.items():
+        if unit.log_alpha.shape != unit.gate.shape:
+            raise ValueError(
+                f"{path}: log_alpha has the shape {tuple(unit.log_alpha.shape)} instead of "
+                f"{unit.gate.shape}. FSDP 1 and ZeRO-3 flatten parameters; use fully_shard "
+                "(FSDP2) or DDP, and convert before."
+            )
+    if learned and not any(unit.log_alpha.requires_grad for unit in learned.values()):
+        raise ValueError(
+            "every gate is frozen, as after freezing the model or PEFT's get_peft_model. Unfreeze "
+            "them: for _, unit in gated_activations(model): unit.log_alpha.requires_grad_(True)."
         )

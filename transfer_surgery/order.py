@@ -24,12 +24,16 @@ def in_order(sites: Sites, order: str | Sequence[str]) -> list[list[GatedActivat
     """
     if not isinstance(order, str):
         return _by_globs(sites, order)
-    units = sorted(sites.values(), key=lambda unit: unit.depth)
+    # A model may hold several converted ones, which go in the order of its modules.
+    roots = {path: path.removesuffix(unit.path) for path, unit in sites.items()}
+    place = {root: number for number, root in enumerate(dict.fromkeys(roots.values()))}
+    paths = sorted(sites, key=lambda path: (place[roots[path]], sites[path].depth))
+    units = [sites[path] for path in paths]
     if order == "joint":
         return [units]
-    stages: dict[str, list[GatedActivation]] = {}
-    for unit in units:
-        stages.setdefault(unit.stage, []).append(unit)
+    stages: dict[tuple[str, str], list[GatedActivation]] = {}
+    for path in paths:
+        stages.setdefault((roots[path], sites[path].stage), []).append(sites[path])
     groups = list(stages.values()) if len(stages) > 1 else [[unit] for unit in units]
     return groups if order == "front_to_back" else groups[::-1]
 
@@ -38,7 +42,11 @@ def _by_globs(sites: Sites, globs: Sequence[str]) -> list[list[GatedActivation]]
     left = dict(sites)
     groups = []
     for glob in globs:
-        chosen = {path: unit for path, unit in left.items() if _matches(unit.path or path, glob)}
+        chosen = {
+            path: unit
+            for path, unit in left.items()
+            if _matches(path, glob) or _matches(unit.path, glob)
+        }
         if not chosen:
             raise ValueError(
                 f"order: {glob!r} matches none of the sites that are left: {', '.join(left)}."

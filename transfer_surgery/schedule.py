@@ -94,7 +94,10 @@ class TransferSchedule:
         return (1 - math.cos(math.pi * p)) / 2 if self.shape == "cosine" else p
 
     def budget(self, step: int) -> float:
-        """Mean of ``P(z != 0)`` over all gates after `step` optimizer steps."""
+        """Mean of ``P(z != 0)`` over all gates after `step` optimizer steps.
+
+        The gates that go are a whole number, rounded up: of 3 gates and ``fraction=0.5``, 2.
+        """
         return 1 - self.fraction * self.progress(step)
 
 

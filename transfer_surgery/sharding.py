@@ -2,9 +2,17 @@
 
 from __future__ import annotations
 
-from torch import Tensor
+from collections.abc import Iterable
 
-__all__ = ["is_sharded", "like_shard", "whole"]
+import torch
+from torch import Tensor, nn
+
+__all__ = ["anywhere", "is_fsdp", "is_sharded", "like_shard", "local", "whole"]
+
+
+def is_fsdp(module: nn.Module) -> bool:
+    """Whether a module is one of ``fully_shard``."""
+    return any(cls.__name__ == "FSDPModule" for cls in type(module).__mro__)
 
 
 def is_sharded(tensor: Tensor) -> bool:
@@ -21,6 +29,27 @@ def whole(tensor: Tensor) -> Tensor:
         return tensor
     full: Tensor = tensor.full_tensor()  # type: ignore[attr-defined]
     return full
+
+
+def local(tensor: Tensor) -> Tensor:
+    """This rank's part of a tensor; it may be empty."""
+    part: Tensor = tensor.to_local() if is_sharded(tensor) else tensor  # type: ignore[attr-defined]
+    return part
+
+
+def anywhere(flag: bool, tensors: Iterable[Tensor]) -> bool:
+    """Whether a flag is set on any rank that shares one of these tensors; collective if one does.
+
+    What only some ranks see, all of them have to act on: one that raises or leaves alone lets the
+    others wait for ever.
+    """
+    meshes = {t.device_mesh for t in tensors if is_sharded(t)}  # type: ignore[attr-defined]
+    for mesh in sorted(meshes, key=lambda mesh: mesh.mesh.flatten().tolist()):
+        count = torch.full((1,), float(flag), device=mesh.device_type)
+        for axis in range(mesh.ndim):
+            torch.distributed.all_reduce(count, group=mesh.get_group(axis))
+        flag = bool(count)
+    return flag
 
 
 def like_shard(values: Tensor, tensor: Tensor) -> Tensor:

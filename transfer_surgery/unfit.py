@@ -7,6 +7,7 @@ import itertools
 from torch import nn
 from torch.nn.parameter import is_lazy
 
+from transfer_surgery.sharding import is_fsdp
 from transfer_surgery.unit import GatedActivation
 
 __all__ = ["refuse_sharded", "refuse_unfit"]
@@ -55,7 +56,7 @@ def refuse_sharded(model: nn.Module) -> None:
         TypeError: naming the way to do it.
     """
     for path, module in model.named_modules():
-        if any(cls.__name__ == "FSDPModule" for cls in type(module).__mro__):
+        if is_fsdp(module):
             raise TypeError(
                 f"{path or 'the model'} is sharded by fully_shard. Gather its state on every rank "
                 "(torch.distributed.checkpoint.state_dict.get_model_state_dict with "
