@@ -21,6 +21,7 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import SGD, AdamW, Optimizer
+from torch.optim.lr_scheduler import LambdaLR
 
 from transfer_surgery import (
     TransferSchedule,
@@ -222,6 +223,79 @@ def not_finite(kind: str) -> Result:
     after = whole_state(parallel)
     same = all(torch.equal(before[key], after[key]) for key in before)
     return {"message": message, "same": same}
+
+
+def corners() -> Result:
+    """What goes wrong where ranks decide alone, or write into parameters that are not sharded."""
+    return {
+        "warm-up from 0": _warm_up_from_zero(),
+        "partly sharded": _not_finite_where_partly_sharded(),
+        "evaluation": _evaluation_before_the_step(),
+        "late wrap": _wrapped_after_an_evaluation(),
+    }
+
+
+def _warm_up_from_zero() -> Tensor:
+    """Rank 1's shards have no gradient at all: its part of a bias of one element is empty."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 1, bias=False))
+    convert(model, example_input=torch.zeros(2, 6), seed=1)
+    model[0].requires_grad_(False)
+    fully_shard(model)
+    optimizer = wrapped(model, "adamw", "schedule")
+    scheduler = LambdaLR(optimizer, lambda step: min(1.0, step / 2))
+    for _ in range(STEPS):
+        model(torch.randn(4, 6)).square().mean().backward()
+        optimizer.step()
+        scheduler.step()
+        optimizer.zero_grad()
+    return structural_risk(model, "mean").detach()
+
+
+def _not_finite_where_partly_sharded() -> str:
+    model = network()
+    fully_shard(model[2])
+    optimizer = wrapped(model, "adamw", "schedule")
+    for p in model.parameters():
+        p.grad = torch.zeros_like(p)
+    if dist.get_rank() == 1:
+        model[2][0].bias.grad.to_local().fill_(float("inf"))
+    try:
+        optimizer.step()
+    except FloatingPointError as error:
+        return str(error)
+    return ""
+
+
+def _evaluation_before_the_step() -> Tensor:
+    model = shard(network())
+    optimizer = wrapped(model, "adamw", "schedule")
+    for step in range(STEPS):
+        loss(model, step).backward()
+        with torch.no_grad():
+            model(torch.zeros(2, 6))  # leaves the root's parameters whole
+        optimizer.step()
+        optimizer.zero_grad()
+    return structural_risk(model, "mean").detach()
+
+
+def _wrapped_after_an_evaluation() -> tuple[list[int], str]:
+    model = shard(network())
+    optimizer = OPTIMIZERS["adamw"](model.parameters())
+    with torch.no_grad():
+        model(torch.zeros(2, 6))
+    wrap_optimizer(optimizer, model, **SETTINGS["schedule"])
+    get_state_dict(model, optimizer)
+    sizes = [len(group["params"]) for group in optimizer.param_groups]
+
+    with torch.no_grad():
+        model(torch.zeros(2, 6))
+    message = ""
+    try:
+        wrapped(model, "adamw", "schedule")  # built of the parameters of the moment
+    except ValueError as error:
+        message = str(error)
+    return sizes, message
 
 
 def low_precision(how: str) -> Result:

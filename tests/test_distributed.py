@@ -112,6 +112,17 @@ def test_a_loss_that_is_not_finite_on_one_rank_stops_both(kind: str, tmp_path: P
         assert result["same"]
 
 
+def test_ranks_decide_together_and_write_into_shards_only(tmp_path: Path) -> None:
+    budget = SETTINGS["schedule"]["transfer"].budget(STEPS)
+    for result in on_ranks(ranks.corners, tmp_path):
+        assert result["warm-up from 0"].item() == pytest.approx(budget, abs=1e-3)
+        assert "is not finite" in result["partly sharded"]
+        assert result["evaluation"].item() == pytest.approx(budget, abs=1e-3)
+        sizes, message = result["late wrap"]
+        assert sizes == [8, 3]
+        assert "call model.reshard() before you build the optimizer" in message
+
+
 def test_gates_stay_float32_under_a_bfloat16_policy(tmp_path: Path) -> None:
     first, second = on_ranks(ranks.low_precision, tmp_path, "schedule")
     assert first["dtype"] == torch.float32

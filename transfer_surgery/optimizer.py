@@ -8,7 +8,7 @@ groups, which every way of saving an optimizer keeps.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any, TypeVar
 from weakref import WeakKeyDictionary
 
@@ -19,10 +19,10 @@ from torch.optim import Optimizer
 from transfer_surgery.auto_gamma import AutoGamma
 from transfer_surgery.controllers import ConstantGamma, Controller, Projection
 from transfer_surgery.gate_group import check_settings, hold_gates
-from transfer_surgery.hooks import PAUSED, StepHooks, gates_group, reshard
+from transfer_surgery.hooks import PAUSED, StepHooks, gates_group
 from transfer_surgery.risk import check_reduction
 from transfer_surgery.schedule import TransferSchedule
-from transfer_surgery.sharding import is_fsdp
+from transfer_surgery.unfit_optimizer import refuse_unfit_optimizer
 from transfer_surgery.unit import GatedActivation, gated_activations
 
 __all__ = ["pause_transfer", "resume_transfer", "wrap_optimizer"]
@@ -115,9 +115,12 @@ def wrap_optimizer(
     units = list(sites.values())
     _check_training(gamma, transfer, reduction, gamma_warmup, units)
     inner = _innermost(optimizer)
-    reshard(module for module in model.modules() if is_fsdp(module))
-    _check_optimizer(inner, model)
-    _check_gates(sites)
+    if inner in _WRAPPED:
+        raise ValueError(
+            "this optimizer is wrapped already: the risk would count twice. Build a new optimizer "
+            "to train with other settings."
+        )
+    refuse_unfit_optimizer(inner, model)
     learned = [unit for unit in units if unit.gate.learned]
     given = {"lr": gate_lr, "weight_decay": gate_weight_decay}
     settings = {key: value for key, value in given.items() if value is not None}
@@ -267,46 +270,4 @@ def _check_schedule(
         raise ValueError(
             f"gates of the kind {scheduled[0]!r} all go together: use fraction=1, or convert "
             "with gate='hard_concrete' to transfer a share of them."
-        )
-
-
-def _check_optimizer(optimizer: Optimizer, model: nn.Module) -> None:
-    if not isinstance(optimizer, Optimizer):
-        raise TypeError(f"{type(optimizer).__name__} is not a torch.optim.Optimizer.")
-    if type(optimizer).__name__ == "ZeroRedundancyOptimizer":
-        raise ValueError(
-            "ZeroRedundancyOptimizer steps a part of the parameters on each rank, and would move "
-            "a part of the gates: use fully_shard(model), which shards the optimizer's state too."
-        )
-    if not hasattr(optimizer, "_optimizer_step_pre_hooks"):
-        raise ValueError(
-            f"{type(optimizer).__name__} did not call torch.optim.Optimizer.__init__ and runs no "
-            "step hooks: wrap the optimizer inside it instead."
-        )
-    if optimizer in _WRAPPED:
-        raise ValueError(
-            "this optimizer is wrapped already: the risk would count twice. Build a new optimizer "
-            "to train with other settings."
-        )
-    held = {id(p) for group in optimizer.param_groups for p in group["params"]}
-    if not any(id(p) in held for p in model.parameters()):
-        raise ValueError(
-            f"the optimizer holds no parameter of this {type(model).__name__}: pass the model that "
-            "it was built for. (After deepcopy or FSDP build the optimizer anew.)"
-        )
-
-
-def _check_gates(sites: Mapping[str, GatedActivation]) -> None:
-    learned = {path: unit for path, unit in sites.items() if unit.gate.learned}
-    for path, unit in learned.items():
-        if unit.log_alpha.shape != unit.gate.shape:
-            raise ValueError(
-                f"{path}: log_alpha has the shape {tuple(unit.log_alpha.shape)} instead of "
-                f"{unit.gate.shape}. FSDP 1 and ZeRO-3 flatten parameters; use fully_shard "
-                "(FSDP2) or DDP, and convert before."
-            )
-    if learned and not any(unit.log_alpha.requires_grad for unit in learned.values()):
-        raise ValueError(
-            "every gate is frozen, as after freezing the model or PEFT's get_peft_model. Unfreeze "
-            "them: for _, unit in gated_activations(model): unit.log_alpha.requires_grad_(True)."
         )
