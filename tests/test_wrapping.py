@@ -105,6 +105,29 @@ def test_an_optimizer_without_step_hooks_is_refused() -> None:
     refused(ValueError, "runs no step hooks", model, Foreign(model.parameters()), gamma=1.0)
 
 
+class Outer(Optimizer):
+    """Keeps the optimizer that it wraps under a name of its own, as opacus does."""
+
+    def __init__(self, inner: Optimizer, name: str) -> None:
+        setattr(self, name, inner)
+        self.inner, self.param_groups, self.defaults = inner, inner.param_groups, inner.defaults
+
+    def step(self, closure: Any = None) -> Any:
+        return self.inner.step(closure)
+
+
+@pytest.mark.parametrize("name", ["optimizer", "base_optimizer", "original_optimizer"])
+def test_of_an_optimizer_around_another_the_inner_one_is_hooked(name: str) -> None:
+    model = network()
+    outer = Outer(SGD(model.parameters(), lr=0.1), name)
+    assert wrap_optimizer(outer, model, transfer=SCHEDULE) is outer
+    for step in range(10):
+        plain(model, outer, False, step)
+    pause_transfer(outer)
+    assert outer.param_groups[-1]["transfer_step"] == 10
+    assert all((unit.gate.predict() == 0).all() for _, unit in gated_activations(model))
+
+
 def test_frozen_and_flattened_gates_are_refused() -> None:
     model = network()
     optimizer = SGD(model.parameters(), lr=0.1)
