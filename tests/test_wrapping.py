@@ -115,6 +115,9 @@ class Outer(Optimizer):
     def step(self, closure: Any = None) -> Any:
         return self.inner.step(closure)
 
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        self.inner.zero_grad(set_to_none)
+
 
 @pytest.mark.parametrize("name", ["optimizer", "base_optimizer", "original_optimizer"])
 def test_of_an_optimizer_around_another_the_inner_one_is_hooked(name: str) -> None:
