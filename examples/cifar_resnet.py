@@ -75,7 +75,9 @@ def main(
     ] = None,
     target: Annotated[str, typer.Option(help="Activation to transfer to.")] = "sin",
     granularity: Annotated[str, typer.Option(help="layer, channel or neuron.")] = "channel",
-    noise: Annotated[str, typer.Option(help="A draw per batch, or per example.")] = "batch",
+    noise: Annotated[str, typer.Option(help="A draw per batch, per example, or none.")] = "batch",
+    spread: Annotated[float, typer.Option(help="Of the gates' start.")] = 1.0,
+    order: Annotated[str, typer.Option(help="joint, front_to_back or back_to_front.")] = "joint",
     fraction: Annotated[float, typer.Option(help="Share of the gates to transfer.")] = 1.0,
     epochs: Annotated[int, typer.Option(min=1, help="Of the transfer.")] = 3,
     images: Annotated[int, typer.Option(min=1, help="Training images to use.")] = 50_000,
@@ -97,7 +99,9 @@ def main(
     console.print(f"ResNet-{depth} as trained: test error {1 - before.accuracy:.2%}")
 
     example = next(iter(data.test))[0][:2]
-    convert(model, target, granularity=granularity, noise=noise, example_input=example)
+    convert(
+        model, target, granularity=granularity, noise=noise, spread=spread, example_input=example
+    )
     converted = predict(model, data.test, machine)
     summary.add("converted", converted.accuracy, change=converted.change_from(before))
     console.print(f"converted: test error {1 - converted.accuracy:.2%}")
@@ -106,7 +110,7 @@ def main(
     optimizer = torch.optim.SGD(
         model.parameters(), lr, momentum=0.9, weight_decay=1e-4, nesterov=True
     )
-    schedule = TransferSchedule(epochs * len(data.train), fraction=fraction)
+    schedule = TransferSchedule(epochs * len(data.train), fraction=fraction, order=order)
     wrap_optimizer(optimizer, model, transfer=schedule)
     history = History(model)
     after = fit(model, data, optimizer, machine, epochs=epochs, title="transfer", history=history)
