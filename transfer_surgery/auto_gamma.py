@@ -36,6 +36,8 @@ class AutoGamma(Scheduled):
         schedule: the schedule; its order is "joint".
     """
 
+    by_gradient = True
+
     def memory(self) -> dict[str, Any]:
         return {_MULTIPLIER: torch.zeros(())}
 
@@ -71,9 +73,7 @@ class AutoGamma(Scheduled):
     @torch.no_grad()
     def _excess(self, step: int) -> tuple[Tensor, Tensor]:
         """Mean of ``P(z != 0)``, and by how much its log-odds are above those of the budget."""
-        units = self._moving()
-        device = units[0].log_alpha.device
-        mean = torch.cat([u.gate.probability().flatten().to(device) for u in units]).mean()
+        mean = risk_of(self._moving(), "mean")
         goal = logit_of_budget(self.schedule.budget(step))
         return mean, (torch.logit(mean, eps=1e-5) - goal).clamp(-3, 3)
 

@@ -27,8 +27,11 @@ from transfer_surgery.unit import GatedActivation, gated_activations
 __all__ = ["load_gates", "save_gates"]
 
 # Attributes under which wrappers hold the model they wrap. By name, as in `unfit`.
-_WRAPPERS = {"DistributedDataParallel": "module", "DataParallel": "module"} | {
-    **{"AveragedModel": "module", "OptimizedModule": "_orig_mod"},
+_WRAPPERS = {
+    "DistributedDataParallel": "module",
+    "DataParallel": "module",
+    "AveragedModel": "module",
+    "OptimizedModule": "_orig_mod",
 }
 _WRAPPED = {"_orig_mod", "_checkpoint_wrapped_module"}
 

@@ -10,7 +10,6 @@ import warnings
 from collections.abc import Mapping
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from transfer_surgery.order import in_order
@@ -62,9 +61,12 @@ class Controller:
         """
         return {}
 
+    by_gradient = False
+    """Whether gates move by their gradient alone, so that they can be frozen."""
+
     def needs_movement(self, step: int) -> bool:
-        """Whether gates that stay where they are now are to be reported as frozen."""
-        return False
+        """Whether gates that stay where they are now are to be reported, if `by_gradient`."""
+        return True
 
     def add_gradient(self, group: Group, step: int, scale: Tensor | None) -> None:
         """Before the step: add the gradient of `loss`.
@@ -98,6 +100,8 @@ class ConstantGamma(Controller):
         warmup: steps over which it rises from 0.
         reduction: of the risk.
     """
+
+    by_gradient = True
 
     def __init__(self, sites: Sites, gamma: float, warmup: int, reduction: str) -> None:
         super().__init__(sites)
@@ -168,10 +172,7 @@ class Projection(Scheduled):
         learned = [u for u in self.units if u.gate.learned and moves(u)]
         if not learned:
             return
-        device = learned[0].log_alpha.device
-        with torch.no_grad():
-            open_ = torch.cat([u.gate.probability().flatten().to(device) for u in learned]).mean()
-        gone = 1 - float(open_)
+        gone = 1 - float(risk_of(learned, "mean").detach())
         if gone > asked + _TOO_FAR:
             warnings.warn(
                 f"{gone:.0%} of the gates were transferred already, and the schedule, at step "

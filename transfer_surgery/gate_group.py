@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import Tensor, nn
-from torch.optim import LBFGS, Muon, Optimizer
+from torch.optim import LBFGS, Optimizer
 
 from transfer_surgery.hooks import PAUSED, STEP
 from transfer_surgery.unit import GatedActivation
@@ -16,13 +16,7 @@ __all__ = ["check_settings", "hold_gates"]
 
 
 def check_settings(settings: Mapping[str, float], optimizer: Optimizer, learned: bool) -> None:
-    """Raise ValueError where the optimizer cannot hold gates, or not with these settings."""
-    # It checks its parameters when it is built only, and would fail at the first step.
-    if learned and isinstance(optimizer, Muon):
-        raise ValueError(
-            "torch.optim.Muon updates matrices as a whole, and gates are none: hold them, like "
-            "biases, in a second optimizer such as AdamW, and wrap that one."
-        )
+    """Raise ValueError where the optimizer cannot hold gates with these settings."""
     for key, value in settings.items():
         if not (value >= 0 and math.isfinite(value)):
             raise ValueError(f"gate_{key}={value}: give a finite number that is not negative.")

@@ -39,7 +39,7 @@ class StepHooks:
     def __init__(self, optimizer: Optimizer, model: nn.Module, controller: Controller) -> None:
         self.controller = controller
         self.finite = FiniteWatch(optimizer, model)
-        self.frozen = FrozenWatch(dict(gated_activations(model)))
+        self.frozen = FrozenWatch(dict(gated_activations(model)) if controller.by_gradient else {})
         self.sharded = [module for module in model.modules() if is_fsdp(module)]
         self.empty = False
 
@@ -73,7 +73,11 @@ class StepHooks:
         group, step = gates_group(optimizer), _next_step(optimizer)
         group[STEP] = step
         self.controller.follow(group, step, getattr(optimizer, "found_inf", None))
-        if self.frozen.is_due() and self.controller.needs_movement(step):
+        if (
+            self.frozen.is_due()
+            and self.controller.by_gradient
+            and self.controller.needs_movement(step)
+        ):
             self.frozen.look(optimizer)
 
     def _with_risk(self, closure: Closure, optimizer: Optimizer) -> Closure:

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from transfer_surgery.gates import Gate
-from transfer_surgery.sharding import like_shard, whole
+from transfer_surgery.schedule import whole_gates
+from transfer_surgery.sharding import like_shard
 
 __all__ = ["logit_of_budget", "project"]
 
@@ -67,20 +68,21 @@ def project(
         return
     log_alphas = [gate.log_alpha.detach() for gate in gates]
     device = log_alphas[0].device  # a model may be spread over several
-    before = torch.cat([whole(log_alpha).flatten().to(device) for log_alpha in log_alphas])
     logits = torch.cat([gate.logit().flatten().to(device) for gate in gates])
 
-    number = before.numel()
-    going = max(1, math.ceil(fraction * number - 1e-6))  # 0.1 * 30 is 3.0000000000000004
+    number = logits.numel()
+    # Who goes is decided when the turn comes; those that wait are one.
+    going = number if progress <= 0 else max(1, whole_gates(fraction, number))
     at = slice(None) if going == number else logits.topk(going, largest=False, sorted=False).indices
     # Past the end by a little more than is looked for: what is there already does not move.
-    after = before + torch.where(logits < _END, _END + 0.01 - logits, 0.0)
-    after[at] = before[at] + _way(logits[at], progress)
+    way = torch.where(logits < _END, _END + 0.01 - logits, 0.0)
+    way[at] = _way(logits[at], progress)
     if skip is not None:
-        after = torch.where(skip.to(after.device) != 0, before, after)
-    parts = torch.split(after, [log_alpha.numel() for log_alpha in log_alphas])
+        way = torch.where(skip.to(device) != 0, 0.0, way)
+    parts = torch.split(way, [log_alpha.numel() for log_alpha in log_alphas])
     for log_alpha, part in zip(log_alphas, parts, strict=True):
-        log_alpha.copy_(like_shard(part.view(log_alpha.shape), log_alpha))
+        own = part.view(log_alpha.shape).to(log_alpha.device)
+        log_alpha.add_(like_shard(own, log_alpha))
 
 
 def _way(logits: Tensor, progress: float) -> Tensor:

@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import KW_ONLY, dataclass
 
-__all__ = ["ORDERS", "TransferSchedule", "turns"]
+__all__ = ["ORDERS", "TransferSchedule", "turns", "whole_gates"]
 
 SHAPES = ("cosine", "linear")
 ORDERS = ("joint", "front_to_back", "back_to_front")
@@ -115,7 +115,7 @@ def turns(sizes: Sequence[int], fraction: float, progress: float) -> list[tuple[
         >>> turns([10, 10, 20], 0.75, 0.5)
         [(1.0, 1.0), (1.0, 0.5), (0.5, 0.0)]
     """
-    going = math.ceil(fraction * sum(sizes) - 1e-6)  # 0.1 * 30 is 3.0000000000000004
+    going = whole_gates(fraction, sum(sizes))
     gone, before, result = progress * going, 0, []
     for size in sizes:
         mine = min(max(going - before, 0), size)
@@ -123,3 +123,8 @@ def turns(sizes: Sequence[int], fraction: float, progress: float) -> list[tuple[
         result.append((mine / size, share))
         before += mine
     return result
+
+
+def whole_gates(fraction: float, number: int) -> int:
+    """A fraction of so many gates, rounded up."""
+    return math.ceil(fraction * number - 1e-6)  # 0.1 * 30 is 3.0000000000000004

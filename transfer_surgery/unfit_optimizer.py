@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from torch import nn
-from torch.optim import Optimizer
+from torch.optim import Muon, Optimizer
 
 from transfer_surgery.hooks import reshard
 from transfer_surgery.sharding import is_fsdp, is_sharded
@@ -37,6 +37,12 @@ def _check_optimizer(optimizer: Optimizer, model: nn.Module) -> None:
         raise ValueError(
             f"{type(optimizer).__name__} did not call torch.optim.Optimizer.__init__ and runs no "
             "step hooks: wrap the optimizer inside it instead."
+        )
+    # It checks its parameters when it is built only, and would fail at the first step.
+    if isinstance(optimizer, Muon) and any(u.gate.learned for _, u in gated_activations(model)):
+        raise ValueError(
+            "torch.optim.Muon updates matrices as a whole, and gates are none: hold them, like "
+            "biases, in a second optimizer such as AdamW, and wrap that one."
         )
     held = {id(p) for group in optimizer.param_groups for p in group["params"]}
     if not any(id(p) in held for p in model.parameters()):
@@ -72,5 +78,5 @@ def _check_gates(model: nn.Module) -> None:
     if learned and not any(unit.log_alpha.requires_grad for unit in learned.values()):
         raise ValueError(
             "every gate is frozen, as after freezing the model or PEFT's get_peft_model. Unfreeze "
-            "them: for _, unit in gated_activations(model): unit.log_alpha.requires_grad_(True)."
+            "the log_alpha of each GatedActivation in model.modules(): requires_grad_(True)."
         )
