@@ -19,6 +19,7 @@ from torch.optim import LBFGS, SGD, Adam, AdamW, Optimizer, lr_scheduler
 
 from transfer_surgery import (
     FrozenGatesWarning,
+    ScheduleEndedWarning,
     TransferRestartedWarning,
     TransferSchedule,
     pause_transfer,
@@ -93,6 +94,21 @@ def test_a_schedule_that_begins_anew_on_transferred_gates_says_so_once() -> None
             with pytest.warns(TransferRestartedWarning, match=message):
                 plain(other, again, False, 0)
         plain(other, again, False, 1)
+
+
+@pytest.mark.parametrize("scheduler", [False, True])
+@pytest.mark.parametrize("gamma", [None, "auto"])
+def test_warnings_point_to_the_line_that_called_step(gamma: Any, scheduler: bool) -> None:
+    model = network()
+    optimizer = SGD(model.parameters(), lr=0.1)
+    wrap_optimizer(optimizer, model, transfer=TransferSchedule(2, start=0), gamma=gamma)
+    if scheduler:
+        lr_scheduler.StepLR(optimizer, 1)
+    optimizer.step()
+    optimizer.step()
+    with pytest.warns(ScheduleEndedWarning) as caught:
+        optimizer.step()
+    assert caught[0].filename == __file__
 
 
 # ---- gamma
@@ -225,6 +241,7 @@ def warned(model: nn.Module, optimizer: Optimizer, steps: int = 200, scheduler: 
     with pytest.warns(FrozenGatesWarning) as caught:
         plain(model, optimizer, False, 0)
     assert len(caught) == 1
+    assert caught[0].filename.endswith("test_optimizer.py")  # `plain` calls step
     for _ in range(200):  # once is enough: pytest makes a second one an error
         plain(model, optimizer, False, 0)
     return str(caught[0].message)

@@ -6,6 +6,7 @@ import sys
 import pytest
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState, GradientState
 from torch.utils.data import DataLoader, Dataset
 from transformers import (
     BertConfig,
@@ -53,6 +54,13 @@ SIZES = {
     "num_hidden_layers": 2,
     "num_labels": 3,
 }
+
+
+@pytest.fixture(autouse=True)
+def _fresh_accelerator():
+    """Accelerate keeps settings such as bf16 from one Accelerator of a process to the next."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
 
 
 def plain_bert(dropout=0.0):

@@ -17,6 +17,7 @@ from transfer_surgery.projection import project
 from transfer_surgery.risk import add_risk_gradient, risk_of
 from transfer_surgery.schedule import TransferSchedule, turns
 from transfer_surgery.unit import GatedActivation
+from transfer_surgery.user_level import user_level
 
 __all__ = [
     "ConstantGamma",
@@ -65,8 +66,8 @@ class Controller:
     """Whether gates move by their gradient alone, so that they can be frozen."""
 
     def needs_movement(self, step: int) -> bool:
-        """Whether gates that stay where they are now are to be reported, if `by_gradient`."""
-        return True
+        """Whether gates that stay where they are now are to be reported as frozen."""
+        return False
 
     def add_gradient(self, group: Group, step: int, scale: Tensor | None) -> None:
         """Before the step: add the gradient of `loss`.
@@ -138,7 +139,7 @@ class Scheduled(Controller):
             f"stay at the final budget, {1 - self.schedule.fraction:g}. total_steps counts "
             "optimizer steps, not epochs or accumulated batches: epochs * steps per epoch.",
             ScheduleEndedWarning,
-            stacklevel=5,
+            stacklevel=user_level(),
         )
 
 
@@ -180,7 +181,7 @@ class Projection(Scheduled):
                 "an earlier training load its optimizer's state after wrap_optimizer: the state "
                 "holds the number of the step. To keep those gates set requires_grad=False.",
                 TransferRestartedWarning,
-                stacklevel=5,
+                stacklevel=user_level(),
             )
 
     def _project(self, progress: float, skipped: Tensor | None) -> None:

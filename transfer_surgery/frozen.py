@@ -12,6 +12,7 @@ from torch.optim import Optimizer
 
 from transfer_surgery.sharding import whole
 from transfer_surgery.unit import GatedActivation
+from transfer_surgery.user_level import user_level
 
 __all__ = ["FrozenGatesWarning", "FrozenWatch"]
 
@@ -76,7 +77,7 @@ class FrozenWatch:
                 frozen.setdefault(reason, {})[path] = movement
         if frozen:
             self.warned, self.before = True, []
-            warnings.warn(_message(frozen), FrozenGatesWarning, stacklevel=4)
+            warnings.warn(_message(frozen), FrozenGatesWarning, stacklevel=user_level())
 
     @torch.no_grad()
     def _movements(self) -> list[_Movement]:

@@ -73,11 +73,7 @@ class StepHooks:
         group, step = gates_group(optimizer), _next_step(optimizer)
         group[STEP] = step
         self.controller.follow(group, step, getattr(optimizer, "found_inf", None))
-        if (
-            self.frozen.is_due()
-            and self.controller.by_gradient
-            and self.controller.needs_movement(step)
-        ):
+        if self.frozen.is_due() and self.controller.needs_movement(step):
             self.frozen.look(optimizer)
 
     def _with_risk(self, closure: Closure, optimizer: Optimizer) -> Closure:
