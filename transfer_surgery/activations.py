@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import handle_torch_function, has_torch_function_unary
 
 __all__ = [
     "Activation",
@@ -111,10 +112,18 @@ class ActivationModule(nn.Module):
 
     def forward(self, x: Tensor, *operands: Tensor) -> Tensor:
         # A call site passes what its source needs; a target that took its place needs nothing.
-        return self.activation(x, *operands[: len(self.activation.operands)])
+        return _activate(x, self.activation, *operands[: len(self.activation.operands)])
 
     def extra_repr(self) -> str:
         return str(self.activation)
+
+
+def _activate(x: Tensor, activation: Activation, *operands: Tensor) -> Tensor:
+    """One torch call, as far as the finder can see, whatever the activation consists of."""
+    if has_torch_function_unary(x):
+        result: Tensor = handle_torch_function(_activate, (x,), x, activation, *operands)
+        return result
+    return activation(x, *operands)
 
 
 class Call(NamedTuple):
@@ -243,6 +252,8 @@ def recognise(function: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -
         args: its positional arguments; the first one is the input.
         kwargs: its keyword arguments.
     """
+    if function is _activate:
+        return Call(args[1], args[0], False, tuple(args[2:]))
     try:
         found = _CALLS.get(function)
     except TypeError:  # an unhashable callable is none of ours
