@@ -2,32 +2,97 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
 
+from transfer_surgery.reproduce.jobs import Job, run_jobs
+from transfer_surgery.reproduce.machine import Machine
 from transfer_surgery.reproduce.protocol import Protocol
+from transfer_surgery.reproduce.results import Results, Run
+from transfer_surgery.reproduce.rows import ROWS
 
-__all__ = ["EXPERIMENTS", "Experiment"]
+__all__ = ["EXPERIMENTS", "QUICK", "Experiment", "run_experiment"]
 
 
 @dataclass(frozen=True)
 class Experiment:
-    """How a task is run.
+    """What is trained, and how.
 
     Args:
+        task: one of `transfer_surgery.reproduce.tasks.TASKS`.
         protocol: of each training.
         seeds: trainings of each network.
-        rows: networks; none: all ten.
-        limit: training images to use; None: all.
+        rows: the networks; by default all ten.
+        limit: images to use, of the training and of the test images; None: all.
     """
 
+    task: str
     protocol: Protocol
     seeds: int
-    rows: tuple[str, ...] = ()
+    rows: tuple[str, ...] = tuple(row.name for row in ROWS)
     limit: int | None = None
 
+    def jobs(self, machine: Machine, folder: Path) -> list[Job]:
+        """Its trainings, the first seed of all networks first."""
+        return [
+            Job(self.task, row, seed, self.protocol, machine, folder, self.limit)
+            for seed in range(self.seeds)
+            for row in self.rows
+        ]
 
-_MNIST = Protocol(epochs=20, gamma=50.0, noise="example")
+
+def run_experiment(
+    name: str,
+    experiment: Experiment,
+    machine: Machine,
+    folder: Path,
+    *,
+    workers: int,
+    minutes: float | None = None,
+    told: Callable[[Run], None] = lambda _: None,
+) -> Results:
+    """Train what is not trained yet, and put together what is.
+
+    Args:
+        name: of the results and of their folder.
+        experiment: what is trained.
+        machine: where.
+        folder: where results and checkpoints of all experiments are.
+        workers: trainings side by side.
+        minutes: stop after so long, with checkpoints; the same call goes on. None: to the end.
+        told: called with each training that has ended.
+
+    Raises:
+        ValueError: results of other settings are there under this name, or none has ended.
+    """
+    runs = []
+    jobs = experiment.jobs(machine, folder / name)
+    for run in run_jobs(jobs, workers, minutes=minutes):
+        told(run)
+        runs.append(run)
+    return Results.gather(name, runs)
+
+
+_BESSEL = Protocol(epochs=400, clip=1.0, gamma=200.0)
+_MNIST = Protocol(epochs=15, restart=1, restart_factor=2, clip=1.0, gamma=10.0)
+_CIFAR = Protocol(epochs=200, restart=100, gamma=1.0)
+_DEEPEST = ("relu", "relu->sin")  # the others fail to train, says the paper
 
 EXPERIMENTS = {
-    "mnist": Experiment(_MNIST, seeds=3),
+    "bessel": Experiment("bessel", _BESSEL, seeds=5),
+    "mnist": Experiment("mnist", _MNIST, seeds=3),
+    "resnet20": Experiment("resnet20", _CIFAR, seeds=3),
+    "resnet110": Experiment("resnet110", _CIFAR, seeds=1, rows=_DEEPEST),
 }
+
+_QUICK_MNIST = replace(_MNIST, epochs=3, gamma=50.0)
+_QUICK_CIFAR = replace(_CIFAR, epochs=4, restart=0, clip=1.0, gamma=300.0)
+
+QUICK = {
+    "bessel": Experiment("bessel", _BESSEL, seeds=1),
+    "mnist": Experiment("mnist", _QUICK_MNIST, seeds=1),
+    "resnet20": Experiment("resnet20", _QUICK_CIFAR, seeds=1, limit=3200),
+    "resnet110": Experiment("resnet110", _QUICK_CIFAR, seeds=1, rows=_DEEPEST, limit=1280),
+}
+"""The same within minutes on two cores: whether all runs, not what the paper claims."""

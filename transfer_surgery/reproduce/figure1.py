@@ -6,7 +6,6 @@ element-wise and the loss is a sum over seeds, so no seed sees another.
 
 from __future__ import annotations
 
-import dataclasses
 import math
 import time
 from dataclasses import dataclass
@@ -20,6 +19,7 @@ from transfer_surgery.activations import ActivationModule, get_activation
 from transfer_surgery.convert import convert
 from transfer_surgery.optimizer import wrap_optimizer
 from transfer_surgery.reproduce.rows import TARGET, find_row
+from transfer_surgery.reproduce.settings import Settings
 from transfer_surgery.unit import GatedActivation
 
 __all__ = ["NETWORKS", "Fit", "Outcome", "fit", "grid", "loss", "neuron", "run_figure1"]
@@ -33,7 +33,7 @@ _RECORDS = 199
 
 
 @dataclass(frozen=True)
-class Fit:
+class Fit(Settings):
     """All settings of the fit. The paper gives w = 6 and the interval; the rest is ours.
 
     Args:
@@ -43,8 +43,8 @@ class Fit:
         momentum: of SGD.
         weight_decay: of w, added to its gradient.
         points: evenly spaced on [-2 pi, 2 pi], both ends included.
-        batch: points drawn for each step and seed; 0: all points. Noise of small batches alone
-            frees *sin* from its minimum, so that they prove nothing.
+        batch: points drawn for each step and seed; 0: all points. With small batches *sin* leaves
+            the minimum next to 6, for other poor ones.
         gamma: weight of the structural risk.
         gate_lr: learning rate of the gates as a multiple of `lr`. *resin* has to reach w = 2 before
             its gate leaves 1: gates have to be slower than w.
@@ -231,7 +231,7 @@ def run_figure1(settings: Fit) -> dict[str, Any]:
             },
         }
     return {
-        "settings": dataclasses.asdict(settings),
+        "settings": settings.to_dict(),
         "x": {"from": -_END, "to": _END, "points": settings.points},
         "networks": networks,
         "torch": torch.__version__,

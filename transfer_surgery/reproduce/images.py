@@ -55,7 +55,7 @@ def load_mnist(device: torch.device, limit: int | None = None) -> Images:
 
     Args:
         device: where the images are kept.
-        limit: use only so many of the training images.
+        limit: use only so many images of each part.
 
     Raises:
         ImportError: torchvision is not installed.
@@ -75,7 +75,7 @@ def load_cifar10(device: torch.device, limit: int | None = None) -> Images:
 
     Args:
         device: where the images are kept.
-        limit: use only so many of the training images.
+        limit: use only so many images of each part.
 
     Raises:
         ImportError: torchvision is not installed and there is no $TRANSFER_SURGERY_DATA.
@@ -113,9 +113,10 @@ def _images(
     std: tuple[float, ...],
     augment: Callable[[Tensor], Tensor] | None = None,
 ) -> Images:
-    (x_train, y_train), (x_test, y_test) = [(x.to(device), y.long().to(device)) for x, y in parts]
+    parts = [(x[:limit].to(device), y[:limit].long().to(device)) for x, y in parts]
+    (x_train, y_train), (x_test, y_test) = parts
     look = [torch.tensor(values, device=device).view(-1, 1, 1) for values in (mean, std)]
-    return Images(x_train[:limit], y_train[:limit], x_test, y_test, look[0], look[1], augment)
+    return Images(x_train, y_train, x_test, y_test, look[0], look[1], augment)
 
 
 def crop_and_flip(images: Tensor, padding: int = 4) -> Tensor:

@@ -6,11 +6,13 @@ command continues a table.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
+import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -37,7 +39,8 @@ class Job:
         protocol: how it is trained.
         machine: where it is trained.
         folder: of the result and the checkpoint.
-        limit: use only so many training images.
+        limit: use only so many images of each part.
+        until: the `time.time` at which it is to stop with a checkpoint, after a whole epoch.
     """
 
     task: str
@@ -47,11 +50,19 @@ class Job:
     machine: Machine
     folder: Path
     limit: int | None = None
+    until: float | None = None
 
     @property
     def file(self) -> Path:
         """Where the result is written."""
         return self.folder / f"{find_row(self.row).slug}-{self.seed}.json"
+
+    @property
+    def checkpoint(self) -> Path:
+        """Where an unfinished training is kept; other settings have another file."""
+        text = json.dumps(self._settings(), sort_keys=True)
+        digest = hashlib.sha256(text.encode()).hexdigest()[:8]
+        return self.file.with_name(f"{self.file.stem}-{digest}.pt")
 
     def finished(self) -> dict[str, Any] | None:
         """The result, if it is there already.
@@ -72,15 +83,25 @@ class Job:
         """What must be the same for a result to be the same, but for the machine's rounding."""
         return {"task": self.task, "limit": self.limit} | self.protocol.to_dict()
 
-    def run(self) -> dict[str, Any]:
-        """Train, and write the result."""
+    def run(self) -> dict[str, Any] | None:
+        """Train, from the checkpoint where there is one, and write the result.
+
+        Returns:
+            The result; None: the time was up before the end. Then a checkpoint is there, unless
+            the time was up before the start.
+        """
+        if self.until is not None and time.time() >= self.until:
+            return None
         device = self.machine.prepare()
         task = make_task(self.task, device, self.limit)
         row = find_row(self.row)
         training = Training(row, task, self.protocol, self.machine, self.seed)
         self.folder.mkdir(parents=True, exist_ok=True)
         log = self.file.with_suffix(".log")
-        training.run(self.file.with_suffix(".pt"), lambda now: log.write_text(_progress(now)))
+        if not training.run(
+            self.checkpoint, lambda now: log.write_text(_progress(now)), self.until
+        ):
+            return None
         result = training.result() | {
             "seed": self.seed,
             "settings": self._settings(),
@@ -88,25 +109,33 @@ class Job:
             "torch": str(torch.__version__),
         }
         part = self.file.with_suffix(".part")
-        part.write_text(json.dumps(result))
+        part.write_text(json.dumps(result, allow_nan=False))
         os.replace(part, self.file)
+        self.checkpoint.unlink(missing_ok=True)  # not before the result is there
         log.unlink(missing_ok=True)
         return result
 
 
-def run_jobs(jobs: Sequence[Job], workers: int) -> Iterator[dict[str, Any]]:
+def run_jobs(
+    jobs: Sequence[Job], workers: int, minutes: float | None = None
+) -> Iterator[dict[str, Any]]:
     """Run trainings side by side and yield their results as they end, finished ones first.
 
     Args:
         jobs: what to train; the first ones start first.
         workers: processes at a time.
+        minutes: after so long no training or epoch is begun; those under way are kept in
+            checkpoints, have no result yet, and go on with the next call. Leave time for an epoch.
 
     Raises:
         ValueError: a result is there that was made with other settings. Nothing is run then.
     """
+    until = None if minutes is None else time.time() + 60 * minutes
     found = [job.finished() for job in jobs]
     yield from (result for result in found if result is not None)
-    missing = [job for job, result in zip(jobs, found, strict=True) if result is None]
+    missing = [
+        replace(job, until=until) for job, result in zip(jobs, found, strict=True) if result is None
+    ]
     if not missing:
         return
     # Forked processes could use neither CUDA nor torch's threads.
@@ -114,7 +143,8 @@ def run_jobs(jobs: Sequence[Job], workers: int) -> Iterator[dict[str, Any]]:
         futures = [pool.submit(job.run) for job in missing]
         try:
             for future in as_completed(futures):
-                yield future.result()
+                if (result := future.result()) is not None:
+                    yield result
         except BaseException:
             pool.shutdown(cancel_futures=True)
             raise

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import ast
-import dataclasses
-from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
+
+from transfer_surgery.reproduce.settings import Settings
 
 __all__ = ["Protocol"]
 
 
 @dataclass(frozen=True)
-class Protocol:
+class Protocol(Settings):
     """All settings of a training. Defaults are the paper's where it gives a value.
 
     Args:
@@ -36,8 +34,9 @@ class Protocol:
         reduction: of the risk, ``"sum"`` over gates or over ``"neurons"`` (Eq. 8 to the letter).
         kaiming: ``"torch"``: the default of PyTorch's layers, He's uniform distribution with
             ``a=sqrt(5)``; ``"normal"``: He's normal distribution for ReLU, biases 0.
-        sin_std: standard deviation of the weights of *sin*; the paper's N(0, 0.1) is 0.1, or
-            0.316 if that is a variance.
+        sin_init: weights of *sin*: ``"fourier"``, the paper's N(0, 0.1) and U(-pi, pi), or
+            ``"kaiming"``, those of the other networks.
+        sin_std: standard deviation in the former; 0.1, or 0.316 if the paper's is a variance.
     """
 
     epochs: int
@@ -56,6 +55,7 @@ class Protocol:
     init: str = "log_alpha"
     reduction: str = "sum"
     kaiming: str = "torch"
+    sin_init: str = "fourier"
     sin_std: float = 0.1
 
     def __post_init__(self) -> None:
@@ -71,46 +71,5 @@ class Protocol:
             )
         if self.kaiming not in ("torch", "normal"):
             raise ValueError(f"kaiming={self.kaiming!r}: use 'torch' or 'normal'.")
-
-    def changed(self, assignments: Iterable[str]) -> Protocol:
-        """This protocol with some settings replaced, as a user writes them on a command line.
-
-        Args:
-            assignments: such as ``"gamma=0.5"``, ``"noise=example"``.
-
-        Raises:
-            ValueError: no such setting, or a value of another type.
-
-        Example:
-            >>> Protocol(epochs=3).changed(["gamma=2", "noise=example"]).gamma
-            2.0
-        """
-        fields = {field.name: field for field in dataclasses.fields(self)}
-        values: dict[str, Any] = {}
-        for assignment in assignments:
-            name, equals, text = assignment.partition("=")
-            if not equals or name not in fields:
-                raise ValueError(
-                    f"{assignment!r}: write NAME=VALUE, where NAME is one of {', '.join(fields)}."
-                )
-            values[name] = _read(name, text, str(fields[name].type))
-        return dataclasses.replace(self, **values)
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain numbers and strings."""
-        return dataclasses.asdict(self)
-
-
-def _read(name: str, text: str, kind: str) -> Any:
-    """A value of the annotated type."""
-    if kind == "str":
-        return text
-    try:
-        value = ast.literal_eval(text)
-    except (SyntaxError, ValueError):
-        value = text
-    if value is None and "None" in kind:
-        return None
-    if isinstance(value, bool) or not isinstance(value, int if kind == "int" else (int, float)):
-        raise ValueError(f"{name}={text}: give a value of type {kind}.")
-    return value if kind == "int" else float(value)
+        if self.sin_init not in ("fourier", "kaiming"):
+            raise ValueError(f"sin_init={self.sin_init!r}: use 'fourier' or 'kaiming'.")

@@ -83,7 +83,7 @@ class Bessel:
 
     def batches(self, batch_size: int) -> Iterator[Batch]:
         order = torch.randperm(len(self.x_train), device=self.x_train.device)
-        for chosen in order.split(batch_size):
+        for chosen in torch.split(order, batch_size):
             yield self.x_train[chosen], self.y_train[chosen]
 
     def loss(self, model: nn.Module, inputs: Tensor, targets: Tensor) -> Tensor:
@@ -109,9 +109,7 @@ class Classification:
         build: makes the network for an activation.
     """
 
-    def __init__(
-        self, name: str, images: Images, build: Callable[[str], nn.Module]
-    ) -> None:
+    def __init__(self, name: str, images: Images, build: Callable[[str], nn.Module]) -> None:
         self.name, self.images, self._build = name, images, build
         self.example = images.seen(images.x_test[:2])
 
@@ -123,7 +121,7 @@ class Classification:
 
     def batches(self, batch_size: int) -> Iterator[Batch]:
         images, labels = self.images.shuffled()
-        parts = zip(images.split(batch_size), labels.split(batch_size), strict=True)
+        parts = zip(torch.split(images, batch_size), torch.split(labels, batch_size), strict=True)
         for _, batch in zip(range(self.steps(batch_size)), parts, strict=False):
             yield batch
 
@@ -134,7 +132,7 @@ class Classification:
     def score(self, model: nn.Module) -> float:
         images, labels = self.images.x_test, self.images.y_test
         wrong = torch.zeros((), dtype=torch.long, device=labels.device)
-        for x, y in zip(images.split(1000), labels.split(1000), strict=True):
+        for x, y in zip(torch.split(images, 1000), torch.split(labels, 1000), strict=True):
             wrong += (model(self.images.seen(x)).argmax(1) != y).sum()
         return 100 * wrong.item() / len(labels)
 
@@ -151,7 +149,7 @@ def make_task(name: str, device: torch.device, limit: int | None = None) -> Task
     Args:
         name: one of `TASKS`; the last two learn CIFAR-10.
         device: where it is computed.
-        limit: use only so many training images.
+        limit: use only so many images of each part.
 
     Raises:
         ValueError: unknown name.

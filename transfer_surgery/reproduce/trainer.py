@@ -14,12 +14,12 @@ from torch import Tensor, nn
 from torch.optim import SGD
 from torch.optim.lr_scheduler import CosineAnnealingWarmRestarts
 
+from transfer_surgery.report import report
 from transfer_surgery.reproduce.initialise import initialise
 from transfer_surgery.reproduce.machine import Machine
 from transfer_surgery.reproduce.protocol import Protocol
 from transfer_surgery.reproduce.rows import Row
 from transfer_surgery.reproduce.tasks import Task
-from transfer_surgery.report import report
 
 __all__ = ["Training"]
 
@@ -57,7 +57,7 @@ class Training:
             momentum=protocol.momentum,
             weight_decay=protocol.weight_decay,
             nesterov=protocol.momentum > 0,
-            fused=device.type == "cuda",
+            fused=machine.is_cuda,
         )
         steps = task.steps(protocol.batch_size)
         row.wrap(self.optimizer, model, protocol, protocol.epochs * steps)
@@ -72,29 +72,46 @@ class Training:
             self.curve["mean_gate"] = []
 
     def _compiled(self, loss: Callable[..., Tensor]) -> Callable[..., Tensor]:
-        mode = "reduce-overhead" if self.machine.device.startswith("cuda") else "default"
+        mode = "reduce-overhead" if self.machine.is_cuda else "default"
         compiled: Callable[..., Tensor] = torch.compile(loss, mode=mode)
         return compiled
 
-    def run(self, checkpoint: Path, told: Callable[[Training], None] = lambda _: None) -> None:
+    @property
+    def ended(self) -> bool:
+        """Whether there is nothing left to train."""
+        return self.epoch == self.protocol.epochs or self.diverged is not None
+
+    def run(
+        self,
+        checkpoint: Path,
+        told: Callable[[Training], object] = lambda _: None,
+        until: float | None = None,
+    ) -> bool:
         """Train to the end, from the checkpoint where there is one.
 
         Args:
-            checkpoint: written about once a minute, removed at the end.
+            checkpoint: written about once a minute, and where the time is up before the end.
             told: called after each epoch.
+            until: the `time.time` from which no further epoch is begun; one always is.
+
+        Returns:
+            Whether the end was reached. The checkpoint is left for the caller to remove.
         """
         if checkpoint.exists():
             self.load(checkpoint)
         saved = time.monotonic()
-        while self.epoch < self.protocol.epochs and self.diverged is None:
+        while not self.ended:
             started = time.monotonic()
             self._train_epoch()
             self.seconds += time.monotonic() - started
             told(self)
-            if time.monotonic() - saved > SAVE_EVERY:
+            is_late = until is not None and time.time() >= until
+            if not self.ended and (is_late or time.monotonic() - saved > SAVE_EVERY):
                 self.save(checkpoint)
                 saved = time.monotonic()
-        checkpoint.unlink(missing_ok=True)
+            if is_late:
+                break
+        return self.ended
 
     def _train_epoch(self) -> None:
         self.model.train()
@@ -115,9 +132,9 @@ class Training:
             self._record(loss, lr)
 
     def _step(self, inputs: Tensor, targets: Tensor) -> Tensor:
+        self.optimizer.zero_grad()  # before the forward: a CUDA graph overwrites old gradients
         with self.machine.autocast():
             loss = self.loss(self.model, inputs, targets)
-        self.optimizer.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]
         if self.protocol.clip:
             nn.utils.clip_grad_norm_(self.weights, self.protocol.clip)
@@ -133,6 +150,9 @@ class Training:
         self.model.eval()
         with self.machine.autocast():
             score = self.task.score(self.model)
+        if not math.isfinite(score):  # the last step of the epoch went too far
+            self.diverged = self.epoch
+            return
         now = {"epoch": self.epoch, "loss": loss, "score": score, "lr": lr}
         if self.row.gate:
             now["mean_gate"] = report(self.model).total.mean_gate
@@ -140,21 +160,25 @@ class Training:
             self.curve[name].append(_short(value))
 
     def result(self) -> dict[str, Any]:
-        """What is kept of a training that has ended: plain numbers, about 5 kB."""
+        """What is kept of a training that has ended: plain numbers, about 5 kB.
+
+        Of one that diverged there is no score, no state of the gates and nothing to draw.
+        """
         self.model.eval()
-        scores = self.curve["score"]
+        scores = self.curve["score"] if self.diverged is None else []
+        drawn = self.task.drawn(self.model) if self.diverged is None else {}
         return {
             "row": self.row.name,
             "diverged": self.diverged,
-            "conv": scores[-1] if scores and self.diverged is None else None,
-            "best": min(scores) if scores and self.diverged is None else None,
+            "conv": scores[-1] if scores else None,
+            "best": min(scores) if scores else None,
             "seconds": round(self.seconds, 1),
             "curve": self.curve,
             "sites": self._sites(),
-        } | self.task.drawn(self.model)
+        } | drawn
 
     def _sites(self) -> list[dict[str, Any]]:
-        if not self.row.gate:
+        if not self.row.gate or self.diverged is not None:
             return []
         return [
             {"path": row.path, "mean_gate": _short(row.mean_gate), "gates": row.gates}
@@ -163,13 +187,12 @@ class Training:
 
     def save(self, file: Path) -> None:
         """Write the state, whole or not at all."""
-        cuda = self.machine.device.startswith("cuda")
         state = {
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "scheduler": self.scheduler.state_dict(),
             "random": torch.get_rng_state(),
-            "random_cuda": torch.cuda.get_rng_state() if cuda else None,
+            "random_cuda": torch.cuda.get_rng_state() if self.machine.is_cuda else None,
             "epoch": self.epoch,
             "seconds": self.seconds,
             "curve": self.curve,
@@ -179,13 +202,13 @@ class Training:
         os.replace(part, file)
 
     def load(self, file: Path) -> None:
-        """Continue where `save` was called, bit for bit."""
+        """Continue where `save` was called: on a CPU bit for bit, on CUDA to its rounding."""
         state = torch.load(file, map_location=self.machine.device, weights_only=True)
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.scheduler.load_state_dict(state["scheduler"])
         torch.set_rng_state(state["random"].cpu())
-        if state["random_cuda"] is not None:
+        if self.machine.is_cuda and state["random_cuda"] is not None:
             torch.cuda.set_rng_state(state["random_cuda"].cpu())
         self.epoch, self.seconds, self.curve = state["epoch"], state["seconds"], state["curve"]
 

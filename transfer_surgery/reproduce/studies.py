@@ -1,0 +1,168 @@
+"""What the paper leaves open, changed one thing at a time: does the outcome depend on it?"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from transfer_surgery.reproduce.experiments import EXPERIMENTS, Experiment, run_experiment
+from transfer_surgery.reproduce.machine import Machine
+from transfer_surgery.reproduce.results import Run
+from transfer_surgery.reproduce.tables import markdown, spread
+
+__all__ = ["STUDIES", "Study", "run_study", "study_json", "study_table"]
+
+
+@dataclass(frozen=True)
+class Study:
+    """Trainings with other settings.
+
+    Args:
+        base: what is changed.
+        changes: for each line, what is changed, as ``--set`` takes it, and of which networks.
+    """
+
+    base: Experiment
+    changes: tuple[tuple[tuple[str, ...], tuple[str, ...]], ...]
+
+    def experiments(self) -> dict[str, Experiment]:
+        """An experiment per line, by the words that name the change."""
+        return {
+            " ".join(change) or "as settled": replace(
+                self.base, protocol=self.base.protocol.changed(change), rows=rows
+            )
+            for change, rows in self.changes
+        }
+
+
+def run_study(
+    name: str,
+    study: Study,
+    machine: Machine,
+    folder: Path,
+    *,
+    workers: int,
+    told: Callable[[Run], None] = lambda _: None,
+) -> dict[str, Any]:
+    """Train all of a study's networks.
+
+    Args:
+        name: of the study and of its folder.
+        study: what is trained.
+        machine: where.
+        folder: where results and checkpoints of all experiments are.
+        workers: trainings side by side.
+        told: called with each training that has ended.
+
+    Returns:
+        Plain JSON: the settings that are changed, and a list of ``"changed"`` with, for each
+        network, the error in the last epoch and the mean gate of each seed.
+    """
+    lines = []
+    for words, experiment in study.experiments().items():
+        place = folder / name
+        results = run_experiment(
+            words.replace(" ", ","), experiment, machine, place, workers=workers, told=told
+        )
+        networks = {
+            row: {
+                "conv": [run["conv"] for run in results.of(row)],
+                "mean_gate": [run["curve"].get("mean_gate", [None])[-1] for run in results.of(row)],
+            }
+            for row in results.rows
+        }
+        lines.append({"changed": words, "networks": networks})
+    return {
+        "task": study.base.task,
+        "settings": study.base.protocol.to_dict(),
+        "machine": machine.name,
+        "lines": lines,
+    }
+
+
+def study_table(study: Mapping[str, Any]) -> str:
+    """A study as Markdown: for each network error and, where it has gates, E[z] in brackets.
+
+    Args:
+        study: what `run_study` returned, or its JSON.
+    """
+    lines = study["lines"]
+    rows = list(dict.fromkeys(row for line in lines for row in line["networks"]))
+    digits = 4 if study["task"] == "bessel" else 2
+    return markdown(
+        ["changed", *(f"`{row}`" for row in rows)],
+        (
+            [line["changed"], *(_cell(line["networks"].get(row), digits) for row in rows)]
+            for line in lines
+        ),
+    )
+
+
+def _cell(network: Mapping[str, Sequence[float | None]] | None, digits: int) -> str:
+    if network is None:
+        return ""
+    errors = [float("inf") if error is None else error for error in network["conv"]]
+    gates = [gate for gate in network["mean_gate"] if gate is not None]
+    return spread(errors, digits) + (f" ({spread(gates, 2)})" if gates else "")
+
+
+def study_json(study: Mapping[str, Any]) -> str:
+    """One line per change."""
+    head = {key: value for key, value in study.items() if key != "lines"}
+    lines = ",\n".join(json.dumps(line) for line in study["lines"])
+    return f'{json.dumps(head)[:-1]}, "lines": [\n{lines}\n]}}\n'
+
+
+_SOFT = ("relu->sin",)
+_BOTH = ("relu", "relu->sin")
+_FITS = ("resin", "sin", "resin->sin")
+
+STUDIES = {
+    "bessel": Study(
+        replace(EXPERIMENTS["bessel"], seeds=2),
+        (
+            ((), _FITS),
+            (("sin_init=kaiming",), ("sin",)),
+            (("sin_std=0.316",), ("sin",)),
+            (("gamma=20",), _FITS[2:]),
+            (("gamma=2000",), _FITS[2:]),
+            (("init=alpha", "gamma=0.7"), _FITS[2:]),
+            (("noise=example",), _FITS[2:]),
+            (("noise=none",), _FITS[2:]),
+            (("granularity=layer",), _FITS[2:]),
+            (("epochs=200",), _FITS),
+            (("epochs=800",), _FITS[1:]),
+            (("epochs=350", "restart=50", "restart_factor=2"), _FITS),
+            (("lr=0.01",), _FITS),
+            (("clip=0",), _FITS),
+        ),
+    ),
+    "mnist": Study(
+        # One cycle less.
+        replace(
+            EXPERIMENTS["mnist"],
+            protocol=EXPERIMENTS["mnist"].protocol.changed(["epochs=7"]),
+            seeds=1,
+        ),
+        (
+            ((), ("sin", *_BOTH)),
+            (("clip=0",), ("sin", *_BOTH)),
+            (("kaiming=normal",), _BOTH),
+            (("restart=0",), _BOTH),
+            (("sin_std=0.316",), ("sin",)),
+            (("sin_init=kaiming",), ("sin",)),
+            (("gamma=1",), _SOFT),
+            (("gamma=100",), _SOFT),
+            (("init=alpha", "gamma=0.03"), _SOFT),
+            (("noise=example",), _SOFT),
+            (("noise=none",), _SOFT),
+            (("granularity=layer",), _SOFT),
+            (("granularity=neuron",), _SOFT),
+            (("reduction=neurons",), _SOFT),
+            (("gate_weight_decay=0.0",), _SOFT),
+        ),
+    ),
+}

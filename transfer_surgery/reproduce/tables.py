@@ -1,0 +1,163 @@
+"""Results as Markdown: our errors beside the paper's, its claims, the gates of each layer."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from statistics import mean, median, stdev
+from typing import Any
+
+from transfer_surgery.reproduce.claims import MEASURE, findings
+from transfer_surgery.reproduce.paper import TABLE1
+from transfer_surgery.reproduce.results import Results
+
+__all__ = [
+    "claims_table",
+    "error_table",
+    "figure1_table",
+    "gate_table",
+    "machine_line",
+    "markdown",
+    "spread",
+]
+
+
+def markdown(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A table in GitHub's Markdown.
+
+    Example:
+        >>> print(markdown(["network", "error"], [["relu", "0.9"]]))
+        | network | error |
+        |---|---|
+        | relu | 0.9 |
+    """
+    lines = [head, ["---"] * len(head), *rows]
+    texts = ["| " + " | ".join(line) + " |" for line in lines]
+    texts[1] = texts[1].replace(" ", "")
+    return "\n".join(texts)
+
+
+def spread(values: Sequence[float], digits: int) -> str:
+    """Mean and standard deviation over seeds, and how many of them diverged.
+
+    Example:
+        >>> spread([1.0, 2.0, float("inf")], 2)
+        '1.50 ± 0.71, 1 diverged'
+    """
+    finite = [value for value in values if math.isfinite(value)]
+    lost = len(values) - len(finite)
+    text = f"{mean(finite):.{digits}f}" if finite else ""
+    if len(finite) > 1:
+        text += f" ± {stdev(finite):.{digits}f}"
+    return ", ".join(filter(None, [text, f"{lost} diverged" if lost else ""]))
+
+
+def error_table(results: Results) -> str:
+    """A row per network: the paper's error and ours, the mean gate at the end, minutes.
+
+    Classification errors are in percent; for the Bessel function they are mean squared errors, of
+    which the paper gives none.
+    """
+    digits = _digits(results)
+    paper = TABLE1.get(results.task)
+    head = ["network", *(["paper: conv", "best"] if paper else []), "conv", "best", "E[z]"]
+    rows = []
+    for row in results.rows:
+        theirs = paper.get(row) if paper else None
+        cells = [f"{value:.2f}" for value in theirs] if theirs else ["-", "-"]
+        minutes = mean(run["seconds"] for run in results.of(row)) / 60
+        rows.append(
+            [
+                f"`{row}`",
+                *(cells if paper else []),
+                *(spread(results.scores(row, measure), digits) for measure in ("conv", "best")),
+                _mean_gate(results, row),
+                f"{minutes:.1f}",
+            ]
+        )
+    return markdown([*head, "minutes"], rows)
+
+
+def claims_table(results: Results) -> str:
+    """A row per pair of networks that the paper compares; empty where there is none."""
+    digits = _digits(results)
+    paper = TABLE1.get(results.task, {})
+    rows = []
+    for found in findings(results):
+        names = (found.better, found.worse)
+        ours = [spread(results.scores(name, MEASURE), digits) for name in names]
+        theirs = [f"{paper[name][0]:.2f}" if name in paper else "-" for name in names]
+        p = f"{min(found.p, found.reverse_p):.3f}"
+        rows.append(
+            [
+                found.claim,
+                f"`{found.better}` < `{found.worse}`",
+                " < ".join(theirs) if paper else "-",
+                " / ".join(ours),
+                p,
+                found.verdict,
+            ]
+        )
+    head = ["claim", "networks", "paper", "ours", "p", "verdict"]
+    return markdown(head, rows) if rows else ""
+
+
+def gate_table(results: Results) -> str:
+    """The mean gate of each site at the end of training, over seeds: 1 is all source, 0 all sine.
+
+    Trainings that diverged are left out; a table without rows is empty.
+    """
+    rows, head = [], ["network"]
+    for row in results.rows:
+        sites = [run["sites"] for run in results.of(row) if run["sites"]]
+        if sites:
+            together = list(zip(*sites, strict=True))
+            head = ["network", *(f"`{seeds[0]['path']}`" for seeds in together)]
+            gates = ([site["mean_gate"] for site in seeds] for seeds in together)
+            rows.append([f"`{row}`", *(spread(values, 3) for values in gates)])
+    return markdown(head, rows) if rows else ""
+
+
+def figure1_table(result: Mapping[str, Any]) -> str:
+    """The outcome as Markdown: how often the sine was found, and where the trainings ended.
+
+    Args:
+        result: what `transfer_surgery.reproduce.figure1.run_figure1` returned, or its JSON.
+    """
+
+    def row(name: str, network: Mapping[str, Any]) -> list[str]:
+        w, losses = network["w"], network["loss"]
+        cells = [f"{network['found']:.1%}", f"{median(w):.3f} ({min(w):.3f} to {max(w):.3f})"]
+        return [
+            f"`{name}`",
+            *cells,
+            f"{median(losses):.2g} ({min(losses):.2g} to {max(losses):.2g})",
+        ]
+
+    number = result["settings"]["seeds"]
+    return markdown(
+        ["network", f"found sin(2x), of {number} seeds", "final w", "final loss"],
+        (row(name, network) for name, network in result["networks"].items()),
+    )
+
+
+def machine_line(results: Results) -> str:
+    """Seeds, devices, versions and time, in a sentence."""
+    seeds = {len(results.of(row)) for row in results.rows}
+    machines = sorted({run["machine"]["name"] for run in results.runs})
+    versions = sorted({run["torch"] for run in results.runs})
+    minutes = sum(run["seconds"] for run in results.runs) / 60
+    many = "-".join(str(number) for number in sorted({min(seeds), max(seeds)}))
+    return (
+        f"{many} seeds, {results.settings['epochs']} epochs, {'; '.join(machines)}, torch "
+        f"{', '.join(versions)}, {minutes:.0f} minutes of training in all."
+    )
+
+
+def _digits(results: Results) -> int:
+    return 4 if results.task == "bessel" else 2
+
+
+def _mean_gate(results: Results, row: str) -> str:
+    ends = [curve[-1] for run in results.of(row) if (curve := run["curve"].get("mean_gate"))]
+    return spread(ends, 2) if ends else "-"
