@@ -15,6 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from transfer_surgery.reproduce.images import crop_and_flip, read_cifar10
+
 
 class Loader(Protocol):
     """Batches of normalised images and their labels; a DataLoader is one."""
@@ -82,18 +84,7 @@ def load_cifar10(
         size: side of the images in pixels.
         limit: use only so many of the training images.
     """
-    folder = os.environ.get("TRANSFER_SURGERY_DATA")
-    if folder:
-        with np.load(Path(folder) / "cifar10.npz") as file:
-            parts = [(file[f"x_{part}"], file[f"y_{part}"]) for part in ("train", "test")]
-    else:
-        from torchvision.datasets import CIFAR10
-
-        sets = [CIFAR10(".data", train=part, download=True) for part in (True, False)]
-        parts = [(part.data, np.array(part.targets)) for part in sets]
-    (x_train, y_train), (x_test, y_test) = [
-        (torch.from_numpy(x).permute(0, 3, 1, 2), torch.from_numpy(y).long()) for x, y in parts
-    ]
+    (x_train, y_train), (x_test, y_test) = read_cifar10()
     look = Look(device, size, mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225), crop=True)
     return ImageData(
         MemoryLoader(x_train[:limit], y_train[:limit], batch_size, look, training=True),
@@ -181,13 +172,3 @@ class MemoryLoader:
         if images.shape[-1] == self.look.size:
             return images
         return F.interpolate(images, size=self.look.size, mode="bilinear", antialias=True)
-
-
-def crop_and_flip(images: Tensor, padding: int = 4) -> Tensor:
-    """A random crop of each zero-padded image, every second one mirrored."""
-    number, _, height, width = images.shape
-    windows = F.pad(images, (padding,) * 4).unfold(2, height, 1).unfold(3, width, 1)
-    top, left = torch.randint(2 * padding + 1, (2, number), device=images.device)
-    crops = windows[torch.arange(number, device=images.device), :, top, left]
-    mirrored = torch.rand(number, 1, 1, 1, device=images.device) < 0.5
-    return torch.where(mirrored, crops.flip(3), crops)

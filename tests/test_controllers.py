@@ -1,6 +1,7 @@
 """Pauses, warm-up, the automatic gamma and what is said of frozen gates."""
 
 import copy
+import re
 from typing import Any
 
 import pytest
@@ -279,6 +280,20 @@ def test_only_the_sites_that_do_not_move_are_named() -> None:
     nn.init.constant_(model[1].log_alpha, 0.0)
     message = warned(model, wrap_optimizer(SGD(model.parameters(), lr=0.01), model, gamma=1.0))
     assert "(sites 3)" in message
+
+
+def test_gates_that_stay_are_seen_beside_gates_of_the_same_site_that_were_transferred() -> None:
+    model = network()
+    for _, unit in gated_activations(model):
+        nn.init.constant_(unit.log_alpha, 8.0)
+        with torch.no_grad():
+            unit.log_alpha[1:] = -30.0
+    optimizer = SGD(model.parameters(), lr=0.1, weight_decay=0.01)
+    wrap_optimizer(optimizer, model, gamma=0.1, gate_lr=0.01)
+    message = warned(model, optimizer)
+    # The transferred ones come up by weight decay: 0.6 of 30 in 200 steps.
+    assert "almost no slope where they are" in message or "weight decay alone" in message
+    assert re.search(r"log_alpha changed by 0\.\d+ at most and is 7\.\d", message)
 
 
 def test_gates_that_the_user_froze_or_that_wait_for_their_schedule_are_not_reported() -> None:

@@ -6,14 +6,17 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+from typer.testing import CliRunner
 
+from transfer_surgery.reproduce.command import reproduce
 from transfer_surgery.reproduce.experiments import EXPERIMENTS, QUICK
 from transfer_surgery.reproduce.rows import ROWS
-from transfer_surgery.reproduce.studies import STUDIES
+from transfer_surgery.reproduce.studies import STUDIES, Study
 
 COMMAND = Path(sys.executable).with_name("transfer-surgery")
 
@@ -41,7 +44,6 @@ def test_help_names_a_command_per_figure_and_table() -> None:
     printed = succeed("reproduce", "--help")
     for name in ("figure1", "figure2", "table1", "study", "document"):
         assert name in printed
-    assert "relu-to-sin" in succeed("reproduce", "table1", "--help")
 
 
 def test_figure1_writes_numbers_and_picture(tmp_path: Path) -> None:
@@ -68,6 +70,40 @@ def test_figure2_runs_all_ten_networks_and_does_none_of_them_twice(tmp_path: Pat
     assert "made with other settings" in wrong.stderr
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("task", ["mnist", "resnet20"])
+def test_table1_learns_from_real_images(task: str, data_folder: Path, tmp_path: Path) -> None:
+    rows = ["--row", "relu", "--row", "relu-to-sin"]
+    options = ["--quick", "--set", "epochs=1", "--set", "lr=0.05", "--out", tmp_path]
+    printed = succeed("reproduce", "table1", task, *rows, *options)
+    runs = read(tmp_path / f"{task}-quick.json")["runs"]
+    assert [run["row"] for run in runs] == ["relu", "relu->sin"]
+    # Chance is 90 %.
+    assert all(run["conv"] < (10 if task == "mnist" else 85) for run in runs)
+    assert "soft transfer beats its source" in printed
+    assert (tmp_path / f"{task}-quick.png").exists()
+
+
+def test_a_study_and_the_page_are_made_from_small_ones(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base = replace(QUICK["bessel"], protocol=replace(QUICK["bessel"].protocol, epochs=2))
+    lines = (((), ("resin", "resin->sin")), (("gamma=20",), ("resin->sin",)))
+    monkeypatch.setitem(STUDIES, "bessel", Study(base, lines))
+    run = CliRunner().invoke(reproduce, ["study", "bessel", "--out", str(tmp_path)])
+    assert run.exit_code == 0, run.output
+    study = read(tmp_path / "bessel-study.json")
+    assert [line["changed"] for line in study["lines"]] == ["as settled", "gamma=20"]
+    page = tmp_path / "page.md"
+    page.write_text("<!-- begin bessel-study.study -->\n<!-- end bessel-study.study -->\n")
+    where = ["--results", str(tmp_path), "--page", str(page)]
+    assert CliRunner().invoke(reproduce, ["document", *where]).exit_code == 0
+    table = page.read_text().splitlines()[1:-1]
+    assert table[0] == "| changed | `resin` | `resin->sin` |"
+    assert [line.split("|")[1].strip() for line in table[2:]] == ["as settled", "gamma=20"]
+    assert table[2].count("(1.00)") == 1  # E[z], of the network that has gates
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -82,13 +118,14 @@ def test_figure2_runs_all_ten_networks_and_does_none_of_them_twice(tmp_path: Pat
     ],
 )
 def test_what_cannot_be_done_is_said_before_anything_is_run(
-    arguments: list[str], message: str, tmp_path: Path
+    arguments: list[str], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.chdir(tmp_path)
     page = tmp_path / "docs"
     page.mkdir()
     (page / "paper.md").write_text("<!-- begin a.errors -->\n<!-- end a.errors -->\n")
-    result = command("reproduce", *arguments, folder=tmp_path)
-    assert result.returncode == 2
+    result = CliRunner(env={"COLUMNS": "200", "TERM": "dumb"}).invoke(reproduce, arguments)
+    assert result.exit_code == 2
     assert message in " ".join(result.stderr.replace("│", " ").split())
     assert not (tmp_path / "runs").exists()
 

@@ -33,13 +33,13 @@ class FrozenGatesWarning(UserWarning):
 
 
 class _Movement(NamedTuple):
-    """The gates of one site over a window: means over gates."""
+    """The gates of one site that do not predict 0, over a window: means over these gates."""
 
     change: float
     location: float
     gradient: float
     open: float
-    """Share of the gates that do not predict 0."""
+    """Their number."""
 
 
 class FrozenWatch:
@@ -84,10 +84,13 @@ class FrozenWatch:
         rows = []
         for unit, before in zip(self.sites.values(), self.before, strict=True):
             now, grad = whole(unit.log_alpha.detach()), unit.log_alpha.grad
-            size = now.new_zeros(()) if grad is None else whole(grad).abs().mean()
-            opened = (unit.gate.predict() != 0).float().mean()
-            change = (now - before.to(now.device)).abs().mean()
-            rows.append(torch.stack([change, now.mean(), size, opened]))
+            size = torch.zeros_like(now) if grad is None else whole(grad).abs()
+            change = (now - before.to(now.device)).abs()
+            # Transferred gates drift far below: with them a mean would hide those that stay.
+            opened = (unit.gate.predict() != 0).float()
+            number = opened.sum()
+            means = [(of * opened).sum() / number.clamp_min(1) for of in (change, now, size)]
+            rows.append(torch.stack([*means, number]))
         # A model may be spread over several devices: gather on one of them first.
         return [_Movement(*r) for r in torch.stack([r.to(rows[0].device) for r in rows]).tolist()]
 

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Annotated, TypeVar
 
 import typer
-from rich.console import Console
 
 from transfer_surgery.reproduce import documents
 from transfer_surgery.reproduce.experiments import EXPERIMENTS, QUICK, Experiment, run_experiment
@@ -31,7 +30,6 @@ reproduce = typer.Typer(
     "TRANSFER_SURGERY_DATA names, where it is set, else downloaded by torchvision to .data.",
     no_args_is_help=True,
 )
-console = Console()
 
 Value = TypeVar("Value")
 
@@ -147,7 +145,7 @@ def document(
     """Make the tables of docs/paper.md and the pictures beside the results anew."""
     text = _or_complain(lambda: documents.fill(page.read_text(), results))
     page.write_text(text)
-    console.print(f"wrote {page}")
+    typer.echo(f"wrote {page}")
     _draw(results)
 
 
@@ -182,7 +180,7 @@ def _run(
 ) -> None:
     """Train, and write and print what has ended."""
     number = workers or _workers(machine)
-    console.print(
+    typer.echo(
         f"{name}: {len(experiment.rows)} networks, {experiment.seeds} seeds, {number} side by side "
         f"on {machine.name}; results in {out / name}"
     )
@@ -197,7 +195,7 @@ def _run(
         print(f"\n{text}")
     _draw(out, name)
     if missing:
-        console.print(f"{missing} trainings are left: the same command goes on with them.")
+        typer.echo(f"{missing} trainings are left: the same command goes on with them.")
 
 
 def _machine(device: str, precision: str | None, compile: bool | None) -> Machine:
@@ -230,7 +228,7 @@ def _known(table: dict[str, Value], key: str, kind: str) -> Value:
 def _tell(run: Run) -> None:
     gate = run["curve"].get("mean_gate")
     ended = f"error {run['conv']:.4g}" if run["diverged"] is None else "diverged"
-    console.print(
+    typer.echo(
         f"{run['row']} (seed {run['seed']}): {ended}"
         + (f", E[z] {gate[-1]:.3f}" if gate else "")
         + f", {run['seconds']:.0f} s"
@@ -240,12 +238,12 @@ def _tell(run: Run) -> None:
 def _write(file: Path, text: str) -> None:
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text(text)
-    console.print(f"wrote {file}")
+    typer.echo(f"wrote {file}")
 
 
 def _draw(folder: Path, name: str = "*") -> None:
     for picture in documents.draw(folder, name):
-        console.print(f"wrote {picture}")
+        typer.echo(f"wrote {picture}")
 
 
 def _or_complain(call: Callable[[], Value]) -> Value:

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["Images", "crop_and_flip", "load_cifar10", "load_mnist"]
+__all__ = ["Images", "crop_and_flip", "load_cifar10", "load_mnist", "read_cifar10"]
 
 DATA = "TRANSFER_SURGERY_DATA"
 
@@ -81,10 +81,15 @@ def load_cifar10(device: torch.device, limit: int | None = None) -> Images:
         ImportError: torchvision is not installed and there is no $TRANSFER_SURGERY_DATA.
     """
     mean, std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-    return _images(_cifar10(), device, limit, mean, std, augment=crop_and_flip)
+    return _images(read_cifar10(), device, limit, mean, std, augment=crop_and_flip)
 
 
-def _cifar10() -> list[tuple[Tensor, Tensor]]:
+def read_cifar10() -> list[tuple[Tensor, Tensor]]:
+    """Training and test part of CIFAR-10: images (N, 3, 32, 32), uint8, and labels.
+
+    Raises:
+        ImportError: torchvision is not installed and there is no $TRANSFER_SURGERY_DATA.
+    """
     folder = os.environ.get(DATA)
     if folder:
         import numpy as np
@@ -98,7 +103,7 @@ def _cifar10() -> list[tuple[Tensor, Tensor]]:
             raise ImportError(_install("CIFAR-10")) from error
         sets = [CIFAR10(".data", train=part, download=True) for part in (True, False)]
         parts = [(part.data, part.targets) for part in sets]
-    return [(torch.as_tensor(x).permute(0, 3, 1, 2), torch.as_tensor(y)) for x, y in parts]
+    return [(torch.as_tensor(x).permute(0, 3, 1, 2), torch.as_tensor(y).long()) for x, y in parts]
 
 
 def _install(data: str) -> str:
@@ -113,7 +118,7 @@ def _images(
     std: tuple[float, ...],
     augment: Callable[[Tensor], Tensor] | None = None,
 ) -> Images:
-    parts = [(x[:limit].to(device), y[:limit].long().to(device)) for x, y in parts]
+    parts = [(x[:limit].to(device), y[:limit].to(device)) for x, y in parts]
     (x_train, y_train), (x_test, y_test) = parts
     look = [torch.tensor(values, device=device).view(-1, 1, 1) for values in (mean, std)]
     return Images(x_train, y_train, x_test, y_test, look[0], look[1], augment)

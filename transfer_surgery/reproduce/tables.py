@@ -131,7 +131,7 @@ def figure1_table(result: Mapping[str, Any]) -> str:
         return [
             f"`{name}`",
             *cells,
-            f"{median(losses):.2g} ({min(losses):.2g} to {max(losses):.2g})",
+            f"{median(losses):.3g} ({min(losses):.3g} to {max(losses):.3g})",
         ]
 
     number = result["settings"]["seeds"]
