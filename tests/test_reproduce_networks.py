@@ -138,6 +138,15 @@ def test_sin_starts_from_a_standard_deviation_of_0_1():
     assert torch.equal(model.bn1.bias, torch.zeros(16))
 
 
+def test_sin_can_start_as_the_others_do():
+    networks = [perceptron("sin"), perceptron("relu")]
+    for model, activation in zip(networks, ("sin", "relu"), strict=True):
+        torch.manual_seed(0)
+        initialise(model, activation, Protocol(epochs=1, sin_init="kaiming"))
+    for ours, others in zip(networks[0].parameters(), networks[1].parameters(), strict=True):
+        assert torch.equal(ours, others)
+
+
 @pytest.mark.parametrize("activation", ["relu", "tanh", "resin"])
 def test_other_networks_start_as_pytorchs_layers_do(activation):
     model = LeNet5(activation)

@@ -54,7 +54,7 @@ Minutes = Annotated[
     float | None, typer.Option(help="Stop after so long; the same command goes on.")
 ]
 Device = Annotated[str, typer.Option(help="cpu, cuda, or auto: cuda where there is one.")]
-Precision = Annotated[str | None, typer.Option(help="fp32, tf32 or bf16. Default: bf16 on cuda.")]
+Precision = Annotated[str | None, typer.Option(help="fp32, tf32 or bf16. Default: tf32 on cuda.")]
 Compile = Annotated[bool | None, typer.Option(help="torch.compile. Default: on cuda.")]
 _OUT = Path("runs/paper")
 
