@@ -469,7 +469,7 @@ DAMAGES = {
     "deep config": (lambda f: (f / "config.json").write_text("[" * 100_000), "config.json is no"),
     "a list": (lambda f: (f / "config.json").write_text("[]"), "written by another program"),
     "another program": (foreign, "written by another program"),
-    "newer": (lambda f: edit(f, version=2), "version 2, .* reads up to 1: upgrade"),
+    "newer": (lambda f: edit(f, version=3), "version 3, .* reads up to 2: upgrade"),
     "no version": (lambda f: edit(f, version=None), "its version or its list of sites is missing"),
     "no sites": (lambda f: edit(f, sites=[]), "it has no sites"),
     "a missing field": (

@@ -7,29 +7,36 @@ from transfer_surgery.bake import bake
 from transfer_surgery.checkpoint import load_gates, save_gates
 from transfer_surgery.controllers import ScheduleEndedWarning, TransferRestartedWarning
 from transfer_surgery.convert import convert, revert
+from transfer_surgery.distill import distill
 from transfer_surgery.find import find_activations
 from transfer_surgery.formulas import register_formula
 from transfer_surgery.frozen import FrozenGatesWarning
 from transfer_surgery.gates import register_gate
 from transfer_surgery.history import History
+from transfer_surgery.match import match_targets
+from transfer_surgery.match_report import MatchWarning
 from transfer_surgery.optimizer import pause_transfer, resume_transfer, wrap_optimizer
 from transfer_surgery.report import report
 from transfer_surgery.risk import structural_risk
 from transfer_surgery.schedule import TransferSchedule
+from transfer_surgery.swap import swap_targets
 from transfer_surgery.unit import GatedActivation
 
 __all__ = [
     "FrozenGatesWarning",
     "GatedActivation",
     "History",
+    "MatchWarning",
     "ScheduleEndedWarning",
     "TransferRestartedWarning",
     "TransferSchedule",
     "bake",
     "convert",
+    "distill",
     "find_activations",
     "get_activation",
     "load_gates",
+    "match_targets",
     "pause_transfer",
     "register_activation",
     "register_formula",
@@ -39,5 +46,6 @@ __all__ = [
     "revert",
     "save_gates",
     "structural_risk",
+    "swap_targets",
     "wrap_optimizer",
 ]

@@ -6,10 +6,11 @@ import torch
 from torch import Tensor, nn
 
 from transfer_surgery.activations import Activation, ActivationModule
+from transfer_surgery.affine import AffineActivation, AffineParameters, spread
 from transfer_surgery.kernels import gated
 from transfer_surgery.surgery import share_hooks, swap_children
 from transfer_surgery.unfit import refuse_sharded
-from transfer_surgery.unit import GatedActivation, gated_activations, spread_gates
+from transfer_surgery.unit import GatedActivation, gated_activations
 
 __all__ = ["MixedActivation", "bake"]
 
@@ -23,21 +24,30 @@ class MixedActivation(nn.Module):
         z: gates in [0, 1], float32, of the shape that the granularity asks for.
         granularity: ``"layer"``, ``"channel"`` or ``"neuron"``.
         channel_axis: axis of the channels in the input.
+        parameters: of a target ``a * target(w*x + c) + b``; None: as it is.
     """
 
     z: Tensor
 
     def __init__(
-        self, source: Activation, target: Activation, z: Tensor, granularity: str, channel_axis: int
+        self,
+        source: Activation,
+        target: Activation,
+        z: Tensor,
+        granularity: str,
+        channel_axis: int,
+        parameters: AffineParameters | None = None,
     ) -> None:
         super().__init__()
         self.source, self.target = source, target
         self.granularity, self.channel_axis = granularity, channel_axis
         self.register_buffer("z", z)
+        self.affine = parameters
 
     def forward(self, x: Tensor, *operands: Tensor) -> Tensor:
-        z = spread_gates(self.z, x, self.granularity, self.channel_axis)
-        return gated(x, z, self.source, self.target, operands=operands)
+        z = spread(self.z, x, self.granularity, self.channel_axis)
+        parameters = None if self.affine is None else self.affine.of(x)
+        return gated(x, z, self.source, self.target, operands=operands, parameters=parameters)
 
     def extra_repr(self) -> str:
         return f"{self.source} -> {self.target}, {float(self.z.mean()):.0%} {self.source}"
@@ -59,7 +69,8 @@ def bake(model: nn.Module, harden: bool = False) -> nn.Module:
     """Replace every gated unit by what it computes in eval mode, in place.
 
     A site whose gates are all 1 gets its original activation back, one whose gates are all 0
-    becomes the target activation, any other a `MixedActivation`. Outputs equal the eval outputs of
+    becomes the target activation (with its parameters, where it was matched), any other a
+    `MixedActivation`. Outputs equal the eval outputs of
     the gated model: bit for bit where all gates are 0 or 1, to rounding otherwise. The baked
     model computes the same in training mode: nothing is sampled any more.
 
@@ -103,9 +114,10 @@ def _bake_unit(unit: GatedActivation, harden: bool) -> nn.Module:
             return unit.replaced[0]
         plain: nn.Module = ActivationModule(unit.source)
     elif bool((z == 0).all()):
-        plain = ActivationModule(unit.target)
+        fitted = unit.affine
+        plain = AffineActivation(unit.target, fitted) if fitted else ActivationModule(unit.target)
     else:
         plain = MixedActivation(
-            unit.source, unit.target, z.clone(), unit.granularity, unit.channel_axis
+            *(unit.source, unit.target, z.clone(), unit.granularity, unit.channel_axis, unit.affine)
         )
     return _Overwriting(plain) if unit.overwrites_input else plain

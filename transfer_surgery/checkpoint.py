@@ -1,4 +1,4 @@
-"""save_gates and load_gates: the gates alone, as JSON and safetensors; nothing is unpickled."""
+"""save_gates and load_gates: what units hold, as JSON and safetensors; nothing is unpickled."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ _WRAPPED = {"_orig_mod", "_checkpoint_wrapped_module"}
 
 
 def save_gates(model: nn.Module, folder: str | os.PathLike[str]) -> None:
-    """Save what `convert` and the training added to a model: its sites, their settings and gates.
+    """Save what a model has from `convert`, matching and training: sites, settings, gates, targets.
 
     ``config.json`` describes the sites, ``gates.safetensors`` holds the values under their names in
     ``model.state_dict()``. The weights of the model are not in it.
@@ -76,9 +76,9 @@ def save_gates(model: nn.Module, folder: str | os.PathLike[str]) -> None:
     config = GateConfig(type(model).__name__, tuple(_describe(model).values()))
     tensors = {}
     for path, unit in _units(model).items():
-        for name, value in unit.gate.state_dict().items():
+        for name, value in unit.state_dict().items():
             tensors[_key(path, name)] = whole(value).detach().to("cpu", copy=True).contiguous()
-        location = tensors.get(_key(path, "log_alpha"))
+        location = tensors.get(_key(path, "gate.log_alpha"))
         if location is not None and location.shape != unit.gate.shape:
             raise ValueError(
                 f"{path}: log_alpha has the shape {tuple(location.shape)} instead of "
@@ -185,7 +185,7 @@ def _build(site: SiteConfig, plan: Plan) -> GatedActivation:
         stretch=site.stretch,
         generator=torch.Generator(),  # its values are overwritten; torch's own stream stays
     )
-    return GatedActivation(
+    unit = GatedActivation(
         get_activation(site.source),
         get_activation(site.target),
         gate,
@@ -197,15 +197,18 @@ def _build(site: SiteConfig, plan: Plan) -> GatedActivation:
         depth=site.depth,
         stage=site.stage,
     )
+    if site.matched:
+        unit.free_target()
+    return unit
 
 
 def _fill(units: Mapping[str, GatedActivation], tensors: Mapping[str, Tensor]) -> None:
-    """Load values into gates, after a look at all of them.
+    """Load values into units, after a look at all of them.
 
     Raises:
-        ValueError: the names, shapes or dtypes are not those of the gates' state.
+        ValueError: the names, shapes or dtypes are not those of the units' state.
     """
-    states = {path: unit.gate.state_dict() for path, unit in units.items()}
+    states = {path: unit.state_dict() for path, unit in units.items()}
     flat = {_key(path, k): v for path, state in states.items() for k, v in state.items()}
     for key in [*flat, *tensors]:
         wanted, found = _kind(flat.get(key)), _kind(tensors.get(key))
@@ -215,11 +218,11 @@ def _fill(units: Mapping[str, GatedActivation], tensors: Mapping[str, Tensor]) -
             raise ValueError(f"{key} is on the meta device; materialise the model first.")
     for path, state in states.items():
         values = {k: like_shard(tensors[_key(path, k)].to(v.device), v) for k, v in state.items()}
-        units[path].gate.load_state_dict(values)
+        units[path].load_state_dict(values)
 
 
 def _key(path: str, name: str) -> str:
-    return f"{path}.gate.{name}".lstrip(".")
+    return f"{path}.{name}".lstrip(".")
 
 
 def _kind(tensor: Tensor | None) -> str:

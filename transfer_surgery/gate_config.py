@@ -18,7 +18,7 @@ from transfer_surgery.unit import GRANULARITIES, GatedActivation
 __all__ = ["GateConfig", "SiteConfig"]
 
 _FORMAT = "transfer_surgery gates"
-_VERSION = 1
+_VERSION = 2
 
 
 @dataclass(frozen=True)
@@ -37,6 +37,7 @@ class SiteConfig:
         noise: of the gate, as are `temperature` and `stretch`.
         depth: its place in the order in which the model's activations run.
         stage: the part of the model that it belongs to.
+        matched: whether the target has parameters, see `match_targets`.
         call: which of the activation calls in the code of its owner, as (number, of how many): a
             name such as ``relu_0`` alone would mean another call once the code has a new one. None
             for a site that is a child module.
@@ -55,6 +56,7 @@ class SiteConfig:
     stretch: tuple[float, float]
     depth: int
     stage: str
+    matched: bool
     call: tuple[int, int] | None
 
     @classmethod
@@ -84,6 +86,7 @@ class SiteConfig:
             stretch=gate.stretch,
             depth=unit.depth,
             stage=unit.stage,
+            matched=unit.affine is not None,
             call=_call_of_unit(path.rpartition(".")[2], owner),
         )
 
@@ -94,6 +97,8 @@ class SiteConfig:
         Raises:
             ValueError: a field is missing, unknown or of another type.
         """
+        if isinstance(data, dict):
+            data = {"matched": False, **data}  # which version 1 does not know
         if not isinstance(data, dict) or data.keys() != _CHECKS.keys():
             raise ValueError(f"a site is {data!r}; expected the fields {', '.join(_CHECKS)}")
         for name, is_valid in _CHECKS.items():
@@ -105,7 +110,12 @@ class SiteConfig:
     def difference(self, here: SiteConfig) -> str:
         """In words, how the site of a model differs from this one; empty where it does not."""
         names = ["source", "target", "gate", "granularity", "shape", "noise", "temperature"]
-        names += ["stretch", "call", *(["channel_axis"] if self.granularity == "channel" else [])]
+        names += [
+            "stretch",
+            "matched",
+            "call",
+            *(["channel_axis"] if self.granularity == "channel" else []),
+        ]
         pairs = [(name, getattr(self, name), getattr(here, name)) for name in names]
         return "; ".join(
             f"{name} {_words(saved)} in the checkpoint, {_words(found)} here"
@@ -297,6 +307,7 @@ _CHECKS: dict[str, Callable[[Any], bool]] = {
     "granularity": lambda value: value in GRANULARITIES,
     **dict.fromkeys(("channel_axis", "neurons", "depth"), _is_whole),
     "shape": lambda value: isinstance(value, list) and all(map(_is_whole, value)),
+    "matched": lambda value: type(value) is bool,
     "temperature": _is_number,
     "stretch": lambda v: isinstance(v, list) and len(v) == 2 and all(map(_is_number, v)),
     "call": lambda v: v is None or (isinstance(v, list) and len(v) == 2 and all(map(_is_whole, v))),

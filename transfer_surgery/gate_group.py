@@ -1,4 +1,4 @@
-"""Where an optimizer holds the gates: in a parameter group of their own, if it can have one."""
+"""Where an optimizer holds gates and matched targets: in groups of their own, if that can be."""
 
 from __future__ import annotations
 
@@ -37,13 +37,13 @@ def hold_gates(
     defaults: Mapping[str, float],
     memory: Mapping[str, Any],
 ) -> None:
-    """Make the optimizer hold the gates, and mark their group with the count of steps.
+    """Make the optimizer hold gates and matched targets, and mark the gates' group with the step.
 
     Args:
         optimizer: as the user has it.
         inner: the optimizer inside that updates the parameters, or the same.
         model: the converted model.
-        units: its units whose gates are learned.
+        units: its units.
         settings: of the gates' group, checked by `check_settings`.
         defaults: further settings of a new group, where its optimizer has such.
         memory: what the controller keeps in the group.
@@ -52,9 +52,11 @@ def hold_gates(
         ValueError: the gates need a group that they cannot have.
     """
     groups = inner.param_groups
-    gates = [unit.log_alpha for unit in units]
+    gates = [unit.log_alpha for unit in units if unit.gate.learned]
+    targets = [p for unit in units if unit.affine is not None for p in unit.affine.parameters()]
     before = [{**group, "params": list(group["params"])} for group in groups]
     try:
+        _hold_targets(optimizer, inner, model, targets)
         group = _group_for(gates, optimizer, inner, model, settings, defaults)
     except Exception:  # of add_param_group, say: everything is where it was
         for changed, old in zip(groups, before, strict=False):
@@ -63,6 +65,26 @@ def hold_gates(
         raise
     for key, value in {STEP: 0, PAUSED: False, **memory}.items():
         group.setdefault(key, value)
+
+
+def _hold_targets(
+    optimizer: Optimizer, inner: Optimizer, model: nn.Module, own: list[nn.Parameter]
+) -> None:
+    """Put the parameters of matched targets in a group without weight decay, if there can be one.
+
+    They are no weights: decay would draw amplitude and frequency to 0.
+    """
+    groups = inner.param_groups
+    holding = [group for group in groups if not set(own).isdisjoint(group["params"])]
+    if not own or (len(holding) == 1 and set(holding[0]["params"]) == set(own)):
+        return
+    if isinstance(inner, LBFGS):
+        _join_only_group(inner, own)
+    elif any("initial_lr" in group for group in groups):
+        _leave_in_place(holding, own, {})
+    else:
+        settings = {"weight_decay": 0.0} if "weight_decay" in inner.defaults else {}
+        _move_to_own_group(own, optimizer, inner, model, settings)
 
 
 def _group_for(
@@ -125,7 +147,7 @@ def _leave_in_place(
 ) -> dict[str, Any]:
     """A learning-rate scheduler knows the groups that there are: it must not find another one."""
     if settings or not _hold(holding, gates):
-        wrong = f"gate_{next(iter(settings))} needs" if settings else "the gates need"
+        wrong = f"gate_{next(iter(settings))} needs" if settings else "gates and targets need"
         raise ValueError(
             "a learning-rate scheduler was created for this optimizer: it would not know the group "
             f"that {wrong}. Create it after wrap_optimizer, or build the optimizer from the "

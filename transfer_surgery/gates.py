@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from transfer_surgery.float32 import Float32Module
 from transfer_surgery.kernels.eager import may_look
 from transfer_surgery.sharding import whole
 
@@ -64,7 +65,7 @@ def make_gate(name: str, shape: GateShape, **options: Any) -> Gate:
     return _REGISTRY[name](shape, **options)
 
 
-class Gate(nn.Module):
+class Gate(Float32Module):
     """Base class of gates.
 
     Args:
@@ -175,16 +176,6 @@ class Gate(nn.Module):
         if may_look(self.log_alpha) and bool((self.log_alpha.detach().abs() >= _CERTAIN).all()):
             return torch.full(shape, 0.5, **like)
         return torch.rand(shape, **like).clamp(2.0**-25, 1 - 2.0**-24)
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Gate:
-        """Follow the model to its device but stay float32 under ``half()`` and ``to(bfloat16)``."""
-
-        def keep_float32(tensor: Tensor) -> Tensor:
-            moved = fn(tensor)
-            return moved if moved.dtype == torch.float32 else tensor.to(moved.device)
-
-        super()._apply(keep_float32, recurse)  # type: ignore[no-untyped-call]
-        return self
 
     def extra_repr(self) -> str:
         return f"{self.name}, shape={self.shape}"

@@ -51,7 +51,8 @@ def wrap_optimizer(
     """Make an optimizer transfer the gates of a converted model.
 
     The gates get a parameter group of their own, the last one, whether or not the optimizer was
-    built before `convert`; their optimizer state is kept. (LBFGS allows one group: they join it.)
+    built before `convert`; their optimizer state is kept. The parameters of matched targets get
+    another one, without weight decay. (LBFGS allows one group: all join it.)
     Call it before learning-rate schedulers are created and before ``load_state_dict``, which then
     continues at the step where the checkpoint was saved. Where a scheduler exists already, the
     gates stay in the group in which the optimizer has them.
@@ -132,7 +133,7 @@ def wrap_optimizer(
     if isinstance(controller, Projection):
         # Of timm's Lookahead: its average over steps would undo a part of the projection.
         defaults["lookahead_alpha"] = 1.0
-    hold_gates(optimizer, inner, model, learned, settings, defaults, controller.memory())
+    hold_gates(optimizer, inner, model, units, settings, defaults, controller.memory())
     hooks = StepHooks(inner, model, controller)
     inner.register_step_pre_hook(_in_python(hooks.before_step))
     inner.register_step_post_hook(_in_python(hooks.after_step))

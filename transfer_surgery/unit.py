@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import fnmatch
+from collections.abc import Iterable, Iterator
+from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from transfer_surgery.activations import Activation
+from transfer_surgery.affine import AffineParameters, spread
 from transfer_surgery.gates import Gate
 from transfer_surgery.kernels import gated
 
-__all__ = ["GRANULARITIES", "GatedActivation", "gated_activations", "spread_gates"]
+__all__ = ["GRANULARITIES", "GatedActivation", "gated_activations", "matching_units"]
 
 GRANULARITIES = ("layer", "channel", "neuron")
 
@@ -71,8 +75,21 @@ class GatedActivation(nn.Module):
         self.granularity, self.channel_axis = granularity, channel_axis
         self.neurons, self.path, self.overwrites_input = neurons, path, overwrites_input
         self.depth, self.stage = depth, stage
+        self.affine: AffineParameters | None = None
         # The module that this unit stands in for, in a tuple: it is no child of the unit.
         self.replaced: tuple[nn.Module, ...] = ()
+
+    def free_target(self) -> AffineParameters:
+        """Let the target be ``a * target(w*x + c) + b``, with parameters of the unit.
+
+        They have the shape of the gates and start at the target as it is; the same ones are
+        returned where there are some already. See `transfer_surgery.match_targets`.
+        """
+        if self.affine is None:
+            parameters = AffineParameters(self.gate.shape, self.granularity, self.channel_axis)
+            device = next(self.gate.parameters(), torch.zeros(())).device
+            self.affine = parameters.to(device)
+        return self.affine
 
     @property
     def log_alpha(self) -> nn.Parameter:
@@ -82,11 +99,12 @@ class GatedActivation(nn.Module):
     def forward(self, x: Tensor, *operands: Tensor) -> Tensor:
         z = self.gate.sample(x.shape[0]) if self.training else self.gate.predict()
         self._expect_size(x)
-        z = spread_gates(z, x, self.granularity, self.channel_axis)
-        if not self.overwrites_input:
-            return gated(x, z, self.source, self.target, self.gate.straight_through, operands)
-        y = gated(x.clone(), z, self.source, self.target, self.gate.straight_through, operands)
-        return x.copy_(y)
+        z = spread(z, x, self.granularity, self.channel_axis)
+        given = x.clone() if self.overwrites_input else x
+        parameters = None if self.affine is None else self.affine.of(x)
+        exact = self.gate.straight_through
+        y = gated(given, z, self.source, self.target, exact, operands, parameters)
+        return x.copy_(y) if self.overwrites_input else y
 
     def _expect_size(self, x: Tensor) -> None:
         if self.granularity == "layer":
@@ -106,22 +124,6 @@ class GatedActivation(nn.Module):
         return f"{self.source} -> {self.target}, {self.granularity}"
 
 
-def spread_gates(z: Tensor, x: Tensor, granularity: str, channel_axis: int) -> Tensor:
-    """View gates so that they broadcast to ``x``.
-
-    Their shape is ``(1,)``, ``(C,)`` or the feature shape, maybe with an axis of examples in front.
-    """
-    gate_dims = {"layer": 0, "channel": 1, "neuron": x.dim() - 1}[granularity]
-    shape = [1] * x.dim()
-    if shape and z.dim() > gate_dims:
-        shape[0] = z.shape[0]
-    if granularity == "channel":
-        shape[channel_axis] = z.shape[-1]
-    elif granularity == "neuron":
-        shape[1:] = x.shape[1:]
-    return z.reshape(shape)
-
-
 def gated_activations(model: nn.Module) -> Iterator[tuple[str, GatedActivation]]:
     """Yield ``(path, unit)`` for each gated activation of a model, each unit once.
 
@@ -137,3 +139,41 @@ def gated_activations(model: nn.Module) -> Iterator[tuple[str, GatedActivation]]
         raise ValueError(
             f"{type(model).__name__} has no gated activations: call convert(model, ...) first."
         )
+
+
+def matching_units(
+    model: nn.Module, include: Any = None, exclude: Any = None
+) -> dict[str, GatedActivation]:
+    """The gated activations of a model that patterns select, by path.
+
+    Args:
+        model: a converted model.
+        include: a glob on paths (``"layer1"`` includes all below it), a unit, a predicate on a
+            unit, or several of them; None: all.
+        exclude: units to leave out, likewise.
+
+    Raises:
+        ValueError: the model is not converted, a pattern matches nothing, or nothing is left.
+    """
+    chosen = dict(gated_activations(model))
+    every = dict(chosen)
+    for patterns, wanted in ((include, True), (exclude, False)):
+        if patterns is None:
+            continue
+        several = isinstance(patterns, Iterable) and not isinstance(patterns, str | nn.Module)
+        hits: set[str] = set()
+        for pattern in patterns if several else (patterns,):
+            found = {path for path, unit in every.items() if _is_meant(path, unit, pattern)}
+            if not found:
+                raise ValueError(f"{pattern!r} matches none of the sites {', '.join(every)}.")
+            hits |= found
+        chosen = {path: unit for path, unit in chosen.items() if (path in hits) == wanted}
+    if not chosen:
+        raise ValueError(f"no site is left: include={include!r}, exclude={exclude!r}.")
+    return chosen
+
+
+def _is_meant(path: str, unit: GatedActivation, pattern: Any) -> bool:
+    if isinstance(pattern, str):
+        return fnmatch.fnmatchcase(path, pattern) or fnmatch.fnmatchcase(path, f"{pattern}.*")
+    return pattern is unit if isinstance(pattern, nn.Module) else bool(pattern(unit))

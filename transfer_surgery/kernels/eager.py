@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from transfer_surgery.activations import Activation
+from transfer_surgery.kernels.affine import Affine, affine
 
 __all__ = ["gated", "gated_plain"]
 
@@ -23,6 +24,7 @@ def gated(
     target: Activation,
     straight_through: bool = False,
     operands: tuple[Tensor, ...] = (),
+    parameters: Affine | None = None,
 ) -> Tensor:
     """The gated activation of Eq. 1.
 
@@ -33,6 +35,7 @@ def gated(
         target: activation where ``z`` is 0.
         straight_through: whether exact gates need a gradient too (Bernoulli gates).
         operands: further tensors that the source takes, such as a learned slope.
+        parameters: ``(a, w, c, b)`` of the target ``a * target(w*x + c) + b``; None: as it is.
 
     Returns:
         A tensor of the shape of ``x`` and the dtype of ``source(x)``.
@@ -46,19 +49,21 @@ def gated(
         tensor([0.0000, 0.5000, 1.0000])
     """
     if _is_traced():  # plain code: inductor fuses it with its neighbours, TorchScript can save it
-        return gated_plain(x, z, source, target, straight_through, operands)
+        return gated_plain(x, z, source, target, straight_through, operands, parameters)
     if type(x) in (Tensor, torch.nn.Parameter) and may_look(z):
-        ends = None
-        if bool((z == 1).all()):
-            ends = source
-        elif bool((z == 0).all()) and not operands:  # those keep their gradient, which is 0
-            ends = target
-        if ends is not None and (not z.requires_grad or not straight_through):
-            return ends(_with_zero_gradient(x, z), *operands)
-    if operands:
-        return gated_plain(x, z, source, target, straight_through, operands)
+        exact = not z.requires_grad or not straight_through
+        if exact and bool((z == 1).all()):
+            return source(_with_zero_gradient(x, z, *(parameters or ())), *operands)
+        if exact and not operands and bool((z == 0).all()):  # those keep their gradient, which is 0
+            return _target(_with_zero_gradient(x, z), target, parameters)
+    if operands or parameters:
+        return gated_plain(x, z, source, target, straight_through, operands, parameters)
     result: Tensor = _Gated.apply(x, z, source, target)
     return result
+
+
+def _target(x: Tensor, target: Activation, parameters: Affine | None) -> Tensor:
+    return target(x) if parameters is None else affine(x, target, parameters)
 
 
 def _is_traced() -> bool:
@@ -73,14 +78,14 @@ def may_look(gates: Tensor) -> bool:
     return plain and not torch._C._functorch.is_functorch_wrapped_tensor(gates)
 
 
-def _with_zero_gradient(x: Tensor, z: Tensor) -> Tensor:
-    """``x``, through which ``z`` gets the gradient 0 (not None: every gate takes part).
+def _with_zero_gradient(x: Tensor, *others: Tensor) -> Tensor:
+    """``x``, through which others get the gradient 0 (not None: all parameters take part).
 
     Done to the input, since the result is a view, and networks change activations in place.
     """
-    if not (z.requires_grad and torch.is_grad_enabled()):
+    if not (torch.is_grad_enabled() and any(other.requires_grad for other in others)):
         return x
-    result: Tensor = _ZeroGradient.apply(x, z)
+    result: Tensor = _ZeroGradient.apply(x, *others)
     return result
 
 
@@ -98,33 +103,35 @@ def gated_plain(
     target: Activation,
     straight_through: bool = False,
     operands: tuple[Tensor, ...] = (),
+    parameters: Affine | None = None,
 ) -> Tensor:
     """`gated` as plain differentiable tensor code; an unused branch sees the input 0."""
     w = z.to(x.dtype)
     s = source(torch.where(w == 0, 0.0, x), *operands)
-    t = target(torch.where(w == 1, 0.0, x))
+    t = _target(torch.where(w == 1, 0.0, x), target, parameters)
     y = _mix(s, t, z)
     if not straight_through:
         return y
     # Selecting gives exact gates no gradient: add theirs with the value 0.
-    difference = (source(x, *operands) - target(x)).detach()
+    difference = (source(x, *operands) - _target(x, target, parameters)).detach()
     exact = ((w == 0) | (w == 1)) & difference.isfinite()
     return y + (z - z.detach()).to(y.dtype) * torch.where(exact, difference, 0.0)
 
 
 class _ZeroGradient(torch.autograd.Function):
     @staticmethod
-    def forward(x: Tensor, z: Tensor) -> Tensor:
+    def forward(x: Tensor, *others: Tensor) -> Tensor:
         return x.view_as(x)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        ctx.shape = inputs[1].shape
+        ctx.likes = [(other.shape, other.dtype) for other in inputs[1:]]
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, ...]:
         (grad,) = grads
-        return grad, torch.zeros(ctx.shape, device=grad.device)
+        zeros = (torch.zeros(s, dtype=d, device=grad.device) for s, d in ctx.likes)
+        return grad, *zeros
 
 
 class _Gated(torch.autograd.Function):

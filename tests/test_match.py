@@ -1,0 +1,407 @@
+"""Targets fitted to a trained network: least squares, the order of sites, whole or not at all."""
+
+import copy
+import math
+
+import pytest
+import timm
+import torch
+import torch.nn.functional as F
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+
+from transfer_surgery import MatchWarning, bake, convert, match_targets, swap_targets
+from transfer_surgery.activations import get_activation
+from transfer_surgery.fits import family_of
+from transfer_surgery.normal_equations import Inputs, NormalEquations, grouped
+from transfer_surgery.refit import LayerFit, can_be_refitted
+from transfer_surgery.unit import gated_activations
+
+GRID = (0.4, 0.6, 0.8, 1.0, 1.3)
+
+
+def fit(target: str, x, y, *, parts: int = 1, ridge: float = 0.0, frequencies=GRID, periods=0.0):
+    """A solution for data of shape (groups, N), given in parts, and its predictions."""
+    inputs = Inputs()
+    for part in x.chunk(parts, 1):
+        inputs.add(part)
+    family = family_of(get_activation(target), frequencies, periods)
+    equations = NormalEquations(family, inputs, ridge)
+    for a, b in zip(x.chunk(parts, 1), y.chunk(parts, 1), strict=True):
+        equations.add(a, b)
+    solution = equations.solve()
+    a, w, c, b = (p[:, None] for p in solution.parameters)
+    return solution, a * get_activation(target)(w * x.double() + c) + b
+
+
+# --- least squares -----------------------------------------------------------------------------
+
+
+@given(
+    amplitude=st.floats(0.1, 10),
+    frequency=st.sampled_from(GRID),
+    phase=st.floats(-3, 3),
+    offset=st.floats(-5, 5),
+    scale=st.floats(0.01, 100),
+    shift=st.floats(-3, 3),
+    target=st.sampled_from(["sin", "cos"]),
+)
+def test_a_sinusoid_of_the_grid_is_found(amplitude, frequency, phase, offset, scale, shift, target):
+    u = torch.randn(1, 400, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    x = scale * ((u - u.mean()) / u.std(correction=0) + shift)
+    y = amplitude * torch.sin(frequency / scale * x + phase) + offset
+    _, predicted = fit(target, x, y)
+    torch.testing.assert_close(predicted, y, rtol=1e-4, atol=1e-4 * amplitude)
+
+
+@pytest.mark.parametrize("source", ["relu", "gelu", "hardswish"])
+def test_the_best_frequency_is_that_of_independent_least_squares(source):
+    x = torch.randn(3, 2000, dtype=torch.float64) * torch.tensor([[0.1], [1.0], [20.0]]) + 0.3
+    y = get_activation(source)(x)
+    solution, predicted = fit("sin", x, y, parts=3)
+    for group in range(3):
+        errors = []
+        for w in GRID:
+            u = w * x[group] / x[group].std(correction=0)
+            features = torch.stack([u.sin(), u.cos(), torch.ones_like(u)], 1)
+            found = torch.linalg.lstsq(features, y[group, :, None]).solution
+            errors.append((features @ found - y[group, :, None]).square().sum())
+        assert solution.residual[group].item() == pytest.approx(min(errors).item(), rel=1e-3)
+    torch.testing.assert_close(
+        solution.residual, (predicted - y).square().sum(1), rtol=1e-3, atol=0
+    )
+    total = (y - y.mean(1, keepdim=True)).square().sum(1)
+    torch.testing.assert_close(solution.total, total)
+
+
+def test_relu_of_normal_input_is_explained_as_the_design_says():
+    x = torch.randn(1, 100_000, dtype=torch.float64)
+    solution, _ = fit("sin", x, x.relu(), ridge=1e-4)
+    assert 1 - (solution.residual / solution.total).item() == pytest.approx(0.97, abs=0.01)
+
+
+@pytest.mark.parametrize("target", ["square", "polynomial(a=0.5, b=-1.0, c=3.0)"])
+def test_a_parabola_is_found_in_closed_form(target):
+    x = torch.randn(2, 300, dtype=torch.float64) * 5 + 2
+    y = torch.tensor([[2.0], [-0.1]]) * x**2 + torch.tensor([[-3.0], [1.0]]) * x + 7
+    _, predicted = fit(target, x, y)
+    torch.testing.assert_close(predicted, y, rtol=1e-5, atol=1e-3)
+
+
+def test_other_targets_are_searched_from_the_target_as_it_is():
+    x = torch.randn(1, 500, dtype=torch.float64) * 3 - 1
+    _, predicted = fit("hardswish", x, 2 * F.hardswish(x) - 1)
+    torch.testing.assert_close(predicted, 2 * F.hardswish(x) - 1, rtol=1e-4, atol=1e-4)
+    solution, _ = fit("hardswish", x, F.silu(x))
+    assert solution.residual.item() < (F.hardswish(x) - F.silu(x)).square().sum().item()
+
+
+@pytest.mark.parametrize("target", ["sin", "square", "snake", "relu"])
+def test_dead_and_constant_channels_are_met_exactly(target):
+    x = torch.stack([-torch.rand(200) - 1, torch.full((200,), 2.0), torch.zeros(200)]).double()
+    _, predicted = fit(target, x, x.relu(), ridge=1e-4)
+    torch.testing.assert_close(predicted, x.relu(), rtol=1e-5, atol=1e-5)
+
+
+def test_a_sinusoid_spans_as_many_periods_as_asked():
+    x = torch.rand(1, 500, dtype=torch.float64) * 8
+    for asked in (0.0, 2.0):
+        solution, _ = fit("sin", x, x.sqrt(), periods=asked)
+        periods = solution.parameters[1] * (x.max() - x.min()) / (2 * math.pi)
+        assert periods.item() >= asked - 1e-9
+        assert (asked == 0) == (periods.item() < 1)
+
+
+@pytest.mark.parametrize(
+    ("granularity", "axis", "groups"),
+    [("layer", 1, 1), ("channel", 1, 3), ("channel", -1, 4), ("neuron", 1, 12)],
+)
+def test_groups_are_the_elements_that_share_a_gate(granularity, axis, groups):
+    x = torch.randn(5, 3, 4)
+    found = grouped(x, granularity, axis)
+    assert found.shape == (groups, 60 // groups)
+    if granularity == "channel":
+        assert torch.equal(found[1].sort()[0], x.select(axis, 1).flatten().sort()[0])
+    if granularity == "neuron":
+        assert torch.equal(found[7], x.flatten(1)[:, 7])
+
+
+# --- the network -------------------------------------------------------------------------------
+
+
+class Block(nn.Module):
+    """Functional activations, one module called twice, and a skip: fx rewrites it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv1, self.conv2 = nn.Conv2d(4, 4, 3, padding=1), nn.Conv2d(4, 4, 3, padding=1)
+        self.bn = nn.BatchNorm2d(4)
+        self.act = nn.ReLU(inplace=True)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.act(self.bn(self.conv1(x)))
+        return F.gelu(self.act(self.conv2(y)) + x)
+
+
+def network() -> nn.Module:
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(2, 4, 3), Block(), nn.Dropout(0.5), nn.Flatten(), nn.Linear(64, 8), nn.Tanh(),
+        nn.Linear(8, 3),
+    )  # fmt: skip
+    for parameter in model.parameters():
+        parameter.data.mul_(2)
+    return model
+
+
+def data(number: int = 512) -> torch.Tensor:
+    return torch.randn(number, 2, 6, 6, generator=torch.Generator().manual_seed(5))
+
+
+def converted(target: str = "sin", **options) -> nn.Module:
+    return convert(network(), target, example_input=data(2), seed=0, **options)
+
+
+def test_matching_changes_no_output_and_nothing_else_of_the_model():
+    model, original = converted(), network()
+    model.train()
+    model[1].eval()
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    modes = [m.training for m in model.modules()]
+    random = torch.get_rng_state()
+    match_targets(model, data().split(128))
+    assert torch.equal(torch.get_rng_state(), random)
+    named = dict(model.named_modules())
+    assert [named[k].training for k in dict(converted().named_modules())] == modes
+    after = model.state_dict()
+    assert all(torch.equal(after[k], v) for k, v in before.items())
+    assert all(".affine." in k for k in after.keys() - before.keys())
+    assert torch.equal(model.eval()(data()), original.eval()(data()))
+
+
+def divergence(model: nn.Module) -> float:
+    x = data(2048)[512:]
+    with torch.no_grad():
+        answers = [F.log_softmax(m.eval()(x), 1) for m in (model, network())]
+    return F.kl_div(*answers, log_target=True, reduction="batchmean").item()
+
+
+def deep() -> tuple[nn.Sequential, nn.Sequential, torch.Tensor]:
+    """A network of ten layers, in which errors add up, its copy, and inputs."""
+    torch.manual_seed(0)
+    layers = [layer for _ in range(10) for layer in (nn.Linear(16, 16), nn.ReLU())]
+    model = nn.Sequential(*layers, nn.Linear(16, 4))
+    for layer in model[::2]:
+        nn.init.kaiming_normal_(layer.weight)
+    return model, copy.deepcopy(model), torch.randn(2048, 16)
+
+
+def squared_error(model: nn.Module, original: nn.Module, x: torch.Tensor) -> float:
+    with torch.no_grad():
+        return F.mse_loss(model(x), original(x)).item()
+
+
+def test_each_site_makes_up_for_those_before_and_refitted_layers_do_more():
+    found = {}
+    for name, options in {
+        "plain": None,
+        "symmetric": {"symmetric": True},
+        "asymmetric": {},
+        "refitted": {"refit": True},
+    }.items():
+        model, original, x = deep()
+        convert(model, example_input=x)
+        if options is not None:
+            match_targets(model, x[:1024].split(128), **options)
+        found[name] = squared_error(swap_targets(model), original, x[1024:])
+    assert found["refitted"] < 0.9 * found["asymmetric"]
+    assert found["asymmetric"] < 0.97 * found["symmetric"]
+    assert found["symmetric"] < 0.5 * found["plain"]
+
+
+def test_refitted_sites_are_swapped_and_layers_before_the_first_site_stay():
+    model = converted()
+    rows = match_targets(model, data().split(128), refit=True)
+    assert all((unit.gate.predict() == 0).all() for _, unit in gated_activations(model))
+    assert torch.equal(model[0].weight, network()[0].weight)
+    assert not torch.equal(model[6].weight, network()[6].weight)
+    assert rows.rows[-1].divergence < 0.1
+
+
+def test_rows_are_in_the_order_of_execution_and_say_how_well_it_went():
+    model = converted()
+    found = match_targets(model, data().split(128))
+    assert [row.path for row in found] == ["1.act_0", "1.act_1", "1.gelu_0", "5"]
+    assert all(0.5 < row.r2 <= 1 and row.periods >= 0.5 for row in found)
+    divergences = [row.divergence for row in found]
+    assert (
+        divergences[0] < divergences[-1] == pytest.approx(divergence(swap_targets(model)), rel=0.5)
+    )
+    assert str(found).splitlines()[0].split() == ["path", "source", "target", "R2", "periods", "KL"]
+    assert len(found.to_dict()["rows"]) == len(found) == 4
+
+
+def test_batches_of_any_size_give_the_same_fit():
+    models = [converted(), converted(), converted()]
+    for model, size in zip(models, (512, 128, 100), strict=True):
+        match_targets(model, data().split(size))
+    for other in models[1:]:
+        for (_, one), (_, two) in zip(*map(gated_activations, (models[0], other)), strict=True):
+            torch.testing.assert_close(one.affine.state_dict(), two.affine.state_dict(),
+                                       rtol=1e-3, atol=1e-3)  # fmt: skip
+
+
+@pytest.mark.parametrize("granularity", ["layer", "channel", "neuron"])
+def test_parameters_are_shared_as_the_gates_are(granularity):
+    model = converted(granularity=granularity)
+    match_targets(model, data().split(128))
+    for _, unit in gated_activations(model):
+        assert unit.affine.a.shape == unit.gate.shape
+    assert divergence(swap_targets(model)) < 0.5
+
+
+def test_the_first_site_is_the_least_squares_fit_of_its_source():
+    model = converted()
+    match_targets(model, [data()], ridge=0.0)
+    unit = model[1].act_0
+    with torch.no_grad():
+        block = model[1].eval()
+        x = block.bn(block.conv1(model[0](data())))
+        a, w, c, b = unit.affine.of(x)
+        here = (a * torch.sin(w * x + c) + b - x.relu()).square().mean()
+        for name in "awcb":
+            value = getattr(unit.affine, name)
+            for step in (0.01, -0.01) if name != "w" else ():
+                value.data += step
+                a, w, c, b = unit.affine.of(x)
+                assert (a * torch.sin(w * x + c) + b - x.relu()).square().mean() > here
+                value.data -= step
+
+
+def test_only_chosen_sites_are_matched():
+    model = converted()
+    found = match_targets(model, [data()], exclude="1.gelu_0")
+    assert [row.path for row in found] == ["1.act_0", "1.act_1", "5"]
+    assert model[1].gelu_0.affine is None
+    with pytest.raises(ValueError, match="'2' matches none of the sites"):
+        match_targets(model, [data()], include="2")
+
+
+def test_a_site_that_does_not_run_in_evaluation_is_listed():
+    class Auxiliary(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.head, self.act, self.aux = nn.Linear(4, 3), nn.ReLU(), nn.Linear(4, 3)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            y = self.head(self.act(x))
+            return y + F.gelu(self.aux(x)) if self.training else y
+
+    model = convert(Auxiliary(), example_input=torch.zeros(2, 4))
+    found = match_targets(model, [torch.randn(64, 4)])
+    assert [(row.path, row.r2 is None) for row in found] == [("act", False), ("gelu_0", True)]
+    assert "not run" in str(found)
+
+
+@pytest.mark.parametrize("refit", [False, True])
+def test_a_failure_leaves_the_model_as_it_was(refit, monkeypatch):
+    model = converted()
+    before = copy.deepcopy(model.state_dict())
+
+    def fail_late(self, *args):
+        if unit.affine is not None:
+            raise RuntimeError("late")
+        return solve(self, *args)
+
+    unit, solve = model[1].gelu_0, NormalEquations.solve
+    monkeypatch.setattr(NormalEquations, "solve", fail_late)
+    with pytest.raises(RuntimeError, match="late"):
+        match_targets(model, [data()], refit=refit)
+    after = model.state_dict()
+    assert after.keys() == before.keys()
+    assert all(torch.equal(after[k], v) for k, v in before.items())
+
+
+def test_wrong_batches_are_refused_with_the_fix():
+    model = converted()
+    with pytest.raises(ValueError, match="there are none"):
+        match_targets(model, [])
+    with pytest.raises(ValueError, match=r"\[images for images, _ in loader\]"):
+        match_targets(model, [[data(), torch.zeros(512)]])
+
+
+def test_a_poor_fit_is_warned_of():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(2, 4), nn.ReLU(), nn.Linear(4, 2))
+    convert(model, example_input=torch.zeros(2, 2))
+    with pytest.warns(MatchWarning, match=r"less than 50% .* at 1: .*exclude="):
+        match_targets(model, [torch.randn(200, 2)], frequencies=(40.0,))
+
+
+@pytest.mark.parametrize("name", ["test_vit", "test_convnext", "test_efficientnet", "test_resnet"])
+def test_models_of_timm_are_matched(name):
+    model = timm.create_model(name, num_classes=5).eval()
+    x = torch.randn(32, 3, 96, 96) if name == "test_resnet" else torch.randn(32, 3, 160, 160)
+    before = model(x[:4])
+    convert(model, target="sin")
+    found = match_targets(model, x.split(16))
+    assert torch.equal(model(x[:4]), before)
+    assert all(row.r2 > 0.5 for row in found)
+    swapped = bake(swap_targets(model))(x[:4])
+    assert (swapped - before).square().mean() < 0.2 * before.square().mean() + 1e-4
+
+
+# --- layers ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "layer",
+    [
+        nn.Linear(6, 4),
+        nn.Linear(6, 4, bias=False),
+        nn.Conv2d(2, 4, 3, padding=1, stride=2),
+        nn.Conv2d(2, 4, 3, dilation=2, bias=False),
+    ],
+)
+def test_refitted_weights_are_those_of_independent_least_squares(layer):
+    linear = isinstance(layer, nn.Linear)
+    x = torch.randn(40, 5, 6) if linear else torch.randn(40, 2, 7, 7)
+    changed = torch.sin(x) + 0.3 * x + 0.2
+    wanted = layer(x).detach()
+    fitted = LayerFit(layer, ridge=0.0)
+    for a, b in zip(changed.split(16), wanted.split(16), strict=True):
+        fitted.add(a, b)
+    found = copy.deepcopy(layer)
+    found.load_state_dict(fitted.solve())
+    best = copy.deepcopy(layer).double()
+    optimizer = torch.optim.LBFGS(best.parameters(), max_iter=500, line_search_fn="strong_wolfe",
+                                  tolerance_grad=1e-12, tolerance_change=1e-14)  # fmt: skip
+
+    def loss():
+        optimizer.zero_grad()
+        value = F.mse_loss(best(changed.double()), wanted.double())
+        value.backward()
+        return value
+
+    optimizer.step(loss)
+    reached = F.mse_loss(found(changed), wanted).item()
+    assert reached == pytest.approx(loss().item(), rel=1e-3)
+    assert reached < F.mse_loss(layer(changed), wanted).item()
+
+
+def test_a_strong_ridge_keeps_the_weights():
+    layer, x = nn.Linear(6, 4), torch.randn(40, 6)
+    fitted = LayerFit(layer, ridge=1e6)
+    fitted.add(x.sin(), layer(x).detach())
+    torch.testing.assert_close(fitted.solve()["weight"], layer.weight.detach(), rtol=0, atol=1e-4)
+
+
+def test_layers_that_compute_something_else_are_left_alone():
+    assert can_be_refitted(nn.Conv2d(2, 2, 3))
+    assert can_be_refitted(nn.Linear(2, 2))
+    assert not can_be_refitted(nn.Conv2d(2, 2, 3, groups=2))
+    assert not can_be_refitted(nn.Conv2d(2, 2, 3, padding="same"))
+    assert not can_be_refitted(nn.Conv2d(2, 2, 3, padding=1, padding_mode="reflect"))
+    normed = torch.nn.utils.parametrizations.weight_norm(nn.Linear(2, 2))
+    assert not can_be_refitted(normed)

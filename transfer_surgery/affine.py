@@ -1,0 +1,90 @@
+"""The learned numbers of a target ``a * f(w*x + c) + b``, and what such a site is baked to."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from transfer_surgery.activations import Activation
+from transfer_surgery.float32 import Float32Module
+from transfer_surgery.kernels.affine import Affine, affine
+from transfer_surgery.sharding import whole
+
+__all__ = ["AffineActivation", "AffineParameters", "spread"]
+
+
+class AffineParameters(Float32Module):
+    """Amplitude ``a``, frequency ``w``, phase ``c`` and offset ``b`` of a target, one per gate.
+
+    Args:
+        shape: of each: ``(1,)`` per layer, ``(C,)`` per channel, the feature shape per neuron.
+        granularity: which of these.
+        channel_axis: axis of the channels in the input; used with ``"channel"`` only.
+
+    They start at 1, 1, 0 and 0, the target as it is.
+
+    Example:
+        >>> parameters = AffineParameters((3,), "channel", 1)
+        >>> [tuple(p.shape) for p in parameters.of(torch.zeros(2, 3, 4, 4))]
+        [(1, 3, 1, 1), (1, 3, 1, 1), (1, 3, 1, 1), (1, 3, 1, 1)]
+    """
+
+    a: nn.Parameter
+    w: nn.Parameter
+    c: nn.Parameter
+    b: nn.Parameter
+
+    def __init__(self, shape: Sequence[int], granularity: str, channel_axis: int) -> None:
+        super().__init__()
+        self.granularity, self.channel_axis = granularity, channel_axis
+        for name, start in (("a", 1.0), ("w", 1.0), ("c", 0.0), ("b", 0.0)):
+            value = torch.full(tuple(shape), start, dtype=torch.float32)
+            self.register_parameter(name, nn.Parameter(value))
+
+    def of(self, x: Tensor) -> Affine:
+        """``(a, w, c, b)`` in float32 as they broadcast to an input."""
+        a, w, c, b = (
+            spread(whole(p).float(), x, self.granularity, self.channel_axis)
+            for p in (self.a, self.w, self.c, self.b)
+        )
+        return a, w, c, b
+
+    def extra_repr(self) -> str:
+        return f"a * f(w*x + c) + b, shape={tuple(self.a.shape)}"
+
+
+class AffineActivation(nn.Module):
+    """``a * f(w*x + c) + b`` as a plain module; its parameters can be trained further.
+
+    Args:
+        activation: ``f``.
+        parameters: the others.
+    """
+
+    def __init__(self, activation: Activation, parameters: AffineParameters) -> None:
+        super().__init__()
+        self.activation, self.affine = activation, parameters
+
+    def forward(self, x: Tensor, *operands: Tensor) -> Tensor:
+        return affine(x, self.activation, self.affine.of(x))
+
+    def extra_repr(self) -> str:
+        return str(self.activation)
+
+
+def spread(values: Tensor, x: Tensor, granularity: str, channel_axis: int) -> Tensor:
+    """View gates, or what there is one of for each gate, so that they broadcast to ``x``.
+
+    Their shape is ``(1,)``, ``(C,)`` or the feature shape, maybe with an axis of examples in front.
+    """
+    gate_dims = {"layer": 0, "channel": 1, "neuron": x.dim() - 1}[granularity]
+    shape = [1] * x.dim()
+    if shape and values.dim() > gate_dims:
+        shape[0] = values.shape[0]
+    if granularity == "channel":
+        shape[channel_axis] = values.shape[-1]
+    elif granularity == "neuron":
+        shape[1:] = x.shape[1:]
+    return values.reshape(shape)

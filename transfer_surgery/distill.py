@@ -1,0 +1,153 @@
+"""distill: the original network teaches the converted one, on inputs without labels."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.optim.lr_scheduler import CosineAnnealingLR
+
+from transfer_surgery.side_by_side import call_model, logits_of, to_device_of
+from transfer_surgery.unit import gated_activations
+
+__all__ = ["distill"]
+
+TRAINED = ("all", "targets")
+_NORMS = (nn.modules.batchnorm._BatchNorm, nn.LayerNorm, nn.GroupNorm)
+
+
+def distill(
+    model: nn.Module,
+    teacher: nn.Module,
+    batches: Iterable[Any],
+    *,
+    steps: int,
+    train: str = "all",
+    lr: float = 0.02,
+    momentum: float = 0.9,
+    weight_decay: float = 0.0,
+    temperature: float = 4.0,
+    clip: float = 2.0,
+) -> list[float]:
+    """Train a converted model to answer as another one, by SGD with a cosine schedule.
+
+    The loss is the Kullback-Leibler divergence of the softened answers, times the square of the
+    temperature (Hinton, Vinyals and Dean 2015). A few hundred steps after `match_targets` and
+    `swap_targets` are worth several epochs with labels. For other losses, optimizers or schedules
+    write the loop: there is nothing special about it.
+
+    Args:
+        model: a converted model on its device; it is trained in training mode.
+        teacher: the original network, such as a copy made before `convert`; it is run in evaluation
+            mode and not changed.
+        batches: inputs without labels, as for `match_targets`; gone through again and again.
+            Shuffle and augment as for training.
+        steps: optimizer steps.
+        train: ``"all"`` parameters but the gates, or only ``"targets"`` and the scales and shifts
+            of norm layers.
+        lr: highest learning rate.
+        momentum: Nesterov's.
+        weight_decay: of weights; targets and norm layers have none.
+        temperature: by which both answers are softened.
+        clip: highest norm of the gradient; 0: none.
+
+    Returns:
+        The loss of each step.
+
+    Raises:
+        ValueError: the model is not converted, an unknown ``train``, no batches, or a loss that is
+            not finite.
+
+    Example:
+        >>> import copy
+        >>> from transfer_surgery import convert, match_targets, swap_targets
+        >>> _ = torch.manual_seed(0)
+        >>> teacher = nn.Sequential(nn.Linear(4, 32), nn.ReLU(), nn.Linear(32, 3))
+        >>> model, x = copy.deepcopy(teacher), torch.randn(256, 4)
+        >>> _ = match_targets(convert(model, "sin", example_input=x), [x])
+        >>> losses = distill(swap_targets(model), teacher, [x], steps=50)
+        >>> losses[-1] < losses[0]
+        True
+    """
+    if train not in TRAINED:
+        raise ValueError(f"train={train!r}: use 'all' or 'targets'.")
+    if steps < 1 or temperature <= 0:
+        raise ValueError(f"steps={steps}, temperature={temperature}: both have to be positive.")
+    groups = _parameter_groups(model, train, weight_decay)
+    trained = [p for group in groups for p in group["params"]]
+    others = {p: p.requires_grad for p in model.parameters() if p not in set(trained)}
+    optimizer = torch.optim.SGD(groups, lr, momentum=momentum, nesterov=momentum > 0)
+    schedule = CosineAnnealingLR(optimizer, steps)
+    modes = [(m, m.training) for network in (model, teacher) for m in network.modules()]
+    losses: list[float] = []
+    try:
+        for parameter in others:
+            parameter.requires_grad_(False)
+        model.train()
+        teacher.eval()
+        for batch in _again(batches, steps):
+            loss = _loss(model, teacher, to_device_of(model, batch), temperature)
+            optimizer.zero_grad()
+            loss.backward()  # type: ignore[no-untyped-call]
+            norm = nn.utils.clip_grad_norm_(trained, clip if clip > 0 else torch.inf)
+            if not norm.isfinite():
+                raise ValueError(
+                    f"step {len(losses)}: the gradient is not finite; use a lower lr than {lr}."
+                )
+            optimizer.step()
+            schedule.step()
+            losses.append(loss.item())
+    finally:
+        for parameter, wanted in others.items():
+            parameter.requires_grad_(wanted)
+        for module, training in modes:
+            module.training = training
+    return losses
+
+
+def _loss(model: nn.Module, teacher: nn.Module, batch: Any, temperature: float) -> Tensor:
+    with torch.no_grad():
+        wanted = F.log_softmax(logits_of(call_model(teacher, batch)) / temperature, 1)
+    now = F.log_softmax(logits_of(call_model(model, batch)) / temperature, 1)
+    return F.kl_div(now, wanted, log_target=True, reduction="batchmean") * temperature**2
+
+
+def _parameter_groups(model: nn.Module, train: str, weight_decay: float) -> list[dict[str, Any]]:
+    """Weights, and what has no weight decay; gates are in neither."""
+    units = [unit for _, unit in gated_activations(model)]
+    gates = {p for unit in units for p in unit.gate.parameters()}
+    light = [p for unit in units if unit.affine is not None for p in unit.affine.parameters()]
+    light += [p for m in model.modules() if isinstance(m, _NORMS) for p in m.parameters()]
+    heavy = [p for p in model.parameters() if p not in gates and p not in set(light)]
+    groups: list[dict[str, Any]] = [{"params": light, "weight_decay": 0.0}]
+    if train == "all":
+        groups.append({"params": heavy, "weight_decay": weight_decay})
+    groups = [{**g, "params": [p for p in g["params"] if p.requires_grad]} for g in groups]
+    groups = [group for group in groups if group["params"]]
+    if not groups:
+        raise ValueError("there is nothing to train: run match_targets first, or use train='all'.")
+    return groups
+
+
+def _again(batches: Iterable[Any], steps: int) -> Iterator[Any]:
+    """So many batches, from the start where they end.
+
+    Raises:
+        ValueError: there are none, or an iterator is used up.
+    """
+    done = 0
+    while done < steps:
+        before = done
+        for batch in batches:
+            yield batch
+            done += 1
+            if done == steps:
+                return
+        if done == before:
+            raise ValueError(
+                f"batches: there are none after {done} of {steps} steps; give a list or a loader, "
+                "which can be gone through again."
+            )

@@ -1,0 +1,258 @@
+"""match_targets: targets ``a * f(w*x + c) + b`` fitted to what a trained network computes.
+
+Site by site in the order in which they run, with the sites before at their fitted targets already.
+The inputs come from this network, the values to be fitted from the original one on the same batch:
+each site also makes up for what those before it distort, as in GPTQ and AdaRound.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from transfer_surgery.fits import family_of
+from transfer_surgery.match_report import MatchReport, MatchRow, MatchWarning
+from transfer_surgery.normal_equations import Inputs, NormalEquations, Solution, grouped
+from transfer_surgery.refit import LayerFit, can_be_refitted
+from transfer_surgery.side_by_side import SideBySide, as_batches, logits_of, prediction_mode
+from transfer_surgery.swap import swap_targets
+from transfer_surgery.unfit import refuse_sharded
+from transfer_surgery.unit import GatedActivation, matching_units
+
+__all__ = ["match_targets"]
+
+FREQUENCIES = (0.4, 0.6, 0.8, 1.0, 1.3)
+POOR = 0.5
+
+
+def match_targets(
+    model: nn.Module,
+    batches: Iterable[Any],
+    *,
+    include: Any = None,
+    exclude: Any = None,
+    symmetric: bool = False,
+    refit: bool = False,
+    frequencies: Sequence[float] = FREQUENCIES,
+    min_periods: float = 0.5,
+    ridge: float = 1e-4,
+    refit_ridge: float = 1e-2,
+) -> MatchReport:
+    """Fit the targets of a converted model to its sources, on batches without labels.
+
+    A matched target is ``a * target(w*x + c) + b`` with one ``(a, w, c, b)`` per gate: parameters
+    of the unit, saved with the gates, trained with the model. Outputs do not change while the gates
+    are at the source; `swap_targets` moves all gates at once, a `TransferSchedule` in training.
+
+    Args:
+        model: a converted model; it is run in evaluation mode.
+        batches: some hundred examples are enough: tensors, tuples of arguments or dicts of keyword
+            arguments, without labels. Two networks are run on each batch for each site, up to the
+            site: the time grows with the square of the depth, memory is that of one batch.
+        include: sites to match: globs on paths, or predicates on units; None: all.
+        exclude: sites to leave as they are, likewise.
+        symmetric: fit to what the source makes of the *same* input, as one would do without an
+            original network at hand. Errors of the sites before are then not made up for.
+        refit: also refit the weights of each linear and convolutional layer behind a site, such
+            that its outputs come near those of the original network (least squares, no training),
+            and swap the sites, since the weights no longer suit the source.
+        frequencies: of sinusoids, ``w`` times the standard deviation of the site's input.
+        min_periods: a sinusoid spans at least so many periods over the data of its gate.
+        ridge: of the fits, as a share of the features' mean squares.
+        refit_ridge: what pulls refitted weights to the original ones, as a share of the mean square
+            of the layer's inputs.
+
+    Returns:
+        A row per site: share of the variance that is explained, periods that the data spans, and
+        how far the outputs are from the original ones with this site and those before swapped.
+
+    Raises:
+        ValueError: the model is not converted, there are no batches, or a pattern matches nothing.
+        TypeError: the model is sharded by FSDP2.
+        Whatever goes wrong, the model is then unchanged.
+
+    Source: DESIGN section 5.
+
+    Example:
+        >>> from transfer_surgery import convert
+        >>> _ = torch.manual_seed(0)
+        >>> model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
+        >>> x = torch.randn(512, 4)
+        >>> found = match_targets(convert(model, "sin", example_input=x), [x])
+        >>> bool(found.rows[0].r2 > 0.9)
+        True
+    """
+    refuse_sharded(model)
+    units = matching_units(model, include, exclude)
+    networks = SideBySide(model, list(units.values()), as_batches(batches, model))
+    before = {unit: _copy(unit) for unit in units.values()}
+    try:
+        with prediction_mode(model):
+            rows = list(
+                _match(
+                    networks,
+                    {unit: path for path, unit in units.items()},
+                    symmetric=symmetric,
+                    families={"frequencies": tuple(frequencies), "min_periods": min_periods},
+                    ridge=ridge,
+                    refit_ridge=refit_ridge if refit else None,
+                )
+            )
+    except BaseException:
+        _restore(networks, before)
+        raise
+    if refit:
+        swap_targets(model, include=[unit for unit in units.values() if unit in networks.swapped])
+    report = MatchReport(tuple(rows))
+    poor = [row.path for row in report if row.r2 is not None and row.r2 < POOR]
+    if poor:
+        warnings.warn(
+            f"less than {POOR:.0%} of the variance is explained at {', '.join(poor[:5])}"
+            f"{', ...' if len(poor) > 5 else ''}: leave these sites out (exclude=), convert with a "
+            "finer granularity, or fine-tune the network.",
+            MatchWarning,
+            stacklevel=2,
+        )
+    return report
+
+
+def _match(
+    networks: SideBySide,
+    paths: dict[GatedActivation, str],
+    *,
+    symmetric: bool,
+    families: dict[str, Any],
+    ridge: float,
+    refit_ridge: float | None,
+) -> Iterable[MatchRow]:
+    layers = [m for m in networks.model.modules() if refit_ridge is not None and can_be_refitted(m)]
+    shared = _sharing_weights(layers)
+    with networks.original():
+        logits = F.log_softmax(_logits(networks), 1)
+    for module, calls in networks.order([*paths, *layers]).items():
+        if isinstance(module, GatedActivation):
+            solution, inputs = _fit(networks, module, calls, symmetric, families, ridge)
+            _write(module, solution)
+            networks.swapped.add(module)
+            yield _row(paths[module], module, solution, inputs, _divergence(networks, logits))
+        elif networks.swapped and module not in shared and refit_ridge is not None:
+            _refit(networks, module, calls, refit_ridge)
+    for unit in paths.keys() - networks.swapped:
+        yield MatchRow(paths[unit], str(unit.source), str(unit.target), None, None, None)
+
+
+def _fit(
+    networks: SideBySide,
+    unit: GatedActivation,
+    calls: int,
+    symmetric: bool,
+    families: dict[str, Any],
+    ridge: float,
+) -> tuple[Solution, Inputs]:
+    """Two passes: what the inputs are like, then the sums of the fit."""
+
+    def group(x: Tensor) -> Tensor:
+        return grouped(x, unit.granularity, unit.channel_axis)
+
+    inputs = Inputs()
+    for batch in networks.batches:
+        with networks.matched():
+            for x, _ in networks.see(unit, batch, calls):
+                inputs.add(group(x))
+    equations = NormalEquations(family_of(unit.target, **families), inputs, ridge)
+    for batch in networks.batches:
+        with networks.matched():
+            here = networks.see(unit, batch, calls)
+        wanted = here
+        if not symmetric:
+            with networks.original():
+                wanted = networks.see(unit, batch, calls)
+        for (x, _), (_, y) in zip(here, wanted, strict=True):
+            equations.add(group(x), group(y))
+    return equations.solve(), inputs
+
+
+def _refit(networks: SideBySide, layer: nn.Module, calls: int, ridge: float) -> None:
+    assert isinstance(layer, nn.Linear | nn.Conv2d)
+    fit = LayerFit(layer, ridge)
+    for batch in networks.batches:
+        with networks.original():
+            wanted = networks.see(layer, batch, calls)
+        with networks.matched():
+            here = networks.see(layer, batch, calls)
+        for (x, _), (_, y) in zip(here, wanted, strict=True):
+            fit.add(x, y)
+    found = fit.solve()
+    networks.refitted[layer] = {name: getattr(layer, name).data for name in found}
+    for name, value in found.items():
+        getattr(layer, name).data = value
+
+
+def _sharing_weights(layers: Sequence[nn.Module]) -> set[nn.Module]:
+    """Layers whose weight another one has too: what suits one does not suit the other."""
+    by_weight: dict[Tensor, list[nn.Module]] = {}
+    for layer in layers:
+        weight = layer.weight
+        assert isinstance(weight, Tensor)
+        by_weight.setdefault(weight, []).append(layer)
+    return {layer for group in by_weight.values() if len(group) > 1 for layer in group}
+
+
+def _write(unit: GatedActivation, solution: Solution) -> None:
+    target = unit.free_target()
+    names = ("a", "w", "c", "b")
+    for name, values in zip(names, solution.parameters, strict=True):
+        parameter = getattr(target, name)
+        parameter.data = values.to(parameter).reshape(parameter.shape)
+
+
+def _row(
+    path: str, unit: GatedActivation, solution: Solution, inputs: Inputs, divergence: float | None
+) -> MatchRow:
+    total = solution.total.sum()
+    explained = 1 - solution.residual.sum() / total if total > 0 else torch.ones(())
+    _, w, _, _ = solution.parameters
+    periods = (w.abs() * inputs.span * inputs.std / (2 * torch.pi)).median()
+    periodic = unit.target.name in ("sin", "cos")
+    return MatchRow(
+        path,
+        str(unit.source),
+        str(unit.target),
+        explained.item(),
+        periods.item() if periodic else None,
+        divergence,
+    )
+
+
+def _logits(networks: SideBySide) -> Tensor:
+    output = logits_of(networks.run(networks.batches[0])).float()
+    return output if output.dim() > 1 else output[:, None]
+
+
+def _divergence(networks: SideBySide, logits: Tensor) -> float:
+    """Mean KL divergence of the first batch's outputs, read as logits, from the original ones."""
+    with networks.matched():
+        now = F.log_softmax(_logits(networks), 1)
+    return F.kl_div(now, logits, log_target=True, reduction="none").sum(1).mean().item()
+
+
+def _copy(unit: GatedActivation) -> dict[str, Tensor] | None:
+    if unit.affine is None:
+        return None
+    return {name: p.detach().clone() for name, p in unit.affine.named_parameters()}
+
+
+def _restore(networks: SideBySide, before: dict[GatedActivation, dict[str, Tensor] | None]) -> None:
+    for module, values in networks.refitted.items():
+        for name, value in values.items():
+            getattr(module, name).data = value
+    for unit, parameters in before.items():
+        if parameters is None:
+            unit.affine = None
+        elif unit.affine is not None:
+            unit.affine.load_state_dict(parameters)

@@ -1,0 +1,218 @@
+"""A converted model run as the original network, or with some sites at their targets, on batches.
+
+Runs go up to the module that is looked at and no further. Nothing of the model is changed for good.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves, tree_map
+
+from transfer_surgery.unit import GatedActivation
+
+__all__ = [
+    "SideBySide",
+    "as_batches",
+    "call_model",
+    "logits_of",
+    "prediction_mode",
+    "to_device_of",
+]
+
+Seen = list[tuple[Tensor, Tensor]]
+"""Input and output of each call of a module."""
+
+
+class SideBySide:
+    """Both networks that a converted model can be.
+
+    Args:
+        model: the converted model.
+        units: the sites that are to be matched.
+        batches: what it is called with: tensors, tuples of arguments or dicts of keyword arguments.
+    """
+
+    def __init__(
+        self, model: nn.Module, units: Sequence[GatedActivation], batches: Sequence[Any]
+    ) -> None:
+        self.model, self.batches = model, batches
+        self.every = [module for module in model.modules() if isinstance(module, GatedActivation)]
+        self.chosen = list(units)
+        self.swapped: set[GatedActivation] = set()
+        self.refitted: dict[nn.Module, dict[str, Tensor]] = {}
+        """Modules whose weights have changed, with their original ones."""
+
+    @contextmanager
+    def original(self) -> Iterator[None]:
+        """Run as the network that was converted: all units at their source, original weights."""
+        with _held(dict.fromkeys(self.every, 1.0)), _with_values(self.refitted):
+            yield
+
+    @contextmanager
+    def matched(self) -> Iterator[None]:
+        """Run with the sites of `swapped` at their target, others to be matched at their source.
+
+        Units that are not to be matched are as their gates have it.
+        """
+        with _held({unit: float(unit not in self.swapped) for unit in self.chosen}):
+            yield
+
+    def order(self, modules: Iterable[nn.Module]) -> dict[nn.Module, int]:
+        """How often each module is called on a batch, in the order of the first calls."""
+        calls: dict[nn.Module, int] = {}
+
+        def count(module: nn.Module, args: tuple[Any, ...]) -> None:
+            calls[module] = calls.get(module, 0) + 1
+
+        handles = [module.register_forward_pre_hook(count) for module in modules]
+        try:
+            with self.original():
+                self.run(self.batches[0])
+        finally:
+            for handle in handles:
+                handle.remove()
+        return calls
+
+    def see(self, module: nn.Module, batch: Any, calls: int) -> Seen:
+        """Run a batch up to the last call of a module; what came in and went out of it."""
+        seen: Seen = []
+        inputs: list[Tensor] = []
+
+        def before(module: nn.Module, args: tuple[Any, ...]) -> None:
+            overwrites = getattr(module, "overwrites_input", False)
+            inputs.append(args[0].clone() if overwrites else args[0])
+
+        def after(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
+            seen.append((inputs[-1], output))
+            if len(seen) == calls:
+                raise _EnoughError
+
+        handles = [
+            module.register_forward_pre_hook(before),
+            module.register_forward_hook(after),
+        ]
+        try:
+            self.run(batch)
+        except _EnoughError:
+            pass
+        finally:
+            for handle in handles:
+                handle.remove()
+        return seen
+
+    def run(self, batch: Any) -> Any:
+        """The model's output."""
+        return call_model(self.model, batch)
+
+
+class _EnoughError(Exception):
+    """Ends a run whose rest is not needed."""
+
+
+class _HeldGate(nn.Module):
+    """Stands in for a gate: the same value for all."""
+
+    straight_through = False
+
+    def __init__(self, shape: tuple[int, ...], value: float, device: torch.device) -> None:
+        super().__init__()
+        self.shape = shape
+        self.z = torch.full(shape, value, device=device)
+
+    def predict(self) -> Tensor:
+        return self.z
+
+
+@contextmanager
+def _held(values: Mapping[GatedActivation, float]) -> Iterator[None]:
+    gates = {unit: unit.gate for unit in values}
+    try:
+        for unit, value in values.items():
+            device = unit.gate.predict().device
+            unit._modules["gate"] = _HeldGate(unit.gate.shape, value, device)
+        yield
+    finally:
+        for unit, gate in gates.items():
+            unit._modules["gate"] = gate
+
+
+@contextmanager
+def _with_values(values: Mapping[nn.Module, Mapping[str, Tensor]]) -> Iterator[None]:
+    """Give parameters other data for a while."""
+    now = {m: {name: getattr(m, name).data for name in named} for m, named in values.items()}
+    try:
+        _assign(values)
+        yield
+    finally:
+        _assign(now)
+
+
+def _assign(values: Mapping[nn.Module, Mapping[str, Tensor]]) -> None:
+    for module, named in values.items():
+        for name, value in named.items():
+            getattr(module, name).data = value
+
+
+@contextmanager
+def prediction_mode(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode without gradients; then every module is in the mode in which it was."""
+    modes = {module: module.training for module in model.modules()}
+    try:
+        model.eval()
+        with torch.no_grad():
+            yield
+    finally:
+        for module, training in modes.items():
+            module.training = training
+
+
+def as_batches(batches: Any, model: nn.Module) -> list[Any]:
+    """Batches on the device of the model.
+
+    Raises:
+        ValueError: there are none, or one is a list, as a DataLoader yields images and labels.
+    """
+    found = [batches] if isinstance(batches, Tensor) else list(batches)
+    if not found:
+        raise ValueError("batches: there are none; give some batches of the model's input.")
+    return [to_device_of(model, batch) for batch in found]
+
+
+def to_device_of(model: nn.Module, batch: Any) -> Any:
+    """A batch where the model's parameters are.
+
+    Raises:
+        ValueError: it is a list, as a DataLoader yields images and labels, or has no tensors.
+    """
+    if isinstance(batch, list) or not any(isinstance(x, Tensor) for x in tree_leaves(batch)):
+        raise ValueError(
+            f"a batch is a {type(batch).__name__}; give tensors, tuples of arguments or dicts of "
+            "keyword arguments, without labels: [images for images, _ in loader]."
+        )
+    device = next(model.parameters(), torch.zeros(())).device
+    return tree_map(lambda x: x.to(device) if isinstance(x, Tensor) else x, batch)
+
+
+def call_model(model: nn.Module, batch: Any) -> Any:
+    """The output for a tensor, a tuple of arguments or a mapping of keyword arguments."""
+    if isinstance(batch, Mapping):
+        return model(**batch)
+    return model(*batch) if isinstance(batch, tuple) else model(batch)
+
+
+def logits_of(output: Any) -> Tensor:
+    """The first floating tensor of an output; of one that names ``logits``, these.
+
+    Raises:
+        TypeError: there is none.
+    """
+    named = output.get("logits") if isinstance(output, Mapping) else None
+    for tensor in [named, *tree_leaves(output)]:
+        if isinstance(tensor, Tensor) and tensor.is_floating_point():
+            return tensor
+    raise TypeError(f"the model returns {type(output).__name__} without a floating tensor in it.")
