@@ -11,7 +11,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from transfer_surgery import MatchWarning, bake, convert, match_targets, swap_targets
+from transfer_surgery import (
+    MatchWarning,
+    TransferSchedule,
+    bake,
+    convert,
+    match_targets,
+    swap_targets,
+    wrap_optimizer,
+)
 from transfer_surgery.activations import get_activation
 from transfer_surgery.fits import family_of
 from transfer_surgery.normal_equations import Inputs, NormalEquations, grouped
@@ -337,6 +345,25 @@ def test_a_poor_fit_is_warned_of():
     convert(model, example_input=torch.zeros(2, 2))
     with pytest.warns(MatchWarning, match=r"less than 50% .* at 1: .*exclude="):
         match_targets(model, [torch.randn(200, 2)], frequencies=(40.0,))
+
+
+def test_gates_are_transferred_softly_to_matched_targets():
+    model = converted()
+    match_targets(model, data().split(128))
+    optimizer = wrap_optimizer(
+        torch.optim.SGD(model.parameters(), lr=1e-4), model, transfer=TransferSchedule(20)
+    )
+    original, x = network().eval(), data()
+    model.eval()  # dropout is not what is looked at
+    for _ in range(20):
+        for _, unit in gated_activations(model):
+            unit.train()
+        loss = F.mse_loss(model(x), original(x))
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert all((unit.gate.predict() == 0).all() for _, unit in gated_activations(model))
+    assert divergence(model) < 0.1 * divergence(swap_targets(converted()))
 
 
 @pytest.mark.parametrize("name", ["test_vit", "test_convnext", "test_efficientnet", "test_resnet"])

@@ -121,7 +121,9 @@ class GatedActivation(nn.Module):
             )
 
     def extra_repr(self) -> str:
-        return f"{self.source} -> {self.target}, {self.granularity}"
+        matched = self.affine is not None
+        target = f"a * {self.target}(w*x + c) + b" if matched else str(self.target)
+        return f"{self.source} -> {target}, {self.granularity}"
 
 
 def gated_activations(model: nn.Module) -> Iterator[tuple[str, GatedActivation]]:
