@@ -19,6 +19,7 @@ from transfer_surgery.optimizer import pause_transfer, resume_transfer, wrap_opt
 from transfer_surgery.report import report
 from transfer_surgery.risk import structural_risk
 from transfer_surgery.schedule import TransferSchedule
+from transfer_surgery.sensitivity import sensitivity
 from transfer_surgery.swap import swap_targets
 from transfer_surgery.unit import GatedActivation
 
@@ -45,6 +46,7 @@ __all__ = [
     "resume_transfer",
     "revert",
     "save_gates",
+    "sensitivity",
     "structural_risk",
     "swap_targets",
     "wrap_optimizer",

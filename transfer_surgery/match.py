@@ -19,7 +19,7 @@ from transfer_surgery.fits import family_of
 from transfer_surgery.match_report import MatchReport, MatchRow, MatchWarning
 from transfer_surgery.normal_equations import Inputs, NormalEquations, Solution, grouped
 from transfer_surgery.refit import LayerFit, can_be_refitted
-from transfer_surgery.side_by_side import SideBySide, as_batches, logits_of, prediction_mode
+from transfer_surgery.side_by_side import SideBySide, as_batches, prediction_mode
 from transfer_surgery.swap import swap_targets
 from transfer_surgery.unfit import refuse_sharded
 from transfer_surgery.unit import GatedActivation, matching_units
@@ -133,13 +133,13 @@ def _match(
     layers = [m for m in networks.model.modules() if refit_ridge is not None and can_be_refitted(m)]
     shared = _sharing_weights(layers)
     with networks.original():
-        logits = F.log_softmax(_logits(networks), 1)
+        wanted = networks.log_probabilities(networks.batches[0])
     for module, calls in networks.order([*paths, *layers]).items():
         if isinstance(module, GatedActivation):
             solution, inputs = _fit(networks, module, calls, symmetric, families, ridge)
             _write(module, solution)
             networks.swapped.add(module)
-            yield _row(paths[module], module, solution, inputs, _divergence(networks, logits))
+            yield _row(paths[module], module, solution, inputs, _divergence(networks, wanted))
         elif networks.swapped and module not in shared and refit_ridge is not None:
             _refit(networks, module, calls, refit_ridge)
     for unit in paths.keys() - networks.swapped:
@@ -229,16 +229,11 @@ def _row(
     )
 
 
-def _logits(networks: SideBySide) -> Tensor:
-    output = logits_of(networks.run(networks.batches[0])).float()
-    return output if output.dim() > 1 else output[:, None]
-
-
-def _divergence(networks: SideBySide, logits: Tensor) -> float:
+def _divergence(networks: SideBySide, wanted: Tensor) -> float:
     """Mean KL divergence of the first batch's outputs, read as logits, from the original ones."""
     with networks.matched():
-        now = F.log_softmax(_logits(networks), 1)
-    return F.kl_div(now, logits, log_target=True, reduction="none").sum(1).mean().item()
+        now = networks.log_probabilities(networks.batches[0])
+    return F.kl_div(now, wanted, log_target=True, reduction="batchmean").item()
 
 
 def _copy(unit: GatedActivation) -> dict[str, Tensor] | None:

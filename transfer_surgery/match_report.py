@@ -6,6 +6,8 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from transfer_surgery.text import columns
+
 __all__ = ["MatchReport", "MatchRow", "MatchWarning"]
 
 
@@ -52,14 +54,7 @@ class MatchReport:
     def __str__(self) -> str:
         head = ("path", "source", "target", "R2", "periods", "KL")
         lines = [head, *(_cells(row) for row in self.rows)]
-        widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-        return "\n".join(
-            "  ".join(
-                cell.ljust(width) if place < 3 else cell.rjust(width)
-                for place, (cell, width) in enumerate(zip(line, widths, strict=True))
-            ).rstrip()
-            for line in lines
-        )
+        return columns(lines, left=3)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain numbers, strings, lists and dicts."""

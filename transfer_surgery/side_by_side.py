@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
@@ -108,6 +109,12 @@ class SideBySide:
     def run(self, batch: Any) -> Any:
         """The model's output."""
         return call_model(self.model, batch)
+
+    def log_probabilities(self, batch: Any) -> Tensor:
+        """The model's output read as logits, one row per answer, as logarithms of probabilities."""
+        logits = logits_of(self.run(batch)).float()
+        rows = logits.movedim(1, -1).flatten(0, -2) if logits.dim() > 1 else logits[:, None]
+        return F.log_softmax(rows, -1)
 
 
 class _EnoughError(Exception):
