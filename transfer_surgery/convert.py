@@ -13,6 +13,7 @@ from transfer_surgery.adapter import stages_of
 from transfer_surgery.find import find_activations
 from transfer_surgery.fused import reopen_fused_paths
 from transfer_surgery.gates import make_gate
+from transfer_surgery.match import match_targets
 from transfer_surgery.plan import Plan, Site
 from transfer_surgery.probe import undisturbed
 from transfer_surgery.rewrite import prepare_rewrites
@@ -41,6 +42,7 @@ def convert(
     stretch: tuple[float, float] = (-0.1, 1.1),
     seed: int | None = None,
     plan: Plan | None = None,
+    match: Iterable[Any] | None = None,
 ) -> nn.Module:
     """Replace the activations of a model by gated units (Eq. 1), in place and all or nothing.
 
@@ -71,6 +73,8 @@ def convert(
         seed: seed of the initial ``log_alpha``; None: torch's current seed. The global random state
             is not advanced.
         plan: a plan from `find_activations`, possibly filtered; it is not searched for again.
+        match: batches without labels: the targets are fitted to the sources, as `match_targets`
+            does, which returns how well it went.
 
     Returns:
         The same model object.
@@ -119,6 +123,12 @@ def convert(
     with undisturbed():
         recipes = prepare_rewrites(model, whole, {site.path for site in chosen})
     insert_units(model, whole, units, recipes)
+    if match is not None:
+        try:
+            match_targets(model, match)
+        except BaseException:
+            revert(model)
+            raise
     return model
 
 
