@@ -434,6 +434,17 @@ def test_a_strong_ridge_keeps_the_weights():
     torch.testing.assert_close(fitted.solve()["weight"], layer.weight.detach(), rtol=0, atol=1e-4)
 
 
+@pytest.mark.parametrize("ridge", [0.0, 1e-2])
+def test_inputs_that_are_0_leave_their_weights_alone(ridge):
+    layer = nn.Linear(4, 2)
+    for scale in (torch.zeros(4), torch.tensor([1.0, 0.0, 1.0, 1.0])):
+        x = torch.randn(50, 4) * scale
+        fitted = LayerFit(layer, ridge)
+        fitted.add(x, layer(x).detach())
+        for name, value in fitted.solve().items():
+            torch.testing.assert_close(value, getattr(layer, name).detach(), rtol=1e-4, atol=1e-5)
+
+
 def test_layers_that_compute_something_else_are_left_alone():
     assert can_be_refitted(nn.Conv2d(2, 2, 3))
     assert can_be_refitted(nn.Linear(2, 2))

@@ -86,7 +86,7 @@ class LayerFit:
     def solve(self) -> dict[str, Tensor]:
         """Weight and, where there is one, bias, of their shapes and dtype."""
         inputs = self.layer.weight[0].numel()
-        share = self.matrix.diagonal()[:inputs].mean()
+        share = self.matrix.diagonal()[:inputs].mean().clamp_min(1e-12)  # 0: all inputs are 0
         pull = torch.full_like(self.matrix[0], 1e-9) * share
         pull[:inputs] += self.ridge * share
         found = torch.linalg.solve(
