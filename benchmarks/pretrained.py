@@ -94,21 +94,21 @@ def study(
     def error(model: nn.Module) -> float:
         return 1 - predict(model, data.test, machine).accuracy
 
-    def row(name: str, work: Callable[[nn.Module], object]) -> tuple[Row, nn.Module]:
+    def row(name: str, work: Callable[[nn.Module], object]) -> Row:
         model = convert(copy.deepcopy(teacher), "sin", example_input=batches[0][:2])
         begun = time.perf_counter()
         work(model)
         seconds = time.perf_counter() - begun
         swap_targets(model)
-        result = Row(name, error(bake(copy.deepcopy(model))), seconds)
+        result = Row(name, error(bake(model)), seconds)
         console.print(f"ResNet-{depth}, {name}: {result.error:.2%} ({seconds:.0f} s)")
-        return result, model
+        return result
 
     yield Row("ReLU, as trained", error(teacher), None)
-    yield row("plain sine", lambda model: None)[0]
-    yield row("matched, symmetric", lambda m: match_targets(m, batches, symmetric=True))[0]
-    yield row("matched", lambda m: match_targets(m, batches))[0]
-    yield row("matched, layers refitted", lambda m: match_targets(m, batches, refit=True))[0]
+    yield row("plain sine", lambda model: None)
+    yield row("matched, symmetric", lambda m: match_targets(m, batches, symmetric=True))
+    yield row("matched", lambda m: match_targets(m, batches))
+    yield row("matched, layers refitted", lambda m: match_targets(m, batches, refit=True))
     for number in steps:
         torch.manual_seed(seed)
         yield row(
@@ -117,7 +117,7 @@ def study(
                 match_targets(m, batches, refit=True),
                 distill(m, teacher, Unlabelled(data.train), steps=number, lr=lr),
             ),
-        )[0]
+        )
 
 
 def calibration(data: ImageData, number: int, seed: int) -> list[Tensor]:

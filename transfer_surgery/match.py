@@ -106,7 +106,7 @@ def match_targets(
     except BaseException:
         _restore(networks, before)
         raise
-    if refit:
+    if refit and networks.swapped:
         swap_targets(model, include=[unit for unit in units.values() if unit in networks.swapped])
     report = MatchReport(tuple(rows))
     poor = [row.path for row in report if row.r2 is not None and row.r2 < POOR]
