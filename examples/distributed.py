@@ -62,6 +62,9 @@ def main() -> None:
         say(f"epoch {epoch + 1}: {transferred:.1%} transferred")
         save(trained, optimizer, args.checkpoint, epoch + 1)
     finish(trained, args, data.test)
+    # No rank leaves while its worker threads still hold tensors of the last gather: dropping one
+    # while Python shuts down aborts the process (FSDP keeps the group alive after destroying it).
+    dist.barrier()
     dist.destroy_process_group()
 
 
