@@ -9,6 +9,7 @@ from transfer_surgery.controllers import ScheduleEndedWarning, TransferRestarted
 from transfer_surgery.convert import convert, revert
 from transfer_surgery.distill import distill
 from transfer_surgery.find import find_activations
+from transfer_surgery.fold import fold_targets
 from transfer_surgery.formulas import register_formula
 from transfer_surgery.frozen import FrozenGatesWarning
 from transfer_surgery.gates import register_gate
@@ -35,6 +36,7 @@ __all__ = [
     "convert",
     "distill",
     "find_activations",
+    "fold_targets",
     "get_activation",
     "load_gates",
     "match_targets",

@@ -23,7 +23,8 @@ class AffineParameters(Float32Module):
         granularity: which of these.
         channel_axis: axis of the channels in the input; used with ``"channel"`` only.
 
-    They start at 1, 1, 0 and 0, the target as it is.
+    They start at 1, 1, 0 and 0, the target as it is. One that `fold_targets` moved into a
+    neighbouring layer is None.
 
     Example:
         >>> parameters = AffineParameters((3,), "channel", 1)
@@ -31,10 +32,10 @@ class AffineParameters(Float32Module):
         [(1, 3, 1, 1), (1, 3, 1, 1), (1, 3, 1, 1), (1, 3, 1, 1)]
     """
 
-    a: nn.Parameter
-    w: nn.Parameter
-    c: nn.Parameter
-    b: nn.Parameter
+    a: nn.Parameter | None
+    w: nn.Parameter | None
+    c: nn.Parameter | None
+    b: nn.Parameter | None
 
     def __init__(self, shape: Sequence[int], granularity: str, channel_axis: int) -> None:
         super().__init__()
@@ -44,15 +45,18 @@ class AffineParameters(Float32Module):
             self.register_parameter(name, nn.Parameter(value))
 
     def of(self, x: Tensor) -> Affine:
-        """``(a, w, c, b)`` in float32 as they broadcast to an input."""
+        """``(a, w, c, b)`` in float32 as they broadcast to an input; None: folded away."""
         a, w, c, b = (
-            spread(whole(p).float(), x, self.granularity, self.channel_axis)
+            None if p is None else spread(whole(p).float(), x, self.granularity, self.channel_axis)
             for p in (self.a, self.w, self.c, self.b)
         )
         return a, w, c, b
 
     def extra_repr(self) -> str:
-        return f"a * f(w*x + c) + b, shape={tuple(self.a.shape)}"
+        scale, offset = "" if self.a is None else "a * ", "" if self.b is None else " + b"
+        inner = ("x" if self.w is None else "w*x") + ("" if self.c is None else " + c")
+        shapes = {tuple(p.shape) for p in self.parameters()}
+        return f"{scale}f({inner}){offset}, shape={', '.join(map(str, shapes))}"
 
 
 class AffineActivation(nn.Module):

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
 from transfer_surgery.activations import Activation, ActivationModule
 from transfer_surgery.affine import AffineActivation, AffineParameters, spread
+from transfer_surgery.fold import fold_targets
 from transfer_surgery.kernels import gated
 from transfer_surgery.surgery import share_hooks, swap_children
 from transfer_surgery.unfit import refuse_sharded
@@ -65,7 +68,7 @@ class _Overwriting(nn.Module):
 
 
 @torch.no_grad()
-def bake(model: nn.Module, harden: bool = False) -> nn.Module:
+def bake(model: nn.Module, harden: bool = False, fold: Any = None) -> nn.Module:
     """Replace every gated unit by what it computes in eval mode, in place.
 
     A site whose gates are all 1 gets its original activation back, one whose gates are all 0
@@ -77,6 +80,8 @@ def bake(model: nn.Module, harden: bool = False) -> nn.Module:
     Args:
         model: a converted model.
         harden: round gates between 0 and 1 first (0.5 becomes 0); this changes the outputs.
+        fold: an example input; the numbers of matched targets then go into the layers around them
+            where that is exact, see `fold_targets`, which reports it.
 
     Returns:
         The same model object.
@@ -102,6 +107,8 @@ def bake(model: nn.Module, harden: bool = False) -> nn.Module:
         module.train(unit.training)
         share_hooks(unit, module)
     swap_children(model, baked)
+    if fold is not None:
+        fold_targets(model, fold)
     return model
 
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from transfer_surgery.fits import family_of
 from transfer_surgery.match_report import MatchReport, MatchRow, MatchWarning
 from transfer_surgery.normal_equations import Inputs, NormalEquations, Solution, grouped
-from transfer_surgery.refit import LayerFit, can_be_refitted
+from transfer_surgery.refit import LayerFit, can_be_refitted, norms_behind, sharing_weights
 from transfer_surgery.side_by_side import SideBySide, as_batches, prediction_mode
 from transfer_surgery.swap import swap_targets
 from transfer_surgery.unfit import refuse_sharded
@@ -131,7 +131,8 @@ def _match(
     refit_ridge: float | None,
 ) -> Iterable[MatchRow]:
     layers = [m for m in networks.model.modules() if refit_ridge is not None and can_be_refitted(m)]
-    shared = _sharing_weights(layers)
+    shared = sharing_weights(layers)
+    norms = norms_behind(networks.model, layers, lambda: networks.run(networks.batches[0]))
     with networks.original():
         wanted = networks.log_probabilities(networks.batches[0])
     for module, calls in networks.order([*paths, *layers]).items():
@@ -141,7 +142,7 @@ def _match(
             networks.swapped.add(module)
             yield _row(paths[module], module, solution, inputs, _divergence(networks, wanted))
         elif networks.swapped and module not in shared and refit_ridge is not None:
-            _refit(networks, module, calls, refit_ridge)
+            _refit(networks, module, calls, norms.get(module), refit_ridge)
     for unit in paths.keys() - networks.swapped:
         yield MatchRow(paths[unit], str(unit.source), str(unit.target), None, None, None)
 
@@ -177,9 +178,11 @@ def _fit(
     return equations.solve(), inputs
 
 
-def _refit(networks: SideBySide, layer: nn.Module, calls: int, ridge: float) -> None:
+def _refit(
+    networks: SideBySide, layer: nn.Module, calls: int, norm: nn.Module | None, ridge: float
+) -> None:
     assert isinstance(layer, nn.Linear | nn.Conv2d)
-    fit = LayerFit(layer, ridge)
+    fit = LayerFit(layer, ridge, intercept=norm is not None)
     for batch in networks.batches:
         with networks.original():
             wanted = networks.see(layer, batch, calls)
@@ -188,19 +191,12 @@ def _refit(networks: SideBySide, layer: nn.Module, calls: int, ridge: float) -> 
         for (x, _), (_, y) in zip(here, wanted, strict=True):
             fit.add(x, y)
     found = fit.solve()
-    networks.refitted[layer] = {name: getattr(layer, name).data for name in found}
-    for name, value in found.items():
-        getattr(layer, name).data = value
-
-
-def _sharing_weights(layers: Sequence[nn.Module]) -> set[nn.Module]:
-    """Layers whose weight another one has too: what suits one does not suit the other."""
-    by_weight: dict[Tensor, list[nn.Module]] = {}
-    for layer in layers:
-        weight = layer.weight
-        assert isinstance(weight, Tensor)
-        by_weight.setdefault(weight, []).append(layer)
-    return {layer for group in by_weight.values() if len(group) > 1 for layer in group}
+    if norm is not None and layer.bias is None:
+        # In training the statistics of the batch do what this does in evaluation.
+        mean = norm.running_mean
+        assert isinstance(mean, Tensor)
+        networks.assign(norm, {"running_mean": mean - found.pop("bias")})
+    networks.assign(layer, found)
 
 
 def _write(unit: GatedActivation, solution: Solution) -> None:
@@ -243,9 +239,7 @@ def _copy(unit: GatedActivation) -> dict[str, Tensor] | None:
 
 
 def _restore(networks: SideBySide, before: dict[GatedActivation, dict[str, Tensor] | None]) -> None:
-    for module, values in networks.refitted.items():
-        for name, value in values.items():
-            getattr(module, name).data = value
+    networks.restore()
     for unit, parameters in before.items():
         if parameters is None:
             unit.affine = None

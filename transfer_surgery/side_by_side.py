@@ -63,6 +63,18 @@ class SideBySide:
         with _held({unit: float(unit not in self.swapped) for unit in self.chosen}):
             yield
 
+    def assign(self, module: nn.Module, values: dict[str, Tensor]) -> None:
+        """Give a module other weights; the original network keeps its own."""
+        before = self.refitted.setdefault(module, {})
+        for name, value in values.items():
+            tensor = getattr(module, name)
+            before.setdefault(name, tensor.data)
+            tensor.data = value.to(tensor)
+
+    def restore(self) -> None:
+        """Give modules their original weights back."""
+        _assign(self.refitted)
+
     def order(self, modules: Iterable[nn.Module]) -> dict[nn.Module, int]:
         """How often each module is called on a batch, in the order of the first calls."""
         calls: dict[nn.Module, int] = {}

@@ -11,8 +11,8 @@ from transfer_surgery.activations import Activation
 
 __all__ = ["Affine", "affine"]
 
-Affine = tuple[Tensor, Tensor, Tensor, Tensor]
-"""``(a, w, c, b)``, of shapes that broadcast to that of the input."""
+Affine = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]
+"""``(a, w, c, b)``, of shapes that broadcast to that of the input; None: 1, 1, 0, 0."""
 
 
 def affine(x: Tensor, activation: Activation, parameters: Affine) -> Tensor:
@@ -24,7 +24,7 @@ def affine(x: Tensor, activation: Activation, parameters: Affine) -> Tensor:
     Args:
         x: input, any shape.
         activation: ``f``; without operands.
-        parameters: ``(a, w, c, b)``.
+        parameters: ``(a, w, c, b)``; None: left out.
 
     Returns:
         A tensor of the shape and dtype of ``x``.
@@ -41,31 +41,41 @@ def affine(x: Tensor, activation: Activation, parameters: Affine) -> Tensor:
     return result
 
 
-def _value(x: Tensor, f: Activation, a: Tensor, w: Tensor, c: Tensor, b: Tensor) -> Tensor:
-    return (a * f(w * x + c) + b).to(x.dtype)
+def _value(x: Tensor, f: Activation, *parameters: Tensor | None) -> Tensor:
+    a, _, _, b = parameters
+    y = f(_inner(x, *parameters))
+    y = y if a is None else a * y
+    return (y if b is None else y + b).to(x.dtype)
+
+
+def _inner(x: Tensor, *parameters: Tensor | None) -> Tensor:
+    _, w, c, _ = parameters
+    wide = next((torch.result_type(x, p) for p in parameters if p is not None), x.dtype)
+    x = x.to(wide) if w is None else w * x
+    return x if c is None else x + c
 
 
 class _Affine(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(x: Tensor, f: Activation, a: Tensor, w: Tensor, c: Tensor, b: Tensor) -> Tensor:
-        return _value(x, f, a, w, c, b)
+    def forward(x: Tensor, f: Activation, *parameters: Tensor | None) -> Tensor:
+        return _value(x, f, *parameters)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        x, ctx.activation, a, w, c, b = inputs
-        ctx.save_for_backward(x, a, w, c, b)
+        x, ctx.activation, *parameters = inputs
+        ctx.save_for_backward(x, *parameters)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         x, a, w, c, b = ctx.saved_tensors
         f, needed = ctx.activation, ctx.needs_input_grad
-        inner = w * x + c
+        inner = _inner(x, a, w, c, b)
         grad = grads[0].to(inner.dtype)
-        grad_inner = f.backward(grad * a, inner)
+        grad_inner = f.backward(grad if a is None else grad * a, inner)
         return (
-            (grad_inner * w).to(x.dtype) if needed[0] else None,
+            (grad_inner if w is None else grad_inner * w).to(x.dtype) if needed[0] else None,
             None,
             (grad * f(inner)).sum_to_size(a.shape) if needed[2] else None,
             (grad_inner * x).sum_to_size(w.shape) if needed[3] else None,
