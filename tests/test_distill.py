@@ -72,6 +72,34 @@ def test_the_first_loss_is_the_softened_divergence():
     )
 
 
+def test_features_are_compared_by_their_relative_error():
+    model, teacher, batches = networks()
+    x = batches[0]
+    answers = [copy.deepcopy(m) for m in (model.train(), teacher.eval())]
+    plain = distill(copy.deepcopy(model), teacher, batches, steps=1)[0]
+    with torch.no_grad():
+        errors = []
+        for depth in (1, 3):  # up to the linear layer, and up to the activation
+            now, wanted = (m[:depth](x).double() for m in answers)
+            errors.append((now - wanted).square().mean() / wanted.square().mean())
+    options = {"features": ("0", "2"), "feature_weight": 3.0}
+    found = distill(model, teacher, batches, steps=1, **options)[0]
+    assert found == pytest.approx(plain + 3 * sum(errors).item() / 2, rel=1e-4)
+    assert not any(m._forward_hooks for net in (model, teacher) for m in net.modules())
+
+
+def test_features_bring_the_inside_nearer_than_answers_alone():
+    def distance(**options):
+        model, teacher, batches = networks()
+        distill(model, teacher, batches, steps=100, **options)
+        x = torch.cat(batches)
+        with torch.no_grad():
+            now, wanted = (m.eval()[:4](x) for m in (model, teacher))
+        return (now - wanted).square().mean().item()
+
+    assert distance(features=["3"], feature_weight=10.0) < 0.9 * distance()
+
+
 def test_wrong_arguments_are_refused():
     model, teacher, batches = networks()
     with pytest.raises(ValueError, match="use 'all' or 'targets'"):
@@ -82,6 +110,9 @@ def test_wrong_arguments_are_refused():
         distill(model, teacher, iter(batches), steps=5)
     with pytest.raises(ValueError, match="use a lower lr"):
         distill(model, teacher, [x * math.inf for x in batches], steps=1)
+    with pytest.raises(ValueError, match=r"features=\['layer9'\]: Sequential has no such modules"):
+        distill(model, teacher, batches, steps=1, features=["2", "layer9"])
+    assert not any(m._forward_hooks for m in model.modules())
     with pytest.raises(ValueError, match="call convert"):
         distill(teacher, teacher, batches, steps=1)
 

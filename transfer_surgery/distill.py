@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import CosineAnnealingLR
+from torch.utils.hooks import RemovableHandle
 
 from transfer_surgery.side_by_side import call_model, logits_of, to_device_of
 from transfer_surgery.unit import gated_activations
@@ -30,14 +31,17 @@ def distill(
     momentum: float = 0.9,
     weight_decay: float = 0.0,
     temperature: float = 4.0,
+    features: Sequence[str] = (),
+    feature_weight: float = 1.0,
     clip: float = 2.0,
 ) -> list[float]:
     """Train a converted model to answer as another one, by SGD with a cosine schedule.
 
     The loss is the Kullback-Leibler divergence of the softened answers, times the square of the
-    temperature (Hinton, Vinyals and Dean 2015). A few hundred steps after `match_targets` and
-    `swap_targets` are worth several epochs with labels. For other losses, optimizers or schedules
-    write the loop: there is nothing special about it.
+    temperature (Hinton, Vinyals and Dean 2015); with `features`, plus the squared error of what
+    modules inside the networks give, relative to its mean square. A few hundred steps after
+    `match_targets` and `swap_targets` are worth several epochs with labels. For other losses,
+    optimizers or schedules write the loop: there is nothing special about it.
 
     Args:
         model: a converted model on its device; it is trained in training mode.
@@ -52,14 +56,17 @@ def distill(
         momentum: Nesterov's.
         weight_decay: of weights; targets and norm layers have none.
         temperature: by which both answers are softened.
+        features: paths of modules that both networks have, such as the stages, whose outputs are
+            compared too.
+        feature_weight: of the mean of their relative squared errors; the divergence has weight 1.
         clip: highest norm of the gradient; 0: none.
 
     Returns:
         The loss of each step.
 
     Raises:
-        ValueError: the model is not converted, an unknown ``train``, no batches, or a loss that is
-            not finite.
+        ValueError: the model is not converted, an unknown ``train`` or module, no batches, or a
+            loss that is not finite.
 
     Example:
         >>> import copy
@@ -83,13 +90,18 @@ def distill(
     schedule = CosineAnnealingLR(optimizer, steps)
     modes = [(m, m.training) for network in (model, teacher) for m in network.modules()]
     losses: list[float] = []
+    watched = [_Outputs(network, features) for network in (model, teacher)]
     try:
+        for outputs in watched:
+            outputs.start()
         for parameter in others:
             parameter.requires_grad_(False)
         model.train()
         teacher.eval()
         for batch in _again(batches, steps):
             loss = _loss(model, teacher, to_device_of(model, batch), temperature)
+            if features:
+                loss = loss + feature_weight * _feature_loss(*watched)
             optimizer.zero_grad()
             loss.backward()  # type: ignore[no-untyped-call]
             norm = nn.utils.clip_grad_norm_(trained, clip if clip > 0 else torch.inf)
@@ -101,6 +113,8 @@ def distill(
             schedule.step()
             losses.append(loss.item())
     finally:
+        for outputs in watched:
+            outputs.stop()
         for parameter, wanted in others.items():
             parameter.requires_grad_(wanted)
         for module, training in modes:
@@ -113,6 +127,45 @@ def _loss(model: nn.Module, teacher: nn.Module, batch: Any, temperature: float) 
         wanted = F.log_softmax(logits_of(call_model(teacher, batch)) / temperature, 1)
     now = F.log_softmax(logits_of(call_model(model, batch)) / temperature, 1)
     return F.kl_div(now, wanted, log_target=True, reduction="batchmean") * temperature**2
+
+
+class _Outputs:
+    """The last output of some modules of a network."""
+
+    def __init__(self, network: nn.Module, paths: Sequence[str]) -> None:
+        self.last: dict[str, Tensor] = {}
+        modules = dict(network.named_modules())
+        missing = [path for path in paths if path not in modules]
+        if missing:
+            raise ValueError(
+                f"features={missing}: {type(network).__name__} has no such modules; take paths "
+                "from named_modules() that the model and its teacher both have."
+            )
+        self._modules = {path: modules[path] for path in paths}
+        self._handles: list[RemovableHandle] = []
+
+    def start(self) -> None:
+        for path, module in self._modules.items():
+            self._handles.append(module.register_forward_hook(self._note(path)))
+
+    def _note(self, path: str) -> Callable[[nn.Module, tuple[Any, ...], Any], None]:
+        def note(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+            self.last[path] = logits_of(output)
+
+        return note
+
+    def stop(self) -> None:
+        for handle in self._handles:
+            handle.remove()
+
+
+def _feature_loss(model: _Outputs, teacher: _Outputs) -> Tensor:
+    errors = []
+    for path, wanted in teacher.last.items():
+        wanted = wanted.detach().float()
+        error = (model.last[path].float() - wanted).square().mean()
+        errors.append(error / wanted.square().mean().clamp_min(1e-12))
+    return torch.stack(errors).mean()
 
 
 def _parameter_groups(model: nn.Module, train: str, weight_decay: float) -> list[dict[str, Any]]:
