@@ -15,10 +15,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from transfer_surgery.fits import family_of
+from transfer_surgery.fit_weights import WEIGHTS
 from transfer_surgery.match_report import MatchReport, MatchRow, MatchWarning
-from transfer_surgery.normal_equations import Inputs, NormalEquations, Solution, grouped
-from transfer_surgery.refit import LayerFit, can_be_refitted, norms_behind, sharing_weights
+from transfer_surgery.match_site import fit_site, refit_layer, write
+from transfer_surgery.normal_equations import Inputs, Solution
+from transfer_surgery.refit import can_be_refitted, norms_behind, sharing_weights
 from transfer_surgery.side_by_side import SideBySide, as_batches, prediction_mode
 from transfer_surgery.swap import swap_targets
 from transfer_surgery.unfit import refuse_sharded
@@ -37,6 +38,7 @@ def match_targets(
     include: Any = None,
     exclude: Any = None,
     symmetric: bool = False,
+    weights: str | None = None,
     refit: bool = False,
     frequencies: Sequence[float] = FREQUENCIES,
     min_periods: float = 0.5,
@@ -58,6 +60,11 @@ def match_targets(
         exclude: sites to leave as they are, likewise.
         symmetric: fit to what the source makes of the *same* input, as one would do without an
             original network at hand. Errors of the sites before are then not made up for.
+        weights: of the squared errors at a site. None: all count the same. ``"gradient"``: by the
+            squared gradient of the original network's log-likelihood, with labels drawn from its
+            answers (the diagonal of the Fisher information, as in second-order quantisation); it
+            takes a backward pass per site and batch. ``"next_layer"``: by the squared weights with
+            which the next layers read a channel; of use where channels share a target.
         refit: also refit the weights of each linear and convolutional layer behind a site, such
             that its outputs come near those of the original network (least squares, no training),
             and swap the sites, since the weights no longer suit the source.
@@ -72,7 +79,8 @@ def match_targets(
         how far the outputs are from the original ones with this site and those before swapped.
 
     Raises:
-        ValueError: the model is not converted, there are no batches, or a pattern matches nothing.
+        ValueError: the model is not converted, there are no batches, a pattern matches nothing, or
+            `weights` is none of these.
         TypeError: the model is sharded by FSDP2.
         Whatever goes wrong, the model is then unchanged.
 
@@ -87,6 +95,8 @@ def match_targets(
         >>> bool(found.rows[0].r2 > 0.9)
         True
     """
+    if weights not in WEIGHTS:
+        raise ValueError(f"weights={weights!r}: use one of {', '.join(map(str, WEIGHTS))}.")
     refuse_sharded(model)
     units = matching_units(model, include, exclude)
     networks = SideBySide(model, list(units.values()), as_batches(batches, model))
@@ -98,6 +108,7 @@ def match_targets(
                     networks,
                     {unit: path for path, unit in units.items()},
                     symmetric=symmetric,
+                    weights=weights,
                     families={"frequencies": tuple(frequencies), "min_periods": min_periods},
                     ridge=ridge,
                     refit_ridge=refit_ridge if refit else None,
@@ -126,6 +137,7 @@ def _match(
     paths: dict[GatedActivation, str],
     *,
     symmetric: bool,
+    weights: str | None,
     families: dict[str, Any],
     ridge: float,
     refit_ridge: float | None,
@@ -137,74 +149,16 @@ def _match(
         wanted = networks.log_probabilities(networks.batches[0])
     for module, calls in networks.order([*paths, *layers]).items():
         if isinstance(module, GatedActivation):
-            solution, inputs = _fit(networks, module, calls, symmetric, families, ridge)
-            _write(module, solution)
+            solution, inputs = fit_site(
+                networks, module, calls, symmetric, weights, families, ridge
+            )
+            write(module, solution)
             networks.swapped.add(module)
             yield _row(paths[module], module, solution, inputs, _divergence(networks, wanted))
         elif networks.swapped and module not in shared and refit_ridge is not None:
-            _refit(networks, module, calls, norms.get(module), refit_ridge)
+            refit_layer(networks, module, calls, norms.get(module), refit_ridge)
     for unit in paths.keys() - networks.swapped:
         yield MatchRow(paths[unit], str(unit.source), str(unit.target), None, None, None)
-
-
-def _fit(
-    networks: SideBySide,
-    unit: GatedActivation,
-    calls: int,
-    symmetric: bool,
-    families: dict[str, Any],
-    ridge: float,
-) -> tuple[Solution, Inputs]:
-    """Two passes: what the inputs are like, then the sums of the fit."""
-
-    def group(x: Tensor) -> Tensor:
-        return grouped(x, unit.granularity, unit.channel_axis)
-
-    inputs = Inputs()
-    for batch in networks.batches:
-        with networks.matched():
-            for x, _ in networks.see(unit, batch, calls):
-                inputs.add(group(x))
-    equations = NormalEquations(family_of(unit.target, **families), inputs, ridge)
-    for batch in networks.batches:
-        with networks.matched():
-            here = networks.see(unit, batch, calls)
-        wanted = here
-        if not symmetric:
-            with networks.original():
-                wanted = networks.see(unit, batch, calls)
-        for (x, _), (_, y) in zip(here, wanted, strict=True):
-            equations.add(group(x), group(y))
-    return equations.solve(), inputs
-
-
-def _refit(
-    networks: SideBySide, layer: nn.Module, calls: int, norm: nn.Module | None, ridge: float
-) -> None:
-    assert isinstance(layer, nn.Linear | nn.Conv2d)
-    fit = LayerFit(layer, ridge, intercept=norm is not None)
-    for batch in networks.batches:
-        with networks.original():
-            wanted = networks.see(layer, batch, calls)
-        with networks.matched():
-            here = networks.see(layer, batch, calls)
-        for (x, _), (_, y) in zip(here, wanted, strict=True):
-            fit.add(x, y)
-    found = fit.solve()
-    if norm is not None and layer.bias is None:
-        # In training the statistics of the batch do what this does in evaluation.
-        mean = norm.running_mean
-        assert isinstance(mean, Tensor)
-        networks.assign(norm, {"running_mean": mean - found.pop("bias")})
-    networks.assign(layer, found)
-
-
-def _write(unit: GatedActivation, solution: Solution) -> None:
-    target = unit.free_target()
-    names = ("a", "w", "c", "b")
-    for name, values in zip(names, solution.parameters, strict=True):
-        parameter = getattr(target, name)
-        parameter.data = values.to(parameter).reshape(parameter.shape)
 
 
 def _row(

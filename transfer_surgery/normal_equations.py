@@ -74,8 +74,8 @@ class Solution:
 
     Attributes:
         parameters: ``(a, w, c, b)``, each of the shape ``(groups,)``.
-        residual: sum of squared errors per group.
-        total: sum of squares about the mean per group.
+        residual: weighted sum of squared errors per group.
+        total: weighted sum of squares about the weighted mean per group.
     """
 
     parameters: tuple[Tensor, Tensor, Tensor, Tensor]
@@ -96,25 +96,28 @@ class NormalEquations:
         self.family, self.ridge = family, ridge
         self.mean, self.std = inputs.mean, inputs.std
         self.candidates = list(family.candidates(self.mean, self.std, inputs.span))
-        self.count = 0
+        self.count: Tensor | float = 0.0
         self.matrix: list[Tensor | float] = [0.0] * len(self.candidates)
         self.vector: list[Tensor | float] = [0.0] * len(self.candidates)
         self.sums: Tensor | float = 0.0
 
-    def add(self, x: Tensor, y: Tensor) -> None:
-        """Count a batch: inputs and the values to be fitted, both ``(groups, N)``."""
+    def add(self, x: Tensor, y: Tensor, weights: Tensor | None = None) -> None:
+        """Count a batch: inputs, values to be fitted, weights of errors; all ``(groups, N)``."""
         length = max(_CHUNK // x.shape[0], 1)
-        for part, wanted in zip(torch.split(x, length, 1), torch.split(y, length, 1), strict=True):
-            self._add(part, wanted)
+        weights = torch.ones_like(y[:1]).expand_as(y) if weights is None else weights
+        for part in zip(*(torch.split(t, length, 1) for t in (x, y, weights)), strict=True):
+            self._add(*part)
 
-    def _add(self, x: Tensor, y: Tensor) -> None:
+    def _add(self, x: Tensor, y: Tensor, weights: Tensor) -> None:
         u = (x - self.mean[:, None].to(x)) / self.std[:, None].to(x)
-        self.count += x.shape[1]
-        self.sums = self.sums + torch.stack([y.double().sum(1), y.double().square().sum(1)])
+        self.count = self.count + weights.double().sum(1)
+        moments = [(weights.double() * y.double() ** power).sum(1) for power in (1, 2)]
+        self.sums = self.sums + torch.stack(moments)
         for index, candidate in enumerate(self.candidates):
             w, c = (part.to(x) for part in candidate)
             features = torch.stack(self.family.features(u, candidate._replace(w=w, c=c)), 1)
-            products = features @ torch.cat([features, y[:, None]], 1).transpose(1, 2)
+            columns = torch.cat([features, y[:, None]], 1).transpose(1, 2)
+            products = (features * weights[:, None].to(x)) @ columns
             self.matrix[index] = self.matrix[index] + products[:, :, :-1].double()
             self.vector[index] = self.vector[index] + products[:, :, -1].double()
 
@@ -140,7 +143,7 @@ class NormalEquations:
         diagonal = matrix.diagonal(dim1=1, dim2=2).clone()
         diagonal[:, :-1] *= self.ridge
         # A feature that is 0 throughout, or a constant input, leaves no pivot.
-        diagonal[:, :-1] += 1e-9 * self.count
+        diagonal[:, :-1] += 1e-9 * torch.as_tensor(self.count)[:, None]
         diagonal[:, -1] = 0.0
         solution = torch.linalg.solve(matrix + torch.diag_embed(diagonal), vector)
         explained = 2 * (solution * vector).sum(1)
