@@ -11,7 +11,8 @@ from torch import nn
 from transfer_surgery.activations import get_activation
 from transfer_surgery.gates import make_gate
 from transfer_surgery.history import History
-from transfer_surgery.plots import plot_history, plot_report
+from transfer_surgery.match_report import MatchReport, MatchRow
+from transfer_surgery.plots import plot_history, plot_match, plot_report
 from transfer_surgery.report import report
 from transfer_surgery.unit import GatedActivation
 
@@ -124,3 +125,25 @@ def test_neither_importing_nor_reporting_needs_matplotlib_pandas_or_pyplot():
         assert not loaded, loaded
     """
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def matched(sites: int) -> MatchReport:
+    rows = [MatchRow(f"layer{i}", "relu", "sin", 1 - i / 10, 0.5 + i, i / 2) for i in range(sites)]
+    return MatchReport((*rows, MatchRow("last", "relu", "square", None, None, None)))
+
+
+def test_matches_are_drawn_as_bars_of_three_measures():
+    figure = matched(3).plot()
+    bars = {ax.get_xlabel(): [bar.get_width() for bar in ax.patches] for ax in figure.axes}
+    assert bars["R2"] == pytest.approx([1, 0.9, 0.8])
+    assert bars["periods"] == [0.5, 1.5, 2.5]
+    assert bars["KL"] == [0, 0.5, 1]
+    labels = [label.get_text() for label in shown_labels(figure)]
+    assert labels == ["layer0", "layer1", "layer2", "last"]
+
+
+@pytest.mark.parametrize("sites", [1, 30, 200])
+def test_labels_of_matches_do_not_overlap(sites):
+    labels = shown_labels(plot_match(matched(sites)))
+    assert not overlaps(labels)
+    assert len(labels) >= min(sites, 40)

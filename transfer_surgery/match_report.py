@@ -4,9 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from transfer_surgery.text import columns
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 __all__ = ["MatchReport", "MatchRow", "MatchWarning"]
 
@@ -55,6 +59,12 @@ class MatchReport:
         head = ("path", "source", "target", "R2", "periods", "KL")
         lines = [head, *(_cells(row) for row in self.rows)]
         return columns(lines, left=3)
+
+    def plot(self, ax: Axes | None = None) -> Figure:
+        """`transfer_surgery.plots.plot_match` of this report."""
+        from transfer_surgery.plots import plot_match
+
+        return plot_match(self, ax)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain numbers, strings, lists and dicts."""

@@ -1,4 +1,4 @@
-"""Pictures of the transfer: a report as bars, a history as a heat map.
+"""Pictures of the transfer: reports as bars, a history as a heat map.
 
 Figures are made without pyplot, so that drawing needs no display, chooses no backend and leaves no
 figure open.
@@ -12,6 +12,7 @@ from itertools import pairwise
 from typing import TYPE_CHECKING
 
 from transfer_surgery.history import History
+from transfer_surgery.match_report import MatchReport
 from transfer_surgery.report import Report
 
 if TYPE_CHECKING:
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
     from matplotlib.collections import QuadMesh
     from matplotlib.figure import Figure
 
-__all__ = ["plot_history", "plot_report"]
+__all__ = ["plot_history", "plot_match", "plot_report"]
 
 # Okabe and Ito's palette, which colour-blind readers tell apart.
 _COLOURS = {"kept": "#0072B2", "mixed": "#C8C8C8", "transferred": "#E69F00"}
@@ -100,11 +101,56 @@ def plot_history(history: History, ax: Axes | None = None) -> Figure:
     return _figure_of(ax)
 
 
+def plot_match(report: MatchReport, ax: Axes | None = None) -> Figure:
+    """Draw how well targets were matched: R2, periods and KL of each site, side by side.
+
+    Args:
+        report: what `transfer_surgery.match_targets` returned.
+        ax: where to draw R2; the others are cut out of its room. By default a new figure, as high
+            as the number of sites asks for.
+
+    Returns:
+        The figure; ``figure.savefig("match.png")`` writes it.
+
+    Raises:
+        ImportError: matplotlib is not installed.
+
+    Example:
+        >>> from transfer_surgery.match_report import MatchRow
+        >>> figure = plot_match(MatchReport((MatchRow("act", "relu", "sin", 0.97, 0.8, 0.01),)))
+        >>> [ax.get_xlabel() for ax in figure.axes]
+        ['R2', 'periods', 'KL']
+    """
+    rows = report.rows
+    ax = ax or _new_axes(len(rows), above=0.1)
+    from mpl_toolkits.axes_grid1 import make_axes_locatable  # type: ignore[import-untyped]
+
+    ax.set_yticks(*_labels([row.path for row in rows], room=_inches(ax)), fontsize=8)
+    divider = make_axes_locatable(ax)
+    for name, values in (
+        ("R2", [row.r2 for row in rows]),
+        ("periods", [row.periods for row in rows]),
+        ("KL", [row.divergence for row in rows]),
+    ):
+        panel = ax
+        if name != "R2":
+            panel = divider.append_axes("right", size="100%", pad=0.3, sharey=ax)
+            panel.tick_params(labelleft=False)
+        known = [(i, value) for i, value in enumerate(values) if value is not None]
+        places = [i for i, _ in known]
+        panel.barh(places, [value for _, value in known], height=0.8, color=_COLOURS["kept"])
+        panel.set(xlabel=name, ylim=(len(rows) - 0.5, -0.5))
+        panel.grid(axis="x", linewidth=0.4)
+    lowest = min((row.r2 for row in rows if row.r2 is not None), default=0.0)
+    ax.set_xlim(min(0.0, lowest), 1)
+    return _figure_of(ax)
+
+
 def _draw_around(
     ax: Axes, mesh: QuadMesh, steps: Sequence[float], strips: dict[str, Sequence[float | None]]
 ) -> None:
     """Cut a colour bar and one narrow line plot per strip, of fixed size, out of the axes' room."""
-    from mpl_toolkits.axes_grid1 import make_axes_locatable  # type: ignore[import-untyped]
+    from mpl_toolkits.axes_grid1 import make_axes_locatable
 
     divider = make_axes_locatable(ax)
     for name, values in strips.items():
