@@ -1,123 +1,251 @@
-"""A sinusoidal network from a trained ReLU network, without labels: what each step is worth.
+"""The study of matched targets: sinusoidal networks from trained ones, recipe by recipe.
 
-    python benchmarks/pretrained.py --depth 20 --depth 56 --table docs/pretrained.md
+    python benchmarks/pretrained.py run --start refitted --steps 400 --lesson teacher
+    python benchmarks/pretrained.py grid --epochs 1 | xargs -P2 -I{} sh -c '{}'
+    python benchmarks/pretrained.py table
 
-All activations of the trained CIFAR-10 ResNets are replaced. Matching sees some training images
-without crops and flips, distillation sees all of them with; neither sees a label.
+`run` is one recipe and one seed, and writes a JSON file; `grid` prints the commands of those that
+have no file yet; `table` writes docs/pretrained.md from the files. $TRANSFER_SURGERY_DATA has
+CIFAR-10 and the trained ResNets.
 """
 
 from __future__ import annotations
 
 import copy
+import json
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from itertools import pairwise
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
+import torch.nn.functional as F
 import typer
 from rich.console import Console
 from safetensors.torch import load_file
 from torch import Tensor, nn
+from torch.optim.lr_scheduler import CosineAnnealingLR
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 from cifar_resnet import ResNet
 from image_data import ImageData, MemoryLoader, load_cifar10
+from pretrained_table import Recipe, Result, read_results, write_table
 from training import Machine, predict
 
-from transfer_surgery import bake, convert, distill, match_targets, swap_targets
+from transfer_surgery import (
+    TransferSchedule,
+    bake,
+    convert,
+    distill,
+    match_targets,
+    report,
+    sensitivity,
+    swap_targets,
+    wrap_optimizer,
+)
 
-console = Console()
 BATCH = 128
+RESULTS = Path(__file__).parents[1] / "docs" / "pretrained"
+console = Console()
+app = typer.Typer(help=__doc__.split("\n")[0], add_completion=False)
+Folder = Annotated[Path, typer.Option(help="Where the JSON files are.")]
 
 
-@dataclass(frozen=True)
-class Row:
-    """One way to replace the activations."""
-
-    name: str
-    error: float
-    seconds: float | None
-
-
-def main(
-    depth: Annotated[list[int] | None, typer.Option(help="20, 32, 44 or 56; repeat it.")] = None,
-    images: Annotated[int, typer.Option(min=1, help="Unlabelled images for matching.")] = 512,
-    steps: Annotated[list[int] | None, typer.Option(help="Of distillation; repeat it.")] = None,
-    lr: Annotated[float, typer.Option(help="Highest learning rate of distillation.")] = 0.02,
-    threads: Annotated[int | None, typer.Option(help="Of the CPU; default: torch's.")] = None,
+@app.command()
+def run(
+    depth: Annotated[int, typer.Option(help="20, 32, 44 or 56.")] = 20,
+    start: Annotated[
+        str, typer.Option(help="relu (not converted), plain, symmetric, matched, refitted.")
+    ] = "matched",
+    weights: Annotated[str, typer.Option(help="Of the fits: none, gradient.")] = "none",
+    images: Annotated[int, typer.Option(min=1, help="Unlabelled ones for matching.")] = 1024,
+    transfer: Annotated[str, typer.Option(help="hard, soft, line.")] = "hard",
+    noise: Annotated[str, typer.Option(help="Of soft gates: batch, example, none.")] = "batch",
+    order: Annotated[str, typer.Option(help="joint, front_to_back, sensitivity.")] = "joint",
+    lesson: Annotated[str, typer.Option(help="labels, teacher (no labels), both.")] = "labels",
+    steps: Annotated[int, typer.Option(min=0, help="Of training; an epoch has 390.")] = 0,
+    lr: Annotated[float, typer.Option(help="Highest learning rate.")] = 0.02,
     seed: int = 0,
-    table: Annotated[Path | None, typer.Option(help="Markdown file for the tables.")] = None,
+    threads: Annotated[int, typer.Option(help="Of the CPU.")] = 2,
+    folder: Folder = RESULTS,
 ) -> None:
-    """Print, and write, the test error and the time of each way."""
-    if threads:
-        torch.set_num_threads(threads)
+    """One recipe."""
+    recipe = Recipe(depth, start, weights, images, transfer, noise, order, lesson, steps, lr, seed)
+    torch.set_num_threads(threads)
+    result = study(recipe, threads)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / f"{recipe.name}.json").write_text(json.dumps(asdict(result), indent=1) + "\n")
+    console.print(f"{recipe.name}: {result.error:.2%}")
+
+
+@app.command()
+def grid(
+    epochs: Annotated[int, typer.Option(help="0, 1, 3 or 6.")] = 1,
+    seeds: Annotated[int, typer.Option(help="Of each recipe.")] = 1,
+    depth: int = 20,
+    folder: Folder = RESULTS,
+) -> None:
+    """Print the commands of recipes without a file, for ``xargs -P2 -I{} sh -c '{}'``."""
+    for recipe in recipes(depth, epochs, seeds):
+        if not (folder / f"{recipe.name}.json").exists():
+            options = [f"--{k} {v}" for k, v in asdict(recipe).items()]
+            print(f"python {sys.argv[0]} run {' '.join(options)} --threads 1 --folder {folder}")
+
+
+def recipes(depth: int, epochs: int, seeds: int) -> Iterator[Recipe]:
+    """{how it starts} x {how it is transferred}, and the network that keeps its ReLUs."""
+    steps = epochs * 390
+    for seed in range(seeds):
+        common: dict[str, Any] = {"depth": depth, "steps": steps, "seed": seed}
+        yield Recipe(**common, start="relu")
+        for start in ("plain", "symmetric", "matched", "refitted"):
+            yield Recipe(**common, start=start)
+        if not epochs:
+            yield Recipe(**common, start="matched", weights="gradient")
+            yield Recipe(**common, start="refitted", weights="gradient")
+            continue
+        for lesson in ("teacher", "both"):
+            yield Recipe(**common, start="refitted", lesson=lesson)
+        for start in ("plain", "matched"):
+            yield Recipe(**common, start=start, transfer="line")
+            for noise in ("batch", "example", "none"):
+                yield Recipe(**common, start=start, transfer="soft", noise=noise)
+        for order in ("front_to_back", "sensitivity"):
+            yield Recipe(**common, start="matched", transfer="soft", order=order)
+
+
+@app.command()
+def table(folder: Folder = RESULTS) -> None:
+    """docs/pretrained.md, or FOLDER.md, from the results."""
+    folder.with_suffix(".md").write_text(write_table(read_results(folder)))
+
+
+def study(recipe: Recipe, threads: int) -> Result:
     machine = Machine.choose()
     data = load_cifar10(batch_size=BATCH, device=machine.device)
-    sections = []
-    for number in depth or [20]:
-        rows = list(study(number, data, machine, images, steps or [], lr, seed))
-        sections.append(markdown(number, rows))
-        console.print(f"\n{sections[-1]}\n")
-    if table:
-        where = torch.cuda.get_device_name() if machine.device.type == "cuda" else "CPU"
-        command = " ".join(["python benchmarks/pretrained.py", *sys.argv[1:]])
-        head = (
-            f"`{command}`, {where}, {torch.get_num_threads()} threads, torch {torch.__version__}."
-        )
-        table.write_text("\n\n".join([table_head(), head, *sections]) + "\n")
+    teacher = machine.place(trained_network(recipe.depth))
+    torch.manual_seed(recipe.seed)
+    begun = time.perf_counter()
+    model, batches = prepare(recipe, teacher, data)
+    matched = time.perf_counter()
+    losses, transferred = train(recipe, model, teacher, batches, data)
+    done = time.perf_counter()
+    where = torch.cuda.get_device_name() if machine.device.type == "cuda" else "CPU"
+    return Result(
+        recipe,
+        error=1 - predict(model, data.test, machine).accuracy,
+        transferred=transferred,
+        match_seconds=round(matched - begun, 1),
+        train_seconds=round(done - matched, 1),
+        losses=[round(loss, 4) for loss in in_parts(losses, 20)],
+        machine=f"{where}, {threads} threads, torch {torch.__version__}",
+    )
 
 
-def study(
-    depth: int,
-    data: ImageData,
-    machine: Machine,
-    images: int,
-    steps: list[int],
-    lr: float,
-    seed: int,
-) -> Iterator[Row]:
-    """A row for each way, from the trained network on."""
+def trained_network(depth: int) -> nn.Module:
     folder = os.environ.get("TRANSFER_SURGERY_DATA")
     if not folder:
         raise typer.BadParameter("TRANSFER_SURGERY_DATA: name the folder that holds weights/.")
-    teacher = ResNet(depth)
-    teacher.load_state_dict(
-        load_file(Path(folder) / "weights" / f"cifar10_resnet{depth}.safetensors")
-    )
-    machine.place(teacher)
-    batches = calibration(data, images, seed)
+    model = ResNet(depth)
+    file = Path(folder) / "weights" / f"cifar10_resnet{depth}.safetensors"
+    model.load_state_dict(load_file(file))
+    return model.eval()
 
-    def error(model: nn.Module) -> float:
-        return 1 - predict(model, data.test, machine).accuracy
 
-    def row(name: str, work: Callable[[nn.Module], object]) -> Row:
-        model = convert(copy.deepcopy(teacher), "sin", example_input=batches[0][:2])
-        begun = time.perf_counter()
-        work(model)
-        seconds = time.perf_counter() - begun
-        swap_targets(model)
-        result = Row(name, error(bake(model)), seconds)
-        console.print(f"ResNet-{depth}, {name}: {result.error:.2%} ({seconds:.0f} s)")
-        return result
-
-    yield Row("ReLU, as trained", error(teacher), None)
-    yield row("plain sine", lambda model: None)
-    yield row("matched, symmetric", lambda m: match_targets(m, batches, symmetric=True))
-    yield row("matched", lambda m: match_targets(m, batches))
-    yield row("matched, layers refitted", lambda m: match_targets(m, batches, refit=True))
-    for number in steps:
-        torch.manual_seed(seed)
-        yield row(
-            f"matched, layers refitted, distilled for {number} steps",
-            lambda m, number=number: (
-                match_targets(m, batches, refit=True),
-                distill(m, teacher, Unlabelled(data.train), steps=number, lr=lr),
-            ),
+def prepare(recipe: Recipe, teacher: nn.Module, data: ImageData) -> tuple[nn.Module, list[Tensor]]:
+    """The converted network before any training, and what it was matched on."""
+    model, batches = copy.deepcopy(teacher), calibration(data, recipe.images, recipe.seed)
+    if recipe.start == "relu":
+        return model, batches
+    gates: dict[str, Any] = {"gate": "line"} if recipe.transfer == "line" else {}
+    if recipe.transfer == "soft":
+        gates["noise"] = recipe.noise
+    convert(model, "sin", example_input=batches[0][:2], **gates)
+    if recipe.start != "plain":
+        match_targets(
+            model,
+            batches,
+            symmetric=recipe.start == "symmetric",
+            refit=recipe.start == "refitted",
+            weights=None if recipe.weights == "none" else recipe.weights,
         )
+    if recipe.transfer == "hard":
+        swap_targets(model)
+    return model, batches
+
+
+def train(
+    recipe: Recipe, model: nn.Module, teacher: nn.Module, batches: list[Tensor], data: ImageData
+) -> tuple[list[float], float]:
+    """Train where the recipe has steps; then a baked network. Losses, transferred fraction."""
+    losses: list[float] = []
+    if recipe.lesson == "teacher" and recipe.steps:
+        losses = distill(model, teacher, Unlabelled(data.train), steps=recipe.steps, lr=recipe.lr)
+    elif recipe.start == "relu":
+        return list(_train(recipe, model, teacher, None, data)), 0.0
+    elif recipe.transfer != "hard" and recipe.steps:
+        losses = list(_train(recipe, model, teacher, schedule_of(recipe, model, batches), data))
+    transferred = report(model).total.transferred
+    bake(model)
+    if recipe.transfer == "hard" and recipe.lesson != "teacher":
+        losses = list(_train(recipe, model, teacher, None, data))
+    return losses, transferred
+
+
+def _train(
+    recipe: Recipe,
+    model: nn.Module,
+    teacher: nn.Module,
+    schedule: TransferSchedule | None,
+    data: ImageData,
+) -> Iterator[float]:
+    """SGD with the labels, and with the teacher's answers where the lesson is ``both``."""
+    if not recipe.steps:
+        return
+    decayed = [p for n, p in model.named_parameters() if p.dim() > 1]
+    others = [p for n, p in model.named_parameters() if p.dim() <= 1 and "log_alpha" not in n]
+    groups = [{"params": decayed, "weight_decay": 1e-4}, {"params": others}]
+    optimizer = torch.optim.SGD(groups, recipe.lr, momentum=0.9, nesterov=True)
+    if schedule:
+        wrap_optimizer(optimizer, model, transfer=schedule)
+    scheduler = CosineAnnealingLR(optimizer, recipe.steps)
+    model.train()
+    done = 0
+    while done < recipe.steps:
+        for images, labels in data.train:
+            logits = model(images)
+            loss = F.cross_entropy(logits, labels)
+            if recipe.lesson == "both":
+                loss = loss + divergence(logits, teacher, images)
+            optimizer.zero_grad()
+            loss.backward()
+            nn.utils.clip_grad_norm_(decayed + others, 2.0)
+            optimizer.step()
+            scheduler.step()
+            yield loss.item()
+            done += 1
+            if done == recipe.steps:
+                break
+
+
+def schedule_of(recipe: Recipe, model: nn.Module, batches: list[Tensor]) -> TransferSchedule:
+    if recipe.transfer == "line":
+        return TransferSchedule(recipe.steps, start=0, end=1.0, shape="linear")
+    order: Any = recipe.order
+    if order == "sensitivity":
+        order = sensitivity(model, batches[:2]).order
+    return TransferSchedule(recipe.steps, order=order)
+
+
+def divergence(logits: Tensor, teacher: nn.Module, images: Tensor, t: float = 4.0) -> Tensor:
+    with torch.no_grad():
+        wanted = F.log_softmax(teacher(images) / t, 1)
+    now = F.log_softmax(logits / t, 1)
+    return F.kl_div(now, wanted, log_target=True, reduction="batchmean") * t**2
 
 
 def calibration(data: ImageData, number: int, seed: int) -> list[Tensor]:
@@ -130,34 +258,23 @@ def calibration(data: ImageData, number: int, seed: int) -> list[Tensor]:
     return [images for images, _ in plain]
 
 
+def in_parts(values: list[float], parts: int) -> list[float]:
+    """Means of so many parts of equal length, or all values where there are fewer."""
+    parts = min(parts, len(values))
+    edges = [len(values) * i // parts for i in range(parts + 1)] if parts else []
+    return [sum(values[a:b]) / (b - a) for a, b in pairwise(edges)]
+
+
 @dataclass(frozen=True)
 class Unlabelled:
     """A loader's inputs without their labels."""
 
-    loader: object
+    loader: Any
 
     def __iter__(self) -> Iterator[Tensor]:
-        for images, _ in self.loader:  # type: ignore[attr-defined]
+        for images, _ in self.loader:
             yield images
 
 
-def table_head() -> str:
-    """What the tables are."""
-    return (
-        "# Sinusoidal networks from trained ones, without labels\n\n"
-        "CIFAR-10 ResNets (He et al. 2016) with every activation replaced, baked: error on\n"
-        "the 10,000 test images, and the seconds of matching and distillation. `plain sine` is\n"
-        "the hard swap without any fitting. One seed."
-    )
-
-
-def markdown(depth: int, rows: list[Row]) -> str:
-    lines = [f"## ResNet-{depth}", "", "| network | test error | seconds |", "|---|---|---|"]
-    for row in rows:
-        seconds = "-" if row.seconds is None else f"{row.seconds:.0f}"
-        lines.append(f"| {row.name} | {row.error:.2%} | {seconds} |")
-    return "\n".join(lines)
-
-
 if __name__ == "__main__":
-    typer.run(main)
+    app()
