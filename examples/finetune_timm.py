@@ -15,15 +15,24 @@ from typing import Annotated
 import timm
 import torch
 import typer
-from image_data import load_images
+from image_data import ImageData, load_images
 from summary import Summary, console, describe_change
 from timm.data import resolve_data_config
 from timm.optim import create_optimizer_v2
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 from training import Machine, fit, predict
 
-from transfer_surgery import History, TransferSchedule, bake, convert, report, wrap_optimizer
+from transfer_surgery import (
+    History,
+    TransferSchedule,
+    bake,
+    convert,
+    fold_targets,
+    match_targets,
+    report,
+    wrap_optimizer,
+)
 
 
 def main(
@@ -40,6 +49,9 @@ def main(
         str | None, typer.Option(help="Activation to replace; default: every hidden one.")
     ] = None,
     granularity: Annotated[str, typer.Option(help="layer, channel or neuron.")] = "channel",
+    match: Annotated[
+        bool, typer.Option(help="Fit the targets to the trained network first; no: the paper's.")
+    ] = True,
     gamma: Annotated[
         float | None, typer.Option(help="The paper's constant instead of a TransferSchedule.")
     ] = None,
@@ -49,7 +61,7 @@ def main(
     ] = None,
     epochs: Annotated[
         int, typer.Option(min=1, help="Fine-tuning during which gates transfer.")
-    ] = 30,
+    ] = 10,
     opt: Annotated[str, typer.Option(help="Any timm optimizer.")] = "sgd",
     lr: Annotated[float, typer.Option(help="Highest learning rate.")] = 0.05,
     weight_decay: float = 5e-4,
@@ -93,9 +105,11 @@ def main(
     before = predict(model, data.test, machine)
     summary.add("trained", before.accuracy)
 
-    # 2. Convert: nothing changes yet.
+    # 2. Convert, and fit the targets to what the network computes: nothing changes yet.
     example_input = machine.place(next(iter(data.test))[0][:2])
     convert(model, target, source=source, granularity=granularity, example_input=example_input)
+    if match:
+        print(f"\n{match_targets(model, some_images(data, machine))}\n")
     converted = predict(model, data.test, machine)
     describe_change("convert", converted.change_from(before))
     summary.add("converted", converted.accuracy, change=converted.change_from(before))
@@ -116,8 +130,26 @@ def main(
     baked = predict(model, data.test, machine)
     describe_change("bake", baked.change_from(transferred))
     summary.add("baked", baked.accuracy, change=baked.change_from(transferred))
+
+    # 5. Fold: what was fitted goes into the layers around, where that is exact.
+    if match:
+        print(f"\n{fold_targets(model, example_input)}\n")
+        folded = predict(model, data.test, machine)
+        describe_change("fold", folded.change_from(baked))
+        summary.add("folded", folded.accuracy, change=folded.change_from(baked))
     console.print(summary.table())
     save(output, model, history, summary.to_dict() | {"report": table.to_dict()})
+
+
+def some_images(data: ImageData, machine: Machine, number: int = 512) -> list[Tensor]:
+    """Batches of about so many training images, without their labels."""
+    batches, count = [], 0
+    for images, _ in data.train:
+        batches.append(machine.place(images))
+        count += len(images)
+        if count >= number:
+            break
+    return batches
 
 
 def load_weights(model: nn.Module, file: Path) -> None:

@@ -246,9 +246,20 @@ def test_a_failure_leaves_the_model_as_it_was(monkeypatch):
     assert torch.equal(model(IMAGES), with_a)
 
 
-def test_a_model_without_matched_targets_is_refused():
-    with pytest.raises(ValueError, match="has no matched targets: call match_targets, and bake"):
-        fold_targets(images(), IMAGES)
+def test_gates_are_refused():
+    model = convert(images(), "sin", example_input=IMAGES)
+    with pytest.raises(ValueError, match=r"1: there are still gates; call bake\(model\) first"):
+        fold_targets(model, IMAGES)
+
+
+def test_where_nothing_was_transferred_there_is_nothing_to_fold():
+    model = convert(images(), "sin", example_input=IMAGES)
+    match_targets(model, [IMAGES])
+    before = model.eval()(IMAGES)
+    report = fold_targets(bake(model), IMAGES)
+    assert "nothing to fold" in str(report)
+    assert report.parameters_before == report.parameters_after
+    assert torch.equal(model(IMAGES), before)
 
 
 def test_the_report_counts_parameters():

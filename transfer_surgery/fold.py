@@ -18,6 +18,7 @@ from transfer_surgery.neighbours import CONVOLUTIONS, Neighbours, find_neighbour
 from transfer_surgery.side_by_side import call_model, logits_of, prediction_mode, to_device_of
 from transfer_surgery.surgery import share_hooks, swap_children
 from transfer_surgery.text import columns
+from transfer_surgery.unit import GatedActivation
 
 __all__ = ["FoldReport", "FoldRow", "fold_targets"]
 
@@ -54,6 +55,8 @@ class FoldReport:
     parameters_after: int
 
     def __str__(self) -> str:
+        if not self.rows:
+            return "no site has a matched target alone: there is nothing to fold"
         head = ("path", "w, c went to", "a, b went to", "left")
         lines = [head, *((r.path, r.before, r.after, r.left or "-") for r in self.rows)]
         count = f"{self.parameters_before:,} parameters before, {self.parameters_after:,} after"
@@ -81,10 +84,11 @@ def fold_targets(model: nn.Module, example_input: Any) -> FoldReport:
             of all inputs.
 
     Returns:
-        A row per site, and the number of parameters before and after.
+        A row per site that has a matched target and no source any more, and the number of
+        parameters before and after.
 
     Raises:
-        ValueError: the model has no matched targets, or a batch has no tensors.
+        ValueError: the model still has gates, or the batch has no tensors.
         RuntimeError: the outputs are not the same to rounding.
         Whatever goes wrong, the model is then unchanged.
 
@@ -106,10 +110,9 @@ def fold_targets(model: nn.Module, example_input: Any) -> FoldReport:
         )
     """
     sites = {p: m for p, m in model.named_modules() if isinstance(m, AffineActivation)}
-    if not sites:
-        raise ValueError(
-            f"{type(model).__name__} has no matched targets: call match_targets, and bake, first."
-        )
+    gated = [path for path, m in model.named_modules() if isinstance(m, GatedActivation)]
+    if gated:
+        raise ValueError(f"{', '.join(gated[:3])}: there are still gates; call bake(model) first.")
     batch = to_device_of(model, example_input)
     count = sum(p.numel() for p in model.parameters())
     changed = _Changes()
