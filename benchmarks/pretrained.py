@@ -49,6 +49,7 @@ from transfer_surgery import (
 )
 
 BATCH = 128
+STAGES = ("layer1", "layer2", "layer3")
 RESULTS = Path(__file__).parents[1] / "docs" / "pretrained"
 console = Console()
 app = typer.Typer(help=__doc__.split("\n")[0], add_completion=False)
@@ -102,18 +103,21 @@ def recipes(depth: int, epochs: int, seeds: int) -> Iterator[Recipe]:
     for seed in range(seeds):
         common: dict[str, Any] = {"depth": depth, "steps": steps, "seed": seed}
         yield Recipe(**common, start="relu")
-        for start in ("plain", "symmetric", "matched", "refitted"):
+        for start in ("plain", "matched", "refitted"):
             yield Recipe(**common, start=start)
         if not epochs:
-            yield Recipe(**common, start="matched", weights="gradient")
-            yield Recipe(**common, start="refitted", weights="gradient")
+            yield Recipe(**common, start="symmetric")
+            for start in ("matched", "refitted"):
+                yield Recipe(**common, start=start, weights="gradient")
             continue
         for lesson in ("teacher", "both"):
             yield Recipe(**common, start="refitted", lesson=lesson)
+        yield Recipe(**common, start="matched", transfer="soft", lesson="both")
         for start in ("plain", "matched"):
-            yield Recipe(**common, start=start, transfer="line")
-            for noise in ("batch", "example", "none"):
-                yield Recipe(**common, start=start, transfer="soft", noise=noise)
+            for transfer in ("line", "soft"):
+                yield Recipe(**common, start=start, transfer=transfer)
+        for noise in ("example", "none"):
+            yield Recipe(**common, start="matched", transfer="soft", noise=noise)
         for order in ("front_to_back", "sensitivity"):
             yield Recipe(**common, start="matched", transfer="soft", order=order)
 
@@ -184,7 +188,15 @@ def train(
     """Train where the recipe has steps; then a baked network. Losses, transferred fraction."""
     losses: list[float] = []
     if recipe.lesson == "teacher" and recipe.steps:
-        losses = distill(model, teacher, Unlabelled(data.train), steps=recipe.steps, lr=recipe.lr)
+        losses = distill(
+            model,
+            teacher,
+            Unlabelled(data.train),
+            steps=recipe.steps,
+            lr=recipe.lr,
+            features=STAGES,
+            feature_weight=4.0,
+        )
     elif recipe.start == "relu":
         return list(_train(recipe, model, teacher, None, data)), 0.0
     elif recipe.transfer != "hard" and recipe.steps:

@@ -9,7 +9,9 @@ from torch import nn
 from transfer_surgery import bake, convert, load_gates, save_gates, swap_targets, wrap_optimizer
 from transfer_surgery.activations import get_activation
 from transfer_surgery.affine import AffineActivation
+from transfer_surgery.kernels import gated
 from transfer_surgery.kernels.affine import affine
+from transfer_surgery.kernels.eager import gated_plain
 from transfer_surgery.unit import gated_activations
 
 SIN = get_activation("sin")
@@ -94,6 +96,41 @@ def test_a_channel_at_the_source_takes_nothing_from_the_target():
     unit(x).sum().backward()
     assert unit.affine.a.grad[0] == 0
     assert all(p.grad.isfinite().all() and p.grad[1] != 0 for p in unit.affine.parameters())
+
+
+@pytest.mark.parametrize("source", ["relu", "gelu"])
+def test_mixed_gates_have_the_gradients_of_plain_code_and_keep_only_what_they_are_given(source):
+    x = torch.randn(5, 4, dtype=torch.float64, requires_grad=True)
+    z = torch.tensor([0.0, 0.3, 0.9, 1.0], dtype=torch.float64, requires_grad=True)
+    numbers = tuple(torch.randn(4, dtype=torch.float64, requires_grad=True) for _ in range(4))
+    pair, kept = (get_activation(source), SIN), []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        found = gated(x, z, *pair, parameters=numbers)
+    assert {t.data_ptr() for t in kept} <= {t.data_ptr() for t in (x, z, *numbers)}
+    expected = gated_plain(x, z, *pair, straight_through=True, parameters=numbers)
+    torch.testing.assert_close(found, expected)
+    grad = torch.randn_like(found)
+    leaves = (x, z, *numbers)
+    for one, other in zip(
+        torch.autograd.grad(found, leaves, grad),
+        torch.autograd.grad(expected, leaves, grad),
+        strict=True,
+    ):
+        torch.testing.assert_close(one, other)
+
+
+def test_mixed_gates_have_second_derivatives_and_can_be_mapped():
+    x = torch.randn(3, 2, dtype=torch.float64, requires_grad=True)
+    z = torch.tensor([0.3, 0.8], dtype=torch.float64, requires_grad=True)
+    numbers = tuple(torch.randn(2, dtype=torch.float64, requires_grad=True) for _ in range(4))
+    pair = (get_activation("gelu"), SIN)
+
+    def value(x, z, *numbers):
+        return gated(x, z, *pair, parameters=numbers)
+
+    assert torch.autograd.gradgradcheck(value, (x, z, *numbers))
+    mapped = torch.vmap(lambda row: value(row, z, *numbers))(x)
+    torch.testing.assert_close(mapped, value(x, z, *numbers))
 
 
 def test_parameters_stay_float32():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -9,7 +10,7 @@ from torch import Tensor
 
 from transfer_surgery.activations import Activation
 
-__all__ = ["Affine", "affine"]
+__all__ = ["Affine", "affine", "affine_gradients", "affine_value"]
 
 Affine = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]
 """``(a, w, c, b)``, of shapes that broadcast to that of the input; None: 1, 1, 0, 0."""
@@ -36,16 +37,38 @@ def affine(x: Tensor, activation: Activation, parameters: Affine) -> Tensor:
         tensor([1., 7.])
     """
     if torch.compiler.is_compiling() or torch.jit.is_tracing():  # type: ignore[attr-defined, no-untyped-call]
-        return _value(x, activation, *parameters)
+        return affine_value(x, activation, *parameters)
     result: Tensor = _Affine.apply(x, activation, *parameters)
     return result
 
 
-def _value(x: Tensor, f: Activation, *parameters: Tensor | None) -> Tensor:
+def affine_value(x: Tensor, f: Activation, *parameters: Tensor | None) -> Tensor:
+    """`affine` as plain differentiable tensor code."""
     a, _, _, b = parameters
     y = f(_inner(x, *parameters))
     y = y if a is None else a * y
     return (y if b is None else y + b).to(x.dtype)
+
+
+def affine_gradients(
+    x: Tensor,
+    f: Activation,
+    parameters: Sequence[Tensor | None],
+    grad: Tensor,
+    needed: Sequence[bool],
+) -> tuple[Tensor | None, ...]:
+    """Gradients of the input and of ``(a, w, c, b)``, None where not needed."""
+    a, w, c, b = parameters
+    inner = _inner(x, *parameters)
+    grad = grad.to(inner.dtype)
+    grad_inner = f.backward(grad if a is None else grad * a, inner)
+    return (
+        (grad_inner if w is None else grad_inner * w).to(x.dtype) if needed[0] else None,
+        None if a is None or not needed[1] else (grad * f(inner)).sum_to_size(a.shape),
+        None if w is None or not needed[2] else (grad_inner * x).sum_to_size(w.shape),
+        None if c is None or not needed[3] else grad_inner.sum_to_size(c.shape),
+        None if b is None or not needed[4] else grad.sum_to_size(b.shape),
+    )
 
 
 def _inner(x: Tensor, *parameters: Tensor | None) -> Tensor:
@@ -60,7 +83,7 @@ class _Affine(torch.autograd.Function):
 
     @staticmethod
     def forward(x: Tensor, f: Activation, *parameters: Tensor | None) -> Tensor:
-        return _value(x, f, *parameters)
+        return affine_value(x, f, *parameters)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -69,16 +92,7 @@ class _Affine(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        x, a, w, c, b = ctx.saved_tensors
-        f, needed = ctx.activation, ctx.needs_input_grad
-        inner = _inner(x, a, w, c, b)
-        grad = grads[0].to(inner.dtype)
-        grad_inner = f.backward(grad if a is None else grad * a, inner)
-        return (
-            (grad_inner if w is None else grad_inner * w).to(x.dtype) if needed[0] else None,
-            None,
-            (grad * f(inner)).sum_to_size(a.shape) if needed[2] else None,
-            (grad_inner * x).sum_to_size(w.shape) if needed[3] else None,
-            grad_inner.sum_to_size(c.shape) if needed[4] else None,
-            grad.sum_to_size(b.shape) if needed[5] else None,
-        )
+        x, *parameters = ctx.saved_tensors
+        needed = (ctx.needs_input_grad[0], *ctx.needs_input_grad[2:])
+        found = affine_gradients(x, ctx.activation, parameters, grads[0], needed)
+        return found[0], None, *found[1:]

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from transfer_surgery.activations import Activation
-from transfer_surgery.kernels.affine import Affine, affine
+from transfer_surgery.kernels.affine import Affine, affine, affine_gradients, affine_value
 
 __all__ = ["gated", "gated_plain"]
 
@@ -56,8 +56,11 @@ def gated(
             return source(_with_zero_gradient(x, z, *(parameters or ())), *operands)
         if exact and not operands and bool((z == 0).all()):  # those keep their gradient, which is 0
             return _target(_with_zero_gradient(x, z), target, parameters)
-    if operands or parameters:
+    if operands:
         return gated_plain(x, z, source, target, straight_through, operands, parameters)
+    if parameters:
+        matched: Tensor = _GatedAffine.apply(x, z, source, target, *parameters)
+        return matched
     result: Tensor = _Gated.apply(x, z, source, target)
     return result
 
@@ -161,3 +164,43 @@ class _Gated(torch.autograd.Function):
             wide = torch.promote_types(product.dtype, torch.float32)
             grad_z = product.to(wide).sum_to_size(z.shape)
         return grad_x, grad_z, None, None
+
+
+class _GatedAffine(torch.autograd.Function):
+    """The same for a target ``a * f(w*x + c) + b``, whose parameters get gradients too."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(
+        x: Tensor, z: Tensor, source: Activation, target: Activation, *parameters: Tensor | None
+    ) -> Tensor:
+        return _mix(source(x), affine_value(x, target, *parameters), z)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        x, z, ctx.source, ctx.target, *parameters = inputs
+        ctx.save_for_backward(x, z, *parameters)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (grad,) = grads
+        x, z, *parameters = ctx.saved_tensors
+        source, target = ctx.source, ctx.target
+        # Where a branch contributes nothing it sees the input 0 and the gradient 0.
+        grad_x, *of_parameters = affine_gradients(
+            torch.where(z == 1, 0.0, x),
+            target,
+            parameters,
+            torch.where(z == 1, 0.0, (1 - z) * grad),
+            (ctx.needs_input_grad[0], *ctx.needs_input_grad[4:]),
+        )
+        grad_z = None
+        if grad_x is not None:
+            of_source = source.backward(grad, torch.where(z == 0, 0.0, x))
+            grad_x = (torch.where(z == 0, 0.0, z * of_source) + grad_x).to(x.dtype)
+        if ctx.needs_input_grad[1]:
+            product = grad * (source(x) - affine_value(x, target, *parameters))
+            wide = torch.promote_types(product.dtype, torch.float32)
+            grad_z = product.to(wide).sum_to_size(z.shape)
+        return grad_x, grad_z, None, None, *of_parameters

@@ -1,0 +1,82 @@
+"""benchmarks/pretrained.py: recipes have files of their own, and the page says what is in them."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+DOCS = Path(__file__).parents[1] / "docs"
+sys.path.insert(0, str(BENCHMARKS))
+
+from pretrained_table import Recipe, Result, read_results, write_table  # noqa: E402
+
+
+def result(error: float, **recipe) -> Result:
+    return Result(Recipe(**recipe), error, 1.0, 30.0, 90.0, [2.0, 1.0], "CPU")
+
+
+def test_the_page_is_made_of_the_files():
+    assert (DOCS / "pretrained.md").read_text() == write_table(read_results(DOCS / "pretrained"))
+
+
+def test_files_are_named_after_what_they_hold():
+    for file in (DOCS / "pretrained").glob("*.json"):
+        assert Recipe(**json.loads(file.read_text())["recipe"]).name == file.stem
+
+
+def test_seeds_share_a_row_and_the_best_recipe_is_on_top():
+    several = [result(0.10, seed=0), result(0.12, seed=1), result(0.09, start="refitted")]
+    page = write_table([*several, result(0.2, steps=390), result(0.2, depth=56, steps=400)])
+    rows = [line for line in page.splitlines() if line.startswith(("| matched", "| refitted"))]
+    assert rows[0] == "| refitted | hard | - | - | 9.00% | 100% | 2.0 |"
+    assert rows[1] == "| matched | hard | - | - | 11.00% ± 1.41% (2 seeds) | 100% | 2.0 |"
+    assert rows[2] == "| matched | hard | labels | - | 20.00% | 100% | 2.0 |"
+    sections = [line for line in page.splitlines() if line.startswith("##")]
+    assert sections == [
+        "## ResNet-20, no training",
+        "## ResNet-20, 1 epoch",
+        "## ResNet-56, 400 steps",
+    ]
+
+
+def test_the_grid_has_each_recipe_once_and_leaves_out_what_is_done(tmp_path):
+    def grid(*options):
+        command = [sys.executable, str(BENCHMARKS / "pretrained.py"), "grid", *options]
+        found = subprocess.run(command, capture_output=True, text=True, check=True)
+        return found.stdout.splitlines()
+
+    everything = grid("--epochs", "1", "--seeds", "2", "--folder", str(tmp_path))
+    assert len(set(everything)) == len(everything) > 20
+    assert all(" run --depth 20 " in line for line in everything)
+    done = Recipe(start="refitted", lesson="teacher", steps=390, seed=1)
+    (tmp_path / f"{done.name}.json").write_text("{}")
+    rest = grid("--epochs", "1", "--seeds", "2", "--folder", str(tmp_path))
+    (gone,) = set(everything) - set(rest)
+    assert "--start refitted" in gone
+    assert "--lesson teacher" in gone
+    assert "--seed 1" in gone
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["--start", "refitted", "--lesson", "teacher"],
+        ["--start", "refitted", "--lesson", "both", "--weights", "gradient"],
+        ["--start", "matched", "--transfer", "soft", "--order", "sensitivity"],
+        ["--start", "plain", "--transfer", "line"],
+        ["--start", "relu"],
+    ],
+    ids=" ".join,
+)
+def test_each_kind_of_recipe_runs(options, data_folder, tmp_path):
+    command = [sys.executable, str(BENCHMARKS / "pretrained.py"), "run", *options]
+    command += ["--images", "128", "--steps", "3", "--threads", "1", "--folder", str(tmp_path)]
+    subprocess.run(command, check=True)
+    (found,) = read_results(tmp_path)
+    assert len(found.losses) == 3
+    assert found.transferred == (0 if "relu" in options else 1)
+    assert found.error < (0.95 if "plain" in options else 0.2)
