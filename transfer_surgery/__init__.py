@@ -17,6 +17,7 @@ from transfer_surgery.history import History
 from transfer_surgery.match import match_targets
 from transfer_surgery.match_report import MatchWarning
 from transfer_surgery.optimizer import pause_transfer, resume_transfer, wrap_optimizer
+from transfer_surgery.recompute import recompute_activations
 from transfer_surgery.report import report
 from transfer_surgery.risk import structural_risk
 from transfer_surgery.schedule import TransferSchedule
@@ -41,6 +42,7 @@ __all__ = [
     "load_gates",
     "match_targets",
     "pause_transfer",
+    "recompute_activations",
     "register_activation",
     "register_formula",
     "register_gate",

@@ -11,6 +11,7 @@ from transfer_surgery.activations import Activation, ActivationModule
 from transfer_surgery.affine import AffineActivation, AffineParameters, spread
 from transfer_surgery.fold import fold_targets
 from transfer_surgery.kernels import gated
+from transfer_surgery.recompute import recompute_activations
 from transfer_surgery.surgery import share_hooks, swap_children
 from transfer_surgery.unfit import refuse_sharded
 from transfer_surgery.unit import GatedActivation, gated_activations
@@ -107,6 +108,7 @@ def bake(model: nn.Module, harden: bool = False, fold: Any = None) -> nn.Module:
         module.train(unit.training)
         share_hooks(unit, module)
     swap_children(model, baked)
+    recompute_activations(model, enabled=False)
     if fold is not None:
         fold_targets(model, fold)
     return model

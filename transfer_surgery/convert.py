@@ -16,6 +16,7 @@ from transfer_surgery.gates import make_gate
 from transfer_surgery.match import match_targets
 from transfer_surgery.plan import Plan, Site
 from transfer_surgery.probe import undisturbed
+from transfer_surgery.recompute import recompute_activations
 from transfer_surgery.rewrite import prepare_rewrites
 from transfer_surgery.surgery import insert_units, restore_owner, share_hooks, swap_children
 from transfer_surgery.unfit import refuse_sharded, refuse_unfit
@@ -43,6 +44,7 @@ def convert(
     seed: int | None = None,
     plan: Plan | None = None,
     match: Iterable[Any] | None = None,
+    recompute: bool = False,
 ) -> nn.Module:
     """Replace the activations of a model by gated units (Eq. 1), in place and all or nothing.
 
@@ -75,6 +77,7 @@ def convert(
         plan: a plan from `find_activations`, possibly filtered; it is not searched for again.
         match: batches without labels: the targets are fitted to the sources, as `match_targets`
             does, which returns how well it went.
+        recompute: keep peak memory at that of the original network, see `recompute_activations`.
 
     Returns:
         The same model object.
@@ -129,7 +132,7 @@ def convert(
         except BaseException:
             revert(model)
             raise
-    return model
+    return recompute_activations(model) if recompute else model
 
 
 def revert(model: nn.Module) -> nn.Module:
@@ -161,7 +164,7 @@ def revert(model: nn.Module) -> nn.Module:
     for module in list(model.modules()):
         restore_owner(module)
     reopen_fused_paths(model)
-    return model
+    return recompute_activations(model, enabled=False)
 
 
 def _granularities(plan: Plan, granularity: str | Mapping[str, str]) -> list[str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fnmatch
 from collections.abc import Iterable, Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from transfer_surgery.activations import Activation
 from transfer_surgery.affine import AffineParameters, spread
 from transfer_surgery.gates import Gate
 from transfer_surgery.kernels import gated
+from transfer_surgery.recompute import with_recipes
 
 __all__ = ["GRANULARITIES", "GatedActivation", "gated_activations", "matching_units"]
 
@@ -102,8 +104,15 @@ class GatedActivation(nn.Module):
         z = spread(z, x, self.granularity, self.channel_axis)
         given = x.clone() if self.overwrites_input else x
         parameters = None if self.affine is None else self.affine.of(x)
-        exact = self.gate.straight_through
-        y = gated(given, z, self.source, self.target, exact, operands, parameters)
+        function = partial(
+            gated,
+            source=self.source,
+            target=self.target,
+            straight_through=self.gate.straight_through,
+            operands=operands,
+            parameters=parameters,
+        )
+        y = with_recipes(function, given, z)
         return x.copy_(y) if self.overwrites_input else y
 
     def _expect_size(self, x: Tensor) -> None:
