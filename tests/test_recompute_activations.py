@@ -2,49 +2,28 @@
 
 import copy
 import pickle
+import sys
+from pathlib import Path
 
 import pytest
 import timm
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.multiprocessing.reductions import StorageWeakRef
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 
 from transfer_surgery import bake, convert, recompute_activations, revert
 from transfer_surgery.unit import gated_activations
 
+sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
+
+from memory import waiting_bytes
+
 IMAGES = torch.randn(4, 3, 64, 64, generator=torch.Generator().manual_seed(0))
 
 
-class Alive(TorchDispatchMode):
-    """Bytes of what was allocated meanwhile and is still there."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.seen: dict[int, tuple[StorageWeakRef, int]] = {}
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        result = function(*args, **(kwargs or {}))
-        for leaf in tree_leaves(result):
-            if isinstance(leaf, torch.Tensor):
-                storage = leaf.untyped_storage()
-                self.seen[storage._cdata] = StorageWeakRef(storage), storage.nbytes()
-        return result
-
-    def bytes(self) -> int:
-        return sum(size for storage, size in self.seen.values() if not storage.expired())
-
-
 def held(model: nn.Module, x: torch.Tensor) -> int:
-    """Bytes that wait for the backward pass."""
-    with Alive() as alive:
-        loss = model(x).square().mean()
-        found = alive.bytes()
-    loss.backward()
-    return found
+    return waiting_bytes(lambda: model(x).square().mean())
 
 
 def at(model: nn.Module, log_alpha: float) -> nn.Module:

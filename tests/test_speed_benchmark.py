@@ -1,0 +1,25 @@
+"""benchmarks/speed.py runs, and its memory column is what it says; no time is asserted."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+BENCHMARK = Path(__file__).parents[1] / "benchmarks" / "speed.py"
+
+
+def test_each_variant_has_a_row_and_recomputation_keeps_the_memory_of_the_original(tmp_path):
+    options = ["--model", "test_resnet", "--batch-size", "2", "--image-size", "64"]
+    options += ["--rounds", "3", "--threads", "1", "--table", str(tmp_path / "table.md")]
+    subprocess.run([sys.executable, str(BENCHMARK), *options], check=True)
+    page = (tmp_path / "table.md").read_text()
+    training, inference = page.split("## ")[1:]
+    rows = [line.strip("| ").split(" | ") for line in training.splitlines() if line[:2] == "| "]
+    memory = {row[0]: float(row[4]) for row in rows[1:]}
+    assert memory["original"] == 1
+    assert memory["gated, mixed gates"] > 1.3
+    assert memory["gated, mixed gates, recompute"] < 1.05
+    assert memory["naive code, mixed gates"] > memory["gated, mixed gates"]
+    beside = {row[0]: row[1] for row in rows[1:]}
+    assert beside["gated, all gates 0"] == "plain sine"
+    assert "| baked, mixed gates | original |" in inference
+    assert f"benchmarks/speed.py {' '.join(options)}" in page
