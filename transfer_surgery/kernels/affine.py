@@ -45,9 +45,7 @@ def affine(x: Tensor, activation: Activation, parameters: Affine) -> Tensor:
 def affine_value(x: Tensor, f: Activation, *parameters: Tensor | None) -> Tensor:
     """`affine` as plain differentiable tensor code."""
     a, _, _, b = parameters
-    y = f(_inner(x, *parameters))
-    y = y if a is None else a * y
-    return (y if b is None else y + b).to(x.dtype)
+    return _multiply_add(f(_inner(x, *parameters)), a, b).to(x.dtype)
 
 
 def affine_gradients(
@@ -57,16 +55,20 @@ def affine_gradients(
     grad: Tensor,
     needed: Sequence[bool],
 ) -> tuple[Tensor | None, ...]:
-    """Gradients of the input and of ``(a, w, c, b)``, None where not needed."""
+    """Gradients of the input and of ``(a, w, c, b)``, None where not needed.
+
+    All parameters are shared by the same elements: ``a`` comes out of their sums.
+    """
     a, w, c, b = parameters
     inner = _inner(x, *parameters)
     grad = grad.to(inner.dtype)
-    grad_inner = f.backward(grad if a is None else grad * a, inner)
+    by_inner = f.backward(grad, inner)  # without the factor a
+    factor = w if a is None else a if w is None else a * w
     return (
-        (grad_inner if w is None else grad_inner * w).to(x.dtype) if needed[0] else None,
+        (by_inner if factor is None else by_inner * factor).to(x.dtype) if needed[0] else None,
         None if a is None or not needed[1] else (grad * f(inner)).sum_to_size(a.shape),
-        None if w is None or not needed[2] else (grad_inner * x).sum_to_size(w.shape),
-        None if c is None or not needed[3] else grad_inner.sum_to_size(c.shape),
+        None if w is None or not needed[2] else _times(a, (by_inner * x).sum_to_size(w.shape)),
+        None if c is None or not needed[3] else _times(a, by_inner.sum_to_size(c.shape)),
         None if b is None or not needed[4] else grad.sum_to_size(b.shape),
     )
 
@@ -74,8 +76,19 @@ def affine_gradients(
 def _inner(x: Tensor, *parameters: Tensor | None) -> Tensor:
     _, w, c, _ = parameters
     wide = next((torch.result_type(x, p) for p in parameters if p is not None), x.dtype)
-    x = x.to(wide) if w is None else w * x
-    return x if c is None else x + c
+    return _multiply_add(x.to(wide), w, c)
+
+
+def _multiply_add(x: Tensor, factor: Tensor | None, offset: Tensor | None) -> Tensor:
+    """In one pass where all is of one dtype."""
+    if factor is None or offset is None or not x.dtype == factor.dtype == offset.dtype:
+        x = x if factor is None else x * factor
+        return x if offset is None else x + offset
+    return torch.addcmul(offset, x, factor)
+
+
+def _times(factor: Tensor | None, x: Tensor) -> Tensor:
+    return x if factor is None else factor * x
 
 
 class _Affine(torch.autograd.Function):
