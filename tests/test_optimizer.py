@@ -518,6 +518,10 @@ def test_running_past_the_end_warns_once_and_keeps_the_gates() -> None:
 # ---- frozen gates and losses that are not finite
 
 
+def gates_of(model: nn.Module) -> Tensor:
+    return torch.cat([u.log_alpha.detach().clone() for _, u in gated_activations(model)])
+
+
 def test_frozen_gates_are_reported_once() -> None:
     model = network()
     optimizer = wrap_optimizer(SGD(model.parameters(), lr=0.01), model, gamma=1.0)
@@ -527,6 +531,21 @@ def test_frozen_gates_are_reported_once() -> None:
     with pytest.warns(FrozenGatesWarning, match=message):
         plain(model, optimizer, False, 0)
     plain(model, optimizer, False, 0)
+
+
+def test_gates_that_rest_at_the_end_of_a_cycle_are_not_reported() -> None:
+    model = network()
+    for _, unit in gated_activations(model):
+        nn.init.constant_(unit.log_alpha, 0.0)
+    optimizer = wrap_optimizer(SGD(model.parameters(), lr=0.01), model, gamma=1.5)
+    scheduler = torch.optim.lr_scheduler.CosineAnnealingWarmRestarts(optimizer, 1000)
+    for step in range(1000):
+        optimizer.step()
+        optimizer.zero_grad()
+        scheduler.step()
+        if step == 799:
+            before = gates_of(model)
+    assert (gates_of(model) - before).abs().max() < 0.05  # what would have been reported
 
 
 @pytest.mark.parametrize("start", [0.0, -8.0])

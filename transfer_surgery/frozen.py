@@ -19,6 +19,7 @@ __all__ = ["FrozenGatesWarning", "FrozenWatch"]
 _WINDOW = 200
 _STILL = 0.05  # of log_alpha; from 8, where the slope is least, it is about 4,000 steps to 0
 _NOTHING = 0.1  # a gradient of this share of the decay's
+_RESTING = 0.1  # a learning rate of this share of its highest: between the cycles of a schedule
 
 _REASONS = {
     "lr": "the learning rate of the gates is 0",
@@ -54,9 +55,18 @@ class FrozenWatch:
         self.steps = 0
         self.before: list[Tensor] = []
         self.warned = False
+        self.rates: list[float] = []
+        self.highest_rate = 0.0
 
-    def start(self) -> None:
-        """Before a step: remember where the gates are at the start of a window."""
+    def start(self, rate: Any) -> None:
+        """Before a step: remember where the gates are at the start of a window, and its rates.
+
+        Args:
+            rate: the learning rate of the gates; one on a device is not looked at.
+        """
+        if isinstance(rate, float | int):
+            self.rates.append(float(rate))
+            self.highest_rate = max(self.highest_rate, float(rate))
         if not self.warned and self.steps % _WINDOW == 0:
             self.before = [whole(u.log_alpha.detach()).clone() for u in self.sites.values()]
 
@@ -67,6 +77,9 @@ class FrozenWatch:
 
     def look(self, optimizer: Optimizer) -> None:
         """At the end of a window: see which gates moved."""
+        rates, self.rates = self.rates, []
+        if 0 < sum(rates) < _RESTING * self.highest_rate * len(rates):
+            return  # the end of a cycle: they will move again, or the training is over
         groups = {id(p): group for group in optimizer.param_groups for p in group["params"]}
         frozen: dict[str, dict[str, _Movement]] = {}
         for (path, unit), movement in zip(self.sites.items(), self._movements(), strict=True):

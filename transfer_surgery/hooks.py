@@ -51,7 +51,7 @@ class StepHooks:
             return None
         _refuse_capture()
         reshard(self.sharded)
-        self.frozen.start()
+        self.frozen.start(gates_group(optimizer).get("lr"))
         self.empty = False
         if kwargs.get("closure") is not None:
             return args, kwargs | {"closure": self._with_risk(kwargs["closure"], optimizer)}

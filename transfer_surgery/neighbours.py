@@ -71,7 +71,7 @@ def _around(
         if len(readers.read.get(id(tensor), [])) > 1:
             found.append((None, "(several readers)"))
         elif layer not in layers or (behind and isinstance(layer, _NORMS)):
-            found.append((None, "(no such layer)"))
+            found.append((None, "(no layer there)"))
         elif len(readers.calls[layer]) > 1 or layer in shared:
             found.append((None, f"({layers[layer]} is shared)"))
         elif layer.weight is None or not _along_channels(site.affine, tensor, layer):
