@@ -69,13 +69,16 @@ def run(
     order: Annotated[str, typer.Option(help="joint, front_to_back, sensitivity.")] = "joint",
     lesson: Annotated[str, typer.Option(help="labels, teacher (no labels), both.")] = "labels",
     steps: Annotated[int, typer.Option(min=0, help="Of training; an epoch has 390.")] = 0,
+    opt: Annotated[str, typer.Option(help="sgd, adamw; the teacher's lesson: adamw.")] = "sgd",
     lr: Annotated[float, typer.Option(help="Highest learning rate.")] = 0.02,
     seed: int = 0,
     threads: Annotated[int, typer.Option(help="Of the CPU.")] = 2,
     folder: Folder = RESULTS,
 ) -> None:
     """One recipe."""
-    recipe = Recipe(depth, start, weights, images, transfer, noise, order, lesson, steps, lr, seed)
+    recipe = Recipe(
+        depth, start, weights, images, transfer, noise, order, lesson, steps, opt, lr, seed
+    )
     torch.set_num_threads(threads)
     result = study(recipe, threads)
     folder.mkdir(parents=True, exist_ok=True)
@@ -110,9 +113,11 @@ def recipes(depth: int, epochs: int, seeds: int) -> Iterator[Recipe]:
             for start in ("matched", "refitted"):
                 yield Recipe(**common, start=start, weights="gradient")
             continue
-        for lesson in ("teacher", "both"):
-            yield Recipe(**common, start="refitted", lesson=lesson)
+        yield Recipe(**common, start="refitted", lesson="both")
         yield Recipe(**common, start="matched", transfer="soft", lesson="both")
+        for lesson in ("teacher", "both", "labels"):
+            yield Recipe(**common, start="refitted", lesson=lesson, opt="adamw", lr=1e-3)
+        yield Recipe(**common, start="relu", opt="adamw", lr=1e-3)
         for start in ("plain", "matched"):
             for transfer in ("line", "soft"):
                 yield Recipe(**common, start=start, transfer=transfer)
@@ -187,6 +192,8 @@ def train(
 ) -> tuple[list[float], float]:
     """Train where the recipe has steps; then a baked network. Losses, transferred fraction."""
     losses: list[float] = []
+    if recipe.lesson == "teacher" and recipe.opt != "adamw":
+        raise typer.BadParameter("distill uses AdamW: --opt adamw --lr 1e-3")
     if recipe.lesson == "teacher" and recipe.steps:
         losses = distill(
             model,
@@ -215,13 +222,20 @@ def _train(
     schedule: TransferSchedule | None,
     data: ImageData,
 ) -> Iterator[float]:
-    """SGD with the labels, and with the teacher's answers where the lesson is ``both``."""
+    """Train with the labels, and with the teacher's answers where the lesson is ``both``."""
     if not recipe.steps:
         return
     decayed = [p for n, p in model.named_parameters() if p.dim() > 1]
     others = [p for n, p in model.named_parameters() if p.dim() <= 1 and "log_alpha" not in n]
-    groups = [{"params": decayed, "weight_decay": 1e-4}, {"params": others}]
-    optimizer = torch.optim.SGD(groups, recipe.lr, momentum=0.9, nesterov=True)
+    groups = [
+        {"params": decayed, "weight_decay": 1e-4},
+        {"params": others, "weight_decay": 0.0},
+    ]
+    optimizer: torch.optim.Optimizer
+    if recipe.opt == "adamw":
+        optimizer = torch.optim.AdamW(groups, recipe.lr)
+    else:
+        optimizer = torch.optim.SGD(groups, recipe.lr, momentum=0.9, nesterov=True)
     if schedule:
         wrap_optimizer(optimizer, model, transfer=schedule)
     scheduler = CosineAnnealingLR(optimizer, recipe.steps)

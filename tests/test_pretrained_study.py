@@ -33,7 +33,7 @@ def test_seeds_share_a_row_and_the_best_recipe_is_on_top():
     rows = [line for line in page.splitlines() if line.startswith(("| matched", "| refitted"))]
     assert rows[0] == "| refitted | hard | - | - | 9.00% | 100% | 2.0 |"
     assert rows[1] == "| matched | hard | - | - | 11.00% ± 1.41% (2 seeds) | 100% | 2.0 |"
-    assert rows[2] == "| matched | hard | labels | - | 20.00% | 100% | 2.0 |"
+    assert rows[2] == "| matched | hard | labels | sgd 0.02 | 20.00% | 100% | 2.0 |"
     sections = [line for line in page.splitlines() if line.startswith("##")]
     assert sections == [
         "## ResNet-20, no training",
@@ -51,7 +51,7 @@ def test_the_grid_has_each_recipe_once_and_leaves_out_what_is_done(tmp_path):
     everything = grid("--epochs", "1", "--seeds", "2", "--folder", str(tmp_path))
     assert len(set(everything)) == len(everything) > 20
     assert all(" run --depth 20 " in line for line in everything)
-    done = Recipe(start="refitted", lesson="teacher", steps=390, seed=1)
+    done = Recipe(start="refitted", lesson="teacher", steps=390, seed=1, opt="adamw", lr=1e-3)
     (tmp_path / f"{done.name}.json").write_text("{}")
     rest = grid("--epochs", "1", "--seeds", "2", "--folder", str(tmp_path))
     (gone,) = set(everything) - set(rest)
@@ -64,7 +64,7 @@ def test_the_grid_has_each_recipe_once_and_leaves_out_what_is_done(tmp_path):
 @pytest.mark.parametrize(
     "options",
     [
-        ["--start", "refitted", "--lesson", "teacher"],
+        ["--start", "refitted", "--lesson", "teacher", "--opt", "adamw", "--lr", "0.001"],
         ["--start", "refitted", "--lesson", "both", "--weights", "gradient"],
         ["--start", "matched", "--transfer", "soft", "--order", "sensitivity"],
         ["--start", "plain", "--transfer", "line"],

@@ -27,15 +27,14 @@ def distill(
     *,
     steps: int,
     train: str = "all",
-    lr: float = 0.02,
-    momentum: float = 0.9,
+    lr: float = 1e-3,
     weight_decay: float = 0.0,
     temperature: float = 4.0,
     features: Sequence[str] = (),
     feature_weight: float = 1.0,
     clip: float = 2.0,
 ) -> list[float]:
-    """Train a converted model to answer as another one, by SGD with a cosine schedule.
+    """Train a converted model to answer as another one, by AdamW with a cosine schedule.
 
     The loss is the Kullback-Leibler divergence of the softened answers, times the square of the
     temperature (Hinton, Vinyals and Dean 2015); with `features`, plus the squared error of what
@@ -53,7 +52,6 @@ def distill(
         train: ``"all"`` parameters but the gates, or only ``"targets"`` and the scales and shifts
             of norm layers.
         lr: highest learning rate.
-        momentum: Nesterov's.
         weight_decay: of weights; targets and norm layers have none.
         temperature: by which both answers are softened.
         features: paths of modules that both networks have, such as the stages, whose outputs are
@@ -86,7 +84,9 @@ def distill(
     groups = _parameter_groups(model, train, weight_decay)
     trained = [p for group in groups for p in group["params"]]
     others = {p: p.requires_grad for p in model.parameters() if p not in set(trained)}
-    optimizer = torch.optim.SGD(groups, lr, momentum=momentum, nesterov=momentum > 0)
+    # The gradients of norm layers and of sinusoids are ten times those of weights: SGD with a
+    # clipped norm hardly moves the weights.
+    optimizer = torch.optim.AdamW(groups, lr)
     schedule = CosineAnnealingLR(optimizer, steps)
     modes = [(m, m.training) for network in (model, teacher) for m in network.modules()]
     losses: list[float] = []
