@@ -1,21 +1,26 @@
-"""Turn the activations of a timm model into sinusoids while it is fine-tuned, then bake it.
+"""Turn the activations of a trained timm model into sinusoids that do what they did, then bake it.
 
-Without arguments: a small ResNet and scikit-learn's digits, about a minute on a CPU. On a GPU:
+Without arguments: a small ResNet and scikit-learn's digits, half a minute on a CPU. `--no-match` is
+the paper's method: plain sine, and gates that move while the model is fine-tuned. On a GPU:
 
     python examples/finetune_timm.py --model resnet50.a1_in1k --pretrained --data FOLDER \
-        --opt adamw --lr 1e-4 --pretrain-epochs 3 --epochs 20 --batch-size 256 --amp --compile
+        --opt adamw --lr 1e-4 --pretrain-epochs 3 --epochs 3 --distill-lr 1e-4 \
+        --batch-size 256 --amp --compile
 """
 
 from __future__ import annotations
 
+import copy
 import json
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
 import timm
 import torch
 import typer
-from image_data import ImageData, load_images
+from image_data import ImageData, Loader, load_images
 from summary import Summary, console, describe_change
 from timm.data import resolve_data_config
 from timm.optim import create_optimizer_v2
@@ -28,9 +33,11 @@ from transfer_surgery import (
     TransferSchedule,
     bake,
     convert,
+    distill,
     fold_targets,
     match_targets,
     report,
+    swap_targets,
     wrap_optimizer,
 )
 
@@ -50,7 +57,7 @@ def main(
     ] = None,
     granularity: Annotated[str, typer.Option(help="layer, channel or neuron.")] = "channel",
     match: Annotated[
-        bool, typer.Option(help="Fit the targets to the trained network first; no: the paper's.")
+        bool, typer.Option(help="Fit targets to the trained network; no: the paper's method.")
     ] = True,
     gamma: Annotated[
         float | None, typer.Option(help="The paper's constant instead of a TransferSchedule.")
@@ -60,8 +67,12 @@ def main(
         typer.Option(help="Ordinary training before; default: 15, or 0 where weights fit."),
     ] = None,
     epochs: Annotated[
-        int, typer.Option(min=1, help="Fine-tuning during which gates transfer.")
-    ] = 10,
+        int | None,
+        typer.Option(min=1, help="Default: 3 of distillation; 30 of transfer with --no-match."),
+    ] = None,
+    distill_lr: Annotated[
+        float, typer.Option(help="Highest learning rate of distillation.")
+    ] = 5e-4,
     opt: Annotated[str, typer.Option(help="Any timm optimizer.")] = "sgd",
     lr: Annotated[float, typer.Option(help="Highest learning rate.")] = 0.05,
     weight_decay: float = 5e-4,
@@ -105,24 +116,43 @@ def main(
     before = predict(model, data.test, machine)
     summary.add("trained", before.accuracy)
 
-    # 2. Convert, and fit the targets to what the network computes: nothing changes yet.
+    # 2. Convert: nothing changes yet.
+    teacher = copy.deepcopy(model)
     example_input = machine.place(next(iter(data.test))[0][:2])
     convert(model, target, source=source, granularity=granularity, example_input=example_input)
-    if match:
-        print(f"\n{match_targets(model, some_images(data, machine))}\n")
     converted = predict(model, data.test, machine)
     describe_change("convert", converted.change_from(before))
     summary.add("converted", converted.accuracy, change=converted.change_from(before))
+    output.mkdir(parents=True, exist_ok=True)
 
-    # 3. Fine-tune: the wrapped optimizer moves the gates.
-    schedule = TransferSchedule(epochs * len(data.train)) if gamma is None else None
-    wrapped = wrap_optimizer(optimizer(), model, transfer=schedule, gamma=gamma)
-    history = History(model)
-    transferred = fit(
-        model, data, wrapped, machine, epochs=epochs, title="transfer", history=history
-    )
+    # 3. All gates to the target, at once or softly.
+    if match:
+        # Fit the targets and the layers behind them to what the network computes, without labels.
+        found = match_targets(model, some_images(data, machine), refit=True)
+        swap_targets(model)
+        print(f"\n{found}\n")
+        found.plot().savefig(output / "match.png", dpi=100)
+        matched = predict(model, data.test, machine)
+        summary.add("matched", matched.accuracy, transferred=report(model).total.transferred)
+        # The original network teaches the new one.
+        with machine.autocast():
+            steps = (epochs or 3) * len(data.train)
+            distill(model, teacher, Unlabelled(data.train), steps=steps, lr=distill_lr)
+        transferred = predict(model, data.test, machine)
+    else:
+        # The paper's way: plain targets; the wrapped optimizer moves the gates in training.
+        steps = (epochs or 30) * len(data.train)
+        schedule = TransferSchedule(steps) if gamma is None else None
+        wrapped = wrap_optimizer(optimizer(), model, transfer=schedule, gamma=gamma)
+        history = History(model)
+        transferred = fit(
+            model, data, wrapped, machine, epochs=epochs or 30, title="transfer", history=history
+        )
+        history.plot().savefig(output / "transfer.png", dpi=100)
+        (output / "history.json").write_text(history.to_json())
     table = report(model)
-    summary.add("transferred", transferred.accuracy, transferred=table.total.transferred)
+    name = "distilled" if match else "transferred"
+    summary.add(name, transferred.accuracy, transferred=table.total.transferred)
     print(f"\n{table}\n")
 
     # 4. Bake: plain modules, the same outputs.
@@ -138,7 +168,21 @@ def main(
         describe_change("fold", folded.change_from(baked))
         summary.add("folded", folded.accuracy, change=folded.change_from(baked))
     console.print(summary.table())
-    save(output, model, history, summary.to_dict() | {"report": table.to_dict()})
+    figures = summary.to_dict() | {"report": table.to_dict()}
+    (output / "figures.json").write_text(json.dumps(figures, indent=2))
+    torch.save(model, output / "baked.pt")
+    console.print(f"{output}/: {', '.join(sorted(file.name for file in output.iterdir()))}")
+
+
+@dataclass(frozen=True)
+class Unlabelled:
+    """A loader's images without their labels."""
+
+    loader: Loader
+
+    def __iter__(self) -> Iterator[Tensor]:
+        for images, _ in self.loader:
+            yield images
 
 
 def some_images(data: ImageData, machine: Machine, number: int = 512) -> list[Tensor]:
@@ -159,15 +203,6 @@ def load_weights(model: nn.Module, file: Path) -> None:
     name = classifier if isinstance(classifier, str) else classifier[0]
     model.reset_classifier(len(state[f"{name}.weight"]))
     model.load_state_dict(state)
-
-
-def save(folder: Path, model: nn.Module, history: History, figures: dict[str, object]) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
-    history.plot().savefig(folder / "transfer.png", dpi=100)
-    (folder / "figures.json").write_text(json.dumps(figures, indent=2))
-    (folder / "history.json").write_text(history.to_json())
-    torch.save(model, folder / "baked.pt")
-    console.print(f"{folder}/: transfer.png, figures.json, history.json, baked.pt")
 
 
 if __name__ == "__main__":

@@ -35,7 +35,7 @@ def stages(figures: dict[str, Any]) -> dict[str, dict[str, Any]]:
     return {stage["name"]: stage for stage in figures["stages"]}
 
 
-def test_the_demo_converts_transfers_everything_and_bakes(tmp_path: Path) -> None:
+def test_the_demo_matches_swaps_distils_bakes_and_folds(tmp_path: Path) -> None:
     printed = run_example(
         *("finetune_timm.py", "--pretrain-epochs", 1, "--epochs", 1),
         *("--batch-size", 240, "--image-size", 24, "--output", tmp_path),
@@ -43,26 +43,28 @@ def test_the_demo_converts_transfers_everything_and_bakes(tmp_path: Path) -> Non
     assert "convert: outputs bit-identical" in printed
     assert "bake: outputs bit-identical" in printed
     assert "layer4.0.act2" in printed  # the table, site by site
+    assert "periods" in printed  # that of the fits
+    assert "parameters before" in printed  # that of the folding
     found = stages(json.loads((tmp_path / "figures.json").read_text()))
-    assert list(found) == ["trained", "converted", "transferred", "baked", "folded"]
+    assert list(found) == ["trained", "converted", "matched", "distilled", "baked", "folded"]
     assert found["converted"]["change"] == found["baked"]["change"] == 0
     assert found["folded"]["change"] < 1e-3
-    assert "periods" in printed  # the table of the fits
-    assert "parameters before" in printed
     assert found["converted"]["accuracy"] == found["trained"]["accuracy"]
-    assert found["transferred"]["transferred"] == 1
-    assert (tmp_path / "transfer.png").read_bytes().startswith(b"\x89PNG")
-    assert json.loads((tmp_path / "history.json").read_text())["total"]["transferred"][-1] == 1
+    assert found["matched"]["transferred"] == found["distilled"]["transferred"] == 1
+    assert found["matched"]["accuracy"] > found["trained"]["accuracy"] - 0.1
+    assert (tmp_path / "match.png").read_bytes().startswith(b"\x89PNG")
     baked = torch.load(tmp_path / "baked.pt", weights_only=False)
     assert not [name for name, _ in baked.named_parameters() if "log_alpha" in name]
 
 
 def test_the_paper_s_method_is_one_argument_away(tmp_path: Path) -> None:
     printed = run_example(
-        *("finetune_timm.py", "--no-match", "--gamma", 1.0, "--pretrain-epochs", 1),
-        *("--epochs", 1, "--batch-size", 240, "--image-size", 24, "--output", tmp_path),
+        *("finetune_timm.py", "--no-match", "--pretrain-epochs", 1, "--epochs", 1),
+        *("--batch-size", 240, "--image-size", 24, "--output", tmp_path),
     )
     assert "periods" not in printed
+    assert (tmp_path / "transfer.png").read_bytes().startswith(b"\x89PNG")
+    assert json.loads((tmp_path / "history.json").read_text())["total"]["transferred"][-1] == 1
     found = stages(json.loads((tmp_path / "figures.json").read_text()))
     assert list(found) == ["trained", "converted", "transferred", "baked"]
     baked = torch.load(tmp_path / "baked.pt", weights_only=False)
@@ -86,6 +88,7 @@ def test_an_image_folder_and_a_checkpoint_with_other_classes(tmp_path: Path) -> 
         *("finetune_timm.py", "--data", tmp_path, "--weights", checkpoint, "--opt", "adamw"),
         *("--pretrain-epochs", 1, "--epochs", 1, "--batch-size", 4, "--amp", "--gamma", 0.1),
         *("--granularity", "layer", "--target", "snake", "--output", tmp_path / "out"),
+        "--no-match",
     )
     assert "convert: outputs bit-identical" in printed
     report = json.loads((tmp_path / "out" / "figures.json").read_text())["report"]
