@@ -31,9 +31,9 @@ def test_seeds_share_a_row_and_the_best_recipe_is_on_top():
     several = [result(0.10, seed=0), result(0.12, seed=1), result(0.09, start="refitted")]
     page = write_table([*several, result(0.2, steps=390), result(0.2, depth=56, steps=400)])
     rows = [line for line in page.splitlines() if line.startswith(("| matched", "| refitted"))]
-    assert rows[0] == "| refitted | hard | - | - | 9.00% | 100% | 2.0 |"
-    assert rows[1] == "| matched | hard | - | - | 11.00% ± 1.41% (2 seeds) | 100% | 2.0 |"
-    assert rows[2] == "| matched | hard | labels | sgd 0.02 | 20.00% | 100% | 2.0 |"
+    assert rows[0] == "| refitted | hard | - | - | 9.00% | - | 100% | 2.0 |"
+    assert rows[1] == "| matched | hard | - | - | 11.00% ± 1.41% (2 seeds) | - | 100% | 2.0 |"
+    assert rows[2] == "| matched | hard | labels | sgd 0.02 | 20.00% | 2.00 | 100% | 2.0 |"
     sections = [line for line in page.splitlines() if line.startswith("##")]
     assert sections == [
         "## ResNet-20, no training",
