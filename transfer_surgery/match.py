@@ -144,7 +144,9 @@ def _match(
 ) -> Iterable[MatchRow]:
     layers = [m for m in networks.model.modules() if refit_ridge is not None and can_be_refitted(m)]
     shared = sharing_weights(layers)
-    norms = norms_behind(networks.model, layers, lambda: networks.run(networks.batches[0]))
+    norms = {}
+    if layers:
+        norms = norms_behind(networks.model, layers, lambda: networks.run(networks.batches[0]))
     with networks.original():
         wanted = networks.log_probabilities(networks.batches[0])
     for module, calls in networks.order([*paths, *layers]).items():

@@ -45,7 +45,7 @@ def fit_site(
         with networks.matched():
             for x, _ in networks.see(unit, batch, calls):
                 inputs.add(group(x))
-    of_channels = x.new_ones([1] * x.dim())
+    of_channels = None
     if weights == "next_layer":
         of_channels = next_layer_weights(networks, unit, x)
     equations = NormalEquations(family_of(unit.target, **families), inputs, ridge)
@@ -56,12 +56,13 @@ def fit_site(
         if not symmetric:
             with networks.original():
                 wanted = networks.see(unit, batch, calls)
+        counted: list[Tensor | None] = [None] * len(wanted)
         if weights == "gradient":
-            counted = gradient_weights(networks, unit, batch, calls, seed=index)
-        else:
+            counted = [*gradient_weights(networks, unit, batch, calls, seed=index)]
+        elif of_channels is not None:
             counted = [of_channels.expand_as(y) for _, y in wanted]
         for (x, _), (_, y), weight in zip(here, wanted, counted, strict=True):
-            equations.add(group(x), group(y), group(weight))
+            equations.add(group(x), group(y), None if weight is None else group(weight))
     return equations.solve(), inputs
 
 

@@ -104,20 +104,26 @@ class NormalEquations:
     def add(self, x: Tensor, y: Tensor, weights: Tensor | None = None) -> None:
         """Count a batch: inputs, values to be fitted, weights of errors; all ``(groups, N)``."""
         length = max(_CHUNK // x.shape[0], 1)
-        weights = torch.ones_like(y[:1]).expand_as(y) if weights is None else weights
-        for part in zip(*(torch.split(t, length, 1) for t in (x, y, weights)), strict=True):
-            self._add(*part)
+        for start in range(0, x.shape[1], length):
+            part = slice(start, start + length)
+            weight = None if weights is None else weights[:, part]
+            self._add(x[:, part], y[:, part], weight)
 
-    def _add(self, x: Tensor, y: Tensor, weights: Tensor) -> None:
+    def _add(self, x: Tensor, y: Tensor, weights: Tensor | None) -> None:
         u = (x - self.mean[:, None].to(x)) / self.std[:, None].to(x)
-        self.count = self.count + weights.double().sum(1)
-        moments = [(weights.double() * y.double() ** power).sum(1) for power in (1, 2)]
-        self.sums = self.sums + torch.stack(moments)
+        wide = y.double()
+        counted = wide if weights is None else wide * weights.double()
+        size = (
+            torch.full_like(wide[:, 0], x.shape[1]) if weights is None else weights.double().sum(1)
+        )
+        self.count = self.count + size
+        self.sums = self.sums + torch.stack([counted.sum(1), (counted * wide).sum(1)])
         for index, candidate in enumerate(self.candidates):
             w, c = (part.to(x) for part in candidate)
             features = torch.stack(self.family.features(u, candidate._replace(w=w, c=c)), 1)
             columns = torch.cat([features, y[:, None]], 1).transpose(1, 2)
-            products = (features * weights[:, None].to(x)) @ columns
+            weighted = features if weights is None else features * weights[:, None].to(x)
+            products = weighted @ columns
             self.matrix[index] = self.matrix[index] + products[:, :, :-1].double()
             self.vector[index] = self.vector[index] + products[:, :, -1].double()
 
