@@ -68,7 +68,8 @@ def with_recipes(function: Callable[[Tensor, Tensor], Tensor], x: Tensor, z: Ten
         z: its gates.
     """
     running = () if torch.compiler.is_compiling() else _current.get()
-    if not (running and torch.is_grad_enabled()):
+    # Other kinds of tensors (sharded ones) have no place in memory by which to know them.
+    if not (running and torch.is_grad_enabled() and type(x) is Tensor):
         return function(x, z)
     recipes, of_input = running[-1], _output_of_norm(x)
     if of_input is not None:
