@@ -224,6 +224,15 @@ def test_bake_folds_for_an_example_input():
     assert str(model[1]) == "ActivationModule(sin)"
 
 
+def test_bake_looks_at_the_example_before_it_changes_anything():
+    model = images(nn.Conv2d(6, 6, 3))
+    match_targets(convert(model, "sin", example_input=IMAGES), [IMAGES])
+    before = str(model)
+    with pytest.raises(ValueError, match="a batch is a list"):
+        bake(model, fold=[IMAGES, 3])
+    assert str(model) == before
+
+
 def test_a_failure_leaves_the_model_as_it_was(monkeypatch):
     model = matched(images(nn.Conv2d(6, 6, 3)), IMAGES)
     before, with_a = copy.deepcopy(model.state_dict()), model(IMAGES)

@@ -12,6 +12,7 @@ from transfer_surgery.affine import AffineActivation, AffineParameters, spread
 from transfer_surgery.fold import fold_targets
 from transfer_surgery.kernels import gated
 from transfer_surgery.recompute import recompute_activations
+from transfer_surgery.side_by_side import to_device_of
 from transfer_surgery.surgery import share_hooks, swap_children
 from transfer_surgery.unfit import refuse_sharded
 from transfer_surgery.unit import GatedActivation, gated_activations
@@ -88,7 +89,8 @@ def bake(model: nn.Module, harden: bool = False, fold: Any = None) -> nn.Module:
         The same model object.
 
     Raises:
-        ValueError: the model is not converted; it is then unchanged.
+        ValueError: the model is not converted, or `fold` is no batch; it is then unchanged.
+        RuntimeError: folding would change outputs; the model is then baked, but not folded.
         TypeError: the model is sharded by FSDP2; the message says what to do.
 
     Example:
@@ -101,6 +103,7 @@ def bake(model: nn.Module, harden: bool = False, fold: Any = None) -> nn.Module:
         )
     """
     refuse_sharded(model)
+    fold = None if fold is None else to_device_of(model, fold)
     baked: dict[nn.Module, nn.Module] = {
         unit: _bake_unit(unit, harden) for _, unit in gated_activations(model)
     }
