@@ -1,6 +1,6 @@
 """The study of matched targets: sinusoidal networks from trained ones, recipe by recipe.
 
-    python benchmarks/pretrained.py run --start refitted --steps 400 --lesson teacher
+    python benchmarks/pretrained.py run --start refitted
     python benchmarks/pretrained.py grid --epochs 1 | xargs -P2 -I{} sh -c '{}'
     python benchmarks/pretrained.py table
 
@@ -17,7 +17,7 @@ import os
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any
@@ -32,7 +32,7 @@ from torch.optim.lr_scheduler import CosineAnnealingLR
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 from cifar_resnet import ResNet
-from image_data import ImageData, MemoryLoader, load_cifar10
+from image_data import ImageData, MemoryLoader, Unlabelled, load_cifar10
 from pretrained_table import Recipe, Result, read_results, write_table
 from training import Machine, predict
 
@@ -289,17 +289,6 @@ def in_parts(values: list[float], parts: int) -> list[float]:
     parts = min(parts, len(values))
     edges = [len(values) * i // parts for i in range(parts + 1)] if parts else []
     return [sum(values[a:b]) / (b - a) for a, b in pairwise(edges)]
-
-
-@dataclass(frozen=True)
-class Unlabelled:
-    """A loader's inputs without their labels."""
-
-    loader: Any
-
-    def __iter__(self) -> Iterator[Tensor]:
-        for images, _ in self.loader:
-            yield images
 
 
 if __name__ == "__main__":

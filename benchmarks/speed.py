@@ -2,9 +2,7 @@
 
     python benchmarks/speed.py --model resnet18 --model cifar_resnet20 --table docs/performance.md
 
-All variants of a model take turns, round by round; a ratio is the median over rounds of a variant's
-time by that of its baseline in the same round. Memory is what waits for the backward pass (CUDA:
-the peak of the allocator), without parameters.
+What the columns mean is said in the page, see `NOTE`.
 """
 
 from __future__ import annotations
@@ -36,6 +34,11 @@ from transfer_surgery.surgery import swap_children
 from transfer_surgery.unit import gated_activations
 
 console = Console()
+NOTE = (
+    "All variants of a model take turns, round by round; a ratio is the median over rounds of a "
+    "variant's time by that of its baseline in the same round. Memory is what waits for the "
+    "backward pass (CUDA: the peak of the allocator), without parameters."
+)
 PHASES = {"all gates 1": (20.0, 0.0), "mixed gates": (0.0, 1.0), "all gates 0": (-20.0, 0.0)}
 
 
@@ -86,7 +89,7 @@ def main(
     parts = [
         "# What gated activations cost\n",
         f"`python benchmarks/speed.py {' '.join(sys.argv[1:])}`, {where}, {threads} threads, torch "
-        f"{torch.__version__}, {time.strftime('%Y-%m-%d')}. {' '.join(__doc__.split()[-46:])}\n",
+        f"{torch.__version__}, {time.strftime('%Y-%m-%d')}. {NOTE}\n",
     ]
     for name in model or ["resnet18", "cifar_resnet20"]:
         size = 32 if name == "cifar_resnet20" else image_size

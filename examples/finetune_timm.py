@@ -1,7 +1,7 @@
 """Turn the activations of a trained timm model into sinusoids that do what they did, then bake it.
 
-Without arguments: a small ResNet and scikit-learn's digits, half a minute on a CPU. `--no-match` is
-the paper's method: plain sine, and gates that move while the model is fine-tuned. On a GPU:
+Without arguments: a small ResNet and scikit-learn's digits, about a minute on a CPU. `--no-match`
+is the paper's method: plain sine, and gates that move while the model is fine-tuned. On a GPU:
 
     python examples/finetune_timm.py --model resnet50.a1_in1k --pretrained --data FOLDER \
         --opt adamw --lr 1e-4 --pretrain-epochs 3 --epochs 3 --distill-lr 1e-4 \
@@ -12,15 +12,13 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
 import timm
 import torch
 import typer
-from image_data import ImageData, Loader, load_images
+from image_data import ImageData, Unlabelled, load_images
 from summary import Summary, console, describe_change
 from timm.data import resolve_data_config
 from timm.optim import create_optimizer_v2
@@ -135,18 +133,18 @@ def main(
         matched = predict(model, data.test, machine)
         summary.add("matched", matched.accuracy, transferred=report(model).total.transferred)
         # The original network teaches the new one.
+        steps = (epochs or 3) * len(data.train)
         with machine.autocast():
-            steps = (epochs or 3) * len(data.train)
             distill(model, teacher, Unlabelled(data.train), steps=steps, lr=distill_lr)
         transferred = predict(model, data.test, machine)
     else:
         # The paper's way: plain targets; the wrapped optimizer moves the gates in training.
-        steps = (epochs or 30) * len(data.train)
-        schedule = TransferSchedule(steps) if gamma is None else None
+        epochs = epochs or 30
+        schedule = TransferSchedule(epochs * len(data.train)) if gamma is None else None
         wrapped = wrap_optimizer(optimizer(), model, transfer=schedule, gamma=gamma)
         history = History(model)
         transferred = fit(
-            model, data, wrapped, machine, epochs=epochs or 30, title="transfer", history=history
+            model, data, wrapped, machine, epochs=epochs, title="transfer", history=history
         )
         history.plot().savefig(output / "transfer.png", dpi=100)
         (output / "history.json").write_text(history.to_json())
@@ -172,17 +170,6 @@ def main(
     (output / "figures.json").write_text(json.dumps(figures, indent=2))
     torch.save(model, output / "baked.pt")
     console.print(f"{output}/: {', '.join(sorted(file.name for file in output.iterdir()))}")
-
-
-@dataclass(frozen=True)
-class Unlabelled:
-    """A loader's images without their labels."""
-
-    loader: Loader
-
-    def __iter__(self) -> Iterator[Tensor]:
-        for images, _ in self.loader:
-            yield images
 
 
 def some_images(data: ImageData, machine: Machine, number: int = 512) -> list[Tensor]:

@@ -27,6 +27,17 @@ class Loader(Protocol):
 
 
 @dataclass(frozen=True)
+class Unlabelled:
+    """A loader's images without their labels."""
+
+    loader: Loader
+
+    def __iter__(self) -> Iterator[Tensor]:
+        for images, _ in self.loader:
+            yield images
+
+
+@dataclass(frozen=True)
 class ImageData:
     """Training and test images."""
 
