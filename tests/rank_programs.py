@@ -4,6 +4,7 @@ A module of its own, because spawned processes import it by name.
 """
 
 import contextlib
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -71,8 +72,11 @@ def _enter(rank: int, program: Program, folder: Path, args: tuple[Any, ...]) -> 
     dist.init_process_group("gloo", init_method=store, rank=rank, world_size=RANKS)
     try:
         torch.save(program(*args), folder / f"{rank}.pt")
+        dist.barrier()
     finally:
         dist.destroy_process_group()
+    # A worker thread of gloo that FSDP keeps alive may abort Python's shutdown.
+    os._exit(0)
 
 
 def network() -> nn.Sequential:
