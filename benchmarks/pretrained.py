@@ -37,6 +37,7 @@ from pretrained_table import Recipe, Result, read_results, write_table
 from training import Machine, predict
 
 from transfer_surgery import (
+    GatedActivation,
     TransferSchedule,
     bake,
     convert,
@@ -73,6 +74,8 @@ def run(
     lr: Annotated[float, typer.Option(help="Highest learning rate.")] = 0.02,
     seed: int = 0,
     threads: Annotated[int, typer.Option(help="Of the CPU.")] = 2,
+    compiled: Annotated[bool, typer.Option(help="Train with torch.compile.")] = False,
+    cache: Annotated[Path | None, typer.Option(help="Keep and re-use matched networks.")] = None,
     folder: Folder = RESULTS,
 ) -> None:
     """One recipe."""
@@ -80,24 +83,29 @@ def run(
         depth, start, weights, images, transfer, noise, order, lesson, steps, opt, lr, seed
     )
     torch.set_num_threads(threads)
-    result = study(recipe, threads)
+    result = study(recipe, threads, compiled, cache)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / f"{recipe.name}.json").write_text(json.dumps(asdict(result), indent=1) + "\n")
     console.print(f"{recipe.name}: {result.error:.2%}")
 
 
-@app.command()
+@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
 def grid(
+    context: typer.Context,
     epochs: Annotated[int, typer.Option(help="0, 1, 3 or 6.")] = 1,
     seeds: Annotated[int, typer.Option(help="Of each recipe.")] = 1,
     depth: int = 20,
     folder: Folder = RESULTS,
 ) -> None:
-    """Print the commands of recipes without a file, for ``xargs -P2 -I{} sh -c '{}'``."""
+    """Print the commands of recipes without a file, for ``xargs -P2 -I{} sh -c '{}'``.
+
+    Other options are passed on, such as --compiled and --cache.
+    """
     for recipe in recipes(depth, epochs, seeds):
         if not (folder / f"{recipe.name}.json").exists():
             options = [f"--{k} {v}" for k, v in asdict(recipe).items()]
-            print(f"python {sys.argv[0]} run {' '.join(options)} --threads 1 --folder {folder}")
+            done = f"--threads 1 --folder {folder} {' '.join(context.args)}".rstrip()
+            print(f"python {sys.argv[0]} run {' '.join(options)} {done}")
 
 
 def recipes(depth: int, epochs: int, seeds: int) -> Iterator[Recipe]:
@@ -133,25 +141,26 @@ def table(folder: Folder = RESULTS) -> None:
     folder.with_suffix(".md").write_text(write_table(read_results(folder)))
 
 
-def study(recipe: Recipe, threads: int) -> Result:
+def study(recipe: Recipe, threads: int, compiled: bool, cache: Path | None) -> Result:
     machine = Machine.choose()
     data = load_cifar10(batch_size=BATCH, device=machine.device)
     teacher = machine.place(trained_network(recipe.depth))
     torch.manual_seed(recipe.seed)
+    batches = calibration(data, recipe.images, recipe.seed)
+    model, match_seconds = prepared(recipe, teacher, batches, cache)
     begun = time.perf_counter()
-    model, batches = prepare(recipe, teacher, data)
-    matched = time.perf_counter()
-    losses, transferred = train(recipe, model, teacher, batches, data)
+    losses, transferred = train(recipe, model, teacher, batches, data, compiled)
     done = time.perf_counter()
     where = torch.cuda.get_device_name() if machine.device.type == "cuda" else "CPU"
+    how = ", compiled" if compiled and recipe.steps else ""
     return Result(
         recipe,
         error=1 - predict(model, data.test, machine).accuracy,
         transferred=transferred,
-        match_seconds=round(matched - begun, 1),
-        train_seconds=round(done - matched, 1),
+        match_seconds=round(match_seconds, 1),
+        train_seconds=round(done - begun, 1),
         losses=[round(loss, 4) for loss in in_parts(losses, 20)],
-        machine=f"{where}, {threads} threads, torch {torch.__version__}",
+        machine=f"{where}, {threads} threads, torch {torch.__version__}{how}",
     )
 
 
@@ -165,11 +174,30 @@ def trained_network(depth: int) -> nn.Module:
     return model.eval()
 
 
-def prepare(recipe: Recipe, teacher: nn.Module, data: ImageData) -> tuple[nn.Module, list[Tensor]]:
-    """The converted network before any training, and what it was matched on."""
-    model, batches = copy.deepcopy(teacher), calibration(data, recipe.images, recipe.seed)
+def prepared(
+    recipe: Recipe, teacher: nn.Module, batches: list[Tensor], cache: Path | None
+) -> tuple[nn.Module, float]:
+    """The network before any training, and the seconds that matching took, maybe earlier."""
+    untrained = Recipe(
+        **{**asdict(recipe), "steps": 0, "lesson": "labels", "opt": "sgd", "lr": 0.02}
+    )
+    file = None if cache is None else cache / f"{untrained.name}.pt"
+    if file is not None and file.exists():
+        model, seconds = torch.load(file, weights_only=False)
+        return model, seconds
+    begun = time.perf_counter()
+    model = prepare(recipe, teacher, batches)
+    seconds = time.perf_counter() - begun
+    if file is not None:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        torch.save((model, seconds), file)
+    return model, seconds
+
+
+def prepare(recipe: Recipe, teacher: nn.Module, batches: list[Tensor]) -> nn.Module:
+    model = copy.deepcopy(teacher)
     if recipe.start == "relu":
-        return model, batches
+        return model
     gates: dict[str, Any] = {"gate": "line"} if recipe.transfer == "line" else {}
     if recipe.transfer == "soft":
         gates["noise"] = recipe.noise
@@ -184,35 +212,52 @@ def prepare(recipe: Recipe, teacher: nn.Module, data: ImageData) -> tuple[nn.Mod
         )
     if recipe.transfer == "hard":
         swap_targets(model)
-    return model, batches
+    return model
 
 
 def train(
-    recipe: Recipe, model: nn.Module, teacher: nn.Module, batches: list[Tensor], data: ImageData
+    recipe: Recipe,
+    model: nn.Module,
+    teacher: nn.Module,
+    batches: list[Tensor],
+    data: ImageData,
+    compiled: bool,
 ) -> tuple[list[float], float]:
     """Train where the recipe has steps; then a baked network. Losses, transferred fraction."""
-    losses: list[float] = []
     if recipe.lesson == "teacher" and recipe.opt != "adamw":
         raise typer.BadParameter("distill uses AdamW: --opt adamw --lr 1e-3")
-    if recipe.lesson == "teacher" and recipe.steps:
-        losses = distill(
-            model,
-            teacher,
-            Unlabelled(data.train),
-            steps=recipe.steps,
-            lr=recipe.lr,
-            features=STAGES,
-            feature_weight=4.0,
-        )
-    elif recipe.start == "relu":
-        return list(_train(recipe, model, teacher, None, data)), 0.0
-    elif recipe.transfer != "hard" and recipe.steps:
-        losses = list(_train(recipe, model, teacher, schedule_of(recipe, model, batches), data))
+    soft = recipe.transfer != "hard"
+    transferred = 0.0
+    if recipe.start != "relu" and not soft and recipe.lesson != "teacher":
+        transferred = finish(model)
+    if recipe.steps:
+        if compiled:  # in place, since the hooks of `distill` go by the modules' names
+            teacher.compile()
+            model.compile()
+        if recipe.lesson == "teacher":
+            losses = distill(
+                model,
+                teacher,
+                Unlabelled(data.train),
+                steps=recipe.steps,
+                lr=recipe.lr,
+                features=STAGES,
+                feature_weight=4.0,
+            )
+        else:
+            schedule = schedule_of(recipe, model, batches) if soft else None
+            losses = list(_train(recipe, model, teacher, schedule, data))
+        model._compiled_call_impl = None
+    if any(isinstance(module, GatedActivation) for module in model.modules()):
+        transferred = finish(model)
+    return losses, transferred
+
+
+def finish(model: nn.Module) -> float:
+    """Bake; the fraction that was transferred."""
     transferred = report(model).total.transferred
     bake(model)
-    if recipe.transfer == "hard" and recipe.lesson != "teacher":
-        losses = list(_train(recipe, model, teacher, None, data))
-    return losses, transferred
+    return transferred
 
 
 def _train(
@@ -223,8 +268,6 @@ def _train(
     data: ImageData,
 ) -> Iterator[float]:
     """Train with the labels, and with the teacher's answers where the lesson is ``both``."""
-    if not recipe.steps:
-        return
     decayed = [p for n, p in model.named_parameters() if p.dim() > 1]
     others = [p for n, p in model.named_parameters() if p.dim() <= 1 and "log_alpha" not in n]
     groups = [
