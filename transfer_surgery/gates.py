@@ -16,7 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from transfer_surgery.float32 import Float32Module
-from transfer_surgery.kernels.eager import may_look
+from transfer_surgery.hard_concrete import hard_concrete, rectify
+from transfer_surgery.kernels.pieces import may_look
 from transfer_surgery.sharding import whole
 
 __all__ = ["Gate", "HardConcreteGate", "make_gate", "register_gate", "registered_gates"]
@@ -173,7 +174,7 @@ class Gate(Float32Module):
         like: dict[str, Any] = {"dtype": torch.float32, "device": self.log_alpha.device}
         if self.noise == "none":
             return torch.full(shape, 0.5, **like)
-        if may_look(self.log_alpha) and bool((self.log_alpha.detach().abs() >= _CERTAIN).all()):
+        if may_look(self.log_alpha) and self.log_alpha.detach().abs().min().item() >= _CERTAIN:
             return torch.full(shape, 0.5, **like)
         return torch.rand(shape, **like).clamp(2.0**-25, 1 - 2.0**-24)
 
@@ -191,21 +192,13 @@ class HardConcreteGate(Gate):
         tensor([1., 1., 1.], grad_fn=<ClampBackward1>)
     """
 
-    def _rectify(self, v: Tensor) -> Tensor:
-        xi, zeta = self.stretch
-        return (v * (zeta - xi) + xi).clamp(0.0, 1.0)  # Eq. 12
-
     def sample(self, batch: int) -> Tensor:
         if self.noise == "none":
             return self.predict()
-        eps = self._noise(batch)
-        logistic = eps.log() - (-eps).log1p()
-        return self._rectify(
-            torch.sigmoid((self.location() + logistic) / self.temperature)
-        )  # Eq. 15
+        return hard_concrete(self.location(), self._noise(batch), self.temperature, self.stretch)
 
     def predict(self) -> Tensor:
-        return self._rectify(torch.sigmoid(self.location()))  # Eq. 16
+        return rectify(torch.sigmoid(self.location()), self.stretch)  # Eq. 16
 
     def logit(self) -> Tensor:
         xi, zeta = self.stretch

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from transfer_surgery.kernels.eager import may_look
+from transfer_surgery.kernels.pieces import may_look
 
 __all__ = ["recompute_activations", "with_recipes"]
 
