@@ -20,7 +20,14 @@ from transfer_surgery.hard_concrete import hard_concrete, rectify
 from transfer_surgery.kernels.pieces import may_look
 from transfer_surgery.sharding import whole
 
-__all__ = ["Gate", "HardConcreteGate", "make_gate", "register_gate", "registered_gates"]
+__all__ = [
+    "Gate",
+    "HardConcreteGate",
+    "make_gate",
+    "probability_of",
+    "register_gate",
+    "registered_gates",
+]
 
 GateShape = tuple[int, ...]
 
@@ -64,6 +71,15 @@ def make_gate(name: str, shape: GateShape, **options: Any) -> Gate:
             "Add your own with @register_gate(name)."
         )
     return _REGISTRY[name](shape, **options)
+
+
+def probability_of(logit: Tensor) -> Tensor:
+    """``sigmoid(s)`` with an exact gradient.
+
+    It is sigmoid(s) * sigmoid(-s) at any s; that of torch.sigmoid is q * (1 - q) of the rounded q:
+    off by 1e-3 at log_alpha = 8 in float32, and exactly 0 above 15.
+    """
+    return F.logsigmoid(logit).exp()
 
 
 class Gate(Float32Module):
@@ -159,9 +175,7 @@ class Gate(Float32Module):
 
     def probability(self) -> Tensor:
         """``P(z != 0)`` per gate, of the gates' shape, differentiable where `learned`."""
-        # Its gradient is sigmoid(s) * sigmoid(-s) at any s; that of torch.sigmoid is q * (1 - q) of
-        # the rounded q: off by 1e-3 at log_alpha = 8 in float32, and exactly 0 above 15.
-        return F.logsigmoid(self.logit()).exp()
+        return probability_of(self.logit())
 
     def _noise(self, batch: int) -> Tensor:
         """``eps ~ U(0, 1)`` of Eq. 15, never exactly 0 or 1.

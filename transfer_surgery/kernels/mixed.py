@@ -7,6 +7,7 @@ choked on.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
@@ -92,7 +93,7 @@ def _careful(compute: Callable[[bool], Results], x: Tensor, ends: bool) -> Resul
     """``compute(select)``: blended where no gate is exact, or where the results are finite."""
     if ends and may_look(x):
         found = compute(False)
-        if all(r is None or (may_look(r) and bool(r.sum().isfinite())) for r in found):
+        if all(r is None or (may_look(r) and math.isfinite(r.sum().item())) for r in found):
             return found
     return compute(ends)
 
