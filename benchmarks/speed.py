@@ -85,12 +85,7 @@ def main(
     """Print, and write, ratios of time and memory."""
     torch.set_num_threads(threads)
     machine = Machine.choose(amp=amp)
-    where = torch.cuda.get_device_name() if machine.device.type == "cuda" else _cpu_name()
-    parts = [
-        "# What gated activations cost\n",
-        f"`python benchmarks/speed.py {' '.join(sys.argv[1:])}`, {where}, {threads} threads, torch "
-        f"{torch.__version__}, {time.strftime('%Y-%m-%d')}. {NOTE}\n",
-    ]
+    parts = [page_head("What gated activations cost", "speed.py", machine, NOTE)]
     for name in model or ["resnet18", "cifar_resnet20"]:
         size = 32 if name == "cifar_resnet20" else image_size
         images = machine.place(torch.randn(batch_size, 3, size, size))
@@ -104,12 +99,26 @@ def main(
         table.write_text("\n".join(parts))
 
 
+def page_head(title: str, program: str, machine: Machine, note: str) -> str:
+    """Title, command, machine, versions and date."""
+    where = torch.cuda.get_device_name() if machine.device.type == "cuda" else _cpu_name()
+    return (
+        f"# {title}\n\n`python benchmarks/{program} {' '.join(sys.argv[1:])}`, {where}, "
+        f"{torch.get_num_threads()} threads, torch {torch.__version__}, "
+        f"{time.strftime('%Y-%m-%d')}. {note}\n"
+    )
+
+
+def new_model(name: str) -> nn.Module:
+    """A timm model, or ``cifar_resnet20``, with random weights."""
+    return ResNet(20) if name == "cifar_resnet20" else timm.create_model(name, num_classes=10)
+
+
 def _variants(
     name: str, images: Tensor, machine: Machine, training: bool, compiled: bool
 ) -> Iterator[Variant]:
     torch.manual_seed(0)
-    model = ResNet(20) if name == "cifar_resnet20" else timm.create_model(name, num_classes=10)
-    machine.place(model)
+    model = machine.place(new_model(name))
 
     def converted(phase: str, **options: Any) -> nn.Module:
         result = convert(copy.deepcopy(model), "sin", example_input=images[:2], **options)
@@ -195,14 +204,15 @@ def _bytes(loss: Callable[[], Tensor], step: Callable[[], None], machine: Machin
 def _take_turns(variants: list[Variant], rounds: int, machine: Machine) -> None:
     for _ in range(rounds):
         for variant in variants:
-            _wait(machine)
+            wait(machine)
             start = time.perf_counter()
             variant.step()
-            _wait(machine)
+            wait(machine)
             variant.seconds.append(time.perf_counter() - start)
 
 
-def _wait(machine: Machine) -> None:
+def wait(machine: Machine) -> None:
+    """Until the device is done."""
     if machine.device.type == "cuda":
         torch.cuda.synchronize()
 
