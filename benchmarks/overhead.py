@@ -20,8 +20,9 @@ import torch.nn.functional as F
 import typer
 from memory import Launches
 from rich.console import Console
-from speed import new_model, page_head, wait
+from speed import page_head, wait
 from torch import Tensor, nn
+from variants import new_model
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 from training import Machine
@@ -53,7 +54,8 @@ def main(
     machine = Machine.choose(amp=amp)
     parts = [page_head("What the gates' bookkeeping costs", "overhead.py", machine, NOTE)]
     for name in model or ["resnet50"]:
-        images = machine.place(torch.randn(batch_size, 3, image_size, image_size))
+        size = 32 if name == "cifar_resnet20" else image_size
+        images = machine.place(torch.randn(batch_size, 3, size, size))
         parts.append(_section(name, machine.place(new_model(name)), images, rounds, machine))
         console.print(parts[-1])
     if table:
