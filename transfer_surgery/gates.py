@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from transfer_surgery.float32 import Float32Module
-from transfer_surgery.hard_concrete import hard_concrete, rectify
+from transfer_surgery.hard_concrete import hard_concrete
 from transfer_surgery.kernels.pieces import may_look
 from transfer_surgery.sharding import whole
 
@@ -30,6 +30,8 @@ __all__ = [
 ]
 
 GateShape = tuple[int, ...]
+Ingredients = tuple[Tensor, Tensor | None, tuple[float, float, float] | None]
+"""``log_alpha``, noise and ``(temperature, xi, zeta)`` of Eq. 15; or ``z``, None and None."""
 
 # With eps in [2**-25, 1 - 2**-24] no draw moves a gate that is this far out: see `_noise`.
 _CERTAIN = 19.0
@@ -158,6 +160,10 @@ class Gate(Float32Module):
         """Training value of ``z``: ``shape``, or ``(batch, *shape)`` with noise per example."""
         raise NotImplementedError
 
+    def ingredients(self, batch: int) -> Ingredients:
+        """What a fused kernel makes a `sample` of."""
+        return self.sample(batch), None, None
+
     def predict(self) -> Tensor:
         """Prediction value of ``z``, of the gates' shape, float32."""
         raise NotImplementedError
@@ -212,7 +218,13 @@ class HardConcreteGate(Gate):
         return hard_concrete(self.location(), self._noise(batch), self.temperature, self.stretch)
 
     def predict(self) -> Tensor:
-        return rectify(torch.sigmoid(self.location()), self.stretch)  # Eq. 16
+        return hard_concrete(self.location(), None, self.temperature, self.stretch)
+
+    def ingredients(self, batch: int) -> Ingredients:
+        if type(self).sample is not HardConcreteGate.sample:
+            return super().ingredients(batch)
+        eps = None if self.noise == "none" else self._noise(batch)
+        return self.location(), eps, (self.temperature, *self.stretch)
 
     def logit(self) -> Tensor:
         xi, zeta = self.stretch

@@ -1,4 +1,4 @@
-"""Eq. 15, a sample of the rectified binary concrete distribution, with its gradient in closed form.
+"""Eq. 15 and 16: the rectified binary concrete distribution, its gradient in closed form.
 
 Gates are small tensors: what a sample costs is the number of torch calls, in backward above all.
 """
@@ -10,17 +10,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["hard_concrete", "rectify"]
+__all__ = ["hard_concrete"]
 
 
 def hard_concrete(
-    log_alpha: Tensor, eps: Tensor, temperature: float, stretch: tuple[float, float]
+    log_alpha: Tensor, eps: Tensor | None, temperature: float, stretch: tuple[float, float]
 ) -> Tensor:
-    """``z`` of Eq. 15.
+    """``z`` of Eq. 15, or of Eq. 16 without noise.
 
     Args:
         log_alpha: locations, float32.
-        eps: noise in (0, 1), of a shape that broadcasts with that of ``log_alpha``.
+        eps: noise in (0, 1), of a shape that broadcasts with that of ``log_alpha``; None: no noise.
         temperature: ``beta``.
         stretch: ``(xi, zeta)``.
 
@@ -28,13 +28,15 @@ def hard_concrete(
         >>> hard_concrete(torch.zeros(3), torch.tensor([0.001, 0.5, 0.999]), 2 / 3, (-0.1, 1.1))
         tensor([0.0000, 0.5000, 1.0000])
     """
+    if eps is None:
+        return _rectify(torch.sigmoid(log_alpha), stretch)
     if torch.compiler.is_compiling() or torch.jit.is_tracing():  # type: ignore[attr-defined, no-untyped-call]
         return _value(log_alpha, eps, temperature, stretch)
     result: Tensor = _HardConcrete.apply(log_alpha, eps, temperature, stretch)
     return result
 
 
-def rectify(v: Tensor, stretch: tuple[float, float]) -> Tensor:
+def _rectify(v: Tensor, stretch: tuple[float, float]) -> Tensor:
     """Stretched from (0, 1) to (xi, zeta), and clamped to [0, 1] (Eq. 12)."""
     xi, zeta = stretch
     return (v * (zeta - xi) + xi).clamp(0.0, 1.0)
@@ -43,7 +45,7 @@ def rectify(v: Tensor, stretch: tuple[float, float]) -> Tensor:
 def _value(
     log_alpha: Tensor, eps: Tensor, temperature: float, stretch: tuple[float, float]
 ) -> Tensor:
-    return rectify(torch.sigmoid((log_alpha + torch.logit(eps)) / temperature), stretch)
+    return _rectify(torch.sigmoid((log_alpha + torch.logit(eps)) / temperature), stretch)
 
 
 class _HardConcrete(torch.autograd.Function):
