@@ -6,12 +6,10 @@ import sys
 from pathlib import Path
 
 import pytest
+from pretrained_table import Recipe, Result, read_results, write_table
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 DOCS = Path(__file__).parents[1] / "docs"
-sys.path.insert(0, str(BENCHMARKS))
-
-from pretrained_table import Recipe, Result, read_results, write_table  # noqa: E402
 
 
 def result(error: float, **recipe) -> Result:
