@@ -17,7 +17,7 @@ from transfer_surgery.gates import Gate
 from transfer_surgery.schedule import whole_gates
 from transfer_surgery.sharding import like_shard
 
-__all__ = ["logit_of_budget", "project"]
+__all__ = ["logit_of_budget", "project", "settle"]
 
 # Budgets closer than this to 0 or 1 mean no more than a gate at its end: converted gates,
 # log_alpha ~ N(8, 1), have 1 - mean P(z != 0) = 1.1e-4.
@@ -92,6 +92,15 @@ def project(
         for log_alpha, part in zip(log_alphas, parts, strict=True)
     ]
     torch._foreach_add_(log_alphas, own)
+
+
+@torch.no_grad()
+def settle(gate: Gate, kept: Tensor) -> None:
+    """Move each gate of a site to an end: those of a mask to the source, others to the target."""
+    logits = gate.logit()
+    to_source = (_END + 0.01 - logits).clamp_min(0.0)
+    to_target = (-_END - 0.01 - logits).clamp_max(0.0)
+    gate.log_alpha.add_(torch.where(kept, to_source, to_target))
 
 
 def _way(logits: Tensor, progress: float, iterations: int) -> Tensor:
