@@ -1,0 +1,139 @@
+"""How the Triton kernels walk over a tensor: its memory as ``[outer, gates, count]``.
+
+``count`` elements share a gate; either they or the gates are neighbours in memory:
+
+====================================  ================  ========  ===========  =========
+memory                                outer             gates     count        adjacent
+====================================  ================  ========  ===========  =========
+one gate per layer                    1                 1         all          elements
+channels first, ``(B, C, H, W)``      B                 C         H*W          elements
+channels last; ``(B, N, C)``          1                 C         B*H*W, B*N   gates
+one gate per neuron                   1                 features  B            gates
+====================================  ================  ========  ===========  =========
+
+With noise per example, ``outer`` is B everywhere and ``count`` that of one example.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+__all__ = ["Layout", "Tiles", "layout_of", "tiles_of"]
+
+_INT32 = 2**31
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Extents of the walk; see the module."""
+
+    outer: int
+    gates: int
+    count: int
+    gates_adjacent: bool
+    outer_per_example: int = 1
+    """Steps of the outer index in one example; more than 1 for channels in the middle."""
+
+    @property
+    def aligned(self) -> int:
+        """A power of two, at most 16, that divides the rows: vector loads rely on it."""
+        return math.gcd(self.gates if self.gates_adjacent else self.count, 16)
+
+
+def layout_of(
+    x: Tensor, granularity: str, channel_axis: int, per_example: bool = False
+) -> Layout | None:
+    """The layout of a tensor, or None where the memory is not dense or the gates lie across it."""
+    shape = tuple(x.shape)
+    contiguous = x.is_contiguous()
+    if not contiguous and not _channels_last(x):
+        return None
+    batch = shape[0] if shape and per_example else 1
+    if granularity == "layer":
+        layout = Layout(batch, 1, x.numel() // max(batch, 1), False)
+    elif granularity == "neuron":
+        if not contiguous or not shape:
+            return None
+        layout = Layout(batch, math.prod(shape[1:]), shape[0] // max(batch, 1), True)
+    else:
+        axis = channel_axis % len(shape) if shape else 0
+        if not shape or (not contiguous and axis != 1) or (per_example and axis == 0):
+            return None
+        channels, elements = shape[axis], x.numel()
+        inner = math.prod(shape[axis + 1 :]) if contiguous else 1
+        if inner == 1:  # the channels are neighbours
+            layout = Layout(batch, channels, elements // max(batch * channels, 1), True)
+        else:
+            outer = math.prod(shape[:axis])
+            steps = outer // max(shape[0], 1) if per_example else 1
+            layout = Layout(outer, channels, inner, False, max(steps, 1))
+    return layout if max(layout.outer, layout.gates, layout.count) < _INT32 else None
+
+
+def _channels_last(x: Tensor) -> bool:
+    formats = {4: torch.channels_last, 5: torch.channels_last_3d}
+    return x.dim() in formats and x.is_contiguous(memory_format=formats[x.dim()])
+
+
+@dataclass(frozen=True)
+class Tiles:
+    """How the work is cut: tiles of ``[block_gates, block_count]``, a few of them per program.
+
+    A program stays with its gates, hence it adds up their gradients; ``runs`` separate sums are
+    kept, of ``splits`` programs each.
+    """
+
+    block_gates: int
+    block_count: int
+    runs: int
+    tiles_per_run: int
+    tiles_per_program: int
+
+    @property
+    def splits(self) -> int:
+        """Programs that share one run of one block of gates."""
+        return -(-self.tiles_per_run // self.tiles_per_program)
+
+    @property
+    def rows(self) -> int:
+        """Partial sums of one gate."""
+        return self.runs * self.splits
+
+    @property
+    def warps(self) -> int:
+        """Eight elements per thread: 16 bytes in bfloat16, the widest load."""
+        return max(1, self.block_gates * self.block_count // 256)
+
+
+def tiles_of(layout: Layout, itemsize: int, per_run: bool = False, sums: int = 1) -> Tiles:
+    """Choose the tiles.
+
+    Args:
+        layout: of the tensor.
+        itemsize: bytes of an element.
+        per_run: keep one sum for each outer index rather than one for all.
+        sums: how many gradients are summed; their partial sums take at most 1/64 of the memory of
+            the tensor wherever enough elements share a gate.
+    """
+    if layout.gates_adjacent:  # 64 channels are a line of memory, and few that can agree on a gate
+        block_gates = min(64, _power_of_two(layout.gates))
+        block_count = min(1024 // block_gates, _power_of_two(layout.count))
+    elif layout.count > 256:  # one gate per program: it decides alone; the cut that wastes less
+        padded = {size: -(-layout.count // size) * size for size in (1024, 512)}
+        block_gates, block_count = 1, min(padded, key=lambda size: padded[size])
+    else:
+        block_count = _power_of_two(layout.count)
+        block_gates = min(1024 // block_count, _power_of_two(layout.gates))
+    blocks = -(-layout.count // block_count)
+    runs, tiles_per_run = (layout.outer, blocks) if per_run else (1, layout.outer * blocks)
+    small_sums = -(-64 * 4 * sums // (itemsize * block_count))
+    return Tiles(block_gates, block_count, runs, tiles_per_run, max(4, small_sums))
+
+
+def _power_of_two(number: int) -> int:
+    """The next one from ``number`` on."""
+    return 1 << max(number - 1, 0).bit_length()
