@@ -42,25 +42,42 @@ def half_turn(r):
 
 
 @triton.jit
+def huge_angle(x):
+    """The angle in [-pi, pi) that equals ``x`` beyond 2**14, by integers (Payne and Hanek).
+
+    With ``x = m * 2**(e - 10)`` and 192 bits of ``2**-10 / pi``, the 64 bits from place ``e`` on
+    times ``m``, modulo 2**64, are the half turns modulo 2.
+    """
+    bits = x.to(tl.int32, bitcast=True)
+    mantissa = ((bits & 0x7FFFFF) | 0x800000).to(tl.uint64)
+    e = ((bits >> 23) & 255) - 140
+    shift = (e & 63).to(tl.uint64)
+    high = tl.where(e < 64, 0xA2F9836E4E441, 0x529FC2757D1F534D).to(tl.uint64)
+    low = tl.where(e < 64, 0x529FC2757D1F534D, 0xDC0DB6295993C439).to(tl.uint64)
+    window = (high << shift) | ((low >> 1) >> (63 - shift))
+    angle = (mantissa * window).to(tl.int64).to(tl.float32) * 3.4061215800865545e-19  # pi / 2**63
+    return tl.where(x < 0, -angle, angle) + (x - x)  # nan for inf
+
+
+@triton.jit
 def sine_cosine(x):
     """``sin(x)`` and ``cos(x)``: precise for any ``x``, short for the usual ones.
 
-    ``tl.sin`` becomes libdevice's ``__nv_sinf``: precise, but with a branch for huge arguments in
-    each element, some 100 instructions long, and nothing shared with ``tl.cos``. In bfloat16 that
-    would be the limit, not the memory. Here a tile asks once whether it has a huge argument.
+    ``tl.sin`` becomes libdevice's ``__nv_sinf``: precise too, but each element has its own branch
+    for huge arguments, 100 instructions long, and nothing is shared with ``tl.cos``: in bfloat16
+    that would be the limit, not the memory. Here a tile asks once for huge arguments.
     """
     if tl.max(tl.abs(x)) > 16384.0:  # nan is not, and stays nan below
-        sine, cosine = tl.sin(x), tl.cos(x)
-    else:
-        # Cody and Waite: k = round(x / pi), its parity in the last bit; the first two of three
-        # parts of pi have so few bits that their products with k are exact up to k = 2**13.
-        shifted = x * 0.3183098861837907 + 12582912.0
-        k = shifted - 12582912.0
-        r = x - k * 3.140625 - k * 0.000967502593994140625 - k * 1.50995799097837643e-07
-        sign = shifted.to(tl.int32, bitcast=True) << 31
-        sine, cosine = half_turn(r)
-        sine = (sine.to(tl.int32, bitcast=True) ^ sign).to(tl.float32, bitcast=True)
-        cosine = (cosine.to(tl.int32, bitcast=True) ^ sign).to(tl.float32, bitcast=True)
+        x = tl.where(tl.abs(x) > 16384.0, huge_angle(x), x)
+    # Cody and Waite: k = round(x / pi), its parity in the last bit; the first two of three parts of
+    # pi have so few bits that their products with k are exact up to k = 2**13.
+    shifted = x * 0.3183098861837907 + 12582912.0
+    k = shifted - 12582912.0
+    r = x - k * 3.140625 - k * 0.000967502593994140625 - k * 1.50995799097837643e-07
+    sign = shifted.to(tl.int32, bitcast=True) << 31
+    sine, cosine = half_turn(r)
+    sine = (sine.to(tl.int32, bitcast=True) ^ sign).to(tl.float32, bitcast=True)
+    cosine = (cosine.to(tl.int32, bitcast=True) ^ sign).to(tl.float32, bitcast=True)
     return sine, cosine
 
 

@@ -134,12 +134,12 @@ def forward_kernel(
         gates *= ALIGNED
     else:
         count *= ALIGNED
-    first_gate, _, start, stop = _program(tiles_per_run, tiles_per_program, gates, BLOCK_GATES)
+    first_gate, _row, start, stop = _program(tiles_per_run, tiles_per_program, gates, BLOCK_GATES)
     index = first_gate + tl.arange(0, BLOCK_GATES)
     inside = index < gates
     PER_EXAMPLE: tl.constexpr = GATES_PER_EXAMPLE or NOISE_PER_EXAMPLE
     if not PER_EXAMPLE:
-        z, slope, ones, zeros = _gate(
+        z, _slope, ones, zeros = _gate(
             gates_ptr, noise_ptr, index, index, inside, TEMPERATURE, XI, ZETA
         )
     a, w = _parameter(a_ptr, index, inside, 1.0), _parameter(w_ptr, index, inside, 1.0)
@@ -151,7 +151,7 @@ def forward_kernel(
         x = tl.load(x_ptr + base + offsets, mask=mask, other=0.0).to(tl.float32)
         if PER_EXAMPLE:
             own = (outer // outer_per_example) * gates + index
-            z, slope, ones, zeros = _gate(
+            z, _slope, ones, zeros = _gate(
                 gates_ptr,
                 noise_ptr,
                 own if GATES_PER_EXAMPLE else index,
