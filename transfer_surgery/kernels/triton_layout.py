@@ -105,8 +105,12 @@ class Tiles:
 
     @property
     def warps(self) -> int:
-        """Eight elements per thread: 16 bytes in bfloat16, the widest load."""
-        return max(1, self.block_gates * self.block_count // 256)
+        """Eight elements per thread, 16 bytes in bfloat16: the widest load.
+
+        Four where a thread meets several gates, whose numbers and sums take registers.
+        """
+        per_thread = 8 if self.block_gates == 1 else 4
+        return max(1, self.block_gates * self.block_count // (32 * per_thread))
 
 
 def tiles_of(layout: Layout, itemsize: int, per_run: bool = False, sums: int = 1) -> Tiles:

@@ -1,8 +1,8 @@
 """The Triton kernels as an operator of torch, with shapes for tracing, gradients and vmap.
 
 ``torch.ops.transfer_surgery.gated`` is one node for torch.compile and torch.export; its gradient is
-one more, ``gated_backward``. A gradient of that gradient, and vmap, run `_plain`, the same formula
-in differentiable tensor code.
+one more, ``gated_backward``. A gradient of that gradient runs `_plain`, the same formula in
+differentiable tensor code.
 """
 
 from __future__ import annotations
@@ -194,5 +194,11 @@ _gated.register_autograd(_backward, setup_context=_setup_context)
 
 
 @_gated.register_vmap
-def _(info: Any, in_dims: tuple[int | None, ...], *arguments: Any) -> tuple[Tensor, int]:
-    return torch.vmap(_plain, in_dims)(*arguments), 0
+def _(info: Any, in_dims: tuple[Any, ...], *arguments: Any) -> tuple[Tensor, int]:
+    """One by one: what is mapped over has layouts of its own; `supports` sends it elsewhere."""
+    pairs = list(zip(arguments, in_dims, strict=True))
+    calls = (
+        _gated(*(value.select(dim, i) if isinstance(dim, int) else value for value, dim in pairs))
+        for i in range(info.batch_size)
+    )
+    return torch.stack(list(calls)), 0
