@@ -12,6 +12,7 @@ from triton.compiler import ASTSource
 from transfer_surgery.activations import get_activation
 from transfer_surgery.kernels.triton_functions import _FUNCTIONS, in_triton
 from transfer_surgery.kernels.triton_kernel import backward_kernel, forward_kernel
+from transfer_surgery.kernels.triton_launch import warps
 from transfer_surgery.kernels.triton_layout import Layout, tiles_of
 
 ITEM = {"bf16": 2, "fp16": 2, "fp32": 4}
@@ -56,7 +57,7 @@ def compiled(kernel, layout, source="relu", target="sin", dtype="bf16", matched=
         if signature[name].startswith("*")
     }
     code = ASTSource(kernel, signature=signature, constexprs=constants, attrs=aligned)
-    options = {"num_warps": tiles.warps, "enable_fp_fusion": True}
+    options = {"num_warps": warps(kernel, tiles), "enable_fp_fusion": True}
     result = triton.compile(code, target=GPUTarget("cuda", 90, 32), options=options)
     print(kernel.__name__, layout, source, target, dtype, matched, flags, flush=True)
     return result.asm["ptx"]

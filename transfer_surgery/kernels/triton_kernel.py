@@ -16,88 +16,17 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from transfer_surgery.kernels.triton_parts import (
+    affine,
+    gate,
+    next_tile,
+    parameter,
+    place,
+    program,
+    unless,
+)
+
 __all__ = ["backward_kernel", "forward_kernel"]
-
-
-@triton.jit
-def _program(tiles_per_run, tiles_per_program, gates, BLOCK_GATES: tl.constexpr):
-    """This program's gates, its row of partial sums, and its range of tiles."""
-    blocks = tl.cdiv(gates, BLOCK_GATES)
-    first_gate = (tl.program_id(0) % blocks) * BLOCK_GATES
-    row = tl.program_id(0) // blocks
-    splits = tl.cdiv(tiles_per_run, tiles_per_program)
-    run = row // splits
-    start = (row % splits) * tiles_per_program
-    stop = tl.minimum(start + tiles_per_program, tiles_per_run)
-    return first_gate, row, run * tiles_per_run + start, run * tiles_per_run + stop
-
-
-@triton.jit
-def _place(
-    tile,
-    first_gate,
-    gates,
-    count,
-    GATES_ADJACENT: tl.constexpr,
-    BLOCK_GATES: tl.constexpr,
-    BLOCK_COUNT: tl.constexpr,
-):
-    """Outer index of a tile, its start in memory, its offsets from there, and what is inside."""
-    blocks = tl.cdiv(count, BLOCK_COUNT)
-    outer = tile // blocks
-    first = (tile % blocks) * BLOCK_COUNT
-    g, n = tl.arange(0, BLOCK_GATES)[:, None], tl.arange(0, BLOCK_COUNT)[None, :]
-    mask = (first_gate + g < gates) & (first + n < count)
-    # Only the start can pass 2**31: the offsets stay in cheap 32 bits.
-    start = outer.to(tl.int64) * gates * count
-    if GATES_ADJACENT:
-        start += first.to(tl.int64) * gates + first_gate
-        offsets = n * gates + g
-    else:
-        start += first_gate.to(tl.int64) * count + first
-        offsets = g * count + n
-    return outer, start, offsets, mask
-
-
-@triton.jit
-def _gate(
-    gates_ptr,
-    noise_ptr,
-    index,
-    noise_index,
-    inside,
-    TEMPERATURE: tl.constexpr,
-    XI: tl.constexpr,
-    ZETA: tl.constexpr,
-):
-    """``z`` and its slope ``dz / dlog_alpha``, 0 where z is exactly 0 or 1.
-
-    Eq. 15 with noise, Eq. 16 without; where the temperature is None, z is what is loaded.
-    """
-    z = tl.load(gates_ptr + index, mask=inside, other=0.0)
-    slope = tl.full(z.shape, 1.0, tl.float32)
-    if TEMPERATURE is not None:
-        slope *= ZETA - XI
-        if noise_ptr is not None:
-            eps = tl.load(noise_ptr + noise_index, mask=inside, other=0.5)
-            z = (z + tl.log(eps) - tl.log(1 - eps)) * (1 / TEMPERATURE)
-            slope *= 1 / TEMPERATURE
-        v = tl.sigmoid(z)
-        slope *= v * (1 - v)
-        z = tl.minimum(tl.maximum(v * (ZETA - XI) + XI, 0.0), 1.0)
-    slope = tl.where((z == 0) | (z == 1), 0.0, slope)
-    ones = tl.min(tl.where(inside, z, 1.0), axis=0) == 1
-    zeros = tl.max(tl.where(inside, z, 0.0), axis=0) == 0
-    return z[:, None], slope[:, None], ones, zeros
-
-
-@triton.jit
-def _parameter(pointer, index, inside, default: tl.constexpr):
-    if pointer is None:
-        value = tl.full(index.shape, default, tl.float32)
-    else:
-        value = tl.load(pointer + index, mask=inside, other=default)
-    return value[:, None]
 
 
 @triton.jit
@@ -134,24 +63,26 @@ def forward_kernel(
         gates *= ALIGNED
     else:
         count *= ALIGNED
-    first_gate, _row, start, stop = _program(tiles_per_run, tiles_per_program, gates, BLOCK_GATES)
+    first_gate, _row, start, stop = program(tiles_per_run, tiles_per_program, gates, BLOCK_GATES)
     index = first_gate + tl.arange(0, BLOCK_GATES)
     inside = index < gates
     PER_EXAMPLE: tl.constexpr = GATES_PER_EXAMPLE or NOISE_PER_EXAMPLE
     if not PER_EXAMPLE:
-        z, _slope, ones, zeros = _gate(
+        z, _slope, ones, zeros = gate(
             gates_ptr, noise_ptr, index, index, inside, TEMPERATURE, XI, ZETA
         )
-    a, w = _parameter(a_ptr, index, inside, 1.0), _parameter(w_ptr, index, inside, 1.0)
-    c, b = _parameter(c_ptr, index, inside, 0.0), _parameter(b_ptr, index, inside, 0.0)
-    for tile in range(start, stop):
-        outer, base, offsets, mask = _place(
-            tile, first_gate, gates, count, GATES_ADJACENT, BLOCK_GATES, BLOCK_COUNT
+    a, w = parameter(a_ptr, index, inside, 1.0), parameter(w_ptr, index, inside, 1.0)
+    c, b = parameter(c_ptr, index, inside, 0.0), parameter(b_ptr, index, inside, 0.0)
+    blocks = tl.cdiv(count, BLOCK_COUNT)
+    outer, first = start // blocks, (start % blocks) * BLOCK_COUNT
+    for _tile in range(start, stop):
+        base, offsets, mask = place(
+            outer, first, first_gate, gates, count, GATES_ADJACENT, BLOCK_GATES, BLOCK_COUNT
         )
         x = tl.load(x_ptr + base + offsets, mask=mask, other=0.0).to(tl.float32)
         if PER_EXAMPLE:
             own = (outer // outer_per_example) * gates + index
-            z, _slope, ones, zeros = _gate(
+            z, _slope, ones, zeros = gate(
                 gates_ptr,
                 noise_ptr,
                 own if GATES_PER_EXAMPLE else index,
@@ -164,14 +95,14 @@ def forward_kernel(
         if ones:
             y = SOURCE(x, SOURCE_NUMBERS)[0]
         elif zeros:
-            f = TARGET(w * x + c, TARGET_NUMBERS)[0]
-            y = a * f + b
+            f = TARGET(affine(x, w, c, w_ptr, c_ptr), TARGET_NUMBERS)[0]
+            y = affine(f, a, b, a_ptr, b_ptr)
         else:
-            # A branch that contributes nothing sees the input 0: its value is finite.
-            s = SOURCE(tl.where(z == 0, 0.0, x), SOURCE_NUMBERS)[0]
-            f = TARGET(w * tl.where(z == 1, 0.0, x) + c, TARGET_NUMBERS)[0]
-            y = z * s + (1 - z) * (a * f + b)
+            s = SOURCE(unless(z, 0, x), SOURCE_NUMBERS)[0]
+            f = TARGET(affine(unless(z, 1, x), w, c, w_ptr, c_ptr), TARGET_NUMBERS)[0]
+            y = z * s + (1 - z) * affine(f, a, b, a_ptr, b_ptr)
         tl.store(y_ptr + base + offsets, y.to(y_ptr.dtype.element_ty), mask=mask)
+        outer, first = next_tile(outer, first, count, BLOCK_COUNT)
 
 
 @triton.jit
@@ -210,27 +141,29 @@ def backward_kernel(
         gates *= ALIGNED
     else:
         count *= ALIGNED
-    first_gate, row, start, stop = _program(tiles_per_run, tiles_per_program, gates, BLOCK_GATES)
+    first_gate, row, start, stop = program(tiles_per_run, tiles_per_program, gates, BLOCK_GATES)
     index = first_gate + tl.arange(0, BLOCK_GATES)
     inside = index < gates
     PER_EXAMPLE: tl.constexpr = GATES_PER_EXAMPLE or NOISE_PER_EXAMPLE
     if not PER_EXAMPLE:
-        z, slope, ones, zeros = _gate(
+        z, slope, ones, zeros = gate(
             gates_ptr, noise_ptr, index, index, inside, TEMPERATURE, XI, ZETA
         )
-    a, w = _parameter(a_ptr, index, inside, 1.0), _parameter(w_ptr, index, inside, 1.0)
-    c, b = _parameter(c_ptr, index, inside, 0.0), _parameter(b_ptr, index, inside, 0.0)
+    a, w = parameter(a_ptr, index, inside, 1.0), parameter(w_ptr, index, inside, 1.0)
+    c, b = parameter(c_ptr, index, inside, 0.0), parameter(b_ptr, index, inside, 0.0)
     sum_z = tl.zeros((BLOCK_GATES, BLOCK_COUNT), tl.float32)
     sum_a, sum_w, sum_c, sum_b = sum_z, sum_z, sum_z, sum_z
-    for tile in range(start, stop):
-        outer, base, offsets, mask = _place(
-            tile, first_gate, gates, count, GATES_ADJACENT, BLOCK_GATES, BLOCK_COUNT
+    blocks = tl.cdiv(count, BLOCK_COUNT)
+    outer, first = start // blocks, (start % blocks) * BLOCK_COUNT
+    for _tile in range(start, stop):
+        base, offsets, mask = place(
+            outer, first, first_gate, gates, count, GATES_ADJACENT, BLOCK_GATES, BLOCK_COUNT
         )
         x = tl.load(x_ptr + base + offsets, mask=mask, other=0.0).to(tl.float32)
         grad = tl.load(grad_ptr + base + offsets, mask=mask, other=0.0).to(tl.float32)
         if PER_EXAMPLE:
             own = (outer // outer_per_example) * gates + index
-            z, slope, ones, zeros = _gate(
+            z, slope, ones, zeros = gate(
                 gates_ptr,
                 noise_ptr,
                 own if GATES_PER_EXAMPLE else index,
@@ -244,40 +177,47 @@ def backward_kernel(
             of_s = SOURCE(x, SOURCE_NUMBERS)[1]
             grad_x = grad * of_s
         elif zeros:
-            f, of_f = TARGET(w * x + c, TARGET_NUMBERS)
+            f, of_f = TARGET(affine(x, w, c, w_ptr, c_ptr), TARGET_NUMBERS)
+            of_f *= grad
             sum_a += grad * f
-            sum_w += grad * of_f * x
-            sum_c += grad * of_f
+            sum_w += of_f * x
+            sum_c += of_f
             sum_b += grad
-            grad_x = grad * of_f * (a * w)
+            grad_x = of_f * (a * w)
         else:
-            x_t = tl.where(z == 1, 0.0, x)
-            s, of_s = SOURCE(tl.where(z == 0, 0.0, x), SOURCE_NUMBERS)
-            f, of_f = TARGET(w * x_t + c, TARGET_NUMBERS)
-            grad_s = tl.where(z == 0, 0.0, z * grad)
-            grad_t = tl.where(z == 1, 0.0, (1 - z) * grad)
-            sum_z += tl.where(slope == 0, 0.0, slope * grad * (s - (a * f + b)))
-            sum_a += grad_t * f
-            sum_w += grad_t * of_f * x_t
-            sum_c += grad_t * of_f
-            sum_b += grad_t
-            grad_x = grad_s * of_s + grad_t * of_f * (a * w)
+            x_t = unless(z, 1, x)
+            s, of_s = SOURCE(unless(z, 0, x), SOURCE_NUMBERS)
+            f, of_f = TARGET(affine(x_t, w, c, w_ptr, c_ptr), TARGET_NUMBERS)
+            difference = grad * (s - affine(f, a, b, a_ptr, b_ptr))
+            if PER_EXAMPLE:
+                difference = tl.where(slope == 0, 0.0, slope * difference)
+            sum_z += difference
+            to_t = unless(z, 1, (1 - z) * grad)
+            of_f *= to_t
+            sum_a += to_t * f
+            sum_w += of_f * x_t
+            sum_c += of_f
+            sum_b += to_t
+            grad_x = unless(z, 0, z * grad) * of_s + of_f * (a * w)
         tl.store(grad_x_ptr + base + offsets, grad_x.to(grad_x_ptr.dtype.element_ty), mask=mask)
+        outer, first = next_tile(outer, first, count, BLOCK_COUNT)
     if sums_ptr is not None:
         rows = tl.num_programs(0) // tl.cdiv(gates, BLOCK_GATES)
         stride = rows.to(tl.int64) * gates
-        place = sums_ptr + row.to(tl.int64) * gates + index
+        sums = sums_ptr + row.to(tl.int64) * gates + index
+        if not PER_EXAMPLE:
+            sum_z = tl.where(slope == 0, 0.0, slope * sum_z)
         a = tl.sum(a, axis=1)  # of one column: without that axis
-        tl.store(place, tl.sum(sum_z, axis=1), mask=inside)
+        tl.store(sums, tl.sum(sum_z, axis=1), mask=inside)
         if a_ptr is not None:
-            place += stride
-            tl.store(place, tl.sum(sum_a, axis=1), mask=inside)
+            sums += stride
+            tl.store(sums, tl.sum(sum_a, axis=1), mask=inside)
         if w_ptr is not None:
-            place += stride
-            tl.store(place, a * tl.sum(sum_w, axis=1), mask=inside)
+            sums += stride
+            tl.store(sums, a * tl.sum(sum_w, axis=1), mask=inside)
         if c_ptr is not None:
-            place += stride
-            tl.store(place, a * tl.sum(sum_c, axis=1), mask=inside)
+            sums += stride
+            tl.store(sums, a * tl.sum(sum_c, axis=1), mask=inside)
         if b_ptr is not None:
-            place += stride
-            tl.store(place, tl.sum(sum_b, axis=1), mask=inside)
+            sums += stride
+            tl.store(sums, tl.sum(sum_b, axis=1), mask=inside)

@@ -15,7 +15,7 @@ from transfer_surgery.activations import get_activation
 from transfer_surgery.kernels.affine import Affine
 from transfer_surgery.kernels.triton_functions import TritonActivation, in_triton
 from transfer_surgery.kernels.triton_kernel import backward_kernel, forward_kernel
-from transfer_surgery.kernels.triton_layout import Layout, Tiles, layout_of, tiles_of
+from transfer_surgery.kernels.triton_layout import Layout, Tiles, layout_of, memory_order, tiles_of
 
 __all__ = [
     "INTERPRETED",
@@ -25,6 +25,7 @@ __all__ = [
     "launch_backward",
     "launch_forward",
     "sums_shape",
+    "warps",
 ]
 
 INTERPRETED = not isinstance(forward_kernel, triton.JITFunction)
@@ -90,7 +91,7 @@ def launch_backward(grad: Tensor, with_sums: bool, x: Tensor, call: Call) -> tup
     rows, runs = shape[:2]
     partial = call.gates.new_empty(rows, runs, tiles.rows // runs, layout.gates)
     _launch(backward_kernel, x, call, (grad, grad_x, partial), layout, tiles)
-    return grad_x, partial.sum(2)
+    return grad_x, _in_order_of_axes(partial.sum(2), x, call)
 
 
 def sums_shape(x: Tensor, call: Call, with_sums: bool) -> tuple[int, int, int]:
@@ -109,6 +110,31 @@ def _plan(x: Tensor, call: Call) -> tuple[Layout, Tiles]:
     assert layout is not None
     sums = 1 + sum(p is not None for p in call.parameters)
     return layout, tiles_of(layout, x.itemsize, own, sums)
+
+
+def _in_order_of_memory(t: Tensor, x: Tensor, call: Call) -> Tensor:
+    """Numbers per neuron lie as the features of ``x`` lie."""
+    order = memory_order(x)
+    if call.granularity != "neuron" or order is None or order == torch.contiguous_format:
+        return t.contiguous()
+    return t.reshape(-1, *x.shape[1:]).contiguous(memory_format=order)
+
+
+def _in_order_of_axes(sums: Tensor, x: Tensor, call: Call) -> Tensor:
+    """The inverse, for ``[sums, runs, gates]``."""
+    if call.granularity != "neuron" or memory_order(x) == torch.contiguous_format:
+        return sums
+    return sums.view(-1, *x.shape[2:], x.shape[1]).movedim(-1, 1).reshape(sums.shape)
+
+
+def warps(kernel: Any, tiles: Tiles) -> int:
+    """As many elements per thread as registers allow, in loads of 16 bytes where there is one gate.
+
+    The rest of a turn of the loop, some 40 instructions, is then shared by enough of them. Several
+    gates per thread take registers for their numbers and sums.
+    """
+    per_thread = 4 if tiles.block_gates > 1 else 16 if kernel is forward_kernel else 8
+    return max(1, tiles.block_gates * tiles.block_count // (32 * per_thread))
 
 
 @functools.cache
@@ -135,7 +161,7 @@ def _launch(
         kernel[-(-layout.gates // tiles.block_gates) * tiles.rows,](
             x,
             *others,
-            *(None if t is None else t.contiguous() for t in small),
+            *(None if t is None else _in_order_of_memory(t, x, call) for t in small),
             layout.gates // aligned if adjacent else layout.gates,
             layout.count if adjacent else layout.count // aligned,
             layout.outer_per_example,
@@ -154,6 +180,6 @@ def _launch(
             TARGET_NUMBERS=target.numbers,
             BLOCK_GATES=tiles.block_gates,
             BLOCK_COUNT=tiles.block_count,
-            num_warps=tiles.warps,
+            num_warps=warps(kernel, tiles),
             enable_fp_fusion=True,
         )

@@ -2,14 +2,14 @@
 
 ``count`` elements share a gate; either they or the gates are neighbours in memory:
 
-====================================  ================  ========  ===========  =========
-memory                                outer             gates     count        adjacent
-====================================  ================  ========  ===========  =========
-one gate per layer                    1                 1         all          elements
-channels first, ``(B, C, H, W)``      B                 C         H*W          elements
-channels last; ``(B, N, C)``          1                 C         B*H*W, B*N   gates
-one gate per neuron                   1                 features  B            gates
-====================================  ================  ========  ===========  =========
+=================================  =====  ========  ==========  =========
+memory                             outer  gates     count       adjacent
+=================================  =====  ========  ==========  =========
+one gate per layer                 1      1         all         elements
+channels first, ``(B, C, H, W)``   B      C         H*W         elements
+channels last; ``(B, N, C)``       1      C         B*H*W; B*N  gates
+one gate per neuron                1      features  B           gates
+=================================  =====  ========  ==========  =========
 
 With noise per example, ``outer`` is B everywhere and ``count`` that of one example.
 """
@@ -22,9 +22,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-__all__ = ["Layout", "Tiles", "layout_of", "tiles_of"]
+__all__ = ["Layout", "Tiles", "layout_of", "memory_order", "tiles_of"]
 
-_INT32 = 2**31
+_INT32 = 2**31 - 2**11  # a place one tile behind the end is still a number of 32 bits
 
 
 @dataclass(frozen=True)
@@ -47,36 +47,36 @@ class Layout:
 def layout_of(
     x: Tensor, granularity: str, channel_axis: int, per_example: bool = False
 ) -> Layout | None:
-    """The layout of a tensor, or None where the memory is not dense or the gates lie across it."""
-    shape = tuple(x.shape)
-    contiguous = x.is_contiguous()
-    if not contiguous and not _channels_last(x):
+    """The layout of a tensor, or None where its memory is not dense or the gates lie across it."""
+    shape, elements = tuple(x.shape), x.numel()
+    order = memory_order(x)
+    if not shape or order is None:
         return None
-    batch = shape[0] if shape and per_example else 1
+    batch = shape[0] if per_example or elements >= _INT32 else 1
     if granularity == "layer":
-        layout = Layout(batch, 1, x.numel() // max(batch, 1), False)
+        layout = Layout(batch, 1, elements // max(batch, 1), False)
     elif granularity == "neuron":
-        if not contiguous or not shape:
-            return None
         layout = Layout(batch, math.prod(shape[1:]), shape[0] // max(batch, 1), True)
     else:
-        axis = channel_axis % len(shape) if shape else 0
-        if not shape or (not contiguous and axis != 1) or (per_example and axis == 0):
+        axis, contiguous = channel_axis % len(shape), order == torch.contiguous_format
+        if (axis != 1 and not contiguous) or (axis == 0 and per_example):
             return None
-        channels, elements = shape[axis], x.numel()
         inner = math.prod(shape[axis + 1 :]) if contiguous else 1
         if inner == 1:  # the channels are neighbours
-            layout = Layout(batch, channels, elements // max(batch * channels, 1), True)
+            layout = Layout(batch, shape[axis], elements // max(batch * shape[axis], 1), True)
         else:
             outer = math.prod(shape[:axis])
             steps = outer // max(shape[0], 1) if per_example else 1
-            layout = Layout(outer, channels, inner, False, max(steps, 1))
+            layout = Layout(outer, shape[axis], inner, False, max(steps, 1))
     return layout if max(layout.outer, layout.gates, layout.count) < _INT32 else None
 
 
-def _channels_last(x: Tensor) -> bool:
-    formats = {4: torch.channels_last, 5: torch.channels_last_3d}
-    return x.dim() in formats and x.is_contiguous(memory_format=formats[x.dim()])
+def memory_order(x: Tensor) -> torch.memory_format | None:
+    """Contiguous, channels last, or None for neither."""
+    if x.is_contiguous():
+        return torch.contiguous_format
+    last = {4: torch.channels_last, 5: torch.channels_last_3d}.get(x.dim())
+    return last if last and x.is_contiguous(memory_format=last) else None
 
 
 @dataclass(frozen=True)
@@ -103,15 +103,6 @@ class Tiles:
         """Partial sums of one gate."""
         return self.runs * self.splits
 
-    @property
-    def warps(self) -> int:
-        """Eight elements per thread, 16 bytes in bfloat16: the widest load.
-
-        Four where a thread meets several gates, whose numbers and sums take registers.
-        """
-        per_thread = 8 if self.block_gates == 1 else 4
-        return max(1, self.block_gates * self.block_count // (32 * per_thread))
-
 
 def tiles_of(layout: Layout, itemsize: int, per_run: bool = False, sums: int = 1) -> Tiles:
     """Choose the tiles.
@@ -134,8 +125,16 @@ def tiles_of(layout: Layout, itemsize: int, per_run: bool = False, sums: int = 1
         block_gates = min(1024 // block_count, _power_of_two(layout.gates))
     blocks = -(-layout.count // block_count)
     runs, tiles_per_run = (layout.outer, blocks) if per_run else (1, layout.outer * blocks)
+    # Few sums, and hundreds of instructions for the gates shared by many tiles; but work for all.
     small_sums = -(-64 * 4 * sums // (itemsize * block_count))
-    return Tiles(block_gates, block_count, runs, tiles_per_run, max(4, small_sums))
+    all_tiles = -(-layout.gates // block_gates) * layout.outer * blocks
+    return Tiles(
+        block_gates,
+        block_count,
+        runs,
+        tiles_per_run,
+        tiles_per_program=max(1, small_sums, min(32, all_tiles // 2048)),
+    )
 
 
 def _power_of_two(number: int) -> int:
