@@ -12,6 +12,7 @@ from transfer_surgery.activations import get_activation
 from transfer_surgery.affine import spread
 
 pytest.importorskip("triton")
+from transfer_surgery.kernels.triton_layout import layout_of, tiles_of
 from transfer_surgery.kernels.triton_op import gated_triton, supports
 
 NUMPY = "ignore:(overflow|invalid value) encountered:RuntimeWarning"  # the interpreter's, at inf
@@ -154,6 +155,31 @@ def test_parameters_may_be_folded_away_and_frozen(folded):
     assert all(
         (p is None or p.grad is not None) == (i == 0) or p is None for i, p in enumerate(parameters)
     )
+
+
+@pytest.mark.parametrize("sums", [1, 5])
+@pytest.mark.parametrize("itemsize", [2, 4])
+@pytest.mark.parametrize("granularity", ["layer", "channel", "neuron"])
+@pytest.mark.parametrize(
+    ("shape", "axis", "order"),
+    [
+        ((256, 64, 112, 112), 1, "first"),
+        ((256, 2048, 7, 7), 1, "first"),
+        ((256, 256, 56, 56), 1, "last"),
+        ((512, 197, 3072), 2, "first"),
+    ],
+)
+def test_partial_sums_of_big_tensors_take_a_64th_of_their_memory(
+    shape, axis, order, granularity, itemsize, sums
+):
+    memory = torch.channels_last if order == "last" else torch.contiguous_format
+    x = torch.empty(shape, device="meta").contiguous(memory_format=memory)
+    layout = layout_of(x, granularity, axis)
+    tiles = tiles_of(layout, itemsize, sums=sums)
+    covered = tiles.tiles_per_program * tiles.block_count
+    if layout.outer * layout.count >= 2 * covered:  # else one program sums all there is
+        padded = 1.5  # a tile may reach over the end of its row
+        assert 64 * tiles.rows * layout.gates * 4 * sums <= padded * x.numel() * itemsize
 
 
 def many(gates: list[float], rows: int = 4) -> tuple[Tensor, Tensor]:

@@ -111,8 +111,8 @@ def tiles_of(layout: Layout, itemsize: int, per_run: bool = False, sums: int = 1
         layout: of the tensor.
         itemsize: bytes of an element.
         per_run: keep one sum for each outer index rather than one for all.
-        sums: how many gradients are summed; their partial sums take at most 1/64 of the memory of
-            the tensor wherever enough elements share a gate.
+        sums: how many gradients are summed; of a tensor of many megabytes their partial sums take
+            at most 1/64 of the memory, unless fewer than some hundred elements share a gate.
     """
     if layout.gates_adjacent:  # 64 channels are a line of memory, and few that can agree on a gate
         block_gates = min(64, _power_of_two(layout.gates))
@@ -125,15 +125,16 @@ def tiles_of(layout: Layout, itemsize: int, per_run: bool = False, sums: int = 1
         block_gates = min(1024 // block_count, _power_of_two(layout.gates))
     blocks = -(-layout.count // block_count)
     runs, tiles_per_run = (layout.outer, blocks) if per_run else (1, layout.outer * blocks)
-    # Few sums, and hundreds of instructions for the gates shared by many tiles; but work for all.
-    small_sums = -(-64 * 4 * sums // (itemsize * block_count))
+    # Few sums, and the gates' hundreds of instructions for many tiles; but four programs for each
+    # of some 128 multiprocessors.
     all_tiles = -(-layout.gates // block_gates) * layout.outer * blocks
+    tiles = max(32, -(-64 * 4 * sums // (itemsize * block_count)))
     return Tiles(
         block_gates,
         block_count,
         runs,
         tiles_per_run,
-        tiles_per_program=max(1, small_sums, min(32, all_tiles // 2048)),
+        tiles_per_program=max(1, min(tiles, all_tiles // 512)),
     )
 
 
