@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from transfer_surgery.kernels.function import Function
+
 __all__ = ["hard_concrete"]
 
 
@@ -48,9 +50,7 @@ def _value(
     return _rectify(torch.sigmoid((log_alpha + torch.logit(eps)) / temperature), stretch)
 
 
-class _HardConcrete(torch.autograd.Function):
-    generate_vmap_rule = True
-
+class _HardConcrete(Function):
     @staticmethod
     def forward(
         log_alpha: Tensor, eps: Tensor, temperature: float, stretch: tuple[float, float]

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from transfer_surgery.activations import Activation
+from transfer_surgery.kernels.function import Function
 from transfer_surgery.kernels.pieces import Results, by_pieces
 
 __all__ = [
@@ -124,9 +125,7 @@ def _times(factor: Tensor | None, x: Tensor) -> Tensor:
     return x if factor is None else factor * x
 
 
-class _Affine(torch.autograd.Function):
-    generate_vmap_rule = True
-
+class _Affine(Function):
     @staticmethod
     def forward(x: Tensor, f: Activation, *parameters: Tensor | None) -> Tensor:
         (y,) = by_pieces(lambda x, *p: (affine_value(x, f, *p),), x, *parameters)

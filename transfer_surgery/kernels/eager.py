@@ -13,6 +13,7 @@ from torch import Tensor
 
 from transfer_surgery.activations import Activation
 from transfer_surgery.kernels.affine import Affine, affine
+from transfer_surgery.kernels.function import Function
 from transfer_surgery.kernels.mixed import mix, mixed
 from transfer_surgery.kernels.pieces import may_look
 
@@ -107,7 +108,7 @@ def gated_plain(
     return y + (z - z.detach()).to(y.dtype) * torch.where(exact, difference, 0.0)
 
 
-class _ZeroGradient(torch.autograd.Function):
+class _ZeroGradient(Function):
     @staticmethod
     def forward(x: Tensor, *others: Tensor) -> Tensor:
         return x.view_as(x)

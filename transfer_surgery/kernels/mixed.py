@@ -24,6 +24,7 @@ from transfer_surgery.kernels.affine import (
     affine_outer,
     affine_value,
 )
+from transfer_surgery.kernels.function import Function
 from transfer_surgery.kernels.pieces import Results, by_pieces, may_look
 
 __all__ = ["mix", "mixed"]
@@ -52,9 +53,7 @@ def mix(s: Tensor, t: Tensor, z: Tensor, select: bool = True) -> Tensor:
     return torch.where(w == 1, s, torch.where(w == 0, t, y)) if select else y
 
 
-class _Gated(torch.autograd.Function):
-    generate_vmap_rule = True
-
+class _Gated(Function):
     @staticmethod
     def forward(
         x: Tensor,
