@@ -1,9 +1,10 @@
 #!/usr/bin/env bash
 # What docs/performance.md says of CPUs, into FOLDER (docs/performance): about 25 minutes on 2 cores.
-#     bash benchmarks/cpu.sh [FOLDER]
+#     bash benchmarks/cpu.sh [FOLDER [OPTIONS of speed.py]]
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 folder=${1:-docs/performance}
+shift || true
 python=${PYTHON:-.venv/bin/python}
 export PYTHONPATH="$PWD"
 mkdir -p "$folder"
@@ -12,3 +13,4 @@ mkdir -p "$folder"
 for model in cifar_resnet20 resnet18 efficientnet_b0 vit_tiny_patch16_224 resnet50; do
   "$python" benchmarks/speed.py --model "$model" --compile --table "$folder/cpu-$model.md" "$@"
 done
+"$python" benchmarks/performance_table.py "$folder"

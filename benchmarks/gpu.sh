@@ -31,7 +31,8 @@ speed() { # NAME SECONDS MODEL OPTIONS...
     --table "$folder/gpu-$name.md" "$@"
 }
 
-part tests 120 "$python" -m pytest -q -n 0 tests/test_triton.py tests/test_no_sync.py
+part tests 120 "$python" -m pytest -q -n 0 tests/test_triton.py tests/test_triton_op.py \
+  tests/test_kernel_choice.py tests/test_no_sync.py
 part kernel 60 "$python" benchmarks/kernel.py --table "$folder/gpu-kernel.md"
 part overhead 40 "$python" benchmarks/overhead.py --amp --batch-size 128 --table "$folder/gpu-overhead.md"
 speed resnet50 150 resnet50 --batch-size 128 --compile
@@ -40,5 +41,6 @@ speed efficientnet_b0 60 efficientnet_b0 --batch-size 128
 speed vit_tiny 40 vit_tiny_patch16_224 --batch-size 256
 speed cifar_resnet20 30 cifar_resnet20 --batch-size 512
 
+"$python" benchmarks/performance_table.py "$folder"
 echo "done in $SECONDS s; parts that failed or were cut off: ${missing[*]:-none}"
 test ${#missing[@]} -eq 0

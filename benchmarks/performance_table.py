@@ -1,0 +1,97 @@
+"""docs/performance.md: the ratios of all tables that benchmarks/speed.py wrote, beside the targets.
+
+python benchmarks/performance_table.py docs/performance
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import typer
+
+HEAD = """# What gated activations cost
+
+Written by `python benchmarks/performance_table.py {folder}` from the tables in
+[performance/](performance), which `bash benchmarks/cpu.sh` and, on a machine with a GPU,
+`bash benchmarks/gpu.sh` make. Each number is a median over rounds in which all variants of a
+network take turns: the time of one by that of its baseline in the same round. In brackets: by how
+much a target is missed.
+"""
+# Column, section, row in the tables of speed.py, column there, and the targets on CPU and GPU.
+COLUMNS = (
+    ("all gates 1", "training step", "gated, all gates 1", "time", (1.05, 1.05)),
+    ("mixed", "training step", "gated, mixed gates", "time", (1.25, 1.10)),
+    ("all gates 0", "training step", "gated, all gates 0", "time", (1.05, 1.05)),
+    ("naive code, mixed", "training step", "naive code, mixed gates", "time", None),
+    ("mixed, compiled", "training step", "gated, mixed gates, compiled", "time", (None, 1.03)),
+    ("memory", "training step", "gated, mixed gates", "memory", None),
+    ("memory, recompute", "training step", "gated, mixed gates, recompute", "memory", (1.02, 1.02)),
+    ("baked", "inference", "baked, all gates 0", "time", (1.02, 1.02)),
+    ("matched, baked", "inference", "baked, matched targets", "time", None),
+    ("matched, folded", "inference", "baked, matched and folded", "time", None),
+)
+NOTES = """
+Baselines: the network as it was; for *all gates 0*, *baked* and *matched* the network with plain
+sines; for *compiled* the compiled network as it was. Memory is what waits for the backward pass.
+"""
+
+
+def main(folder: Path) -> None:
+    """Write FOLDER.md."""
+    text = HEAD.format(folder=f"docs/{folder.name}") + "\n"
+    for place, (device, title) in enumerate((("cpu", "CPU"), ("gpu", "GPU"))):
+        text += f"## {title}\n\n"
+        tables = sorted(folder.glob(f"{device}-*.md"))
+        timed = [file for file in tables if "training step" in file.read_text()]
+        if not timed:
+            text += "Not measured: no GPU was at hand. `bash benchmarks/gpu.sh` does it.\n"
+            continue
+        text += _line(["network", *(column[0] for column in COLUMNS)])
+        text += _line(["---"] * (1 + len(COLUMNS)))
+        for file in timed:
+            text += _line([f"[{_name(file)}](performance/{file.name})", *_cells(file, place)])
+        targets = [column[4][place] if column[4] else None for column in COLUMNS]
+        text += _line(["target", *("-" if t is None else f"{t:.2f}" for t in targets)])
+        others = [
+            f"[{_name(file)}](performance/{file.name})" for file in tables if file not in timed
+        ]
+        text += NOTES + (f"\nMore: {', '.join(others)}.\n\n" if others else "\n")
+    folder.with_suffix(".md").write_text(text.rstrip() + "\n")
+
+
+def _cells(file: Path, place: int) -> list[str]:
+    found = ratios(file.read_text())
+    cells = []
+    for _, section, row, column, targets in COLUMNS:
+        value = found.get((section, row, column))
+        target = targets[place] if targets else None
+        missed = value is not None and target is not None and value > target
+        excess = f" (+{value - target:.2f})" if missed else ""
+        cells.append("-" if value is None else f"{value:.2f}{excess}")
+    return cells
+
+
+def ratios(page: str) -> dict[tuple[str, str, str], float]:
+    """Of one page of speed.py: section, row and column to the number."""
+    found = {}
+    for section in page.split("\n## ")[1:]:
+        kind = section.split(", ")[1]
+        for line in section.splitlines():
+            cells = [cell.strip() for cell in line.strip("| ").split(" | ")]
+            if line.startswith("| ") and len(cells) == 5 and cells[0] != "network":
+                for column, cell in (("time", cells[2]), ("memory", cells[4])):
+                    if cell != "-":
+                        found[kind, cells[0], column] = float(cell)
+    return found
+
+
+def _name(file: Path) -> str:
+    return file.stem.partition("-")[2]
+
+
+def _line(cells: list[str]) -> str:
+    return f"| {' | '.join(cells)} |\n"
+
+
+if __name__ == "__main__":
+    typer.run(main)
