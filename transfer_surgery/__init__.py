@@ -8,6 +8,7 @@ from transfer_surgery.checkpoint import load_gates, save_gates
 from transfer_surgery.controllers import ScheduleEndedWarning, TransferRestartedWarning
 from transfer_surgery.convert import convert, revert
 from transfer_surgery.distill import distill
+from transfer_surgery.export import export_onnx, export_program
 from transfer_surgery.find import find_activations
 from transfer_surgery.fold import fold_targets
 from transfer_surgery.formulas import register_formula
@@ -36,6 +37,8 @@ __all__ = [
     "bake",
     "convert",
     "distill",
+    "export_onnx",
+    "export_program",
     "find_activations",
     "fold_targets",
     "get_activation",

@@ -75,7 +75,9 @@ def affine_gradients(
 
 def _inner(x: Tensor, *parameters: Tensor | None) -> Tensor:
     _, w, c, _ = parameters
-    wide = next((torch.result_type(x, p) for p in parameters if p is not None), x.dtype)
+    # Not result_type, which torch.compile does not follow.
+    dtypes = (torch.promote_types(x.dtype, p.dtype) for p in parameters if p is not None)
+    wide = next(dtypes, x.dtype)
     return _multiply_add(x.to(wide), w, c)
 
 
