@@ -69,7 +69,7 @@ def baked(model: nn.Module, x: Tensor, *kinds: Callable[[GatedActivation], None]
     """A baked model whose sites are, in turn, of these kinds."""
     for name, parameter in model.named_parameters():
         if parameter.dim() == 1 and not name.endswith("bias"):
-            parameter.uniform_(0.5, 1.5)  # some start at 0 or 1e-6, and hide what is behind them
+            parameter.uniform_(0.2, 0.8)  # some start at 0 or 1e-6, and hide what is behind them
         elif not parameter.any():
             parameter.normal_(std=0.02)
     convert(model.eval(), example_input=x)

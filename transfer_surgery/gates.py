@@ -51,8 +51,8 @@ def registered_gates() -> tuple[str, ...]:
     return tuple(sorted(_REGISTRY))
 
 
-def make_gate(name: str, shape: GateShape, **options: Any) -> Gate:
-    """Build a registered gate.
+def gate_class(name: str) -> type[Gate]:
+    """A registered gate.
 
     Raises:
         ValueError: the name is unknown; the message lists the known ones.
@@ -62,7 +62,16 @@ def make_gate(name: str, shape: GateShape, **options: Any) -> Gate:
             f"unknown gate {name!r}. Known: {', '.join(registered_gates())}. "
             "Add your own with @register_gate(name)."
         )
-    return _REGISTRY[name](shape, **options)
+    return _REGISTRY[name]
+
+
+def make_gate(name: str, shape: GateShape, **options: Any) -> Gate:
+    """Build a registered gate.
+
+    Raises:
+        ValueError: the name is unknown; the message lists the known ones.
+    """
+    return gate_class(name)(shape, **options)
 
 
 class Gate(Float32Module):
