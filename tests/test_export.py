@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +14,11 @@ import pytest
 import timm
 import torch
 from compiled import NETS
+from kinds import KINDS, Kind, become, match_and_mix, mix, transfer
 from torch import Tensor, nn
 
 from transfer_surgery import bake, convert, export_onnx, export_program
 from transfer_surgery.bake import MixedActivation
-from transfer_surgery.unit import GatedActivation, gated_activations
 
 # Sizes as small as each model allows; the first ones take seconds.
 MODELS: dict[str, dict[str, Any]] = {
@@ -38,44 +38,15 @@ MODELS: dict[str, dict[str, Any]] = {
 QUICK = ("test_resnet", "test_vit")
 
 
-def keep(unit: GatedActivation) -> None:
-    unit.log_alpha.fill_(8.0)
-
-
-def transfer(unit: GatedActivation) -> None:
-    unit.log_alpha.fill_(-8.0)
-
-
-def mix(unit: GatedActivation) -> None:
-    unit.log_alpha.copy_(torch.randn_like(unit.log_alpha) * 3)
-
-
-def match(unit: GatedActivation) -> None:
-    transfer(unit)
-    for parameter in unit.free_target().parameters():
-        parameter.add_(0.2 * torch.rand_like(parameter))
-
-
-def match_and_mix(unit: GatedActivation) -> None:
-    match(unit)
-    mix(unit)
-
-
-KINDS = (keep, transfer, mix, match, match_and_mix)
-
-
 @torch.no_grad()
-def baked(model: nn.Module, x: Tensor, *kinds: Callable[[GatedActivation], None]) -> nn.Module:
+def baked(model: nn.Module, x: Tensor, *kinds: Kind) -> nn.Module:
     """A baked model whose sites are, in turn, of these kinds."""
     for name, parameter in model.named_parameters():
         if parameter.dim() == 1 and not name.endswith("bias"):
             parameter.uniform_(0.2, 0.8)  # some start at 0 or 1e-6, and hide what is behind them
         elif not parameter.any():
             parameter.normal_(std=0.02)
-    convert(model.eval(), example_input=x)
-    for i, (_, unit) in enumerate(gated_activations(model)):
-        kinds[i % len(kinds)](unit)
-    return bake(model)
+    return bake(become(convert(model.eval(), example_input=x), *kinds))
 
 
 def timm_model(name: str) -> nn.Module:
@@ -127,13 +98,19 @@ def test_timm_models_with_sites_of_every_kind_are_exported_compiled_and_traced(
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("granularity", ["layer", "channel", "neuron"])
 def test_each_kind_of_site_at_each_granularity(
-    kind: Callable[[GatedActivation], None], granularity: str, tmp_path: Path
+    kind: Kind, granularity: str, tmp_path: Path
 ) -> None:
     x = torch.randn(3, 4, 5)
     model = convert(nn.Sequential(nn.ReLU()), granularity=granularity, example_input=x).eval()
-    with torch.no_grad():
-        kind(next(unit for _, unit in gated_activations(model)))
-    assert_both_files_run(bake(model), x, tmp_path)
+    assert_both_files_run(bake(become(model, kind)), x, tmp_path)
+
+
+@pytest.mark.skipif(shutil.which("c++") is None, reason="inductor needs a compiler")
+@torch.no_grad()
+def test_inductor_compiles_a_baked_model() -> None:
+    x = torch.randn(2, 2, 5, 5)
+    model = baked(NETS["modules"](), x, transfer, mix, match_and_mix)
+    assert_close(torch.compile(model, fullgraph=True)(x), model(x))
 
 
 @pytest.mark.parametrize("name", NETS)

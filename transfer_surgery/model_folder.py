@@ -146,10 +146,21 @@ def load_weights(model: nn.Module, tensors: dict[str, Tensor], source: str) -> N
     Raises:
         ValueError: naming what is missing, too much, or of another shape.
     """
-    try:
-        model.load_state_dict(tensors)
-    except RuntimeError as error:
-        raise ValueError(f"{source} does not fit: {error}") from error
+    state = model.state_dict()
+    wrong = [f"{key} is missing" for key in state if key not in tensors]
+    wrong += [f"{key} is not the model's" for key in tensors if key not in state]
+    wrong += [
+        f"{key} is {tuple(tensors[key].shape)}, the model's {tuple(value.shape)}"
+        for key, value in state.items()
+        if key in tensors and tensors[key].shape != value.shape
+    ]
+    if wrong:
+        shown = "\n  ".join(wrong[:5] + ["..."] * (len(wrong) > 5))
+        raise ValueError(
+            f"{source} does not fit this {type(model).__name__} ({len(wrong)} of {len(state)} "
+            f"tensors): it was saved from another model, or one with other arguments.\n  {shown}"
+        )
+    model.load_state_dict(tensors)
 
 
 def _digest(folder: Path) -> str:

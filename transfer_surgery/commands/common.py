@@ -59,7 +59,11 @@ InputSize = Annotated[
 Folder = Annotated[
     Path,
     typer.Argument(
-        metavar="DIR", help="A folder of [b]convert[/b] or save_model.", show_default=False
+        metavar="DIR",
+        help="A folder of [b]convert[/b] or save_model.",
+        exists=True,
+        file_okay=False,
+        show_default=False,
     ),
 ]
 Out = Annotated[
@@ -99,7 +103,7 @@ def asked(*errors: type[Exception]) -> Iterator[None]:
     try:
         yield
     except errors as error:
-        raise typer.BadParameter(escape(str(error))) from error
+        raise typer.BadParameter(str(error)) from error
 
 
 @contextmanager

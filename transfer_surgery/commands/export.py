@@ -24,6 +24,7 @@ def export(
         typer.Argument(
             metavar="DIR",
             help="A folder of [b]convert[/b], or a file of [b]bake[/b].",
+            exists=True,
             show_default=False,
         ),
     ],

@@ -18,7 +18,11 @@ def report(
     folder: Annotated[
         Path,
         typer.Argument(
-            metavar="DIR", help="A folder of [b]convert[/b] or save_gates.", show_default=False
+            metavar="DIR",
+            help="A folder of [b]convert[/b] or save_gates.",
+            exists=True,
+            file_okay=False,
+            show_default=False,
         ),
     ],
     by: Annotated[Literal["site", "stage"], typer.Option(help="A row per what.")] = "site",
