@@ -32,7 +32,7 @@ MODELS: dict[str, dict[str, Any]] = {
     "regnety_002": {},
     "swin_tiny_patch4_window7_224": {"img_size": 64, "window_size": 2},
     "mixer_s32_224": {"img_size": 64},
-    "densenet121": {},
+    "densenet121": {"block_config": (2, 4, 2, 2)},
     "poolformer_s12": {},
 }
 QUICK = ("test_resnet", "test_vit")
