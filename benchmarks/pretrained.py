@@ -3,10 +3,12 @@
     python benchmarks/pretrained.py run --start refitted
     python benchmarks/pretrained.py grid --epochs 1 | xargs -P2 -I{} sh -c '{}'
     python benchmarks/pretrained.py table
+    python benchmarks/pretrained.py swaps --epochs 1 | xargs -P2 -I{} sh -c '{}'
 
 `run` is one recipe and one seed, and writes a JSON file; `grid` prints the commands of those that
-have no file yet; `table` writes docs/pretrained.md from the files. $TRANSFER_SURGERY_DATA has
-CIFAR-10 and the trained ResNets.
+have no file yet, `swaps` those of other targets than sinusoids; `table` writes docs/pretrained.md,
+or docs/swaps.md with `--folder docs/swaps`, from the files. $TRANSFER_SURGERY_DATA has CIFAR-10 and
+the trained ResNets.
 """
 
 from __future__ import annotations
@@ -16,7 +18,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict
 from itertools import pairwise
 from pathlib import Path
@@ -33,7 +35,8 @@ from torch.optim.lr_scheduler import CosineAnnealingLR
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 from cifar_resnet import ResNet
 from image_data import ImageData, MemoryLoader, Unlabelled, load_cifar10
-from pretrained_table import Recipe, Result, read_results, write_table
+from pretrained_recipes import Recipe, recipes, swap_recipes
+from pretrained_table import Result, read_results, write_table
 from training import Machine, predict
 
 from transfer_surgery import (
@@ -52,6 +55,7 @@ from transfer_surgery import (
 BATCH = 128
 STAGES = ("layer1", "layer2", "layer3")
 RESULTS = Path(__file__).parents[1] / "docs" / "pretrained"
+SWAPS = RESULTS.with_name("swaps")
 console = Console()
 app = typer.Typer(help=__doc__.split("\n")[0], add_completion=False)
 Folder = Annotated[Path, typer.Option(help="Where the JSON files are.")]
@@ -73,6 +77,8 @@ def run(
     opt: Annotated[str, typer.Option(help="sgd, adamw; the teacher's lesson: adamw.")] = "sgd",
     lr: Annotated[float, typer.Option(help="Highest learning rate.")] = 0.02,
     seed: int = 0,
+    target: Annotated[str, typer.Option(help="sin, snake, polynomial, ...")] = "sin",
+    keep: Annotated[float, typer.Option(help="Share of neurons that stay ReLUs.")] = 0.0,
     threads: Annotated[int, typer.Option(help="Of the CPU.")] = 2,
     compiled: Annotated[bool, typer.Option(help="Train with torch.compile.")] = False,
     cache: Annotated[Path | None, typer.Option(help="Keep and re-use matched networks.")] = None,
@@ -80,8 +86,9 @@ def run(
 ) -> None:
     """One recipe."""
     recipe = Recipe(
-        depth, start, weights, images, transfer, noise, order, lesson, steps, opt, lr, seed
-    )
+        depth, start, weights, images, transfer, noise, order, lesson, steps, opt, lr, seed,
+        target, keep,
+    )  # fmt: skip
     torch.set_num_threads(threads)
     result = study(recipe, threads, compiled, cache)
     folder.mkdir(parents=True, exist_ok=True)
@@ -101,44 +108,32 @@ def grid(
 
     Other options are passed on, such as --compiled and --cache.
     """
-    for recipe in recipes(depth, epochs, seeds):
+    print_commands(recipes(depth, epochs, seeds), folder, context.args)
+
+
+@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
+def swaps(
+    context: typer.Context,
+    epochs: Annotated[int, typer.Option(help="0 or 1.")] = 1,
+    folder: Folder = SWAPS,
+) -> None:
+    """The same for other targets: snake, and polynomials with budgets of ReLUs."""
+    print_commands(swap_recipes(epochs), folder, context.args)
+
+
+def print_commands(recipes: Iterable[Recipe], folder: Path, options: Sequence[str]) -> None:
+    """A shell command for each recipe that has no file yet."""
+    for recipe in recipes:
         if not (folder / f"{recipe.name}.json").exists():
-            options = [f"--{k} {v}" for k, v in asdict(recipe).items()]
-            done = f"--threads 1 --folder {folder} {' '.join(context.args)}".rstrip()
-            print(f"python {sys.argv[0]} run {' '.join(options)} {done}")
-
-
-def recipes(depth: int, epochs: int, seeds: int) -> Iterator[Recipe]:
-    """{how it starts} x {how it is transferred}, and the network that keeps its ReLUs."""
-    steps = epochs * 390
-    for seed in range(seeds):
-        common: dict[str, Any] = {"depth": depth, "steps": steps, "seed": seed}
-        yield Recipe(**common, start="relu")
-        for start in ("plain", "matched", "refitted"):
-            yield Recipe(**common, start=start)
-        if not epochs:
-            yield Recipe(**common, start="symmetric")
-            for start in ("matched", "refitted"):
-                yield Recipe(**common, start=start, weights="gradient")
-            continue
-        yield Recipe(**common, start="refitted", lesson="both")
-        yield Recipe(**common, start="matched", transfer="soft", lesson="both")
-        for lesson in ("teacher", "both", "labels"):
-            yield Recipe(**common, start="refitted", lesson=lesson, opt="adamw", lr=1e-3)
-        yield Recipe(**common, start="relu", opt="adamw", lr=1e-3)
-        for start in ("plain", "matched"):
-            for transfer in ("line", "soft"):
-                yield Recipe(**common, start=start, transfer=transfer)
-        for noise in ("example", "none"):
-            yield Recipe(**common, start="matched", transfer="soft", noise=noise)
-        for order in ("front_to_back", "sensitivity"):
-            yield Recipe(**common, start="matched", transfer="soft", order=order)
+            own = [f"--{k} {v}" for k, v in asdict(recipe).items()]
+            done = f"--threads 1 --folder {folder} {' '.join(options)}".rstrip()
+            print(f"python {sys.argv[0]} run {' '.join(own)} {done}")
 
 
 @app.command()
 def table(folder: Folder = RESULTS) -> None:
     """docs/pretrained.md, or FOLDER.md, from the results."""
-    folder.with_suffix(".md").write_text(write_table(read_results(folder)))
+    folder.with_suffix(".md").write_text(write_table(read_results(folder), folder.name))
 
 
 def study(recipe: Recipe, threads: int, compiled: bool, cache: Path | None) -> Result:
@@ -201,16 +196,18 @@ def prepare(recipe: Recipe, teacher: nn.Module, batches: list[Tensor]) -> nn.Mod
     gates: dict[str, Any] = {"gate": "line"} if recipe.transfer == "line" else {}
     if recipe.transfer == "soft":
         gates["noise"] = recipe.noise
-    convert(model, "sin", example_input=batches[0][:2], **gates)
+    convert(model, recipe.target, example_input=batches[0][:2], **gates)
+    matching: dict[str, Any] = {
+        "symmetric": recipe.start == "symmetric",
+        "weights": None if recipe.weights == "none" else recipe.weights,
+    }
+    if recipe.keep:
+        if recipe.start != "plain":
+            match_targets(model, batches, **matching)
+        swap_targets(model, keep=recipe.keep, batches=batches)
     if recipe.start != "plain":
-        match_targets(
-            model,
-            batches,
-            symmetric=recipe.start == "symmetric",
-            refit=recipe.start == "refitted",
-            weights=None if recipe.weights == "none" else recipe.weights,
-        )
-    if recipe.transfer == "hard":
+        match_targets(model, batches, refit=recipe.start == "refitted", **matching)
+    if recipe.transfer == "hard" and not recipe.keep:
         swap_targets(model)
     return model
 
@@ -227,6 +224,7 @@ def train(
     if recipe.lesson == "teacher" and recipe.opt != "adamw":
         raise typer.BadParameter("distill uses AdamW: --opt adamw --lr 1e-3")
     soft = recipe.transfer != "hard"
+    losses: list[float] = []
     transferred = 0.0
     if recipe.start != "relu" and not soft and recipe.lesson != "teacher":
         transferred = finish(model)

@@ -1,4 +1,4 @@
-"""Recipes of the study of matched targets, their results, and the page made of them."""
+"""The results of the study of matched targets, and the page made of them."""
 
 from __future__ import annotations
 
@@ -9,57 +9,37 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
-__all__ = ["Recipe", "Result", "read_results", "write_table"]
+from pretrained_recipes import EPOCH, Recipe
 
-EPOCH = 390  # steps of 128 images
+__all__ = ["Result", "read_results", "write_table"]
 
-HEAD = """# Sinusoidal networks from trained ones
+SINUSOIDS = """# Sinusoidal networks from trained ones
 
 CIFAR-10 ResNets (He et al. 2016, `../shared/data`) with every activation replaced by a sinusoid,
-baked. Written by `python benchmarks/pretrained.py table` from the files in
-[pretrained/](pretrained), one per run of `python benchmarks/pretrained.py run ...`.
-
-Starts: *plain*, `sin(x)`; *symmetric*, `a*sin(w*x + c) + b` fitted to what the source makes of the
-same inputs; *matched*, fitted to the original network; *refitted*, matched and the layers behind
-each site refitted; *relu*, the original network, fine-tuned with the same settings. Lessons:
-*labels*; *teacher*, the original network's answers and features and no labels (`distill`); *both*,
-labels and answers. Batches of 128 with crops and flips, cosine schedule, gradient norm clipped at
-2; weight decay 1e-4 where there are labels. Settings: optimizer and highest learning rate.
-Errors are those of the 10,000 test images at the end, whose standard error is about 0.3 points;
-with several seeds mean and standard deviation. Highest loss: of the twentieth of the training in
-which the cross entropy is worst; it says how deep the valley is through which a transfer goes.
+baked.
 """
+SWAPS = """# Other swaps
 
+The CIFAR-10 ResNet-20 with its ReLUs replaced by other functions than sinusoids, baked: as in
+[pretrained.md](pretrained.md), by the same program with `--target` and `--keep`. *keep*: share of
+the neurons that stay ReLUs, chosen by `swap_targets(keep=...)`; the others are matched again around
+them. A polynomial is one of degree 2.
+"""
+ABOUT = """
+Written by `python benchmarks/pretrained.py table --folder {folder}` from the files in
+[{name}/]({name}), one per run of `python benchmarks/pretrained.py run ...`.
 
-@dataclass(frozen=True)
-class Recipe:
-    """How a network becomes sinusoidal."""
-
-    depth: int = 20
-    start: str = "matched"
-    weights: str = "none"
-    images: int = 1024
-    transfer: str = "hard"
-    noise: str = "batch"
-    order: str = "joint"
-    lesson: str = "labels"
-    steps: int = 0
-    opt: str = "sgd"
-    lr: float = 0.02
-    seed: int = 0
-
-    @property
-    def name(self) -> str:
-        """Of its file: what differs from the defaults."""
-        default = Recipe()
-        parts = [f"resnet{self.depth}", self.start]
-        keys = ("weights", "transfer", "noise", "order", "lesson", "opt")
-        parts += [getattr(self, k) for k in keys if getattr(self, k) != getattr(default, k)]
-        if self.images != default.images:
-            parts.append(f"{self.images}images")
-        if self.lr != default.lr:
-            parts.append(f"lr{self.lr}")
-        return "-".join([*parts, f"{self.steps}steps", f"seed{self.seed}"])
+Starts: *plain*, the target as it is; *symmetric*, `a*f(w*x + c) + b` fitted to what the source
+makes of the same inputs; *matched*, fitted to the original network; *refitted*, matched and the
+layers behind each site refitted; *relu*, the original network, fine-tuned with the same settings.
+Lessons: *labels*; *teacher*, the original network's answers and features and no labels (`distill`);
+*both*, labels and answers. Batches of 128 with crops and flips, cosine schedule, gradient norm
+clipped at 2; weight decay 1e-4 where there are labels. Settings: optimizer and highest learning
+rate. Errors are those of the 10,000 test images at the end, whose standard error is about 0.3
+points; with several seeds mean and standard deviation. Highest loss: of the twentieth of the
+training in which the cross entropy is worst; it says how deep the valley is through which a
+transfer goes. Minutes are of a machine that did other work at the same time, often.
+"""
 
 
 @dataclass(frozen=True)
@@ -81,16 +61,23 @@ def read_results(folder: Path) -> list[Result]:
     return [Result(**{**values, "recipe": Recipe(**values["recipe"])}) for values in found]
 
 
-def write_table(results: Iterable[Result]) -> str:
-    """The page: a section per network and number of steps, the seeds of a recipe in one row."""
-    sections: dict[tuple[int, int], dict[Recipe, list[Result]]] = {}
+def write_table(results: Iterable[Result], name: str = "pretrained") -> str:
+    """The page: a section per network and number of steps, the seeds of a recipe in one row.
+
+    Args:
+        results: of all runs.
+        name: of their folder in docs.
+    """
+    sections: dict[tuple[int, str, int], dict[Recipe, list[Result]]] = {}
     for result in results:
         recipe = result.recipe
-        section = sections.setdefault((recipe.depth, recipe.steps), {})
+        section = sections.setdefault((recipe.depth, recipe.target, recipe.steps), {})
         section.setdefault(Recipe(**{**vars(recipe), "seed": 0}), []).append(result)
-    parts = [HEAD]
-    for (depth, steps), rows in sorted(sections.items()):
-        parts.append(f"## ResNet-{depth}, {_budget(steps)}\n")
+    head = SINUSOIDS if name == "pretrained" else SWAPS
+    parts = [head + ABOUT.format(folder=f"docs/{name}", name=name)]
+    for (depth, target, steps), rows in sorted(sections.items()):
+        what = "" if target == "sin" else f", {target}"
+        parts.append(f"## ResNet-{depth}{what}, {_budget(steps)}\n")
         head = [
             "start",
             "transfer",
@@ -120,6 +107,8 @@ def _cells(recipe: Recipe, seeds: list[Result]) -> list[str]:
     default, settings = Recipe(), []
     if recipe.weights != "none":
         settings.append(f"{recipe.weights} weights")
+    if recipe.keep:
+        settings.append(f"keep {recipe.keep:.0%}")
     if recipe.images != default.images:
         settings.append(f"{recipe.images} images")
     if recipe.steps:

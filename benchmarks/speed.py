@@ -7,31 +7,27 @@ What the columns mean is said in the page, see `NOTE`.
 
 from __future__ import annotations
 
-import copy
 import platform
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median, quantiles
-from typing import Annotated, Any
+from typing import Annotated
 
-import timm
 import torch
 import torch.nn.functional as F
 import typer
 from memory import waiting_bytes
 from rich.console import Console
 from torch import Tensor, nn
+from variants import inference_networks, new_model, training_networks
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
-from cifar_resnet import ResNet
 from training import Machine
 
-from transfer_surgery import GatedActivation, bake, convert, wrap_optimizer
-from transfer_surgery.surgery import swap_children
-from transfer_surgery.unit import gated_activations
+from transfer_surgery import GatedActivation, wrap_optimizer
 
 console = Console()
 NOTE = (
@@ -39,26 +35,6 @@ NOTE = (
     "variant's time by that of its baseline in the same round. Memory is what waits for the "
     "backward pass (CUDA: the peak of the allocator), without parameters."
 )
-PHASES = {"all gates 1": (20.0, 0.0), "mixed gates": (0.0, 1.0), "all gates 0": (-20.0, 0.0)}
-
-
-class NaiveGate(nn.Module):
-    """What one would write: both branches, and the gate of Eq. 15, in plain torch."""
-
-    def __init__(self, unit: GatedActivation) -> None:
-        super().__init__()
-        self.log_alpha = nn.Parameter(unit.log_alpha.detach().clone())
-        self.source = {"relu": nn.ReLU(), "gelu": nn.GELU(), "silu": nn.SiLU()}[unit.source.name]
-        self.axis = unit.channel_axis
-
-    def forward(self, x: Tensor) -> Tensor:
-        u = torch.rand_like(self.log_alpha).clamp(1e-6, 1 - 1e-6)
-        logits = (u.log() - (1 - u).log() + self.log_alpha) / (2 / 3)
-        z = (logits.sigmoid() * 1.2 - 0.1).clamp(0, 1)
-        shape = [1] * x.dim()
-        shape[self.axis] = -1
-        z = z.view(shape)
-        return z * self.source(x) + (1 - z) * torch.sin(x)
 
 
 @dataclass
@@ -85,17 +61,18 @@ def main(
     """Print, and write, ratios of time and memory."""
     torch.set_num_threads(threads)
     machine = Machine.choose(amp=amp)
-    where = torch.cuda.get_device_name() if machine.device.type == "cuda" else _cpu_name()
-    parts = [
-        "# What gated activations cost\n",
-        f"`python benchmarks/speed.py {' '.join(sys.argv[1:])}`, {where}, {threads} threads, torch "
-        f"{torch.__version__}, {time.strftime('%Y-%m-%d')}. {NOTE}\n",
-    ]
+    parts = [page_head("What gated activations cost", "speed.py", machine, NOTE)]
     for name in model or ["resnet18", "cifar_resnet20"]:
         size = 32 if name == "cifar_resnet20" else image_size
         images = machine.place(torch.randn(batch_size, 3, size, size))
+        torch.manual_seed(0)
+        original = machine.place(new_model(name))
         for training in (True, False):
-            variants = list(_variants(name, images, machine, training, compile))
+            make = training_networks if training else inference_networks
+            variants = [
+                _variant(title, network, baseline, images, machine, training)
+                for title, network, baseline in make(original, images, compile)
+            ]
             _take_turns(variants, rounds, machine)
             kind = "training step" if training else "inference"
             parts.append(_section(f"{name}, {kind}, batch {batch_size}", variants, training))
@@ -104,52 +81,20 @@ def main(
         table.write_text("\n".join(parts))
 
 
-def _variants(
-    name: str, images: Tensor, machine: Machine, training: bool, compiled: bool
-) -> Iterator[Variant]:
-    torch.manual_seed(0)
-    model = ResNet(20) if name == "cifar_resnet20" else timm.create_model(name, num_classes=10)
-    machine.place(model)
-
-    def converted(phase: str, **options: Any) -> nn.Module:
-        result = convert(copy.deepcopy(model), "sin", example_input=images[:2], **options)
-        mean, spread = PHASES[phase]
-        for _, unit in gated_activations(result):
-            unit.log_alpha.data.normal_(mean, spread) if spread else unit.log_alpha.data.fill_(mean)
-        return result
-
-    def variant(name: str, network: nn.Module, baseline: str = "original") -> Variant:
-        return _variant(name, baseline, network, images, machine, training)
-
-    yield variant("original", copy.deepcopy(model))
-    if compiled:
-        yield variant("original, compiled", torch.compile(copy.deepcopy(model)))
-    yield variant("plain sine", bake(converted("all gates 0")))
-    if not training:
-        yield variant("baked, all gates 1", bake(converted("all gates 1")))
-        yield variant("baked, all gates 0", bake(converted("all gates 0")), "plain sine")
-        yield variant("baked, mixed gates", bake(converted("mixed gates")))
-        return
-    for phase in PHASES:
-        baseline = "plain sine" if phase == "all gates 0" else "original"
-        yield variant(f"gated, {phase}", converted(phase), baseline)
-        recomputing = converted(phase, recompute=True)
-        yield variant(f"gated, {phase}, recompute", recomputing, baseline)
-    yield variant("naive code, mixed gates", _naive(converted("mixed gates")))
-    if compiled:
-        network = torch.compile(converted("mixed gates"))
-        yield variant("gated, mixed gates, compiled", network, "original, compiled")
-
-
-def _naive(model: nn.Module) -> nn.Module:
-    swap_children(model, {unit: NaiveGate(unit) for _, unit in gated_activations(model)})
-    return model
+def page_head(title: str, program: str, machine: Machine, note: str) -> str:
+    """Title, command, machine, versions and date."""
+    where = torch.cuda.get_device_name() if machine.device.type == "cuda" else _cpu_name()
+    return (
+        f"# {title}\n\n`python benchmarks/{program} {' '.join(sys.argv[1:])}`, {where}, "
+        f"{torch.get_num_threads()} threads, torch {torch.__version__}, "
+        f"{time.strftime('%Y-%m-%d')}. {note}\n"
+    )
 
 
 def _variant(
     name: str,
-    baseline: str,
     network: nn.Module,
+    baseline: str,
     images: Tensor,
     machine: Machine,
     training: bool,
@@ -195,14 +140,15 @@ def _bytes(loss: Callable[[], Tensor], step: Callable[[], None], machine: Machin
 def _take_turns(variants: list[Variant], rounds: int, machine: Machine) -> None:
     for _ in range(rounds):
         for variant in variants:
-            _wait(machine)
+            wait(machine)
             start = time.perf_counter()
             variant.step()
-            _wait(machine)
+            wait(machine)
             variant.seconds.append(time.perf_counter() - start)
 
 
-def _wait(machine: Machine) -> None:
+def wait(machine: Machine) -> None:
+    """Until the device is done."""
     if machine.device.type == "cuda":
         torch.cuda.synchronize()
 

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from loops import GAMMA, batch, gates, mean_probability, network, plain
+from memory import Launches
 from torch import Tensor, nn
 from torch.optim import SGD, Adam, AdamW, Optimizer
 
@@ -213,3 +214,24 @@ def test_a_step_on_a_gpu_does_not_synchronise(how: str) -> None:
             torch.cuda.set_sync_debug_mode("error")  # from now on: the first step looks once
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("how", HOW)
+def test_a_step_takes_few_launches_for_each_further_site(how: str) -> None:
+    def launches(sites: int) -> int:
+        layers = [layer for _ in range(sites) for layer in (nn.Linear(4, 4), nn.ReLU())]
+        model = convert(nn.Sequential(*layers), example_input=torch.zeros(2, 4))
+        settings = HOW[how]
+        if "transfer" in settings:
+            settings = settings | {"transfer": TransferSchedule(1000, start=0)}
+        optimizer = wrap_optimizer(SGD(model.parameters(), lr=0.1), model, **settings)
+        for count in (False, False, True):
+            model(torch.zeros(2, 4)).sum().backward()
+            with Launches(count) as counted:
+                optimizer.step()
+        return counted.number
+
+    few, many = launches(2), launches(22)
+    # Per site: the logit of its gates, and SGD's steps of weight, bias and gates.
+    assert (many - few) / 20 <= (8 if how == "auto" else 6)
+    assert few < 200

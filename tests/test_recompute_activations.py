@@ -2,22 +2,17 @@
 
 import copy
 import pickle
-import sys
-from pathlib import Path
 
 import pytest
 import timm
 import torch
 import torch.nn.functional as F
+from memory import waiting_bytes
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from transfer_surgery import bake, convert, recompute_activations, revert
 from transfer_surgery.unit import gated_activations
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
-
-from memory import waiting_bytes
 
 IMAGES = torch.randn(4, 3, 64, 64, generator=torch.Generator().manual_seed(0))
 

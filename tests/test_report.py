@@ -42,6 +42,7 @@ def test_a_row_says_what_its_site_is_and_how_its_gates_stand():
         "granularity": "channel",
         "gates": 4,
         "neurons": 40,
+        "source_neurons": 30,
         "transferred": 0.25,
         "kept": 0.5,
         "mixed": 0.25,

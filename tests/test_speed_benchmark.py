@@ -4,6 +4,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+KINDS = ("original", "gamma", "schedule")
 BENCHMARK = Path(__file__).parents[1] / "benchmarks" / "speed.py"
 
 
@@ -23,3 +24,19 @@ def test_each_variant_has_a_row_and_recomputation_keeps_the_memory_of_the_origin
     assert beside["gated, all gates 0"] == "plain sine"
     assert "| baked, mixed gates | original |" in inference
     assert f"benchmarks/speed.py {' '.join(options)}" in page
+    assert "| baked, matched and folded | plain sine |" in inference
+
+
+def test_bookkeeping_is_counted_and_timed(tmp_path):
+    options = ["--model", "test_resnet", "--batch-size", "2", "--image-size", "64"]
+    options += ["--rounds", "3", "--threads", "1", "--table", str(tmp_path / "table.md")]
+    program = BENCHMARK.with_name("overhead.py")
+    subprocess.run([sys.executable, str(program), *options], check=True)
+    page = (tmp_path / "table.md").read_text()
+    rows = [line.strip("| ").split(" | ") for line in page.splitlines() if line[:2] == "| "]
+    launches = {row[0]: sum(map(int, row[1:])) for row in rows if row[0] in KINDS}
+    assert launches["original"] < launches["gamma"] < 5 * launches["original"]
+    assert launches["original"] < launches["schedule"] < 5 * launches["original"]
+    shares = {row[0]: float(row[1].rstrip("%")) for row in rows if row[-1].endswith("%")}
+    assert set(shares) == {"sampling, forward and backward", "risk", "projection"}
+    assert all(0 < share < 100 for share in shares.values())

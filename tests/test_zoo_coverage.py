@@ -2,16 +2,12 @@
 
 import json
 import sys
-from pathlib import Path
 
 import pytest
 import torch
-from typer.testing import CliRunner
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
-
 import zoo.check
 from find_speed import _measure
+from typer.testing import CliRunner
 from zoo.check import PASSED, check
 from zoo.families import smallest
 from zoo.models import build, family_of, model_names, select

@@ -44,11 +44,18 @@ class AffineParameters(Float32Module):
             value = torch.full(tuple(shape), start, dtype=torch.float32)
             self.register_parameter(name, nn.Parameter(value))
 
-    def of(self, x: Tensor) -> Affine:
-        """``(a, w, c, b)`` in float32 as they broadcast to an input; None: folded away."""
+    def whole(self) -> Affine:
+        """``(a, w, c, b)`` in float32, gathered where FSDP2 shards them; None: folded away."""
         a, w, c, b = (
-            None if p is None else spread(whole(p).float(), x, self.granularity, self.channel_axis)
-            for p in (self.a, self.w, self.c, self.b)
+            None if p is None else whole(p).float() for p in (self.a, self.w, self.c, self.b)
+        )
+        return a, w, c, b
+
+    def of(self, x: Tensor) -> Affine:
+        """The same as they broadcast to an input."""
+        a, w, c, b = (
+            None if p is None else spread(p, x, self.granularity, self.channel_axis)
+            for p in self.whole()
         )
         return a, w, c, b
 

@@ -34,6 +34,8 @@ Sites = Mapping[str, GatedActivation]
 Group = dict[str, Any]
 
 
+_SMALL_STEP = 0.01  # of the share of transferred gates
+
 _TOO_FAR = 0.3  # share of the gates that no start of a training has transferred
 
 
@@ -158,6 +160,7 @@ class Projection(Scheduled):
         super().__init__(sites, schedule)
         self.groups = in_order(sites, schedule.order)
         self.begun = False
+        self.last: list[float] = []
 
     def follow(self, group: Group, step: int, skipped: Tensor | None) -> None:
         progress = self.schedule.progress(step)
@@ -185,9 +188,12 @@ class Projection(Scheduled):
             )
 
     def _project(self, progress: float, skipped: Tensor | None) -> None:
-        for units, fraction, share in self._turns(progress):
+        turns = self._turns(progress)
+        last, self.last = self.last, [share for _, _, share in turns]
+        for i, (units, fraction, share) in enumerate(turns):
             gates = [unit.gate for unit in units if unit.gate.learned]
-            project(gates, share, fraction=fraction, skip=skipped)
+            near = i < len(last) and last[i] > 0 and share - last[i] < _SMALL_STEP
+            project(gates, share, fraction=fraction, skip=skipped, near=near)
             for unit in units:
                 if not unit.gate.learned:
                     unit.gate.progress.fill_(share)

@@ -14,7 +14,7 @@ from transfer_surgery.refit import can_be_refitted
 from transfer_surgery.side_by_side import SideBySide
 from transfer_surgery.unit import GatedActivation
 
-__all__ = ["WEIGHTS", "gradient_weights", "next_layer_weights"]
+__all__ = ["WEIGHTS", "gradient_weights", "next_layer_weights", "squared_gradients"]
 
 WEIGHTS = (None, "gradient", "next_layer")
 _FLOOR = 0.01  # share of the mean weight that each element has at least
@@ -25,12 +25,20 @@ def gradient_weights(
 ) -> list[Tensor]:
     """Squared gradients of the original network's log-likelihood at the outputs of a site.
 
+    Returns:
+        For each call of the unit a tensor of the shape of its output, with the mean 1.
+    """
+    return [_with_floor(g) for g in squared_gradients(networks, unit, batch, calls, seed)]
+
+
+def squared_gradients(
+    networks: SideBySide, unit: GatedActivation, batch: Any, calls: int, seed: int
+) -> list[Tensor]:
+    """Those of `gradient_weights` as they are, for each call of the unit.
+
     The label of each output is drawn from the network's own answer, so that the mean of the squares
     is the diagonal of the Fisher information: how much an error there moves the answer. It takes a
     run and its backward pass through the whole network.
-
-    Returns:
-        For each call of the unit a tensor of the shape of its output, with the mean 1.
     """
     with networks.original(), torch.enable_grad(), _outputs(unit) as outputs:
         answers = networks.log_probabilities(batch)
@@ -39,7 +47,7 @@ def gradient_weights(
         loss = F.nll_loss(answers, labels[:, 0].to(answers.device), reduction="sum")
         gradients = torch.autograd.grad(loss, outputs, allow_unused=True)
     return [
-        _with_floor(torch.zeros_like(y) if g is None else g.float().square())
+        torch.zeros_like(y) if g is None else g.float().square()
         for g, y in zip(gradients[:calls], outputs, strict=False)
     ]
 

@@ -16,12 +16,22 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from transfer_surgery.float32 import Float32Module
-from transfer_surgery.kernels.eager import may_look
+from transfer_surgery.hard_concrete import hard_concrete
+from transfer_surgery.kernels.pieces import may_look
 from transfer_surgery.sharding import whole
 
-__all__ = ["Gate", "HardConcreteGate", "make_gate", "register_gate", "registered_gates"]
+__all__ = [
+    "Gate",
+    "HardConcreteGate",
+    "make_gate",
+    "probability_of",
+    "register_gate",
+    "registered_gates",
+]
 
 GateShape = tuple[int, ...]
+Ingredients = tuple[Tensor, Tensor | None, tuple[float, float, float] | None]
+"""``log_alpha``, noise and ``(temperature, xi, zeta)`` of Eq. 15; or ``z``, None and None."""
 
 # With eps in [2**-25, 1 - 2**-24] no draw moves a gate that is this far out: see `_noise`.
 _CERTAIN = 19.0
@@ -72,6 +82,15 @@ def make_gate(name: str, shape: GateShape, **options: Any) -> Gate:
         ValueError: the name is unknown; the message lists the known ones.
     """
     return gate_class(name)(shape, **options)
+
+
+def probability_of(logit: Tensor) -> Tensor:
+    """``sigmoid(s)`` with an exact gradient.
+
+    It is sigmoid(s) * sigmoid(-s) at any s; that of torch.sigmoid is q * (1 - q) of the rounded q:
+    off by 1e-3 at log_alpha = 8 in float32, and exactly 0 above 15.
+    """
+    return F.logsigmoid(logit).exp()
 
 
 class Gate(Float32Module):
@@ -150,6 +169,10 @@ class Gate(Float32Module):
         """Training value of ``z``: ``shape``, or ``(batch, *shape)`` with noise per example."""
         raise NotImplementedError
 
+    def ingredients(self, batch: int) -> Ingredients:
+        """What a fused kernel makes a `sample` of."""
+        return self.sample(batch), None, None
+
     def predict(self) -> Tensor:
         """Prediction value of ``z``, of the gates' shape, float32."""
         raise NotImplementedError
@@ -167,9 +190,7 @@ class Gate(Float32Module):
 
     def probability(self) -> Tensor:
         """``P(z != 0)`` per gate, of the gates' shape, differentiable where `learned`."""
-        # Its gradient is sigmoid(s) * sigmoid(-s) at any s; that of torch.sigmoid is q * (1 - q) of
-        # the rounded q: off by 1e-3 at log_alpha = 8 in float32, and exactly 0 above 15.
-        return F.logsigmoid(self.logit()).exp()
+        return probability_of(self.logit())
 
     def _noise(self, batch: int) -> Tensor:
         """``eps ~ U(0, 1)`` of Eq. 15, never exactly 0 or 1.
@@ -182,7 +203,7 @@ class Gate(Float32Module):
         like: dict[str, Any] = {"dtype": torch.float32, "device": self.log_alpha.device}
         if self.noise == "none":
             return torch.full(shape, 0.5, **like)
-        if may_look(self.log_alpha) and bool((self.log_alpha.detach().abs() >= _CERTAIN).all()):
+        if may_look(self.log_alpha) and self.log_alpha.detach().abs().min().item() >= _CERTAIN:
             return torch.full(shape, 0.5, **like)
         return torch.rand(shape, **like).clamp(2.0**-25, 1 - 2.0**-24)
 
@@ -200,21 +221,19 @@ class HardConcreteGate(Gate):
         tensor([1., 1., 1.], grad_fn=<ClampBackward1>)
     """
 
-    def _rectify(self, v: Tensor) -> Tensor:
-        xi, zeta = self.stretch
-        return (v * (zeta - xi) + xi).clamp(0.0, 1.0)  # Eq. 12
-
     def sample(self, batch: int) -> Tensor:
         if self.noise == "none":
             return self.predict()
-        eps = self._noise(batch)
-        logistic = eps.log() - (-eps).log1p()
-        return self._rectify(
-            torch.sigmoid((self.location() + logistic) / self.temperature)
-        )  # Eq. 15
+        return hard_concrete(self.location(), self._noise(batch), self.temperature, self.stretch)
 
     def predict(self) -> Tensor:
-        return self._rectify(torch.sigmoid(self.location()))  # Eq. 16
+        return hard_concrete(self.location(), None, self.temperature, self.stretch)
+
+    def ingredients(self, batch: int) -> Ingredients:
+        if type(self).sample is not HardConcreteGate.sample:
+            return super().ingredients(batch)
+        eps = None if self.noise == "none" else self._noise(batch)
+        return self.location(), eps, (self.temperature, *self.stretch)
 
     def logit(self) -> Tensor:
         xi, zeta = self.stretch

@@ -50,6 +50,8 @@ def match_targets(
     A matched target is ``a * target(w*x + c) + b`` with one ``(a, w, c, b)`` per gate: parameters
     of the unit, saved with the gates, trained with the model. Outputs do not change while the gates
     are at the source; `swap_targets` moves all gates at once, a `TransferSchedule` in training.
+    Where some gates of a site are at the target already and others are not, as after
+    ``swap_targets(keep=...)``, the others count as staying where they are.
 
     Args:
         model: a converted model; it is run in evaluation mode.
@@ -117,8 +119,9 @@ def match_targets(
     except BaseException:
         _restore(networks, before)
         raise
-    if refit and networks.swapped:
-        swap_targets(model, include=[unit for unit in units.values() if unit in networks.swapped])
+    swapped = [unit for unit in networks.swapped if unit not in networks.partly]
+    if refit and swapped:
+        swap_targets(model, include=swapped)
     report = MatchReport(tuple(rows))
     poor = [row.path for row in report if row.r2 is not None and row.r2 < POOR]
     if poor:

@@ -17,7 +17,7 @@ from transfer_surgery.gates import Gate
 from transfer_surgery.schedule import whole_gates
 from transfer_surgery.sharding import like_shard
 
-__all__ = ["logit_of_budget", "project"]
+__all__ = ["logit_of_budget", "project", "settle"]
 
 # Budgets closer than this to 0 or 1 mean no more than a gate at its end: converted gates,
 # log_alpha ~ N(8, 1), have 1 - mean P(z != 0) = 1.1e-4.
@@ -27,14 +27,19 @@ _MARGIN = 1e-4
 # a converted network starts, and the mirror of it. Eval gates are then exactly 1 and 0.
 _END = 9.6
 
-# Enough for any spread of log_alpha below 200; from the step before, 4 are. A fixed number, since
-# to look whether it converged would synchronise with the device.
-_ITERATIONS = 16
+# Of Newton's method: enough for any spread of log_alpha below 200, and enough from the step before.
+# Fixed numbers, since to look whether it converged would synchronise with the device.
+_ITERATIONS, _ITERATIONS_FROM_NEAR = 16, 5
 
 
 @torch.no_grad()
 def project(
-    gates: Sequence[Gate], progress: float, *, fraction: float = 1.0, skip: Tensor | None = None
+    gates: Sequence[Gate],
+    progress: float,
+    *,
+    fraction: float = 1.0,
+    skip: Tensor | None = None,
+    near: bool = False,
 ) -> None:
     """Move gates by an offset: their mean ``P(z != 0)`` becomes ``1 - fraction * progress``.
 
@@ -53,6 +58,8 @@ def project(
         fraction: the share of gates that go, in (0, 1].
         skip: a scalar on the gates' device; where it is not 0, nothing is moved (the ``found_inf``
             of a GradScaler whose optimizer skips the step on the device).
+        near: the gates were projected one step ago: fewer iterations, and what may be missing
+            after a sudden move comes with the steps that follow.
 
     Example:
         >>> from transfer_surgery.gates import make_gate
@@ -76,21 +83,32 @@ def project(
     at = slice(None) if going == number else logits.topk(going, largest=False, sorted=False).indices
     # Past the end by a little more than is looked for: what is there already does not move.
     way = torch.where(logits < _END, _END + 0.01 - logits, 0.0)
-    way[at] = _way(logits[at], progress)
+    way[at] = _way(logits[at], progress, _ITERATIONS_FROM_NEAR if near else _ITERATIONS)
     if skip is not None:
         way = torch.where(skip.to(device) != 0, 0.0, way)
     parts = torch.split(way, [log_alpha.numel() for log_alpha in log_alphas])
-    for log_alpha, part in zip(log_alphas, parts, strict=True):
-        own = part.view(log_alpha.shape).to(log_alpha.device)
-        log_alpha.add_(like_shard(own, log_alpha))
+    own = [
+        like_shard(part.view(log_alpha.shape).to(log_alpha.device), log_alpha)
+        for log_alpha, part in zip(log_alphas, parts, strict=True)
+    ]
+    torch._foreach_add_(log_alphas, own)
 
 
-def _way(logits: Tensor, progress: float) -> Tensor:
+@torch.no_grad()
+def settle(gate: Gate, kept: Tensor) -> None:
+    """Move each gate of a site to an end: those of a mask to the source, others to the target."""
+    logits = gate.logit()
+    to_source = (_END + 0.01 - logits).clamp_min(0.0)
+    to_target = (-_END - 0.01 - logits).clamp_max(0.0)
+    gate.log_alpha.add_(torch.where(kept, to_source, to_target))
+
+
+def _way(logits: Tensor, progress: float, iterations: int) -> Tensor:
     """The common offset of the gates that go."""
     if progress >= 1:
         highest = logits.amax()
         return torch.where(highest > -_END, -_END - 0.01 - highest, 0.0)
-    offset = _offset(logits, 1 - progress)
+    offset = _offset(logits, 1 - progress, iterations)
     if progress > 0:
         return offset
     away = torch.sigmoid(logits).mean() < 1 - 5 * _MARGIN
@@ -103,7 +121,7 @@ def logit_of_budget(budget: float) -> float:
     return math.log(budget / (1 - budget))
 
 
-def _offset(logits: Tensor, budget: float) -> Tensor:
+def _offset(logits: Tensor, budget: float, iterations: int) -> Tensor:
     """The number ``d`` with ``mean(sigmoid(logits + d)) == budget``, to 1e-4, on the device.
 
     Newton's method on ``logit(mean)``, which is nearly linear in ``d``. Its slope is never above 1
@@ -113,7 +131,7 @@ def _offset(logits: Tensor, budget: float) -> Tensor:
     goal = logit_of_budget(budget)
     low, high = goal - logits.amax(), goal - logits.amin()
     d = torch.zeros_like(low).clamp(low, high)
-    for _ in range(_ITERATIONS):
+    for _ in range(iterations):
         p = torch.sigmoid(logits + d)
         mean = p.mean()
         slope = mean - torch.dot(p, p) / p.numel()

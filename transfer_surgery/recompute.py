@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from transfer_surgery.kernels.eager import may_look
+from transfer_surgery.kernels.pieces import may_look
 
 __all__ = ["recompute_activations", "with_recipes"]
 
@@ -59,27 +59,31 @@ def recompute_activations(model: nn.Module, enabled: bool = True) -> nn.Module:
     return model
 
 
-def with_recipes(function: Callable[[Tensor, Tensor], Tensor], x: Tensor, z: Tensor) -> Tensor:
-    """``function(x, z)`` of a unit; in a run with recomputation one of its tensors gets a recipe.
+def with_recipes(function: Callable[..., Tensor], x: Tensor, *gates: Tensor | None) -> Tensor:
+    """``function(x, *gates)`` of a unit; in a run with recomputation one of these gets a recipe.
 
     Args:
         function: the gated activation; it draws no random numbers.
         x: the unit's input.
-        z: its gates.
+        gates: its gates, or what they are made of.
     """
     running = () if torch.compiler.is_compiling() else _current.get()
     # Other kinds of tensors (sharded ones) have no place in memory by which to know them.
     if not (running and torch.is_grad_enabled() and type(x) is Tensor):
-        return function(x, z)
+        return function(x, *gates)
     recipes, of_input = running[-1], _output_of_norm(x)
     if of_input is not None:
         recipes.know(x, of_input)
-    y = function(x, z)
-    at_source = may_look(z) and bool((z == 1).all())  # a ReLU keeps its output, not its input
-    if of_input is None and not at_source:
-        given, gates = x.detach(), z.detach()
-        recipes.know(y, lambda: function(given, gates))
+    y = function(x, *gates)
+    if of_input is None and not _at_source(gates[0]):
+        given = [None if t is None else t.detach() for t in (x, *gates)]
+        recipes.know(y, lambda: function(*given))
     return y
+
+
+def _at_source(gates: Tensor | None) -> bool:
+    """Where all gates are 1, as far as one may look: a ReLU keeps its output, not its input."""
+    return gates is not None and may_look(gates) and bool((gates == 1).all())
 
 
 def _begin(module: nn.Module, args: tuple[Any, ...]) -> None:

@@ -38,6 +38,7 @@ class Row:
         granularity: ``"layer"``, ``"channel"`` or ``"neuron"``, likewise.
         gates: number of gates.
         neurons: elements of the feature shape that the gates share, per example.
+        source_neurons: how many of them still use the source: those of kept and of mixed gates.
         transferred: share of the gates that predict exactly 0.
         kept: share of the gates that predict exactly 1.
         mixed: share of the others.
@@ -51,6 +52,7 @@ class Row:
     granularity: str
     gates: int
     neurons: int
+    source_neurons: int
     transferred: float
     kept: float
     mixed: float
@@ -135,11 +137,11 @@ def report(model: nn.Module, *, by: str = "site") -> Report:
         >>> with torch.no_grad():
         ...     _ = unit.log_alpha.copy_(torch.tensor([-9.0, 0.0, 9.0, 9.0]))
         >>> print(report(nn.Sequential(nn.Conv2d(3, 4, 1), unit)))
-        path   source  target  granularity  gates  neurons  transferred    kept   mixed   E[z]  log_alpha
-        -------------------------------------------------------------------------------------------------
-        1      relu    sin     channel          4       64       25.0 %  50.0 %  25.0 %  0.625       2.25
-        -------------------------------------------------------------------------------------------------
-        total  relu    sin     channel          4       64       25.0 %  50.0 %  25.0 %  0.625       2.25
+        path   source  target  granularity  gates  neurons  at source  transferred    kept   mixed   E[z]  log_alpha
+        ------------------------------------------------------------------------------------------------------------
+        1      relu    sin     channel          4       64         48       25.0 %  50.0 %  25.0 %  0.625       2.25
+        ------------------------------------------------------------------------------------------------------------
+        total  relu    sin     channel          4       64         48       25.0 %  50.0 %  25.0 %  0.625       2.25
     """  # noqa: E501
     if by not in _GROUPINGS:
         raise ValueError(f"by={by!r}: expected one of {', '.join(map(repr, _GROUPINGS))}.")
@@ -186,6 +188,7 @@ def _row(
         granularity=unit.granularity,
         gates=gates,
         neurons=unit.neurons,
+        source_neurons=round(unit.neurons * (1 - zeros / gates)),
         transferred=zeros / gates,
         kept=ones / gates,
         mixed=(gates - zeros - ones) / gates,
@@ -215,6 +218,7 @@ def _sum(path: str, rows: Sequence[Row]) -> Row:
         granularity=_common(row.granularity for row in rows),
         gates=gates,
         neurons=sum(row.neurons for row in rows),
+        source_neurons=sum(row.source_neurons for row in rows),
         # Counts again, so that the total is exact too: 49 * (1 / 49) is not 1.
         transferred=sum(round(row.transferred * row.gates) for row in rows) / gates,
         kept=sum(round(row.kept * row.gates) for row in rows) / gates,
@@ -235,7 +239,7 @@ def _common(names: Iterator[str]) -> str:
 
 # --- the table ---------------------------------------------------------------------------------
 
-_HEADINGS = {"mean_gate": "E[z]", "mean_log_alpha": "log_alpha"}
+_HEADINGS = {"source_neurons": "at source", "mean_gate": "E[z]", "mean_log_alpha": "log_alpha"}
 _LEFT = ("path", "source", "target", "granularity")
 
 

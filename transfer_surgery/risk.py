@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from transfer_surgery.gates import Gate, probability_of
 from transfer_surgery.unit import GatedActivation, gated_activations
 
 __all__ = ["REDUCTIONS", "structural_risk"]
@@ -48,10 +49,7 @@ def structural_risk(model: nn.Module, reduction: str = "sum") -> Tensor:
 
 def risk_of(units: Sequence[GatedActivation], reduction: str) -> Tensor:
     """`structural_risk` of the given units, at least one."""
-    terms = [
-        weight * unit.gate.probability().sum()
-        for unit, weight in zip(units, _weights(units, reduction), strict=True)
-    ]
+    terms = _terms(units, _weights(units, reduction))
     return torch.stack([term.to(terms[0].device) for term in terms]).sum()
 
 
@@ -69,24 +67,22 @@ def add_risk_gradient(
         reduction: as in `structural_risk`.
         scale: a GradScaler's loss scale, where the gradients are still scaled.
     """
-    probabilities, log_alphas, factors = [], [], []
-    scaled = gamma if scale is None else gamma * scale
-    with torch.enable_grad():
-        for unit, weight in zip(units, _weights(units, reduction), strict=True):
-            if unit.gate.learned and unit.log_alpha.requires_grad:
-                probability = unit.gate.probability()
-                factor = torch.full_like(probability, weight, requires_grad=False)
-                if isinstance(scaled, Tensor):
-                    scaled = scaled.to(factor.device)
-                probabilities.append(probability)
-                log_alphas.append(unit.log_alpha)
-                factors.append(factor * scaled)
-    if not log_alphas:
+    learned = [
+        (unit, weight)
+        for unit, weight in zip(units, _weights(units, reduction), strict=True)
+        if unit.gate.learned and unit.log_alpha.requires_grad
+    ]
+    if not learned:
         return
+    log_alphas = [unit.log_alpha for unit, _ in learned]
     # After backward(create_graph=True) the optimizer differentiates the gradient (AdaHessian).
     again = any(p.grad is not None and p.grad.requires_grad for p in log_alphas)
+    with torch.enable_grad():
+        terms = _terms(*zip(*learned, strict=True))
+    scaled = torch.as_tensor(gamma if scale is None else gamma * scale)
+    factors = [scaled.to(term) for term in terms]
     # Not torch.autograd.backward, which would run the hooks that DDP has on the parameters.
-    slopes = torch.autograd.grad(probabilities, log_alphas, factors, create_graph=again)
+    slopes = torch.autograd.grad(terms, log_alphas, factors, create_graph=again)
     for log_alpha, slope in zip(log_alphas, slopes, strict=True):
         if log_alpha.grad is None:
             log_alpha.grad = slope
@@ -112,3 +108,19 @@ def _weights(units: Sequence[GatedActivation], reduction: str) -> list[float]:
     if reduction == "neurons":
         return [unit.neurons / count for unit, count in zip(units, gates, strict=True)]
     return [1.0] * len(units)
+
+
+def _terms(units: Sequence[GatedActivation], weights: Sequence[float]) -> list[Tensor]:
+    """Scalars that add up to the risk: few for a whole network, so that it takes few launches."""
+    together: dict[tuple[torch.device, float], list[Tensor]] = {}
+    terms = []
+    for unit, weight in zip(units, weights, strict=True):
+        gate = unit.gate
+        if gate.learned and type(gate).probability is Gate.probability:
+            logit = gate.logit().flatten()
+            together.setdefault((logit.device, weight), []).append(logit)
+        else:
+            terms.append(weight * gate.probability().sum())
+    for (_, weight), logits in together.items():
+        terms.append(weight * probability_of(torch.cat(logits)).sum())
+    return terms

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
+from transfer_surgery.gates import Gate
 from transfer_surgery.unit import GatedActivation
 
 __all__ = [
@@ -45,6 +46,10 @@ class SideBySide:
         self.every = [module for module in model.modules() if isinstance(module, GatedActivation)]
         self.chosen = list(units)
         self.swapped: set[GatedActivation] = set()
+        self.partly = {
+            unit: z for unit in self.chosen if (z := _partly_transferred(unit)) is not None
+        }
+        """Units some of whose gates are to stay at their source, with the values of their gates."""
         self.refitted: dict[nn.Module, dict[str, Tensor]] = {}
         """Modules whose weights have changed, with their original ones."""
 
@@ -58,9 +63,15 @@ class SideBySide:
     def matched(self) -> Iterator[None]:
         """Run with the sites of `swapped` at their target, others to be matched at their source.
 
-        Units that are not to be matched are as their gates have it.
+        Of those of `partly` some gates stay at the source; units that are not to be matched are as
+        their gates have it.
         """
-        with _held({unit: float(unit not in self.swapped) for unit in self.chosen}):
+        with _held(
+            {
+                unit: self.partly.get(unit, 0.0) if unit in self.swapped else 1.0
+                for unit in self.chosen
+            }
+        ):
             yield
 
     def assign(self, module: nn.Module, values: dict[str, Tensor]) -> None:
@@ -138,26 +149,31 @@ class _HeldGate(nn.Module):
 
     straight_through = False
 
-    def __init__(self, shape: tuple[int, ...], value: float, device: torch.device) -> None:
+    def __init__(self, gate: Gate, value: float | Tensor) -> None:
         super().__init__()
-        self.shape = shape
-        self.z = torch.full(shape, value, device=device)
+        self.shape = gate.shape
+        self.z = torch.zeros_like(gate.predict()) + value
 
     def predict(self) -> Tensor:
         return self.z
 
 
 @contextmanager
-def _held(values: Mapping[GatedActivation, float]) -> Iterator[None]:
+def _held(values: Mapping[GatedActivation, float | Tensor]) -> Iterator[None]:
     gates = {unit: unit.gate for unit in values}
     try:
         for unit, value in values.items():
-            device = unit.gate.predict().device
-            unit._modules["gate"] = _HeldGate(unit.gate.shape, value, device)
+            unit._modules["gate"] = _HeldGate(unit.gate, value)
         yield
     finally:
         for unit, gate in gates.items():
             unit._modules["gate"] = gate
+
+
+def _partly_transferred(unit: GatedActivation) -> Tensor | None:
+    z = unit.gate.predict().detach()
+    gone = z == 0
+    return z if bool(gone.any()) and not bool(gone.all()) else None
 
 
 @contextmanager

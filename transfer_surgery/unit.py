@@ -5,6 +5,7 @@ from __future__ import annotations
 import fnmatch
 from collections.abc import Iterable, Iterator
 from functools import partial
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -13,7 +14,9 @@ from torch import Tensor, nn
 from transfer_surgery.activations import Activation
 from transfer_surgery.affine import AffineParameters, spread
 from transfer_surgery.gates import Gate
+from transfer_surgery.hard_concrete import hard_concrete
 from transfer_surgery.kernels import gated
+from transfer_surgery.kernels.choice import triton_kernels
 from transfer_surgery.recompute import with_recipes
 
 __all__ = ["GRANULARITIES", "GatedActivation", "gated_activations", "matching_units"]
@@ -99,21 +102,41 @@ class GatedActivation(nn.Module):
         return self.gate.log_alpha
 
     def forward(self, x: Tensor, *operands: Tensor) -> Tensor:
-        z = self.gate.sample(x.shape[0]) if self.training else self.gate.predict()
         self._expect_size(x)
-        z = spread(z, x, self.granularity, self.channel_axis)
         given = x.clone() if self.overwrites_input else x
-        parameters = None if self.affine is None else self.affine.of(x)
+        kernels = triton_kernels(x) if self.training else None  # eval: bits of the original
+        if kernels is None or operands or self.gate.straight_through:
+            z = self.gate.sample(x.shape[0]) if self.training else self.gate.predict()
+            y = self._eagerly(given, operands, z)
+        else:
+            y = self._fused(given, kernels)
+        return x.copy_(y) if self.overwrites_input else y
+
+    def _eagerly(self, x: Tensor, operands: tuple[Tensor, ...], z: Tensor) -> Tensor:
         function = partial(
             gated,
             source=self.source,
             target=self.target,
             straight_through=self.gate.straight_through,
             operands=operands,
-            parameters=parameters,
+            parameters=None if self.affine is None else self.affine.of(x),
         )
-        y = with_recipes(function, given, z)
-        return x.copy_(y) if self.overwrites_input else y
+        return with_recipes(function, x, spread(z, x, self.granularity, self.channel_axis))
+
+    def _fused(self, x: Tensor, kernels: ModuleType) -> Tensor:
+        gates, noise, constants = self.gate.ingredients(x.shape[0])
+        how: dict[str, Any] = {
+            "source": self.source,
+            "target": self.target,
+            "granularity": self.granularity,
+            "channel_axis": self.channel_axis,
+            "constants": constants,
+            "parameters": None if self.affine is None else self.affine.whole(),
+        }
+        if kernels.supports(x, gates, noise, **how):
+            return with_recipes(partial(kernels.gated_triton, **how), x, gates, noise)
+        z = gates if constants is None else hard_concrete(gates, noise, constants[0], constants[1:])
+        return self._eagerly(x, (), z)
 
     def _expect_size(self, x: Tensor) -> None:
         if self.granularity == "layer":

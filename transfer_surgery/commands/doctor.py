@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import platform
 import re
+import warnings
 from importlib.metadata import PackageNotFoundError, requires, version
 
 import torch
 import typer
 
 from transfer_surgery.commands.common import Json, show
+from transfer_surgery.kernels.choice import VARIABLE, trusted_kernels
 
 __all__ = ["doctor"]
 
@@ -75,11 +76,17 @@ def _devices() -> list[dict[str, str]]:
     found = [{"device": "cpu", "name": cpu, "kernels": "eager"}]
     for number in range(torch.cuda.device_count()):
         properties = torch.cuda.get_device_properties(number)
+        device = torch.device("cuda", number)
         name = f"{properties.name}, {properties.total_memory / 2**30:.0f} GiB"
-        found.append({"device": f"cuda:{number}", "name": name, "kernels": _cuda_kernels()})
+        found.append({"device": str(device), "name": name, "kernels": _kernels(device)})
     return found
 
 
-def _cuda_kernels() -> str:
-    needed = ("triton", "transfer_surgery.kernels.triton")
-    return "triton" if all(importlib.util.find_spec(name) for name in needed) else "eager"
+def _kernels(device: torch.device) -> str:
+    """What units in training use there; baked modules and prediction are always eager."""
+    if os.environ.get(VARIABLE) == "eager":
+        return f"eager ({VARIABLE}=eager)"
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        trusted = trusted_kernels(device) is not None
+    return "triton" if trusted else " ".join(["eager", *(f"({w.message})" for w in caught)])

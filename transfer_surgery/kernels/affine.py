@@ -9,8 +9,17 @@ import torch
 from torch import Tensor
 
 from transfer_surgery.activations import Activation
+from transfer_surgery.kernels.pieces import Results, by_pieces
 
-__all__ = ["Affine", "affine", "affine_gradients", "affine_value"]
+__all__ = [
+    "Affine",
+    "affine",
+    "affine_dtype",
+    "affine_gradients",
+    "affine_inner",
+    "affine_outer",
+    "affine_value",
+]
 
 Affine = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]
 """``(a, w, c, b)``, of shapes that broadcast to that of the input; None: 1, 1, 0, 0."""
@@ -44,8 +53,28 @@ def affine(x: Tensor, activation: Activation, parameters: Affine) -> Tensor:
 
 def affine_value(x: Tensor, f: Activation, *parameters: Tensor | None) -> Tensor:
     """`affine` as plain differentiable tensor code."""
-    a, _, _, b = parameters
-    return _multiply_add(f(_inner(x, *parameters)), a, b).to(x.dtype)
+    if not parameters:
+        return f(x)
+    return affine_outer(f(affine_inner(x, *parameters)), *parameters).to(x.dtype)
+
+
+def affine_dtype(x: Tensor, *parameters: Tensor | None) -> torch.dtype:
+    """In which the arithmetic is done."""
+    # Not result_type, which torch.compile does not follow.
+    dtypes = (torch.promote_types(x.dtype, p.dtype) for p in parameters if p is not None)
+    return next(dtypes, x.dtype)
+
+
+def affine_inner(x: Tensor, *parameters: Tensor | None) -> Tensor:
+    """``w*x + c``."""
+    _, w, c, _ = parameters or _NONE
+    return _multiply_add(x.to(affine_dtype(x, *parameters)), w, c)
+
+
+def affine_outer(y: Tensor, *parameters: Tensor | None) -> Tensor:
+    """``a*y + b``."""
+    a, _, _, b = parameters or _NONE
+    return _multiply_add(y, a, b)
 
 
 def affine_gradients(
@@ -54,31 +83,35 @@ def affine_gradients(
     parameters: Sequence[Tensor | None],
     grad: Tensor,
     needed: Sequence[bool],
+    value: Tensor | None = None,
 ) -> tuple[Tensor | None, ...]:
     """Gradients of the input and of ``(a, w, c, b)``, None where not needed.
 
-    All parameters are shared by the same elements: ``a`` comes out of their sums.
+    All parameters are shared by the same elements: ``a`` comes out of their sums. That of the input
+    is left in the dtype of the arithmetic. ``value`` is ``f(w*x + c)`` where that is known.
     """
-    a, w, c, b = parameters
-    inner = _inner(x, *parameters)
+    a, w, c, b = parameters or _NONE
+    of_x, of_a, of_w, of_c, of_b = needed if parameters else (*needed, *[False] * 4)
+    inner = affine_inner(x, *parameters)
     grad = grad.to(inner.dtype)
-    by_inner = f.backward(grad, inner)  # without the factor a
-    factor = w if a is None else a if w is None else a * w
-    return (
-        (by_inner if factor is None else by_inner * factor).to(x.dtype) if needed[0] else None,
-        None if a is None or not needed[1] else (grad * f(inner)).sum_to_size(a.shape),
-        None if w is None or not needed[2] else _times(a, (by_inner * x).sum_to_size(w.shape)),
-        None if c is None or not needed[3] else _times(a, by_inner.sum_to_size(c.shape)),
-        None if b is None or not needed[4] else grad.sum_to_size(b.shape),
-    )
+    result: list[Tensor | None] = [None] * (1 + len(parameters))
+    if of_x or of_w or of_c:
+        by_inner = f.backward(grad, inner)  # without the factor a
+        if of_x:
+            factor = w if a is None else a if w is None else a * w
+            result[0] = by_inner if factor is None else by_inner * factor
+        if of_w and w is not None:
+            result[2] = _times(a, (by_inner * x).sum_to_size(w.shape))
+        if of_c and c is not None:
+            result[3] = _times(a, by_inner.sum_to_size(c.shape))
+    if of_a and a is not None:
+        result[1] = (grad * (f(inner) if value is None else value)).sum_to_size(a.shape)
+    if of_b and b is not None:
+        result[4] = grad.sum_to_size(b.shape)
+    return tuple(result)
 
 
-def _inner(x: Tensor, *parameters: Tensor | None) -> Tensor:
-    _, w, c, _ = parameters
-    # Not result_type, which torch.compile does not follow.
-    dtypes = (torch.promote_types(x.dtype, p.dtype) for p in parameters if p is not None)
-    wide = next(dtypes, x.dtype)
-    return _multiply_add(x.to(wide), w, c)
+_NONE: Affine = (None, None, None, None)
 
 
 def _multiply_add(x: Tensor, factor: Tensor | None, offset: Tensor | None) -> Tensor:
@@ -98,7 +131,9 @@ class _Affine(torch.autograd.Function):
 
     @staticmethod
     def forward(x: Tensor, f: Activation, *parameters: Tensor | None) -> Tensor:
-        return affine_value(x, f, *parameters)
+        (y,) = by_pieces(lambda x, *p: (affine_value(x, f, *p),), x, *parameters)
+        assert y is not None
+        return y
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -109,5 +144,12 @@ class _Affine(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         x, *parameters = ctx.saved_tensors
         needed = (ctx.needs_input_grad[0], *ctx.needs_input_grad[2:])
-        found = affine_gradients(x, ctx.activation, parameters, grads[0], needed)
-        return found[0], None, *found[1:]
+
+        def gradients(x: Tensor, *others: Tensor | None) -> Results:
+            *shared, grad = others
+            assert grad is not None
+            of_x, *rest = affine_gradients(x, ctx.activation, shared, grad, needed)
+            return None if of_x is None else of_x.to(x.dtype), *rest
+
+        of_x, *rest = by_pieces(gradients, x, *parameters, grads[0])
+        return of_x, None, *rest

@@ -12,7 +12,9 @@ import torch
 from torch import Tensor
 
 from transfer_surgery.activations import Activation
-from transfer_surgery.kernels.affine import Affine, affine, affine_gradients, affine_value
+from transfer_surgery.kernels.affine import Affine, affine
+from transfer_surgery.kernels.mixed import mix, mixed
+from transfer_surgery.kernels.pieces import may_look
 
 __all__ = ["gated", "gated_plain"]
 
@@ -50,19 +52,18 @@ def gated(
     """
     if _is_traced():  # plain code: inductor fuses it with its neighbours, TorchScript can save it
         return gated_plain(x, z, source, target, straight_through, operands, parameters)
-    if type(x) in (Tensor, torch.nn.Parameter) and may_look(z):
-        exact = not z.requires_grad or not straight_through
-        if exact and bool((z == 1).all()):
+    ends = True
+    if type(x) in (Tensor, torch.nn.Parameter) and may_look(z) and z.numel():
+        low, high = (end.item() for end in z.detach().aminmax())
+        ends = low == 0 or high == 1
+        exact = not (z.requires_grad and straight_through)
+        if exact and low == 1:
             return source(_with_zero_gradient(x, z, *(parameters or ())), *operands)
-        if exact and not operands and bool((z == 0).all()):  # those keep their gradient, which is 0
+        if exact and high == 0 and not operands:  # those keep their gradient, which is 0
             return _target(_with_zero_gradient(x, z), target, parameters)
     if operands:
         return gated_plain(x, z, source, target, straight_through, operands, parameters)
-    if parameters:
-        matched: Tensor = _GatedAffine.apply(x, z, source, target, *parameters)
-        return matched
-    result: Tensor = _Gated.apply(x, z, source, target)
-    return result
+    return mixed(x, z, source, target, parameters, ends)
 
 
 def _target(x: Tensor, target: Activation, parameters: Affine | None) -> Tensor:
@@ -71,14 +72,6 @@ def _target(x: Tensor, target: Activation, parameters: Affine | None) -> Tensor:
 
 def _is_traced() -> bool:
     return torch.compiler.is_compiling() or torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
-
-
-def may_look(gates: Tensor) -> bool:
-    """Whether the gates' values may steer Python: on CPU, outside traces and transforms."""
-    if _is_traced():
-        return False
-    plain = type(gates) in (Tensor, torch.nn.Parameter) and gates.device.type == "cpu"
-    return plain and not torch._C._functorch.is_functorch_wrapped_tensor(gates)
 
 
 def _with_zero_gradient(x: Tensor, *others: Tensor) -> Tensor:
@@ -90,13 +83,6 @@ def _with_zero_gradient(x: Tensor, *others: Tensor) -> Tensor:
         return x
     result: Tensor = _ZeroGradient.apply(x, *others)
     return result
-
-
-def _mix(s: Tensor, t: Tensor, z: Tensor) -> Tensor:
-    w = z.to(s.dtype)
-    return torch.where(
-        w == 1, s, torch.where(w == 0, t.to(s.dtype), w * s + (1 - w) * t.to(s.dtype))
-    )
 
 
 def gated_plain(
@@ -112,7 +98,7 @@ def gated_plain(
     w = z.to(x.dtype)
     s = source(torch.where(w == 0, 0.0, x), *operands)
     t = _target(torch.where(w == 1, 0.0, x), target, parameters)
-    y = _mix(s, t, z)
+    y = mix(s, t, z)
     if not straight_through:
         return y
     # Selecting gives exact gates no gradient: add theirs with the value 0.
@@ -135,72 +121,3 @@ class _ZeroGradient(torch.autograd.Function):
         (grad,) = grads
         zeros = (torch.zeros(s, dtype=d, device=grad.device) for s, d in ctx.likes)
         return grad, *zeros
-
-
-class _Gated(torch.autograd.Function):
-    """Saves the input and the gates only; source and target are evaluated again in backward."""
-
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(x: Tensor, z: Tensor, source: Activation, target: Activation) -> Tensor:
-        return _mix(source(x), target(x), z)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        x, z, ctx.source, ctx.target = inputs
-        ctx.save_for_backward(x, z)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
-        (grad,) = grads
-        x, z = ctx.saved_tensors
-        source, target = ctx.source, ctx.target
-        grad_x = grad_z = None
-        if ctx.needs_input_grad[0]:
-            grad_x = _mix(source.backward(grad, x), target.backward(grad, x), z).to(x.dtype)
-        if ctx.needs_input_grad[1]:
-            product = grad * (source(x) - target(x))
-            wide = torch.promote_types(product.dtype, torch.float32)
-            grad_z = product.to(wide).sum_to_size(z.shape)
-        return grad_x, grad_z, None, None
-
-
-class _GatedAffine(torch.autograd.Function):
-    """The same for a target ``a * f(w*x + c) + b``, whose parameters get gradients too."""
-
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(
-        x: Tensor, z: Tensor, source: Activation, target: Activation, *parameters: Tensor | None
-    ) -> Tensor:
-        return _mix(source(x), affine_value(x, target, *parameters), z)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        x, z, ctx.source, ctx.target, *parameters = inputs
-        ctx.save_for_backward(x, z, *parameters)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        (grad,) = grads
-        x, z, *parameters = ctx.saved_tensors
-        source, target = ctx.source, ctx.target
-        # Where a branch contributes nothing it sees the input 0 and the gradient 0.
-        grad_x, *of_parameters = affine_gradients(
-            torch.where(z == 1, 0.0, x),
-            target,
-            parameters,
-            torch.where(z == 1, 0.0, (1 - z) * grad),
-            (ctx.needs_input_grad[0], *ctx.needs_input_grad[4:]),
-        )
-        grad_z = None
-        if grad_x is not None:
-            of_source = source.backward(grad, torch.where(z == 0, 0.0, x))
-            grad_x = (torch.where(z == 0, 0.0, z * of_source) + grad_x).to(x.dtype)
-        if ctx.needs_input_grad[1]:
-            product = grad * (source(x) - affine_value(x, target, *parameters))
-            wide = torch.promote_types(product.dtype, torch.float32)
-            grad_z = product.to(wide).sum_to_size(z.shape)
-        return grad_x, grad_z, None, None, *of_parameters

@@ -1,0 +1,87 @@
+"""The recipes of the study of matched targets: how a trained network becomes another one."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+__all__ = ["EPOCH", "Recipe", "recipes", "swap_recipes"]
+
+EPOCH = 390  # steps of 128 images
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How a network becomes sinusoidal."""
+
+    depth: int = 20
+    start: str = "matched"
+    weights: str = "none"
+    images: int = 1024
+    transfer: str = "hard"
+    noise: str = "batch"
+    order: str = "joint"
+    lesson: str = "labels"
+    steps: int = 0
+    opt: str = "sgd"
+    lr: float = 0.02
+    seed: int = 0
+    target: str = "sin"
+    keep: float = 0.0
+
+    @property
+    def name(self) -> str:
+        """Of its file: what differs from the defaults."""
+        default = Recipe()
+        parts = [f"resnet{self.depth}", self.start]
+        keys = ("weights", "transfer", "noise", "order", "lesson", "opt")
+        parts += [getattr(self, k) for k in keys if getattr(self, k) != getattr(default, k)]
+        if self.target != default.target:
+            parts.insert(1, self.target)
+        if self.keep:
+            parts.append(f"keep{self.keep}")
+        if self.images != default.images:
+            parts.append(f"{self.images}images")
+        if self.lr != default.lr:
+            parts.append(f"lr{self.lr}")
+        return "-".join([*parts, f"{self.steps}steps", f"seed{self.seed}"])
+
+
+def recipes(depth: int, epochs: int, seeds: int) -> Iterator[Recipe]:
+    """{how it starts} x {how it is transferred}, and the network that keeps its ReLUs."""
+    steps = epochs * EPOCH
+    for seed in range(seeds):
+        common: dict[str, Any] = {"depth": depth, "steps": steps, "seed": seed}
+        yield Recipe(**common, start="relu")
+        for start in ("plain", "matched", "refitted"):
+            yield Recipe(**common, start=start)
+        if not epochs:
+            yield Recipe(**common, start="symmetric")
+            for start in ("matched", "refitted"):
+                yield Recipe(**common, start=start, weights="gradient")
+            continue
+        yield Recipe(**common, start="refitted", lesson="both")
+        yield Recipe(**common, start="matched", transfer="soft", lesson="both")
+        for lesson in ("teacher", "both", "labels"):
+            yield Recipe(**common, start="refitted", lesson=lesson, opt="adamw", lr=1e-3)
+        yield Recipe(**common, start="relu", opt="adamw", lr=1e-3)
+        for start in ("plain", "matched"):
+            for transfer in ("line", "soft"):
+                yield Recipe(**common, start=start, transfer=transfer)
+        for noise in ("example", "none"):
+            yield Recipe(**common, start="matched", transfer="soft", noise=noise)
+        for order in ("front_to_back", "sensitivity"):
+            yield Recipe(**common, start="matched", transfer="soft", order=order)
+
+
+def swap_recipes(epochs: int) -> Iterator[Recipe]:
+    """Other targets than sinusoids: snake, and polynomials with budgets of ReLUs."""
+    how: dict[str, Any] = {"steps": epochs * EPOCH}
+    if epochs:
+        how |= {"lesson": "both", "opt": "adamw", "lr": 1e-3}
+    yield Recipe(start="relu", **how)
+    for target, keeps in (("snake", (0.0,)), ("polynomial", (0.0, 0.05, 0.2, 0.5))):
+        for keep in keeps:
+            for start in ("plain", "matched", "refitted"):
+                yield Recipe(start=start, target=target, keep=keep, **how)
