@@ -18,13 +18,11 @@ from typing import Annotated
 import timm
 import torch
 import typer
-from image_data import ImageData, Unlabelled, load_images
 from summary import Summary, console, describe_change
 from timm.data import resolve_data_config
 from timm.optim import create_optimizer_v2
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from training import Machine, fit, predict
 
 from transfer_surgery import (
     History,
@@ -38,6 +36,8 @@ from transfer_surgery import (
     swap_targets,
     wrap_optimizer,
 )
+from transfer_surgery.finetune.images import ImageData, Unlabelled, load_images
+from transfer_surgery.finetune.training import Machine, fit, predict
 
 
 def main(

@@ -13,10 +13,12 @@ import pytest
 import timm
 import torch
 from kinds import KINDS, become
+from PIL import Image
 from typer.testing import CliRunner
 
 from transfer_surgery import bake, load_baked, load_model, save_gates, save_model
 from transfer_surgery.commands import app
+from transfer_surgery.unit import gated_activations
 
 COMMAND = Path(sys.executable).with_name("transfer-surgery")
 NETS = Path(__file__).with_name("compiled.py")
@@ -72,16 +74,21 @@ def test_from_a_checkpoint_to_files_that_run_elsewhere(tmp_path: Path) -> None:
     )
     assert lines[-1].startswith("12 of 12 sites would be converted; gates: 12 per layer, 704 per")
 
-    model = timm.create_model("test_resnet", num_classes=7).eval()
+    model = timm.create_model("test_resnet", num_classes=10, in_chans=1).eval()
     torch.save({"epoch": 3, "state_dict": model.state_dict()}, tmp_path / "best.pth")
-    options = ("--set", "num_classes=7", "--input-size", "3x32x32", "--weights", "best.pth")
+    options = ("--set", "num_classes=10", "--set", "in_chans=1", "--input-size", "1x24x24")
+    options += ("--weights", "best.pth")
     _, said = shell("convert", "test_resnet", *options, "-o", "run", folder=tmp_path)
     assert said == "run: 12 sites, 704 gates, relu -> sin\n"
-    x = torch.randn(5, 3, 32, 32)
+    x = torch.randn(5, 1, 24, 24)
     converted = load_model(tmp_path / "run").eval()
     assert torch.equal(converted(x), model(x))
 
-    save_model(become(converted, *KINDS), tmp_path / "run")  # stands for training
+    printed, _ = shell("finetune", "run", "--data", "digits", "--epochs", 2, folder=tmp_path)
+    assert "transferred, test accuracy" in printed
+    assert printed.splitlines()[-1].endswith("%, 100.0% transferred")
+    converted = become(load_model(tmp_path / "run").eval(), *KINDS)
+    save_model(converted, tmp_path / "run")
     printed, said = shell(
         *("report", "run", "--by", "stage", "--plot", "gates.png"), folder=tmp_path
     )
@@ -226,6 +233,60 @@ def test_checkpoints_that_are_none_are_refused(name: str, content: object, messa
     assert not Path("run").exists()
 
 
+# --- finetune ------------------------------------------------------------------------------------
+
+DIGITS = ("--set", "num_classes=10", "--set", "in_chans=1", "--input-size", "1x24x24")
+TRAINING = ("--data", "digits", "--epochs", 2, "--batch-size", 200, "--schedule", "back_to_front")
+
+
+def test_a_training_that_was_killed_goes_on_bit_for_bit(monkeypatch: pytest.MonkeyPatch) -> None:
+    for folder in ("whole", "killed"):
+        invoke("convert", "test_resnet", *DIGITS, "-o", folder)
+    invoke("finetune", "whole", *TRAINING)
+
+    def kill(*_: object) -> None:
+        raise KeyboardInterrupt  # after the state of the first epoch, before its model
+
+    with monkeypatch.context() as patch:
+        patch.setattr(sys.modules["transfer_surgery.commands.finetune"], "save_model", kill)
+        invoke("finetune", "killed", *TRAINING, fails=130)
+    assert "killed was trained: --resume" in invoke("finetune", "killed", *TRAINING, fails=2)
+    changed = invoke("finetune", "killed", *TRAINING, "--resume", "--lr", 1, fails=1)
+    assert "lr was 0.01, is 1.0 now. Go on with the same settings" in changed
+    invoke("finetune", "killed", *TRAINING, "--resume")
+    whole, resumed = load_model("whole").state_dict(), load_model("killed").state_dict()
+    assert all(torch.equal(value, resumed[key]) for key, value in whole.items())
+    invoke("convert", "test_resnet", *DIGITS, "-o", "killed", "--force")
+    assert not Path("killed/training.pt").exists()
+
+
+def test_targets_are_matched_to_images_of_a_folder(tmp_path: Path) -> None:
+    for part in ("train", "val"):
+        for label in ("cat", "dog"):
+            (tmp_path / part / label).mkdir(parents=True)
+            for i in range(3):
+                pixels = torch.randint(256, (40, 40, 3), dtype=torch.uint8).numpy()
+                Image.fromarray(pixels).save(tmp_path / part / label / f"{i}.png")
+    invoke("convert", "test_resnet", "--set", "num_classes=2", "--input-size", "3x32x32", "-o", "r")
+    options = ("--epochs", 1, "--batch-size", 3, "--match", "--gamma", 0.1, "--opt", "adamw")
+    assert "periods" in invoke("finetune", "r", "--data", tmp_path, *options)
+    assert all(unit.affine is not None for _, unit in gated_activations(load_model("r")))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--data", "mnist"], "Known data: digits, cifar10, or a folder"),
+        (["--data", "digits"], "expected input"),
+        (["--data", "digits", "--set", "in_chans=1"], "convert it with --set num_classes=10"),
+    ],
+)
+def test_data_that_does_not_fit_is_said_before_training(options: list[str], message: str) -> None:
+    convert = ("convert", "test_resnet", "--input-size", "3x32x32", *options[2:], "-o", "run")
+    invoke(*(["1x32x32" if a == "3x32x32" and options[2:] else a for a in convert]))
+    assert message in invoke("finetune", "run", *options[:2], fails=1)
+
+
 # --- report, bake and export ---------------------------------------------------------------------
 
 
@@ -271,7 +332,7 @@ def test_a_foreign_file_is_not_exported(run: Path) -> None:
 def test_help_has_examples_and_completion_is_on() -> None:
     printed = invoke("--help")
     assert "--install-completion" in printed
-    for name in ("plan", "convert", "report", "bake", "export", "doctor"):
+    for name in ("plan", "convert", "finetune", "report", "bake", "export", "doctor"):
         assert f" {name} " in printed
         assert f"transfer-surgery {name}" in invoke(name, "--help")
 

@@ -6,6 +6,7 @@ from transfer_surgery.commands.bake import bake
 from transfer_surgery.commands.convert import convert
 from transfer_surgery.commands.doctor import doctor
 from transfer_surgery.commands.export import export
+from transfer_surgery.commands.finetune import finetune
 from transfer_surgery.commands.plan import plan
 from transfer_surgery.commands.report import report
 from transfer_surgery.reproduce.command import reproduce
@@ -18,6 +19,6 @@ app = typer.Typer(
     no_args_is_help=True,
     rich_markup_mode="rich",
 )
-for command in (plan, convert, report, bake, export, doctor):
+for command in (plan, convert, finetune, report, bake, export, doctor):
     app.command()(command)
 app.add_typer(reproduce, name="reproduce")

@@ -22,6 +22,7 @@ from transfer_surgery.commands.plan import Exclude, Include, Role, Source, choos
 from transfer_surgery.commands.weights import read_weights
 from transfer_surgery.convert import convert as convert_model
 from transfer_surgery.find import find_activations
+from transfer_surgery.finetune.checkpoint import STATE
 from transfer_surgery.gates import gate_class
 from transfer_surgery.model_folder import SPEC, load_weights, save_model
 from transfer_surgery.report import report
@@ -66,7 +67,8 @@ def convert(
     """Put gates at a model's activations, and save it: same outputs, ready to be transferred.
 
     DIR gets the gates as save_gates writes them (config.json, gates.safetensors), the weights
-    (model.safetensors) and how the model is made (model.json). Train it in Python:
+    (model.safetensors) and how the model is made (model.json). Train it with [b]finetune[/b] or in
+    Python:
 
     [dim]model = transfer_surgery.load_model(DIR) ... transfer_surgery.save_model(model, DIR)[/dim]
 
@@ -103,6 +105,7 @@ def convert(
             noise=noise,
             seed=seed,
         )
+        (output / STATE).unlink(missing_ok=True)  # of the training of a model that was here
         save_model(network, output, spec)
     total = report(network).total
     tell(f"{output}: {len(plan)} sites, {total.gates:,} gates, {total.source} -> {total.target}")

@@ -1,4 +1,4 @@
-"""Images for the examples: scikit-learn's digits, CIFAR-10, or a folder in torchvision's layout."""
+"""Images: scikit-learn's digits, CIFAR-10, or a folder in torchvision's layout."""
 
 from __future__ import annotations
 
@@ -108,7 +108,7 @@ def load_folder(
     folder: Path, *, batch_size: int, device: torch.device, config: dict[str, Any]
 ) -> ImageData:
     """A folder ``train/CLASS/IMAGE`` and ``val/CLASS/IMAGE``, with timm's transforms."""
-    from timm.data import create_transform
+    from timm.data.transforms_factory import create_transform
     from torchvision.datasets import ImageFolder
 
     for part in ("train", "val"):
@@ -173,7 +173,7 @@ class MemoryLoader:
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         number = len(self.labels)
         order = torch.randperm(number) if self.training else torch.arange(number)
-        for chosen in order.to(self.look.device).split(self.batch_size)[: len(self)]:
+        for chosen in torch.split(order.to(self.look.device), self.batch_size)[: len(self)]:
             yield self._show(self.images[chosen]), self.labels[chosen]
 
     def _show(self, images: Tensor) -> Tensor:
