@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Literal
 
+import torch
 import typer
 
 from transfer_surgery.activations import get_activation
@@ -86,6 +87,7 @@ def convert(
     with asked(ValueError):
         get_activation(target)
         gate_class(gate)
+    torch.manual_seed(seed)
     network = build(spec, pretrained)
     if weights is None and not pretrained:
         tell("The weights are random: neither --weights nor --pretrained was given.")
