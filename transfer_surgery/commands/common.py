@@ -106,14 +106,17 @@ def asked(*errors: type[Exception]) -> Iterator[None]:
         raise typer.BadParameter(str(error)) from error
 
 
+_EXPECTED = (ValueError, TypeError, ImportError, OSError, RuntimeError)
+
+
 @contextmanager
-def expected() -> Iterator[None]:
+def expected(errors: tuple[type[Exception], ...] = _EXPECTED) -> Iterator[None]:
     """Exit with status 1 and the message, without a traceback, where something cannot be done."""
     try:
         yield
     except (typer.Exit, UnknownModelError):
         raise
-    except (ValueError, TypeError, ImportError, OSError, RuntimeError) as error:
+    except errors as error:
         typer.echo(f"Error: {error}", err=True)
         raise typer.Exit(1) from error
 

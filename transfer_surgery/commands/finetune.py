@@ -2,23 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from itertools import islice
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import torch
 import typer
-from torch import Tensor, nn
-from torch.optim import Optimizer
+from torch import nn
 
 from transfer_surgery.checkpoint import load_gates
 from transfer_surgery.commands.common import Folder, expected, tell
 from transfer_surgery.finetune.checkpoint import STATE, Checkpoint
+from transfer_surgery.finetune.images import ImageData, load_images
+from transfer_surgery.finetune.training import Machine, fit, some_images
 from transfer_surgery.history import History
 from transfer_surgery.match import match_targets
 from transfer_surgery.model_folder import load_model, read_spec, save_model
-from transfer_surgery.model_spec import ModelSpec
 from transfer_surgery.optimizer import wrap_optimizer
 from transfer_surgery.report import report
 from transfer_surgery.schedule import TransferSchedule
@@ -82,79 +80,70 @@ def finetune(
     if state.exists() and not resume:
         raise typer.BadParameter(f"{folder} was trained: --resume, or convert into another folder.")
     with expected():
-        timm, images, training = _modules()
+        machine = Machine.choose(device, amp, compile)
         torch.manual_seed(seed)
-        machine = training.Machine.choose(device, amp, compile)
-        spec = read_spec(folder)
-        model = _converted(spec, folder) if state.exists() else load_model(folder)
-        size = spec.example_input(model).shape[1:]
-        loaders = images.load_images(
-            data,
-            batch_size=batch_size,
-            device=machine.device,
-            size=size[-1],
-            config=timm.data.resolve_data_config({"input_size": tuple(size)}, model=model),
-        )
-        machine.place(model)
-        _refuse_other_classes(model, loaders, machine)
+        model = _load(folder)
+        loaders = _load_images(folder, model, data, batch_size, machine)
         if match and not state.exists():
-            tell(str(match_targets(model, list(_some(loaders.train, machine)))))
+            tell(str(match_targets(model, some_images(loaders, machine))))
             save_model(model, folder)
-        optimizer: Optimizer = timm.optim.create_optimizer_v2(
-            model, opt=opt, lr=lr, weight_decay=weight_decay
-        )
         total = epochs * len(loaders.train)
         transfer = TransferSchedule(total, fraction=fraction, start=start, end=end, order=schedule)
-        wrap_optimizer(
-            optimizer, model, transfer=None if gamma is not None else transfer, gamma=gamma
+        optimizer = _timm().optim.create_optimizer_v2(
+            model, opt=opt, lr=lr, weight_decay=weight_decay
         )
-        checkpoint = Checkpoint(state, model, settings, lambda: save_model(model, folder))
-        last = training.fit(
-            model,
-            loaders,
-            optimizer,
-            machine,
+        wrap_optimizer(optimizer, model, transfer=transfer if gamma is None else None, gamma=gamma)
+    with expected((ValueError,)):  # of a state that does not fit
+        last = fit(
+            *(model, loaders, optimizer, machine),
             epochs=epochs,
             title="finetune",
             history=History(model),
-            checkpoint=checkpoint,
+            checkpoint=Checkpoint(state, model, settings, lambda: save_model(model, folder)),
         )
     transferred = report(model).total.transferred
     typer.echo(f"{folder}: test accuracy {last.accuracy:.2%}, {transferred:.1%} transferred")
 
 
-def _converted(spec: ModelSpec, folder: Path) -> nn.Module:
-    """The model without its weights, which a kill may have left older than its gates."""
+def _load(folder: Path) -> nn.Module:
+    """The model; without its weights, which a kill may have left older than its gates, to go on."""
+    if not (folder / STATE).exists():
+        return load_model(folder)
+    spec = read_spec(folder)
     model = spec.build()
     return load_gates(model, folder, spec.example_input(model))
 
 
-def _modules() -> tuple[Any, Any, Any]:
-    """What only this command needs."""
-    try:
-        import timm.data
-        import timm.optim
+def _load_images(
+    folder: Path, model: nn.Module, data: str, batch_size: int, machine: Machine
+) -> ImageData:
+    """The images as the model takes them, and the model where they are.
 
-        from transfer_surgery.finetune import images, training
-    except ImportError as error:
-        raise ImportError(
-            "finetune needs timm and its like: pip install 'transfer-surgery[examples]'"
-        ) from error
-    return timm, images, training
-
-
-def _refuse_other_classes(model: nn.Module, loaders: Any, machine: Any) -> None:
+    Raises:
+        ValueError: they have another number of classes.
+    """
+    size = tuple(read_spec(folder).example_input(model).shape[1:])
+    config = _timm().data.resolve_data_config({"input_size": size}, model=model)
+    loaders = load_images(
+        data, batch_size=batch_size, device=machine.device, size=size[-1], config=config
+    )
     x = machine.place(next(iter(loaders.test))[0][:2])
     with torch.no_grad():
-        outputs = model.eval()(x).shape[-1]
+        outputs = machine.place(model).eval()(x).shape[-1]
     if outputs != loaders.classes:
         raise ValueError(
             f"the model has {outputs} outputs, the data {loaders.classes} classes: convert it with "
             f"--set num_classes={loaders.classes}."
         )
+    return loaders
 
 
-def _some(loader: Any, machine: Any, number: int = 512) -> Iterator[Tensor]:
-    """Batches of about so many images."""
-    batches = -(-number // loader.batch_size)
-    yield from (machine.place(images) for images, _ in islice(loader, batches))
+def _timm() -> Any:
+    try:
+        import timm.data
+        import timm.optim
+    except ImportError as error:
+        raise ImportError(
+            "finetune needs timm: pip install 'transfer-surgery[examples]'"
+        ) from error
+    return timm

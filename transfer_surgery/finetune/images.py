@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -67,11 +66,16 @@ def load_images(
 
 def load_digits(*, batch_size: int, device: torch.device, size: int = 32) -> ImageData:
     """1,797 scanned digits, 8x8 grey, that come with scikit-learn: 1,198 to train, 599 to test."""
-    from sklearn.datasets import load_digits as load
-    from sklearn.model_selection import train_test_split
+    try:
+        from sklearn.datasets import load_digits as load
+        from sklearn.model_selection import train_test_split
+    except ImportError as error:
+        raise ImportError(
+            "the digits come with scikit-learn: pip install 'transfer-surgery[examples]'"
+        ) from error
 
     digits = load()
-    images = torch.from_numpy((digits.images * (255 / 16)).round().astype(np.uint8))[:, None]
+    images = torch.from_numpy((digits.images * (255 / 16)).round().astype("uint8"))[:, None]
     labels = torch.from_numpy(digits.target)
     train, test = train_test_split(
         range(len(labels)), test_size=1 / 3, random_state=0, stratify=digits.target

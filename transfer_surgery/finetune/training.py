@@ -74,6 +74,17 @@ def predict(model: nn.Module, loader: Loader, machine: Machine) -> Predictions:
     return Predictions(torch.cat(logits), torch.cat(labels))
 
 
+def some_images(data: ImageData, machine: Machine, number: int = 512) -> list[Tensor]:
+    """Batches of about so many training images, without their labels."""
+    batches, count = [], 0
+    for images, _ in data.train:
+        batches.append(machine.place(images))
+        count += len(images)
+        if count >= number:
+            break
+    return batches
+
+
 def fit(
     model: nn.Module,
     data: ImageData,
