@@ -45,7 +45,7 @@ def plot_report(report: Report, ax: Axes | None = None) -> Figure:
 
     Example:
         >>> from transfer_surgery.report import Row
-        >>> row = Row("act", "relu", "sin", "channel", 8, 8, 0.25, 0.5, 0.25, 0.6, 2.0)
+        >>> row = Row("act", "relu", "sin", "channel", 8, 8, 6, 0.25, 0.5, 0.25, 0.6, 2.0)
         >>> figure = plot_report(Report((row,), row))
         >>> [bar.get_label() for bar in figure.axes[0].containers]
         ['kept', 'mixed', 'transferred']
