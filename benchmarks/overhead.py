@@ -25,10 +25,9 @@ from torch import Tensor, nn
 from variants import new_model
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
-from training import Machine
-
 from transfer_surgery import TransferSchedule, convert, wrap_optimizer
 from transfer_surgery.controllers import Projection
+from transfer_surgery.finetune.training import Machine
 from transfer_surgery.risk import add_risk_gradient
 from transfer_surgery.unit import gated_activations
 

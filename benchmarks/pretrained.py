@@ -34,10 +34,8 @@ from torch.optim.lr_scheduler import CosineAnnealingLR
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 from cifar_resnet import ResNet
-from image_data import ImageData, MemoryLoader, Unlabelled, load_cifar10
 from pretrained_recipes import Recipe, recipes, swap_recipes
 from pretrained_table import Result, read_results, write_table
-from training import Machine, predict
 
 from transfer_surgery import (
     GatedActivation,
@@ -51,6 +49,8 @@ from transfer_surgery import (
     swap_targets,
     wrap_optimizer,
 )
+from transfer_surgery.finetune.images import ImageData, MemoryLoader, Unlabelled, load_cifar10
+from transfer_surgery.finetune.training import Machine, predict
 
 BATCH = 128
 STAGES = ("layer1", "layer2", "layer3")

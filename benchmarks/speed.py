@@ -25,9 +25,8 @@ from torch import Tensor, nn
 from variants import inference_networks, new_model, training_networks
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
-from training import Machine
-
 from transfer_surgery import GatedActivation, wrap_optimizer
+from transfer_surgery.finetune.training import Machine
 
 console = Console()
 NOTE = (

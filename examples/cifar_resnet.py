@@ -13,13 +13,13 @@ from typing import Annotated
 import torch
 import torch.nn.functional as F
 import typer
-from image_data import load_cifar10
 from safetensors.torch import load_file
 from summary import Summary, console, describe_change
 from torch import Tensor, nn
-from training import Machine, fit, predict
 
 from transfer_surgery import History, TransferSchedule, bake, convert, report, wrap_optimizer
+from transfer_surgery.finetune.images import load_cifar10
+from transfer_surgery.finetune.training import Machine, fit, predict
 
 
 class Block(nn.Module):

@@ -20,7 +20,6 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 import torch.nn.functional as F
-from image_data import MemoryLoader, load_digits
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
@@ -33,6 +32,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import AdamW, Optimizer
 
 from transfer_surgery import TransferSchedule, bake, convert, report, wrap_optimizer
+from transfer_surgery.finetune.images import MemoryLoader, load_digits
 
 
 def main() -> None:

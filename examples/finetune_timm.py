@@ -18,13 +18,11 @@ from typing import Annotated
 import timm
 import torch
 import typer
-from image_data import ImageData, Unlabelled, load_images
 from summary import Summary, console, describe_change
 from timm.data import resolve_data_config
 from timm.optim import create_optimizer_v2
-from torch import Tensor, nn
+from torch import nn
 from torch.optim import Optimizer
-from training import Machine, fit, predict
 
 from transfer_surgery import (
     History,
@@ -38,6 +36,8 @@ from transfer_surgery import (
     swap_targets,
     wrap_optimizer,
 )
+from transfer_surgery.finetune.images import Unlabelled, load_images
+from transfer_surgery.finetune.training import Machine, fit, predict, some_images
 
 
 def main(
@@ -170,17 +170,6 @@ def main(
     (output / "figures.json").write_text(json.dumps(figures, indent=2))
     torch.save(model, output / "baked.pt")
     console.print(f"{output}/: {', '.join(sorted(file.name for file in output.iterdir()))}")
-
-
-def some_images(data: ImageData, machine: Machine, number: int = 512) -> list[Tensor]:
-    """Batches of about so many training images, without their labels."""
-    batches, count = [], 0
-    for images, _ in data.train:
-        batches.append(machine.place(images))
-        count += len(images)
-        if count >= number:
-            break
-    return batches
 
 
 def load_weights(model: nn.Module, file: Path) -> None:

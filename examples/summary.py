@@ -6,10 +6,10 @@ import time
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from rich.console import Console
+from rich import get_console
 from rich.table import Table
 
-console = Console()
+console = get_console()
 
 
 @dataclass(frozen=True)

@@ -12,9 +12,9 @@ from typing import Any
 import pytest
 import torch
 from cifar_resnet import ResNet
-from image_data import Look, MemoryLoader, crop_and_flip
 
 from transfer_surgery import find_activations
+from transfer_surgery.finetune.images import Look, MemoryLoader, crop_and_flip
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 CPU = torch.device("cpu")

@@ -24,7 +24,15 @@ from transfer_surgery.surgery import insert_units
 from transfer_surgery.unfit import refuse_unfit
 from transfer_surgery.unit import GatedActivation, gated_activations
 
-__all__ = ["load_gates", "save_gates"]
+__all__ = [
+    "build_unit",
+    "describe",
+    "fill_units",
+    "insert_gates",
+    "load_gates",
+    "save_gates",
+    "state_key",
+]
 
 # Attributes under which wrappers hold the model they wrap. By name, as in `unfit`.
 _WRAPPERS = {
@@ -73,12 +81,12 @@ def save_gates(model: nn.Module, folder: str | os.PathLike[str]) -> None:
     """
     require_safetensors()
     model = _unwrap(model)
-    config = GateConfig(type(model).__name__, tuple(_describe(model).values()))
+    config = describe(model)
     tensors = {}
     for path, unit in _units(model).items():
         for name, value in unit.state_dict().items():
-            tensors[_key(path, name)] = whole(value).detach().to("cpu", copy=True).contiguous()
-        location = tensors.get(_key(path, "gate.log_alpha"))
+            tensors[state_key(path, name)] = whole(value).detach().to("cpu", copy=True).contiguous()
+        location = tensors.get(state_key(path, "gate.log_alpha"))
         if location is not None and location.shape != unit.gate.shape:
             raise ValueError(
                 f"{path}: log_alpha has the shape {tuple(location.shape)} instead of "
@@ -123,13 +131,20 @@ def load_gates(
     units = _units(inner)
     if units:
         config.refuse_other_sites(type(inner).__name__, _describe(inner))
-        _fill(units, tensors)
+        fill_units(units, tensors)
         return model
+    return insert_gates(model, config, tensors, example_input)
+
+
+def insert_gates(
+    model: nn.Module, config: GateConfig, tensors: Mapping[str, Tensor], example_input: Any
+) -> nn.Module:
+    """Convert exactly the sites of a config, with these values; see `load_gates`."""
     refuse_unfit(model)
     plan = _with_listed_names(model, find_activations(model, example_input))
     config.refuse_other_sites(type(model).__name__, config.at(plan))
-    units = {site.path: _build(site, plan) for site in config.sites}
-    _fill(units, tensors)
+    units = {site.path: build_unit(site, plan[site.path].overwrites_input) for site in config.sites}
+    fill_units(units, tensors)
     with undisturbed():
         recipes = prepare_rewrites(model, plan, set(units))
     # An optimizer's state goes by the order of the parameters: the saved one.
@@ -154,6 +169,11 @@ def _units(model: nn.Module) -> dict[str, GatedActivation]:
     }
 
 
+def describe(model: nn.Module) -> GateConfig:
+    """The gated sites of a converted model."""
+    return GateConfig(type(model).__name__, tuple(_describe(model).values()))
+
+
 def _describe(model: nn.Module) -> dict[str, SiteConfig]:
     found = dict(gated_activations(model))
     owners = [model.get_submodule(path.rpartition(".")[0]) if path else None for path in found]
@@ -176,7 +196,8 @@ def _with_listed_names(model: nn.Module, plan: Plan) -> Plan:
     return replace(plan, sites=tuple(sites))
 
 
-def _build(site: SiteConfig, plan: Plan) -> GatedActivation:
+def build_unit(site: SiteConfig, overwrites_input: bool = False) -> GatedActivation:
+    """The unit of a saved site, before its values are loaded."""
     gate = make_gate(
         site.gate,
         site.shape,
@@ -193,7 +214,7 @@ def _build(site: SiteConfig, plan: Plan) -> GatedActivation:
         channel_axis=site.channel_axis,
         neurons=site.neurons,
         path=site.path,
-        overwrites_input=plan[site.path].overwrites_input,
+        overwrites_input=overwrites_input,
         depth=site.depth,
         stage=site.stage,
     )
@@ -202,14 +223,14 @@ def _build(site: SiteConfig, plan: Plan) -> GatedActivation:
     return unit
 
 
-def _fill(units: Mapping[str, GatedActivation], tensors: Mapping[str, Tensor]) -> None:
+def fill_units(units: Mapping[str, GatedActivation], tensors: Mapping[str, Tensor]) -> None:
     """Load values into units, after a look at all of them.
 
     Raises:
         ValueError: the names, shapes or dtypes are not those of the units' state.
     """
     states = {path: unit.state_dict() for path, unit in units.items()}
-    flat = {_key(path, k): v for path, state in states.items() for k, v in state.items()}
+    flat = {state_key(path, k): v for path, state in states.items() for k, v in state.items()}
     for key in [*flat, *tensors]:
         wanted, found = _kind(flat.get(key)), _kind(tensors.get(key))
         if wanted != found:
@@ -217,11 +238,14 @@ def _fill(units: Mapping[str, GatedActivation], tensors: Mapping[str, Tensor]) -
         if flat[key].is_meta:
             raise ValueError(f"{key} is on the meta device; materialise the model first.")
     for path, state in states.items():
-        values = {k: like_shard(tensors[_key(path, k)].to(v.device), v) for k, v in state.items()}
+        values = {
+            k: like_shard(tensors[state_key(path, k)].to(v.device), v) for k, v in state.items()
+        }
         units[path].load_state_dict(values)
 
 
-def _key(path: str, name: str) -> str:
+def state_key(path: str, name: str) -> str:
+    """The name in ``model.state_dict()`` of what a unit calls so."""
     return f"{path}.{name}".lstrip(".")
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from transfer_surgery.gate_config import GateConfig
 
-__all__ = ["GATES", "read_files", "require_safetensors", "write_files"]
+__all__ = ["GATES", "read_files", "replace_file", "require_safetensors", "write_files"]
 
 CONFIG, GATES = "config.json", "gates.safetensors"
 
@@ -44,9 +44,9 @@ def write_files(folder: Path, config: GateConfig, tensors: dict[str, Tensor]) ->
     folder.mkdir(parents=True, exist_ok=True)
     before = _earlier_config(folder)
     metadata = {"format": "pt", "config": _digest(text)}
-    _write(folder / GATES, safetensors.torch.save(tensors, metadata))
+    replace_file(folder / GATES, safetensors.torch.save(tensors, metadata))
     if before != text:  # saving again replaces one file only, which cannot be done by half
-        _write(folder / CONFIG, text.encode())
+        replace_file(folder / CONFIG, text.encode())
 
 
 def read_files(folder: Path) -> tuple[GateConfig, dict[str, Tensor]]:
@@ -82,7 +82,7 @@ def read_files(folder: Path) -> tuple[GateConfig, dict[str, Tensor]]:
     return config, tensors
 
 
-def _write(path: Path, data: bytes) -> None:
+def replace_file(path: Path, data: bytes) -> None:
     """Replace a file as a whole: at any moment its name means the old or the new content."""
     temporary = path.with_name(f"{path.name}.tmp")
     with temporary.open("wb") as file:

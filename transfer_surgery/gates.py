@@ -61,8 +61,8 @@ def registered_gates() -> tuple[str, ...]:
     return tuple(sorted(_REGISTRY))
 
 
-def make_gate(name: str, shape: GateShape, **options: Any) -> Gate:
-    """Build a registered gate.
+def gate_class(name: str) -> type[Gate]:
+    """A registered gate.
 
     Raises:
         ValueError: the name is unknown; the message lists the known ones.
@@ -72,7 +72,16 @@ def make_gate(name: str, shape: GateShape, **options: Any) -> Gate:
             f"unknown gate {name!r}. Known: {', '.join(registered_gates())}. "
             "Add your own with @register_gate(name)."
         )
-    return _REGISTRY[name](shape, **options)
+    return _REGISTRY[name]
+
+
+def make_gate(name: str, shape: GateShape, **options: Any) -> Gate:
+    """Build a registered gate.
+
+    Raises:
+        ValueError: the name is unknown; the message lists the known ones.
+    """
+    return gate_class(name)(shape, **options)
 
 
 def probability_of(logit: Tensor) -> Tensor:

@@ -61,7 +61,9 @@ def affine_value(x: Tensor, f: Activation, *parameters: Tensor | None) -> Tensor
 
 def affine_dtype(x: Tensor, *parameters: Tensor | None) -> torch.dtype:
     """In which the arithmetic is done."""
-    return next((torch.result_type(x, p) for p in parameters if p is not None), x.dtype)
+    # Not result_type, which torch.compile does not follow.
+    dtypes = (torch.promote_types(x.dtype, p.dtype) for p in parameters if p is not None)
+    return next(dtypes, x.dtype)
 
 
 def affine_inner(x: Tensor, *parameters: Tensor | None) -> Tensor:

@@ -1,4 +1,4 @@
-"""Images for the examples: scikit-learn's digits, CIFAR-10, or a folder in torchvision's layout."""
+"""Images: scikit-learn's digits, CIFAR-10, or a folder in torchvision's layout."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -67,11 +66,16 @@ def load_images(
 
 def load_digits(*, batch_size: int, device: torch.device, size: int = 32) -> ImageData:
     """1,797 scanned digits, 8x8 grey, that come with scikit-learn: 1,198 to train, 599 to test."""
-    from sklearn.datasets import load_digits as load
-    from sklearn.model_selection import train_test_split
+    try:
+        from sklearn.datasets import load_digits as load
+        from sklearn.model_selection import train_test_split
+    except ImportError as error:
+        raise ImportError(
+            "the digits come with scikit-learn: pip install 'transfer-surgery[examples]'"
+        ) from error
 
     digits = load()
-    images = torch.from_numpy((digits.images * (255 / 16)).round().astype(np.uint8))[:, None]
+    images = torch.from_numpy((digits.images * (255 / 16)).round().astype("uint8"))[:, None]
     labels = torch.from_numpy(digits.target)
     train, test = train_test_split(
         range(len(labels)), test_size=1 / 3, random_state=0, stratify=digits.target
@@ -108,7 +112,7 @@ def load_folder(
     folder: Path, *, batch_size: int, device: torch.device, config: dict[str, Any]
 ) -> ImageData:
     """A folder ``train/CLASS/IMAGE`` and ``val/CLASS/IMAGE``, with timm's transforms."""
-    from timm.data import create_transform
+    from timm.data.transforms_factory import create_transform
     from torchvision.datasets import ImageFolder
 
     for part in ("train", "val"):
@@ -173,7 +177,7 @@ class MemoryLoader:
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         number = len(self.labels)
         order = torch.randperm(number) if self.training else torch.arange(number)
-        for chosen in order.to(self.look.device).split(self.batch_size)[: len(self)]:
+        for chosen in torch.split(order.to(self.look.device), self.batch_size)[: len(self)]:
             yield self._show(self.images[chosen]), self.labels[chosen]
 
     def _show(self, images: Tensor) -> Tensor:

@@ -1,23 +1,25 @@
-"""The loop of the examples: plain PyTorch, with a progress bar and a history of the gates."""
+"""The training loop: plain PyTorch, with a progress bar that tells how far the gates are."""
 
 from __future__ import annotations
 
 import math
 import time
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from image_data import ImageData, Loader
+from rich import get_console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from summary import console
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import OneCycleLR
 
-from transfer_surgery import History
+from transfer_surgery.finetune.checkpoint import Checkpoint
+from transfer_surgery.finetune.images import ImageData, Loader
+from transfer_surgery.history import History
 
 
 @dataclass(frozen=True)
@@ -72,6 +74,17 @@ def predict(model: nn.Module, loader: Loader, machine: Machine) -> Predictions:
     return Predictions(torch.cat(logits), torch.cat(labels))
 
 
+def some_images(data: ImageData, machine: Machine, number: int = 512) -> list[Tensor]:
+    """Batches of about so many training images, without their labels."""
+    batches, count = [], 0
+    for images, _ in data.train:
+        batches.append(machine.place(images))
+        count += len(images)
+        if count >= number:
+            break
+    return batches
+
+
 def fit(
     model: nn.Module,
     data: ImageData,
@@ -81,6 +94,7 @@ def fit(
     epochs: int,
     title: str,
     history: History | None = None,
+    checkpoint: Checkpoint | None = None,
 ) -> Predictions:
     """Train with cross entropy and one cycle of the learning rate.
 
@@ -92,6 +106,8 @@ def fit(
         epochs: passes over the training images, at least one.
         title: name of the progress bar.
         history: of a converted model; about 200 records are made.
+        checkpoint: where the state after each epoch is kept, and a training that was killed goes on
+            from.
 
     Returns:
         What the trained model says of the test images.
@@ -100,10 +116,11 @@ def fit(
     peaks = [group["lr"] for group in optimizer.param_groups]
     scheduler = OneCycleLR(optimizer, peaks, total_steps=steps, cycle_momentum=False)
     forward = torch.compile(model) if machine.compile else model
-    started, step = time.perf_counter(), 0
+    done = 0 if checkpoint is None else checkpoint.restore(optimizer, scheduler)
+    started, step = time.perf_counter(), done * len(data.train)
     with _progress_bar() as progress:
-        task = progress.add_task(title, total=steps, now="")
-        for epoch in range(1, epochs + 1):
+        task = progress.add_task(title, total=steps, completed=step, now="")
+        for epoch in range(done + 1, epochs + 1):
             model.train()
             for images, labels in data.train:
                 loss = _train_step(forward, images, labels, optimizer, machine)
@@ -111,24 +128,30 @@ def fit(
                 scheduler.step()
                 step += 1
                 if step % math.ceil(steps / 200) == 0 or step == steps:
-                    now = _record(history, step, loss.item(), lr)
+                    now = _record(history, step, float(loss), float(lr))
                     progress.update(task, completed=step, now=now)
+            if checkpoint is not None:
+                checkpoint.save(epoch, optimizer, scheduler)
             if epoch % math.ceil(epochs / 8) == 0 or epoch == epochs:
                 test = predict(model, data.test, machine)
-                pace = (time.perf_counter() - started) / epoch
+                pace = (time.perf_counter() - started) / (epoch - done)
                 line = f"  epoch {epoch:>3}: {now}, test accuracy {test.accuracy:.2%}"
                 progress.console.print(f"{line}, {pace:.1f} s/epoch")
-    return test
+    return predict(model, data.test, machine) if done == epochs else test
 
 
 def _train_step(
-    forward: nn.Module, images: Tensor, labels: Tensor, optimizer: Optimizer, machine: Machine
+    forward: Callable[[Tensor], Tensor],
+    images: Tensor,
+    labels: Tensor,
+    optimizer: Optimizer,
+    machine: Machine,
 ) -> Tensor:
     labels = labels.to(machine.device, non_blocking=True)
     with machine.autocast():
         loss = F.cross_entropy(forward(machine.place(images)), labels)
     optimizer.zero_grad(set_to_none=True)
-    loss.backward()
+    loss.backward()  # type: ignore[no-untyped-call]
     optimizer.step()
     return loss.detach()
 
@@ -148,5 +171,5 @@ def _progress_bar() -> Progress:
         MofNCompleteColumn(),
         TextColumn("{task.fields[now]}"),
         TimeRemainingColumn(compact=True),
-        console=console,
+        console=get_console(),
     )

@@ -1,0 +1,50 @@
+"""A checkpoint of the weights, as training scripts leave them."""
+
+from __future__ import annotations
+
+import pickle
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from transfer_surgery.gate_files import require_safetensors
+
+__all__ = ["read_weights"]
+
+# Under which training scripts keep the weights; timm's keeps averaged ones, too, which are better.
+_KEYS = ("state_dict_ema", "model_ema", "state_dict", "model")
+
+
+def read_weights(file: Path) -> dict[str, Tensor]:
+    """The state dict in a ``.safetensors`` file or one of `torch.save`; no code in it is run.
+
+    Raises:
+        ImportError: safetensors is needed and not installed.
+        ValueError: the file is damaged, or holds no tensors by name.
+    """
+    if file.suffix == ".safetensors":
+        safetensors = require_safetensors()
+        try:
+            return dict(safetensors.torch.load_file(file))
+        except safetensors.SafetensorError as error:
+            raise ValueError(f"{file} is damaged, or no safetensors file: {error}.") from error
+    try:
+        held = torch.load(file, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+        raise ValueError(
+            f"{file} cannot be read as a checkpoint of tensors alone "
+            f"({str(error).strip().partition(chr(10))[0]}). Save model.state_dict()."
+        ) from error
+    return _state(held, file)
+
+
+def _state(held: Any, file: Path) -> dict[str, Tensor]:
+    if isinstance(held, Mapping):
+        inner = next((held[key] for key in _KEYS if isinstance(held.get(key), Mapping)), held)
+        state = {str(k).removeprefix("module."): v for k, v in inner.items()}
+        if state and all(isinstance(value, Tensor) for value in state.values()):
+            return state
+    raise ValueError(f"{file} holds a {type(held).__name__}, no state dict: names and tensors.")

@@ -1,0 +1,1 @@
+"""What ``transfer-surgery finetune`` and the examples share: images, and a plain training loop."""
