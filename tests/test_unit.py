@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from transfer_surgery import convert
 from transfer_surgery.activations import get_activation
 from transfer_surgery.gates import make_gate
 from transfer_surgery.unit import GatedActivation, gated_activations
@@ -315,3 +316,41 @@ def test_per_example_gradients_run_through_a_unit():
     leaf = x.clone().requires_grad_()
     module(leaf).sum().backward()
     torch.testing.assert_close(each, leaf.grad)
+
+
+@pytest.mark.parametrize("source", ["relu", "relu6"])
+def test_while_all_gates_are_1_in_training_the_memory_is_that_of_the_original(source):
+    layers = [nn.Conv2d(2, 3, 3), nn.BatchNorm2d(3), nn.ReLU(True), nn.Conv2d(3, 2, 1)]
+    if source == "relu6":
+        layers[2] = nn.ReLU6(True)
+    x = torch.randn(4, 2, 6, 6)
+    model = nn.Sequential(*layers)
+    gated = convert(copy.deepcopy(model), example_input=x)
+    gated[2].log_alpha.data.fill_(20.0)
+    seen = []
+    gated[2].register_forward_hook(lambda m, args, y: seen.append((args[0], y)))
+    gradients = []
+    for network in (model, gated):
+        network(x).square().sum().backward()
+        gradients.append([p.grad for n, p in network.named_parameters() if "log_alpha" not in n])
+    assert all(map(torch.equal, *gradients))
+    assert torch.equal(gated[2].log_alpha.grad, torch.zeros(3))
+    ((given, result),) = seen
+    assert given.data_ptr() == result.data_ptr()
+    gated[2].log_alpha.data.fill_(0.0)
+    gated(x)
+    gated.eval()(x)
+    assert all(given.data_ptr() != result.data_ptr() for given, result in seen[1:])
+
+
+def test_an_input_of_the_network_and_a_view_are_not_overwritten():
+    x = torch.randn(4, 3)
+    unit = convert(nn.Sequential(nn.ReLU(True)), example_input=x)[0]
+    unit.log_alpha.data.fill_(20.0)
+    before = x.clone()
+    unit(x)
+    unit(x.requires_grad_())
+    assert torch.equal(x, before)
+    whole = x * 1
+    unit(whole[:2])
+    assert torch.equal(whole, before)

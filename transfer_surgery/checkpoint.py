@@ -16,7 +16,7 @@ from transfer_surgery.find import find_activations
 from transfer_surgery.gate_config import GateConfig, SiteConfig
 from transfer_surgery.gate_files import GATES, read_files, require_safetensors, write_files
 from transfer_surgery.gates import make_gate
-from transfer_surgery.plan import Plan
+from transfer_surgery.plan import Plan, Site
 from transfer_surgery.probe import undisturbed
 from transfer_surgery.rewrite import prepare_rewrites
 from transfer_surgery.sharding import like_shard, whole
@@ -143,7 +143,7 @@ def insert_gates(
     refuse_unfit(model)
     plan = _with_listed_names(model, find_activations(model, example_input))
     config.refuse_other_sites(type(model).__name__, config.at(plan))
-    units = {site.path: build_unit(site, plan[site.path].overwrites_input) for site in config.sites}
+    units = {site.path: build_unit(site, plan[site.path]) for site in config.sites}
     fill_units(units, tensors)
     with undisturbed():
         recipes = prepare_rewrites(model, plan, set(units))
@@ -196,8 +196,8 @@ def _with_listed_names(model: nn.Module, plan: Plan) -> Plan:
     return replace(plan, sites=tuple(sites))
 
 
-def build_unit(site: SiteConfig, overwrites_input: bool = False) -> GatedActivation:
-    """The unit of a saved site, before its values are loaded."""
+def build_unit(site: SiteConfig, found: Site | None = None) -> GatedActivation:
+    """The unit of a saved site, before its values are loaded; for the place where it was found."""
     gate = make_gate(
         site.gate,
         site.shape,
@@ -214,7 +214,8 @@ def build_unit(site: SiteConfig, overwrites_input: bool = False) -> GatedActivat
         channel_axis=site.channel_axis,
         neurons=site.neurons,
         path=site.path,
-        overwrites_input=overwrites_input,
+        overwrites_input=found is not None and found.overwrites_input,
+        inplace=found is not None and found.inplace,
         depth=site.depth,
         stage=site.stage,
     )

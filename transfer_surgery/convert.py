@@ -118,6 +118,7 @@ def convert(
             neurons=site.neurons,
             path=site.path,
             overwrites_input=site.overwrites_input,
+            inplace=site.inplace,
             depth=depth,
             stage=stages[site.path],
         )

@@ -37,6 +37,7 @@ class GatedActivation(nn.Module):
         path: where the unit lives, for messages.
         overwrites_input: the original worked in place and its input is read again later; the
             result is then written back to the input.
+        inplace: the original worked in place; in training the result may take the input's memory.
         depth: its place in the order in which the model's activations run.
         stage: the part of the model that it belongs to, such as ``"layer1"``.
 
@@ -67,6 +68,7 @@ class GatedActivation(nn.Module):
         neurons: int = 1,
         path: str = "",
         overwrites_input: bool = False,
+        inplace: bool = False,
         depth: int = 0,
         stage: str = "",
     ) -> None:
@@ -79,7 +81,7 @@ class GatedActivation(nn.Module):
         self.source, self.target, self.gate = source, target, gate
         self.granularity, self.channel_axis = granularity, channel_axis
         self.neurons, self.path, self.overwrites_input = neurons, path, overwrites_input
-        self.depth, self.stage = depth, stage
+        self.inplace, self.depth, self.stage = inplace, depth, stage
         self.affine: AffineParameters | None = None
         # The module that this unit stands in for, in a tuple: it is no child of the unit.
         self.replaced: tuple[nn.Module, ...] = ()
@@ -120,6 +122,7 @@ class GatedActivation(nn.Module):
             straight_through=self.gate.straight_through,
             operands=operands,
             parameters=None if self.affine is None else self.affine.of(x),
+            in_place=self.training and self.inplace,
         )
         return with_recipes(function, x, spread(z, x, self.granularity, self.channel_axis))
 

@@ -6,12 +6,14 @@ values are replaced, not multiplied by zero (``0 * inf`` is nan).
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from transfer_surgery.activations import Activation
+from transfer_surgery.activations import Activation, get_activation
 from transfer_surgery.kernels.affine import Affine, affine
 from transfer_surgery.kernels.function import Function
 from transfer_surgery.kernels.mixed import mix, mixed
@@ -28,6 +30,7 @@ def gated(
     straight_through: bool = False,
     operands: tuple[Tensor, ...] = (),
     parameters: Affine | None = None,
+    in_place: bool = False,
 ) -> Tensor:
     """The gated activation of Eq. 1.
 
@@ -39,6 +42,7 @@ def gated(
         straight_through: whether exact gates need a gradient too (Bernoulli gates).
         operands: further tensors that the source takes, such as a learned slope.
         parameters: ``(a, w, c, b)`` of the target ``a * target(w*x + c) + b``; None: as it is.
+        in_place: nobody else reads ``x``: while all gates are 1 its memory may hold the result.
 
     Returns:
         A tensor of the shape of ``x`` and the dtype of ``source(x)``.
@@ -59,6 +63,8 @@ def gated(
         ends = low == 0 or high == 1
         exact = not (z.requires_grad and straight_through)
         if exact and low == 1:
+            if in_place and source in _IN_PLACE and x.grad_fn is not None and not x._is_view():
+                return _IN_PLACE[source](_zero_gradient_in_place(x, z, *(parameters or ())))
             return source(_with_zero_gradient(x, z, *(parameters or ())), *operands)
         if exact and high == 0 and not operands:  # those keep their gradient, which is 0
             return _target(_with_zero_gradient(x, z), target, parameters)
@@ -83,6 +89,13 @@ def _with_zero_gradient(x: Tensor, *others: Tensor) -> Tensor:
     if not (torch.is_grad_enabled() and any(other.requires_grad for other in others)):
         return x
     result: Tensor = _ZeroGradient.apply(x, *others)
+    return result
+
+
+def _zero_gradient_in_place(x: Tensor, *others: Tensor | None) -> Tensor:
+    """The same, with a result that is no view: it can be overwritten."""
+    others = tuple(other for other in others if other is not None and other.requires_grad)
+    result: Tensor = _ZeroGradientInPlace.apply(x, *others) if others else x
     return result
 
 
@@ -122,3 +135,21 @@ class _ZeroGradient(Function):
         (grad,) = grads
         zeros = (torch.zeros(s, dtype=d, device=grad.device) for s, d in ctx.likes)
         return grad, *zeros
+
+
+class _ZeroGradientInPlace(_ZeroGradient):
+    @staticmethod
+    def forward(x: Tensor, *others: Tensor) -> Tensor:
+        return x
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        ctx.mark_dirty(inputs[0])
+        _ZeroGradient.setup_context(ctx, inputs, output)
+
+
+# Those whose gradient comes from the result: nothing else is kept for backward.
+_IN_PLACE: dict[Activation, Callable[[Tensor], Tensor]] = {
+    get_activation("relu"): torch.relu_,
+    get_activation("relu6"): partial(torch.nn.functional.hardtanh_, min_val=0.0, max_val=6.0),
+}
