@@ -10,7 +10,12 @@ export PYTHONPATH="$PWD"
 mkdir -p "$folder"
 
 "$python" benchmarks/overhead.py --model resnet50 --model cifar_resnet20 --table "$folder/cpu-overhead.md"
-for model in cifar_resnet20 resnet18 efficientnet_b0 vit_tiny_patch16_224 resnet50; do
-  "$python" benchmarks/speed.py --model "$model" --compile --table "$folder/cpu-$model.md" "$@"
-done
+speed() { # MODEL BATCH OPTIONS...
+  "$python" benchmarks/speed.py --model "$1" --batch-size "$2" --table "$folder/cpu-$1.md" "${@:3}"
+}
+speed cifar_resnet20 128 --compile "$@"
+speed resnet18 16 --compile "$@"
+speed efficientnet_b0 16 --compile "$@"
+speed vit_tiny_patch16_224 16 --compile "$@"
+speed resnet50 16 "$@"
 "$python" benchmarks/performance_table.py "$folder"

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from transfer_surgery import convert, match_targets, wrap_optimizer
 from transfer_surgery import unit as unit_module
@@ -34,6 +35,22 @@ def on_triton(monkeypatch):
     monkeypatch.setattr(kernels, "gated_triton", counted)
     monkeypatch.setattr(unit_module, "triton_kernels", lambda x: kernels)
     return seen
+
+
+class _Checkpoint(torch.autograd.graph.saved_tensors_hooks):
+    """Counts what is saved, as `torch.utils.checkpoint` does."""
+
+    def __init__(self) -> None:
+        self.packed = 0
+        super().__init__(self._pack, lambda tensor: tensor)
+
+    def _pack(self, tensor: Tensor) -> Tensor:
+        self.packed += 1
+        return tensor
+
+    def __exit__(self, *error: object) -> None:
+        super().__exit__(*error)
+        assert self.packed == 0
 
 
 def network(**how: Any) -> nn.Module:
@@ -158,3 +175,17 @@ def test_the_environment_and_the_device_have_a_say(monkeypatch):
     assert triton_kernels(torch.zeros(3)) is None  # a CPU
     monkeypatch.setenv("TRANSFER_SURGERY_KERNELS", "eager")
     assert triton_kernels(X) is None
+
+
+@pytest.mark.parametrize("around", [torch.no_grad, torch.inference_mode, _Checkpoint])
+def test_the_trial_works_wherever_a_unit_asks_for_it_and_nobody_notices(around):
+    trusted_kernels.cache_clear()
+    with around():
+        assert trusted_kernels(CPU) is not None
+
+
+def test_fake_tensors_cause_no_trial():
+    trusted_kernels.cache_clear()
+    with FakeTensorMode():
+        assert triton_kernels(torch.zeros(3, device="cuda")) is None
+    assert trusted_kernels.cache_info().misses == 0

@@ -9,6 +9,8 @@ import functools
 import importlib
 import os
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import ModuleType
 
 import torch
@@ -30,6 +32,8 @@ def triton_kernels(x: Tensor) -> ModuleType | None:
     """The module `transfer_surgery.kernels.triton_op` if it is to be used for an input."""
     if not x.is_cuda or torch.compiler.is_compiling() or os.environ.get(VARIABLE) == "eager":
         return None
+    if type(x) not in (Tensor, torch.nn.Parameter):  # nothing can be tried among fake tensors
+        return None
     if torch.cuda.is_current_stream_capturing():  # no trial in there, and no compilation
         return None
     return trusted_kernels(x.device)
@@ -42,7 +46,8 @@ def trusted_kernels(device: torch.device) -> ModuleType | None:
         return None
     try:
         kernels = importlib.import_module("transfer_surgery.kernels.triton_op")
-        _try(kernels, device)
+        with _undisturbed():
+            _try(kernels, device)
     except Exception as error:
         warnings.warn(
             f"the Triton kernels do not work on {device}: {type(error).__name__}: {error}. The "
@@ -52,6 +57,14 @@ def trusted_kernels(device: torch.device) -> ModuleType | None:
         )
         return None
     return kernels
+
+
+@contextmanager
+def _undisturbed() -> Iterator[None]:
+    """Gradients, whatever the unit that asks runs in; activation checkpoints do not notice."""
+    hooks = torch.autograd.graph.saved_tensors_hooks(lambda t: t, lambda t: t)
+    with torch.inference_mode(False), torch.enable_grad(), hooks:
+        yield
 
 
 def _try(kernels: ModuleType, device: torch.device) -> None:
