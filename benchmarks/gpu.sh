@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Everything about speed that only a GPU can show, in about 8 minutes, into FOLDER (docs/performance):
+# Everything about speed that only a GPU can show, in 8 minutes at most, into FOLDER (docs/performance):
 #     bash benchmarks/gpu.sh [FOLDER]
 # Needs torch, triton, timm, typer and rich; nothing is installed or downloaded. A part that fails or
 # takes too long does not stop the others; what is missing is said at the end.
@@ -31,11 +31,11 @@ speed() { # NAME SECONDS MODEL OPTIONS...
     --table "$folder/gpu-$name.md" "$@"
 }
 
-part tests 120 "$python" -m pytest -q -n 0 tests/test_triton.py tests/test_triton_op.py \
+part tests 90 "$python" -m pytest -q -n 0 tests/test_triton.py tests/test_triton_op.py \
   tests/test_kernel_choice.py tests/test_no_sync.py
 part kernel 60 "$python" benchmarks/kernel.py --table "$folder/gpu-kernel.md"
 part overhead 40 "$python" benchmarks/overhead.py --amp --batch-size 128 --table "$folder/gpu-overhead.md"
-speed resnet50 150 resnet50 --batch-size 128 --compile
+speed resnet50 120 resnet50 --batch-size 128 --compile
 speed resnet18 40 resnet18 --batch-size 256
 speed efficientnet_b0 60 efficientnet_b0 --batch-size 128
 speed vit_tiny 40 vit_tiny_patch16_224 --batch-size 256

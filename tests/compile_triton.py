@@ -63,23 +63,28 @@ def compiled(kernel, layout, source="relu", target="sin", dtype="bf16", matched=
     return result.asm["ptx"]
 
 
-for kernel, layout, matched in product(
-    (forward_kernel, backward_kernel), (FIRST, SHORT, LAST), (False, True)
-):
-    ptx = compiled(kernel, layout, matched=matched)
-    assert ".local" not in ptx  # nothing spilled by a function of libdevice
-    if layout is FIRST:
-        assert "ld.global.v4.b32" in ptx  # 16 bytes per thread
-    if layout is LAST:
-        assert "ld.global.v2.b32" in ptx
-for dtype in ("fp16", "fp32"):
-    compiled(backward_kernel, FIRST, dtype=dtype)
-for flags in (
-    {"NOISE_PER_EXAMPLE": True},
-    {"GATES_PER_EXAMPLE": True, "TEMPERATURE": None, "XI": None, "ZETA": None},
-):
-    compiled(forward_kernel, FIRST, matched=True, **flags)
-    compiled(backward_kernel, LAST, matched=True, **flags)
-names = [*_FUNCTIONS, "gelu", "gelu(approximate='tanh')"]
-for source, target in zip(names[::2], names[1::2] + names[:1], strict=False):
-    compiled(backward_kernel, FIRST, source, target)
+def main() -> None:
+    for kernel, layout, matched in product(
+        (forward_kernel, backward_kernel), (FIRST, SHORT, LAST), (False, True)
+    ):
+        ptx = compiled(kernel, layout, matched=matched)
+        assert ".local" not in ptx  # nothing spilled by a function of libdevice
+        if layout is FIRST:
+            assert "ld.global.v4.b32" in ptx  # 16 bytes per thread
+        if layout is LAST:
+            assert "ld.global.v2.b32" in ptx
+    for dtype in ("fp16", "fp32"):
+        compiled(backward_kernel, FIRST, dtype=dtype)
+    for flags in (
+        {"NOISE_PER_EXAMPLE": True},
+        {"GATES_PER_EXAMPLE": True, "TEMPERATURE": None, "XI": None, "ZETA": None},
+    ):
+        compiled(forward_kernel, FIRST, matched=True, **flags)
+        compiled(backward_kernel, LAST, matched=True, **flags)
+    names = [*_FUNCTIONS, "gelu", "gelu(approximate='tanh')"]
+    for source, target in zip(names[::2], names[1::2] + names[:1], strict=False):
+        compiled(backward_kernel, FIRST, source, target)
+
+
+if __name__ == "__main__":  # doctest imports every file
+    main()

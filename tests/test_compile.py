@@ -9,6 +9,7 @@ import torch
 from compiled import WAYS, compiled, converted, gradients
 from loops import batch, gates, mid_transfer
 from torch import nn
+from torch._inductor import metrics
 
 from transfer_surgery import bake, convert
 
@@ -95,3 +96,26 @@ def test_a_compiled_model_trains_under_autocast_like_the_plain_one() -> None:
         expected = gradients(reference, reference)
         found = gradients(compiled(model), model)
     torch.testing.assert_close(found, expected, rtol=0.05, atol=0.02)
+
+
+@pytest.mark.slow
+@compiler
+@pytest.mark.parametrize(("training", "further"), [(False, 1), (True, 5)])
+def test_inductor_fuses_a_unit_with_its_neighbours(training: bool, further: int) -> None:
+    """A few small kernels for the gates; none for the unit between its neighbours."""
+    x = torch.randn(8, 4, 6, 6)
+
+    def kernels(gated: bool) -> int:
+        model = nn.Sequential(nn.BatchNorm2d(4), nn.ReLU(), nn.Hardtanh())
+        if gated:
+            mid_transfer(convert(model, include="1", example_input=x))
+        model.train(training)
+        metrics.reset()
+        y = torch.compile(model, fullgraph=True)(x.clone().requires_grad_(training))
+        if training:
+            y.square().sum().backward()
+        return metrics.generated_kernel_count
+
+    functorch = torch._functorch.config.patch(enable_autograd_cache=False)
+    with functorch, torch._inductor.config.patch(fx_graph_cache=False):
+        assert 0 < kernels(gated=True) <= kernels(gated=False) + further

@@ -20,10 +20,10 @@ if TYPE_CHECKING:
     from matplotlib.collections import QuadMesh
     from matplotlib.figure import Figure
 
-__all__ = ["plot_history", "plot_match", "plot_report"]
+__all__ = ["COLOURS", "figure_of", "new_axes", "plot_history", "plot_match", "plot_report"]
 
 # Okabe and Ito's palette, which colour-blind readers tell apart.
-_COLOURS = {"kept": "#0072B2", "mixed": "#C8C8C8", "transferred": "#E69F00"}
+COLOURS = {"kept": "#0072B2", "mixed": "#C8C8C8", "transferred": "#E69F00"}
 _LABEL_INCHES = 0.16  # one line of 8 point text and its spacing
 _STRIP_INCHES = 0.7
 _GAP_INCHES = 0.12
@@ -51,10 +51,10 @@ def plot_report(report: Report, ax: Axes | None = None) -> Figure:
         ['kept', 'mixed', 'transferred']
     """
     rows = (*report.rows, report.total)
-    ax = ax or _new_axes(len(rows), above=0.6)
+    ax = ax or _axes_for(len(rows), above=0.6)
     positions = [*range(len(report)), len(report) + 0.5]  # the total stands a little apart
     left = [0.0] * len(rows)
-    for name, colour in _COLOURS.items():
+    for name, colour in COLOURS.items():
         widths = [100 * getattr(row, name) for row in rows]
         ax.barh(positions, widths, height=0.8, left=left, color=colour, label=name)
         left = [start + width for start, width in zip(left, widths, strict=True)]
@@ -62,7 +62,7 @@ def plot_report(report: Report, ax: Axes | None = None) -> Figure:
     ax.set_yticks([*places, positions[-1]], [*names, "total"], fontsize=8)
     ax.set(xlim=(0, 100), ylim=(positions[-1] + 0.6, -0.6), xlabel="share of the gates (%)")
     ax.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=3, frameon=False)
-    return _figure_of(ax)
+    return figure_of(ax)
 
 
 def plot_history(history: History, ax: Axes | None = None) -> Figure:
@@ -90,7 +90,7 @@ def plot_history(history: History, ax: Axes | None = None) -> Figure:
         strips["lr"] = history.value("lr")
     sites = len(history.paths)
     above = (_STRIP_INCHES + _GAP_INCHES) * len(strips)
-    ax = ax or _new_axes(sites, above)
+    ax = ax or _axes_for(sites, above)
     ax.set_yticks(*_labels(history.paths, room=_inches(ax) - above), fontsize=8)
     steps = [record.step for record in history.records]
     shares = [[100 * record.transferred[i] for record in history.records] for i in range(sites)]
@@ -98,7 +98,7 @@ def plot_history(history: History, ax: Axes | None = None) -> Figure:
     mesh = ax.pcolormesh(_edges(steps), rows, shares, vmin=0, vmax=100, cmap="viridis")
     ax.set(ylim=(sites - 0.5, -0.5), xlabel="step")
     _draw_around(ax, mesh, steps, strips)
-    return _figure_of(ax)
+    return figure_of(ax)
 
 
 def plot_match(report: MatchReport, ax: Axes | None = None) -> Figure:
@@ -122,7 +122,7 @@ def plot_match(report: MatchReport, ax: Axes | None = None) -> Figure:
         ['R2', 'periods', 'KL']
     """
     rows = report.rows
-    ax = ax or _new_axes(len(rows), above=0.1)
+    ax = ax or _axes_for(len(rows), above=0.1)
     from mpl_toolkits.axes_grid1 import make_axes_locatable  # type: ignore[import-untyped]
 
     ax.set_yticks(*_labels([row.path for row in rows], room=_inches(ax)), fontsize=8)
@@ -138,12 +138,12 @@ def plot_match(report: MatchReport, ax: Axes | None = None) -> Figure:
             panel.tick_params(labelleft=False)
         known = [(i, value) for i, value in enumerate(values) if value is not None]
         places = [i for i, _ in known]
-        panel.barh(places, [value for _, value in known], height=0.8, color=_COLOURS["kept"])
+        panel.barh(places, [value for _, value in known], height=0.8, color=COLOURS["kept"])
         panel.set(xlabel=name, ylim=(len(rows) - 0.5, -0.5))
         panel.grid(axis="x", linewidth=0.4)
     lowest = min((row.r2 for row in rows if row.r2 is not None), default=0.0)
     ax.set_xlim(min(0.0, lowest), 1)
-    return _figure_of(ax)
+    return figure_of(ax)
 
 
 def _draw_around(
@@ -164,29 +164,39 @@ def _draw_around(
         if name == "E[z]":
             strip.set(ylim=(-0.08, 1.08), yticks=(0, 1))
     bar = divider.append_axes("right", size=0.15, pad=_GAP_INCHES)
-    _figure_of(ax).colorbar(mesh, cax=bar, label="transferred (%)")
+    figure_of(ax).colorbar(mesh, cax=bar, label="transferred (%)")
 
 
-def _new_axes(lines: int, above: float) -> Axes:
+def _axes_for(lines: int, above: float) -> Axes:
     """Axes of a new figure with room for so many lines of labels, and inches above them."""
+    return new_axes(min(max(lines * (_LABEL_INCHES + 0.04), 1.2), 14) + above)
+
+
+def new_axes(inches: float) -> Axes:
+    """Axes of a new figure, so high.
+
+    Raises:
+        ImportError: matplotlib is not installed.
+    """
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
         raise ImportError("plots need matplotlib: pip install 'transfer-surgery[plots]'") from error
-    height = min(max(lines * (_LABEL_INCHES + 0.04), 1.2), 14) + above + 0.8
+    height = inches + 0.8
     figure = Figure(figsize=(8, height), layout="tight")
     figure.subplots_adjust(bottom=0.7 / height, top=1 - 0.1 / height)  # about what "tight" will do
     return figure.add_subplot()
 
 
-def _figure_of(ax: Axes) -> Figure:
+def figure_of(ax: Axes) -> Figure:
+    """The figure that axes are in."""
     figure = ax.get_figure(root=True)
     assert figure is not None
     return figure
 
 
 def _inches(ax: Axes) -> float:
-    return float(ax.get_position().height * _figure_of(ax).get_figheight())
+    return float(ax.get_position().height * figure_of(ax).get_figheight())
 
 
 def _labels(paths: Sequence[str], room: float) -> tuple[list[float], list[str]]:
