@@ -90,6 +90,18 @@ def test_matching_again_leaves_kept_gates_and_fits_what_follows_to_them():
     assert errors[1] < errors[0]
 
 
+@pytest.mark.parametrize("refit", [False, True])
+def test_a_site_that_is_kept_as_a_whole_stays(refit):
+    model = network("layer")
+    match_targets(model, [X])
+    swap_targets(model, keep=100, batches=[X])  # one of the two sites
+    before = gates(model)
+    assert sorted(before.tolist()) == [0.0, 1.0]
+    found = match_targets(model, [X], refit=refit)
+    assert torch.equal(gates(model), before)
+    assert len(found) == 1
+
+
 def test_a_partly_swapped_network_is_baked_to_the_same_outputs():
     model = network()
     match_targets(model, [X])

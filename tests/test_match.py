@@ -453,3 +453,24 @@ def test_layers_that_compute_something_else_are_left_alone():
     assert not can_be_refitted(nn.Conv2d(2, 2, 3, padding=1, padding_mode="reflect"))
     normed = torch.nn.utils.parametrizations.weight_norm(nn.Linear(2, 2))
     assert not can_be_refitted(normed)
+
+
+@pytest.mark.parametrize("target", ["polynomial", "square"])
+def test_nearly_straight_parabolas_can_be_trained(target):
+    """Written by their vertex, a step of 0.001 would change their amplitude by itself."""
+    torch.manual_seed(0)
+    x = torch.randn(500, 4) + 6  # relu is the identity there
+    model = convert(nn.Sequential(nn.ReLU(), nn.Linear(4, 1)), target, include="0", example_input=x)
+    match_targets(model, [x])
+    swap_targets(model)
+    wanted = x.sum(1, keepdim=True).sin()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    losses = []
+    for _ in range(50):
+        loss = (model(x) - wanted).square().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0]
+    assert max(losses) < 2 * losses[0]

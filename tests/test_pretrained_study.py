@@ -70,7 +70,7 @@ def test_the_grid_has_each_recipe_once_and_leaves_out_what_is_done(tmp_path):
         ["--start", "matched", "--transfer", "soft", "--order", "sensitivity"],
         ["--start", "plain", "--transfer", "line"],
         ["--start", "relu"],
-        ["--start", "refitted", "--target", "polynomial", "--keep", "0.5"],
+        ["--start", "refitted", "--target", "polynomial", "--keep", "0.5", "--lr", "0.001"],
     ],
     ids=" ".join,
 )
@@ -80,8 +80,8 @@ def test_each_kind_of_recipe_runs(options, data_folder, tmp_path):
     subprocess.run(command, check=True)
     (found,) = read_results(tmp_path)
     assert len(found.losses) == 3
-    if "--keep" in options:
-        assert 0.4 < found.transferred < 0.9
+    if "--keep" in options:  # of the gates: half the neurons are another share
+        assert 0.1 < found.transferred < 0.9
     else:
         assert found.transferred == (0 if "relu" in options else 1)
     assert found.error < (0.95 if "plain" in options else 0.2)

@@ -48,14 +48,14 @@ def choose_kept(
     networks = SideBySide(model, list(units.values()), as_batches(batches, model))
     with prediction_mode(model):
         costs = {unit: _costs(networks, unit) for unit in units.values()}
-    sizes = {unit: unit.neurons / unit.gate.count for unit in units.values()}
+    sizes = {unit: unit.neurons // unit.gate.count for unit in units.values()}
     each = torch.cat([(cost / sizes[unit]).cpu() for unit, cost in costs.items()])
-    size = torch.cat(
-        [torch.full((u.gate.count,), s, dtype=torch.float64) for u, s in sizes.items()]
-    )
-    order = each.argsort(descending=True, stable=True)
+    size = [s for unit, s in sizes.items() for _ in range(unit.gate.count)]
     kept = torch.zeros(len(each), dtype=torch.bool)
-    kept[order] = size[order].cumsum(0) <= budget
+    for gate in each.argsort(descending=True, stable=True).tolist():
+        if size[gate] <= budget:
+            kept[gate] = True
+            budget -= size[gate]
     parts = torch.split(kept, [unit.gate.count for unit in sizes])
     return {unit: part.view(unit.gate.shape) for unit, part in zip(sizes, parts, strict=True)}
 

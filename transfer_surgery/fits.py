@@ -20,6 +20,10 @@ from transfer_surgery.activations import Activation
 __all__ = ["Candidate", "Family", "family_of"]
 
 
+_LEAST_BEND = 5e-3
+"""Of a parabola: its second coefficient as a share of the first, for input of unit variance."""
+
+
 class Candidate(NamedTuple):
     """The part of a fit that is searched: frequency and phase, in units of standardised input."""
 
@@ -109,13 +113,21 @@ class Quadratic:
         self, solution: Tensor, candidate: Candidate
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         second, first, zeroth = solution.unbind(1)
-        # A straight line is a parabola whose vertex is far away: not too far for float32.
-        least = 1e-3 * first.abs() + 1e-12
-        second = torch.where(second.abs() < least, torch.where(second < 0, -least, least), second)
-        amplitude = second / self.a
-        shift = (first / amplitude - self.b) / (2 * self.a)
+        # A flat parabola by its vertex, which is far away, has an amplitude whose gradient is the
+        # square of that distance: training would break. It is a wide one near a fixed point where
+        # `f` has a slope instead; a straight line is a little bent, for the sake of float32.
+        start = 0.0 if self.b else 1.0
+        slope = 2 * self.a * start + self.b
+        flat = second.abs() < first.abs()
+        least = _LEAST_BEND * first.abs()
+        bent = torch.where(second.abs() < least, torch.where(second < 0, -least, least), second)
+        width = torch.where(flat, bent * slope / (self.a * torch.where(flat, first, 1.0)), 1.0)
+        wide = torch.where(flat, first / (slope * width), 1.0)
+        high = torch.where(second.abs() < 1e-12, 1e-12, second) / self.a
+        shift = torch.where(flat, start, (first / high - self.b) / (2 * self.a))
+        amplitude = torch.where(flat, wide, high)
         offset = zeroth - amplitude * ((self.a * shift + self.b) * shift + self.c)
-        return amplitude, candidate.w, shift, offset
+        return amplitude, candidate.w * width, shift, offset
 
 
 @dataclass(frozen=True)

@@ -50,8 +50,8 @@ def match_targets(
     A matched target is ``a * target(w*x + c) + b`` with one ``(a, w, c, b)`` per gate: parameters
     of the unit, saved with the gates, trained with the model. Outputs do not change while the gates
     are at the source; `swap_targets` moves all gates at once, a `TransferSchedule` in training.
-    Where some gates of a site are at the target already and others are not, as after
-    ``swap_targets(keep=...)``, the others count as staying where they are.
+    Where some gates of these sites are at the target already and others are not, as after
+    ``swap_targets(keep=...)``, the others stay where they are.
 
     Args:
         model: a converted model; it is run in evaluation mode.
@@ -100,7 +100,7 @@ def match_targets(
     if weights not in WEIGHTS:
         raise ValueError(f"weights={weights!r}: use one of {', '.join(map(str, WEIGHTS))}.")
     refuse_sharded(model)
-    units = matching_units(model, include, exclude)
+    units = _without_kept(matching_units(model, include, exclude))
     networks = SideBySide(model, list(units.values()), as_batches(batches, model))
     before = {unit: _copy(unit) for unit in units.values()}
     try:
@@ -133,6 +133,14 @@ def match_targets(
             stacklevel=2,
         )
     return report
+
+
+def _without_kept(units: dict[str, GatedActivation]) -> dict[str, GatedActivation]:
+    """Without sites that are wholly at their source, if others have transferred gates."""
+    z = {path: unit.gate.predict().detach() for path, unit in units.items()}
+    if not any(bool((gates == 0).any()) for gates in z.values()):
+        return units
+    return {path: unit for path, unit in units.items() if not bool((z[path] == 1).all())}
 
 
 def _match(
