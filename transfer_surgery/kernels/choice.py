@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import functools
-import importlib
+import importlib.util
 import os
 import warnings
 from collections.abc import Iterator
