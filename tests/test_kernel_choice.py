@@ -171,8 +171,13 @@ def test_without_triton_the_eager_kernels_run_and_nobody_is_warned(monkeypatch):
     trusted_kernels.cache_clear()
 
 
-def test_the_environment_and_the_device_have_a_say(monkeypatch):
-    assert triton_kernels(torch.zeros(3)) is None  # a CPU
+def test_a_cpu_has_the_eager_kernels():
+    assert triton_kernels(torch.zeros(3)) is None
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_the_environment_has_a_say_on_a_gpu(monkeypatch):
+    assert triton_kernels(X) is not None
     monkeypatch.setenv("TRANSFER_SURGERY_KERNELS", "eager")
     assert triton_kernels(X) is None
 

@@ -12,6 +12,8 @@ from loops import GAMMA, batch, gates, mean_probability, network, plain
 from memory import Launches
 from torch import Tensor, nn
 from torch.optim import SGD, Adam, AdamW, Optimizer
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from transfer_surgery import TransferSchedule, convert, wrap_optimizer
 from transfer_surgery.auto_gamma import AutoGamma
@@ -57,6 +59,28 @@ def test_the_gradient_of_the_risk_never_looks_at_the_gates(
 ) -> None:
     model = on_meta()
     add_risk_gradient(list(sites(model).values()), GAMMA, reduction, scale)
+    assert all(gate.grad is not None for gate in gates(model))
+
+
+class _NoCopies(TorchDispatchMode):
+    """Fails where the host copies a tensor to the device, for which it waits."""
+
+    def __torch_dispatch__(
+        self, function: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        result = function(*args, **(kwargs or {}))
+        given = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
+        on_host = bool(given) and given[0].device.type == "cpu"
+        if isinstance(result, Tensor) and on_host and function is torch.ops.aten._to_copy.default:
+            assert result.device.type == "cpu", "a copy from the host"
+        return result
+
+
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+def test_the_gradient_of_the_risk_copies_nothing_to_the_device(reduction: str) -> None:
+    model = on_meta()
+    with _NoCopies():
+        add_risk_gradient(list(sites(model).values()), GAMMA, reduction)
     assert all(gate.grad is not None for gate in gates(model))
 
 

@@ -192,7 +192,7 @@ class Projection(Scheduled):
         last, self.last = self.last, [share for _, _, share in turns]
         for i, (units, fraction, share) in enumerate(turns):
             gates = [unit.gate for unit in units if unit.gate.learned]
-            near = i < len(last) and last[i] > 0 and share - last[i] < _SMALL_STEP
+            near = i < len(last) and last[i] > 0 and abs(share - last[i]) < _SMALL_STEP
             project(gates, share, fraction=fraction, skip=skipped, near=near)
             for unit in units:
                 if not unit.gate.learned:

@@ -79,8 +79,12 @@ def add_risk_gradient(
     again = any(p.grad is not None and p.grad.requires_grad for p in log_alphas)
     with torch.enable_grad():
         terms = _terms(*zip(*learned, strict=True))
-    scaled = torch.as_tensor(gamma if scale is None else gamma * scale)
-    factors = [scaled.to(term) for term in terms]
+    scaled = gamma if scale is None else gamma * scale
+    # A number is written on the device: to copy it there would wait for the device.
+    factors = [
+        scaled.to(term) if isinstance(scaled, Tensor) else torch.full_like(term, scaled)
+        for term in terms
+    ]
     # Not torch.autograd.backward, which would run the hooks that DDP has on the parameters.
     slopes = torch.autograd.grad(terms, log_alphas, factors, create_graph=again)
     for log_alpha, slope in zip(log_alphas, slopes, strict=True):
