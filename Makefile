@@ -7,12 +7,13 @@ STAMP  := $(VENV)/.installed
 BROKEN := $(VENV)/.incomplete
 PYTEST := $(PY) -m pytest -n 2 --dist worksteal
 
-.PHONY: help install demo test slow lint types clean
+.PHONY: help install demo test slow docs lint types clean
 
 help:
 	@echo 'make demo    turn a small ReLU ResNet into a sinusoidal one (ARGS="--help" shows the options)'
 	@echo 'make test    all tests that take seconds, and the examples in the docstrings'
 	@echo 'make slow    the tests that take minutes'
+	@echo 'make docs    the documentation as pages in site/; a warning is an error'
 	@echo 'make lint    ruff: rules and format'
 	@echo 'make types   mypy'
 	@echo 'make clean   remove what the tools wrote; .venv stays'
@@ -30,6 +31,9 @@ test: $(STAMP)
 slow: $(STAMP)
 	$(PYTEST) -m slow $(ARGS) || test $$? -eq 5
 
+docs: $(STAMP)
+	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict --quiet $(ARGS)
+
 lint: $(STAMP)
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
@@ -38,7 +42,7 @@ types: $(STAMP)
 	$(PY) -m mypy
 
 clean:
-	rm -rf build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf build dist site .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	find . -path ./$(VENV) -prune -o -name __pycache__ -type d -exec rm -rf {} +
 
 # pip older than 25.3 reads the pins of the build backend from the first variable, later ones from the second.

@@ -12,7 +12,7 @@ import typer
 HEAD = """# What gated activations cost
 
 Written by `python benchmarks/performance_table.py {folder}` from the tables in
-[performance/](performance), which `bash benchmarks/cpu.sh` and, on a machine with a GPU,
+`docs/performance/`, which `bash benchmarks/cpu.sh` and, on a machine with a GPU,
 `bash benchmarks/gpu.sh` make. Each number is a median over rounds in which all variants of a
 network take turns: the time of one by that of its baseline in the same round. In brackets: by how
 much a target is missed.

@@ -27,7 +27,7 @@ them. A polynomial is one of degree 2.
 """
 ABOUT = """
 Written by `python benchmarks/pretrained.py table --folder {folder}` from the files in
-[{name}/]({name}), one per run of `python benchmarks/pretrained.py run ...`.
+`docs/{name}/`, one per run of `python benchmarks/pretrained.py run ...`.
 
 Starts: *plain*, the target as it is; *symmetric*, `a*f(w*x + c) + b` fitted to what the source
 makes of the same inputs; *matched*, fitted to the original network; *refitted*, matched and the

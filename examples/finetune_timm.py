@@ -129,7 +129,7 @@ def main(
         found = match_targets(model, some_images(data, machine), refit=True)
         swap_targets(model)
         print(f"\n{found}\n")
-        found.plot().savefig(output / "match.png", dpi=100)
+        found.plot().figure.savefig(output / "match.png", dpi=100)
         matched = predict(model, data.test, machine)
         summary.add("matched", matched.accuracy, transferred=report(model).total.transferred)
         # The original network teaches the new one.
@@ -146,7 +146,7 @@ def main(
         transferred = fit(
             model, data, wrapped, machine, epochs=epochs, title="transfer", history=history
         )
-        history.plot().savefig(output / "transfer.png", dpi=100)
+        history.plot().figure.savefig(output / "transfer.png", dpi=100)
         (output / "history.json").write_text(history.to_json())
     table = report(model)
     name = "distilled" if match else "transferred"

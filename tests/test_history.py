@@ -97,7 +97,10 @@ def test_json_holds_the_dict_and_its_version(history):
     assert json.loads(history.to_json()) == stored
     assert stored["version"] == 1
     assert stored["steps"] == [0, 10, 20]
-    assert stored["sites"][1] == {"path": "1", "transferred": [0, 0, 1], "mean_gate": [1, 0.5, 0]}
+    assert stored["sites"][1] == {
+        **{"path": "1", "stage": "1"},
+        **{"transferred": [0, 0, 1], "mean_gate": [1, 0.5, 0]},
+    }
     assert stored["total"]["transferred"] == [0, 0.25, 1]
     assert stored["values"]["lr"] == history.value("lr")
 

@@ -24,7 +24,7 @@ def network(**how) -> nn.Module:
 
 def test_every_gate_is_counted_once_and_the_ends_are_where_prediction_is_exact():
     model = network()
-    (ax,) = plot_gates(model).axes
+    ax = plot_gates(model)
     assert sum(bar.get_height() for bars in ax.containers[-1:] for bar in bars) <= 10
     tops = {}
     for bars in ax.containers:
@@ -48,7 +48,7 @@ def test_curves_are_what_the_unit_computes(matched):
     if matched:
         match_targets(model, [X])
     unit = model[1]
-    ax = plot_activation(model, "1", [X], curves=6).axes[0]
+    ax = plot_activation(model, "1", [X], curves=6)
     curves = [line for line in ax.lines if line.get_label().startswith("z = ")]
     assert len(curves) == 6
     x = torch.as_tensor(curves[0].get_xdata())
@@ -65,8 +65,8 @@ def test_curves_are_what_the_unit_computes(matched):
 def test_given_axes_are_used():
     figure = Figure()
     left, right = figure.subplots(1, 2)
-    assert plot_gates(network(), left) is figure
-    assert plot_activation(network(), "1", [X], ax=right) is figure
+    assert plot_gates(network(), left) is left
+    assert plot_activation(network(), "1", [X], ax=right) is right
     assert left.patches
     assert right.lines
 

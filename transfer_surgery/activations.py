@@ -101,7 +101,7 @@ def _literal(value: Any) -> str:
 class ActivationModule(nn.Module):
     """A plain module for one activation: what a fully transferred site is baked to.
 
-    Example:
+    Examples:
         >>> ActivationModule("sin")(torch.zeros(2))
         tensor([0., 0.])
     """
@@ -159,7 +159,7 @@ def register_activation(
     Raises:
         ValueError: the name is taken, or a parameter has no default.
 
-    Example:
+    Examples:
         >>> @register_activation("docs_gaussian")
         ... def gaussian(x, width=1.0):
         ...     return torch.exp(-((x / width) ** 2))

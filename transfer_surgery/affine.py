@@ -26,7 +26,7 @@ class AffineParameters(Float32Module):
     They start at 1, 1, 0 and 0, the target as it is. One that `fold_targets` moved into a
     neighbouring layer is None.
 
-    Example:
+    Examples:
         >>> parameters = AffineParameters((3,), "channel", 1)
         >>> [tuple(p.shape) for p in parameters.of(torch.zeros(2, 3, 4, 4))]
         [(1, 3, 1, 1), (1, 3, 1, 1), (1, 3, 1, 1), (1, 3, 1, 1)]

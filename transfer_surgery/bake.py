@@ -93,7 +93,7 @@ def bake(model: nn.Module, harden: bool = False, fold: Any = None) -> nn.Module:
         RuntimeError: folding would change outputs; the model is then baked, but not folded.
         TypeError: the model is sharded by FSDP2; the message says what to do.
 
-    Example:
+    Examples:
         >>> from transfer_surgery import convert
         >>> model = convert(nn.Sequential(nn.ReLU()), example_input=torch.zeros(1, 4))
         >>> _ = model[0].log_alpha.data.fill_(-8.0)

@@ -75,7 +75,7 @@ def load_baked(file: str | os.PathLike[str]) -> nn.Module:
         FileNotFoundError: there is no file.
         ValueError: the file is damaged, foreign or too new, or the model has changed since.
 
-    Example:
+    Examples:
         >>> import tempfile
         >>> from transfer_surgery import convert, swap_targets
         >>> spec = ModelSpec("test_resnet", {"num_classes": 10}, (3, 32, 32))

@@ -65,7 +65,7 @@ def save_gates(model: nn.Module, folder: str | os.PathLike[str]) -> None:
         ValueError: the model is not converted, an activation cannot be written as text, or the
             folder holds the ``config.json`` of another program.
 
-    Example:
+    Examples:
         >>> import tempfile
         >>> from transfer_surgery import convert
         >>> def base():

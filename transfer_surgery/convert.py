@@ -89,7 +89,7 @@ def convert(
 
     Source: Eq. 1 and section 3.4 of the paper.
 
-    Example:
+    Examples:
         >>> model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
         >>> x = torch.randn(3, 4)
         >>> before = model.eval()(x)
@@ -146,7 +146,7 @@ def revert(model: nn.Module) -> nn.Module:
         ValueError: the model is not converted.
         TypeError: it is sharded by FSDP2; the message says what to do.
 
-    Example:
+    Examples:
         >>> model = nn.Sequential(nn.Linear(4, 8), nn.ReLU())
         >>> revert(convert(model, example_input=torch.zeros(1, 4)))
         Sequential(

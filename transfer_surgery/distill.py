@@ -66,7 +66,7 @@ def distill(
         ValueError: the model is not converted, an unknown ``train`` or module, no batches, or a
             loss that is not finite.
 
-    Example:
+    Examples:
         >>> import copy
         >>> from transfer_surgery import convert, match_targets, swap_targets
         >>> _ = torch.manual_seed(0)

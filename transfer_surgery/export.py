@@ -43,7 +43,7 @@ def export_program(
         ValueError: the model still has gates, or there is no tensor in `example_input`.
         RuntimeError: torch.export cannot follow the model, or the model fixes the batch size.
 
-    Example:
+    Examples:
         >>> import tempfile
         >>> from transfer_surgery import bake, convert, swap_targets
         >>> x = torch.randn(2, 4)

@@ -49,7 +49,7 @@ def find_activations(
         ValueError: there is no example input, or the model does not run on it.
         TypeError: the model cannot be deep-copied.
 
-    Example:
+    Examples:
         >>> import torch
         >>> model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
         >>> plan = find_activations(model, torch.zeros(1, 4))

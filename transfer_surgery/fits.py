@@ -54,7 +54,7 @@ def family_of(target: Activation, frequencies: tuple[float, ...], min_periods: f
         frequencies: ``w`` times the standard deviation of the input, to try with a sinusoid.
         min_periods: a sinusoid has at least so many periods over the range of the data.
 
-    Example:
+    Examples:
         >>> from transfer_surgery.activations import get_activation
         >>> family_of(get_activation("sin"), (0.5, 1.0), 0.5)
         Sinusoid(phase=0.0, frequencies=(0.5, 1.0), min_periods=0.5)

@@ -14,7 +14,7 @@ __all__ = ["Float32Module"]
 class Float32Module(nn.Module):
     """Follows the model to its device but stays float32 under ``half()`` and ``to(bfloat16)``.
 
-    Example:
+    Examples:
         >>> module = Float32Module()
         >>> module.register_buffer("one", torch.ones(()))
         >>> module.to(torch.bfloat16).one.dtype

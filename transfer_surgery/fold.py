@@ -89,10 +89,10 @@ def fold_targets(model: nn.Module, example_input: Any) -> FoldReport:
 
     Raises:
         ValueError: the model still has gates, or the batch has no tensors.
-        RuntimeError: the outputs are not the same to rounding.
-        Whatever goes wrong, the model is then unchanged.
+        RuntimeError: the outputs are not the same to rounding. After any error the model is
+            unchanged.
 
-    Example:
+    Examples:
         >>> from transfer_surgery import bake, convert, match_targets, swap_targets
         >>> _ = torch.manual_seed(0)
         >>> x = torch.randn(256, 4)

@@ -95,7 +95,7 @@ def register_formula(name: str, text: str, *, exact: bool = False) -> None:
     Raises:
         ValueError: an unknown activation; no call, no ``x`` or something else in the text.
 
-    Example:
+    Examples:
         >>> register_formula("squared_relu", "relu(x) ** 2.0", exact=True)
     """
     get_activation(name)

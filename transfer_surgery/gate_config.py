@@ -132,7 +132,7 @@ class GateConfig:
         model: name of its class, for messages.
         sites: one entry per site.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from transfer_surgery import convert
         >>> from transfer_surgery.unit import gated_activations

@@ -215,7 +215,7 @@ class Gate(Float32Module):
 class HardConcreteGate(Gate):
     """Rectified binary concrete gate, Eq. 10-16 (Louizos et al. 2018).
 
-    Example:
+    Examples:
         >>> gate = HardConcreteGate((3,))
         >>> gate.predict()
         tensor([1., 1., 1.], grad_fn=<ClampBackward1>)

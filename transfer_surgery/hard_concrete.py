@@ -26,7 +26,7 @@ def hard_concrete(
         temperature: ``beta``.
         stretch: ``(xi, zeta)``.
 
-    Example:
+    Examples:
         >>> hard_concrete(torch.zeros(3), torch.tensor([0.001, 0.5, 0.999]), 2 / 3, (-0.1, 1.1))
         tensor([0.0000, 0.5000, 1.0000])
     """

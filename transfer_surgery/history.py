@@ -10,12 +10,11 @@ from typing import TYPE_CHECKING, Any, SupportsFloat
 from torch import Tensor, nn
 
 from transfer_surgery.report import Report, data_frame, report
-from transfer_surgery.unit import gated_activations
+from transfer_surgery.unit import gated_activations, stage_of
 
 if TYPE_CHECKING:
     import pandas as pd
     from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
 
 __all__ = ["History", "Record"]
 
@@ -67,7 +66,7 @@ class History:
     Raises:
         ValueError: the model was not converted.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from transfer_surgery.activations import get_activation
         >>> from transfer_surgery.gates import make_gate
@@ -86,7 +85,9 @@ class History:
 
     def __init__(self, model: nn.Module) -> None:
         self.model: nn.Module | None = model
-        self.paths = tuple(path for path, _ in gated_activations(model))
+        units = list(gated_activations(model))
+        self.paths = tuple(path for path, _ in units)
+        self.stages = tuple(stage_of(path, unit) for path, unit in units)
         self.records: list[Record] = []
 
     def __len__(self) -> int:
@@ -176,10 +177,11 @@ class History:
             "sites": [
                 {
                     "path": path,
+                    "stage": stage,
                     "transferred": [r.transferred[i] for r in records],
                     "mean_gate": [r.mean_gate[i] for r in records],
                 }
-                for i, path in enumerate(self.paths)
+                for i, (path, stage) in enumerate(zip(self.paths, self.stages, strict=True))
             ],
             "values": {name: self.value(name) for name in self.value_names()},
         }
@@ -202,7 +204,7 @@ class History:
             ]
         )
 
-    def plot(self, ax: Axes | None = None) -> Figure:
+    def plot(self, ax: Axes | None = None) -> Axes:
         """`transfer_surgery.plots.plot_history` of this history."""
         from transfer_surgery.plots import plot_history
 

@@ -83,12 +83,11 @@ def match_targets(
     Raises:
         ValueError: the model is not converted, there are no batches, a pattern matches nothing, or
             `weights` is none of these.
-        TypeError: the model is sharded by FSDP2.
-        Whatever goes wrong, the model is then unchanged.
+        TypeError: the model is sharded by FSDP2. After any error the model is unchanged.
 
     Source: DESIGN section 5.
 
-    Example:
+    Examples:
         >>> from transfer_surgery import convert
         >>> _ = torch.manual_seed(0)
         >>> model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))

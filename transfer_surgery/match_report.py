@@ -10,7 +10,6 @@ from transfer_surgery.text import columns
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
 
 __all__ = ["MatchReport", "MatchRow", "MatchWarning"]
 
@@ -60,7 +59,7 @@ class MatchReport:
         lines = [head, *(_cells(row) for row in self.rows)]
         return columns(lines, left=3)
 
-    def plot(self, ax: Axes | None = None) -> Figure:
+    def plot(self, ax: Axes | None = None) -> Axes:
         """`transfer_surgery.plots.plot_match` of this report."""
         from transfer_surgery.plots import plot_match
 

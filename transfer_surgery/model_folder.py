@@ -35,7 +35,7 @@ def save_model(
         FileNotFoundError: `made_by` is None, and the folder holds no model yet.
         ValueError: the model is not converted, or the folder is another program's.
 
-    Example:
+    Examples:
         >>> import tempfile
         >>> from transfer_surgery import convert
         >>> spec = ModelSpec("test_resnet", {"num_classes": 10}, (3, 32, 32))

@@ -32,7 +32,7 @@ class ModelSpec:
         arguments: of the function that makes it, such as ``{"num_classes": 10}``.
         input_size: shape of one example, such as ``(3, 64, 64)``; None: as the zoo's adapter says.
 
-    Example:
+    Examples:
         >>> spec = ModelSpec("test_resnet", {"num_classes": 10}, (3, 64, 64))
         >>> model = spec.build()
         >>> type(model).__name__, model.num_classes, spec.example_input(model).shape

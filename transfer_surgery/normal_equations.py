@@ -19,7 +19,7 @@ _CHUNK = 2**22
 def grouped(x: Tensor, granularity: str, channel_axis: int) -> Tensor:
     """An activation as ``(groups, N)``: the elements that share a gate, in float32 or wider.
 
-    Example:
+    Examples:
         >>> grouped(torch.zeros(2, 3, 4, 5), "channel", 1).shape
         torch.Size([3, 40])
     """

@@ -98,7 +98,7 @@ def wrap_optimizer(
     Source:
         Eq. 13 for `gamma`; DESIGN section 4 for `transfer`.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from transfer_surgery import convert
         >>> network = nn.Sequential(nn.Linear(2, 4), nn.ReLU())
@@ -163,7 +163,7 @@ def pause_transfer(optimizer: Optimizer) -> None:
     Raises:
         ValueError: it is not.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from transfer_surgery import convert
         >>> model = convert(nn.Sequential(nn.ReLU()), example_input=torch.zeros(1, 2))

@@ -1,13 +1,13 @@
 """Pictures of the transfer: reports as bars, a history as a heat map.
 
 Figures are made without pyplot, so that drawing needs no display, chooses no backend and leaves no
-figure open.
+figure open. Each function returns the axes that it drew in; ``ax.figure`` holds them.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from typing import TYPE_CHECKING
 
@@ -27,10 +27,11 @@ COLOURS = {"kept": "#0072B2", "mixed": "#C8C8C8", "transferred": "#E69F00"}
 _LABEL_INCHES = 0.16  # one line of 8 point text and its spacing
 _STRIP_INCHES = 0.7
 _GAP_INCHES = 0.12
+_STAGE_INCHES = 0.75
 _LONGEST_LABEL = 40
 
 
-def plot_report(report: Report, ax: Axes | None = None) -> Figure:
+def plot_report(report: Report, ax: Axes | None = None) -> Axes:
     """Draw the shares of kept, mixed and transferred gates as one stacked bar per site.
 
     Args:
@@ -38,16 +39,16 @@ def plot_report(report: Report, ax: Axes | None = None) -> Figure:
         ax: where to draw; by default a new figure, as high as the number of sites asks for.
 
     Returns:
-        The figure; ``figure.savefig("report.png")`` writes it.
+        The axes; ``ax.figure.savefig("report.png")`` writes the picture.
 
     Raises:
         ImportError: matplotlib is not installed.
 
-    Example:
+    Examples:
         >>> from transfer_surgery.report import Row
         >>> row = Row("act", "relu", "sin", "channel", 8, 8, 6, 0.25, 0.5, 0.25, 0.6, 2.0)
-        >>> figure = plot_report(Report((row,), row))
-        >>> [bar.get_label() for bar in figure.axes[0].containers]
+        >>> ax = plot_report(Report((row,), row))
+        >>> [bar.get_label() for bar in ax.containers]
         ['kept', 'mixed', 'transferred']
     """
     rows = (*report.rows, report.total)
@@ -62,11 +63,13 @@ def plot_report(report: Report, ax: Axes | None = None) -> Figure:
     ax.set_yticks([*places, positions[-1]], [*names, "total"], fontsize=8)
     ax.set(xlim=(0, 100), ylim=(positions[-1] + 0.6, -0.6), xlabel="share of the gates (%)")
     ax.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=3, frameon=False)
-    return figure_of(ax)
+    return ax
 
 
-def plot_history(history: History, ax: Axes | None = None) -> Figure:
+def plot_history(history: History, ax: Axes | None = None) -> Axes:
     """Draw the transferred share of each site over the steps, with E[z] and lr in strips above.
+
+    Sites of one stage stand together, with a line between stages and their names at the side.
 
     Args:
         history: at least one record; its value ``"lr"``, where recorded, gets a strip.
@@ -74,7 +77,7 @@ def plot_history(history: History, ax: Axes | None = None) -> Figure:
             as the number of sites asks for.
 
     Returns:
-        The figure; ``figure.savefig("transfer.png")`` writes it.
+        The axes of the heat map; ``ax.figure.savefig("transfer.png")`` writes the picture.
 
     Raises:
         ImportError: matplotlib is not installed.
@@ -89,19 +92,22 @@ def plot_history(history: History, ax: Axes | None = None) -> Figure:
     if "lr" in history.value_names():
         strips["lr"] = history.value("lr")
     sites = len(history.paths)
+    stages = _stages(history)
+    rows = [i for members in stages.values() for i in members]
     above = (_STRIP_INCHES + _GAP_INCHES) * len(strips)
     ax = ax or _axes_for(sites, above)
-    ax.set_yticks(*_labels(history.paths, room=_inches(ax) - above), fontsize=8)
+    paths = [history.paths[i] for i in rows]
+    ax.set_yticks(*_labels(paths, room=_inches(ax) - above), fontsize=8)
     steps = [record.step for record in history.records]
-    shares = [[100 * record.transferred[i] for record in history.records] for i in range(sites)]
-    rows = [i - 0.5 for i in range(sites + 1)]
-    mesh = ax.pcolormesh(_edges(steps), rows, shares, vmin=0, vmax=100, cmap="viridis")
+    shares = [[100 * record.transferred[i] for record in history.records] for i in rows]
+    borders = [i - 0.5 for i in range(sites + 1)]
+    mesh = ax.pcolormesh(_edges(steps), borders, shares, vmin=0, vmax=100, cmap="viridis")
     ax.set(ylim=(sites - 0.5, -0.5), xlabel="step")
-    _draw_around(ax, mesh, steps, strips)
-    return figure_of(ax)
+    _draw_around(ax, mesh, steps, strips, stages)
+    return ax
 
 
-def plot_match(report: MatchReport, ax: Axes | None = None) -> Figure:
+def plot_match(report: MatchReport, ax: Axes | None = None) -> Axes:
     """Draw how well targets were matched: R2, periods and KL of each site, side by side.
 
     Args:
@@ -110,15 +116,15 @@ def plot_match(report: MatchReport, ax: Axes | None = None) -> Figure:
             as the number of sites asks for.
 
     Returns:
-        The figure; ``figure.savefig("match.png")`` writes it.
+        The axes of R2; ``ax.figure.savefig("match.png")`` writes the picture.
 
     Raises:
         ImportError: matplotlib is not installed.
 
-    Example:
+    Examples:
         >>> from transfer_surgery.match_report import MatchRow
-        >>> figure = plot_match(MatchReport((MatchRow("act", "relu", "sin", 0.97, 0.8, 0.01),)))
-        >>> [ax.get_xlabel() for ax in figure.axes]
+        >>> ax = plot_match(MatchReport((MatchRow("act", "relu", "sin", 0.97, 0.8, 0.01),)))
+        >>> [ax.get_xlabel() for ax in ax.figure.axes]
         ['R2', 'periods', 'KL']
     """
     rows = report.rows
@@ -143,13 +149,25 @@ def plot_match(report: MatchReport, ax: Axes | None = None) -> Figure:
         panel.grid(axis="x", linewidth=0.4)
     lowest = min((row.r2 for row in rows if row.r2 is not None), default=0.0)
     ax.set_xlim(min(0.0, lowest), 1)
-    return figure_of(ax)
+    return ax
+
+
+def _stages(history: History) -> dict[str, list[int]]:
+    """The sites of each stage, by number, stages in the order in which they come up."""
+    stages: dict[str, list[int]] = {}
+    for i, stage in enumerate(history.stages):
+        stages.setdefault(stage, []).append(i)
+    return stages
 
 
 def _draw_around(
-    ax: Axes, mesh: QuadMesh, steps: Sequence[float], strips: dict[str, Sequence[float | None]]
+    ax: Axes,
+    mesh: QuadMesh,
+    steps: Sequence[float],
+    strips: Mapping[str, Sequence[float | None]],
+    stages: Mapping[str, Sequence[int]],
 ) -> None:
-    """Cut a colour bar and one narrow line plot per strip, of fixed size, out of the axes' room."""
+    """Cut what stands around the heat map out of its room: strips, stages and a colour bar."""
     from mpl_toolkits.axes_grid1 import make_axes_locatable
 
     divider = make_axes_locatable(ax)
@@ -163,8 +181,24 @@ def _draw_around(
         strip.grid(axis="y", linewidth=0.4)
         if name == "E[z]":
             strip.set(ylim=(-0.08, 1.08), yticks=(0, 1))
+    if 1 < len(stages) < sum(map(len, stages.values())):
+        _draw_stages(ax, divider.append_axes("right", size=_STAGE_INCHES, pad=0.03), stages)
     bar = divider.append_axes("right", size=0.15, pad=_GAP_INCHES)
     figure_of(ax).colorbar(mesh, cax=bar, label="transferred (%)")
+
+
+def _draw_stages(ax: Axes, side: Axes, stages: Mapping[str, Sequence[int]]) -> None:
+    """A white line under each stage but the last, and its name at the side, where there is room."""
+    side.set(ylim=ax.get_ylim(), xlim=(0, 1))
+    side.set_axis_off()
+    first = 0
+    for stage, members in stages.items():
+        if first:
+            ax.axhline(first - 0.5, color="white", linewidth=1.5)
+        side.plot([0.06, 0.06], [first - 0.4, first + len(members) - 0.6], color="0.4", linewidth=2)
+        middle = first + (len(members) - 1) / 2
+        side.text(0.16, middle, stage, fontsize=8, va="center", clip_on=False)
+        first += len(members)
 
 
 def _axes_for(lines: int, above: float) -> Axes:

@@ -10,20 +10,19 @@ import torch
 from torch import Tensor, nn
 
 from transfer_surgery.kernels.affine import affine_value
-from transfer_surgery.plots import COLOURS, figure_of, new_axes
+from transfer_surgery.plots import COLOURS, new_axes
 from transfer_surgery.side_by_side import SideBySide, as_batches, prediction_mode
-from transfer_surgery.unit import GatedActivation, gated_activations
+from transfer_surgery.unit import GatedActivation, gated_activations, stage_of
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
 
 __all__ = ["plot_activation", "plot_gates"]
 
 _INCHES = 3.2
 
 
-def plot_gates(model: nn.Module, ax: Axes | None = None) -> Figure:
+def plot_gates(model: nn.Module, ax: Axes | None = None) -> Axes:
     """Draw a histogram of ``log_alpha`` over all gates, stage by stage on top of each other.
 
     Dashed lines mark where the prediction gate (Eq. 16) becomes exactly 0 and exactly 1.
@@ -33,23 +32,23 @@ def plot_gates(model: nn.Module, ax: Axes | None = None) -> Figure:
         ax: where to draw; by default a new figure.
 
     Returns:
-        The figure; ``figure.savefig("gates.png")`` writes it.
+        The axes; ``ax.figure.savefig("gates.png")`` writes the picture.
 
     Raises:
         ImportError: matplotlib is not installed.
         ValueError: the model is not converted, or none of its gates has a ``log_alpha``.
 
-    Example:
+    Examples:
         >>> from transfer_surgery import convert
         >>> model = convert(nn.Sequential(nn.ReLU()), example_input=torch.zeros(2, 64))
-        >>> plot_gates(model).axes[0].get_xlabel()
+        >>> plot_gates(model).get_xlabel()
         'log_alpha'
     """
     stages: dict[str, list[Tensor]] = {}
     for path, unit in gated_activations(model):
         if unit.gate.learned:
             location = unit.gate.location().detach().flatten().cpu()
-            stages.setdefault(unit.stage or path.split(".")[0], []).append(location)
+            stages.setdefault(stage_of(path, unit), []).append(location)
             xi, zeta = unit.gate.stretch
     if not stages:
         raise ValueError(
@@ -65,13 +64,13 @@ def plot_gates(model: nn.Module, ax: Axes | None = None) -> Figure:
         ax.text(end, 1.01, text, transform=top, fontsize=8, ha=side, va="bottom")
     ax.set(xlabel="log_alpha", ylabel="gates")
     ax.legend(fontsize=8, frameon=False, ncols=math.ceil(len(stages) / 10))
-    return figure_of(ax)
+    return ax
 
 
 @torch.no_grad()
 def plot_activation(
     model: nn.Module, path: str, batches: Iterable[Any], *, curves: int = 5, ax: Axes | None = None
-) -> Figure:
+) -> Axes:
     """Draw what a site computes over the inputs that it gets: source, target and gated curves.
 
     Args:
@@ -82,18 +81,18 @@ def plot_activation(
         ax: where to draw; by default a new figure.
 
     Returns:
-        The figure; ``figure.savefig("activation.png")`` writes it.
+        The axes; ``ax.figure.savefig("activation.png")`` writes the picture.
 
     Raises:
         ImportError: matplotlib is not installed.
         ValueError: the model is not converted, has no such unit, the unit does not run, or its
             source takes further tensors.
 
-    Example:
+    Examples:
         >>> from transfer_surgery import convert
         >>> x = torch.randn(64, 8)
         >>> model = convert(nn.Sequential(nn.ReLU()), example_input=x)
-        >>> [line.get_label() for line in plot_activation(model, "0", [x]).axes[0].lines]
+        >>> [line.get_label() for line in plot_activation(model, "0", [x]).lines]
         ['relu', 'sin', 'z = 1.00']
     """
     unit = dict(gated_activations(model)).get(path)
@@ -128,7 +127,7 @@ def plot_activation(
         ax.plot(x, curve, color=shade, linewidth=1, label=f"z = {z[gate]:.2f}")
     ax.set(xlabel=f"input of {path}", ylabel="output")
     ax.legend(fontsize=8, frameon=False)
-    return figure_of(ax)
+    return ax
 
 
 def _inputs(model: nn.Module, unit: GatedActivation, batches: Iterable[Any]) -> Tensor:

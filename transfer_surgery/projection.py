@@ -61,7 +61,7 @@ def project(
         near: the gates were projected one step ago: fewer iterations, and what may be missing
             after a sudden move comes with the steps that follow.
 
-    Example:
+    Examples:
         >>> from transfer_surgery.gates import make_gate
         >>> gate = make_gate("hard_concrete", (1000,))
         >>> project([gate], 0.25)

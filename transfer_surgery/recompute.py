@@ -41,7 +41,7 @@ def recompute_activations(model: nn.Module, enabled: bool = True) -> nn.Module:
     Returns:
         The same model object.
 
-    Example:
+    Examples:
         >>> from transfer_surgery import convert
         >>> model = nn.Sequential(nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2), nn.ReLU())
         >>> x = torch.randn(2, 1, 8, 8)

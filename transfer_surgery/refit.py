@@ -83,7 +83,7 @@ class LayerFit:
         intercept: fit ``d`` of a layer without a bias, for a batch norm behind it to take over; a
             layer with a bias gets another one anyway.
 
-    Example:
+    Examples:
         >>> _ = torch.manual_seed(0)
         >>> layer, x = nn.Linear(3, 2), torch.randn(100, 3)
         >>> fit = LayerFit(layer, ridge=1e-6)

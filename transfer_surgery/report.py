@@ -14,12 +14,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from transfer_surgery.unit import GatedActivation, gated_activations
+from transfer_surgery.unit import GatedActivation, gated_activations, stage_of
 
 if TYPE_CHECKING:
     import pandas as pd
     from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
 
 __all__ = ["Report", "Row", "data_frame", "report"]
 
@@ -100,7 +99,7 @@ class Report:
         """
         return data_frame([asdict(row) for row in self.rows])
 
-    def plot(self, ax: Axes | None = None) -> Figure:
+    def plot(self, ax: Axes | None = None) -> Axes:
         """`transfer_surgery.plots.plot_report` of this report."""
         from transfer_surgery.plots import plot_report
 
@@ -124,7 +123,7 @@ def report(model: nn.Module, *, by: str = "site") -> Report:
     Raises:
         ValueError: the model was not converted; ``by`` is neither.
 
-    Example:
+    Examples:
         >>> from transfer_surgery.activations import get_activation
         >>> from transfer_surgery.gates import make_gate
         >>> unit = GatedActivation(
@@ -203,7 +202,7 @@ def _stages(
     """The rows of each stage, in the order in which the stages come up."""
     members: dict[str, list[Row]] = {}
     for (path, unit), row in zip(units, rows, strict=True):
-        members.setdefault(unit.stage or path.split(".")[0], []).append(row)
+        members.setdefault(stage_of(path, unit), []).append(row)
     return members
 
 

@@ -36,7 +36,7 @@ def structural_risk(model: nn.Module, reduction: str = "sum") -> Tensor:
     Source:
         Eq. 13: the sum; Eq. 14: ``P(z != 0) = sigmoid(log_alpha - temperature * log(-xi / zeta))``.
 
-    Example:
+    Examples:
         >>> from transfer_surgery import convert
         >>> network = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU())
         >>> model = convert(network, example_input=torch.zeros(1, 3, 12, 12))

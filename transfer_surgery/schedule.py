@@ -39,7 +39,7 @@ class TransferSchedule:
     Source:
         section 4.1 for *Line* and *Copy*; the budget itself is ours, see DESIGN section 4.
 
-    Example:
+    Examples:
         >>> schedule = TransferSchedule(100, start=0.1, end=0.5)
         >>> [round(schedule.budget(step), 3) for step in (0, 10, 20, 30, 40, 50, 100)]
         [1.0, 1.0, 0.854, 0.5, 0.146, 0.0, 0.0]
@@ -111,7 +111,7 @@ def turns(sizes: Sequence[int], fraction: float, progress: float) -> list[tuple[
         fraction: of all gates.
         progress: of all gates that go.
 
-    Example:
+    Examples:
         >>> turns([10, 10, 20], 0.75, 0.5)
         [(1.0, 1.0), (1.0, 0.5), (0.5, 0.0)]
     """

@@ -88,7 +88,7 @@ def sensitivity(
         ValueError: the model is not converted, there are no batches, or a pattern matches nothing.
         TypeError: the model is sharded by FSDP2, or returns no floating tensor.
 
-    Example:
+    Examples:
         >>> from transfer_surgery import TransferSchedule, convert, match_targets
         >>> _ = torch.manual_seed(0)
         >>> layers = [nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 4), nn.GELU(), nn.Linear(4, 2)]

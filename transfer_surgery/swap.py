@@ -49,7 +49,7 @@ def swap_targets(
             range, without ``batches``, or asked of gates that have no ``log_alpha``.
         TypeError: the model is sharded by FSDP2.
 
-    Example:
+    Examples:
         >>> from transfer_surgery import bake, convert
         >>> model = convert(nn.Sequential(nn.ReLU()), example_input=torch.zeros(1, 4))
         >>> bake(swap_targets(model))

@@ -10,7 +10,7 @@ __all__ = ["columns"]
 def columns(lines: Sequence[Sequence[str]], left: int) -> str:
     """Lines of cells under each other, the first ``left`` columns to the left, others to the right.
 
-    Example:
+    Examples:
         >>> print(columns([("path", "KL"), ("layer1.relu", "0.5")], left=1))
         path          KL
         layer1.relu  0.5

@@ -41,7 +41,7 @@ class GatedActivation(nn.Module):
         depth: its place in the order in which the model's activations run.
         stage: the part of the model that it belongs to, such as ``"layer1"``.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from transfer_surgery.activations import get_activation
         >>> from transfer_surgery.gates import make_gate
@@ -176,6 +176,11 @@ def gated_activations(model: nn.Module) -> Iterator[tuple[str, GatedActivation]]
         raise ValueError(
             f"{type(model).__name__} has no gated activations: call convert(model, ...) first."
         )
+
+
+def stage_of(path: str, unit: GatedActivation) -> str:
+    """The stage that a model's adapter named; where none did, the model's child that it is in."""
+    return unit.stage or path.split(".")[0]
 
 
 def matching_units(

@@ -27,7 +27,7 @@ class GenericAdapter(Adapter):
     embedding, a sequence for a recurrent layer, and for a convolution the first size that runs, 224
     before the smaller ones.
 
-    Example:
+    Examples:
         >>> model = nn.Sequential(nn.Conv2d(1, 6, 5), nn.ReLU(), nn.Flatten(), nn.Linear(3456, 10))
         >>> GenericAdapter().example_input(model).shape
         torch.Size([2, 1, 28, 28])

@@ -22,7 +22,7 @@ class TimmAdapter(Adapter):
     over channels, so that its channels are last. The first layer of a token-mixing MLP (mixer,
     gmixer) mixes along the last axis: a gate "per channel" is one per hidden unit, as in any MLP.
 
-    Example:
+    Examples:
         >>> import timm
         >>> model = timm.create_model("resnet18")
         >>> TimmAdapter().example_input(model).shape

@@ -26,7 +26,7 @@ class TorchvisionAdapter(Adapter):
     Images have the size of the weights' transform, 224 without one. Detection models get targets,
     which they need in training and accept in eval mode.
 
-    Example:
+    Examples:
         >>> import torchvision
         >>> adapter, model = TorchvisionAdapter(), torchvision.models.resnet18()
         >>> adapter.example_input(model).shape

@@ -16,7 +16,7 @@ __all__ = ["TransformersAdapter"]
 class TransformersAdapter(Adapter):
     """Adapter for models of Hugging Face transformers that take images or tokens.
 
-    Example:
+    Examples:
         >>> from transformers import ViTConfig, ViTForImageClassification
         >>> config = ViTConfig(hidden_size=8, num_hidden_layers=2, num_attention_heads=2)
         >>> model, adapter = ViTForImageClassification(config), TransformersAdapter()

@@ -74,7 +74,7 @@ def _introduction(records: list[Record], command: str, listed: int) -> str:
         "gate a finite gradient, and every weight that had one before. *Baked*: with gates set to "
         "0 or 1 at random, the baked model's output equals the gated one's bit for bit. *Changes*: "
         "with all gates at the target, the output is another one, so that the conversion is real. "
-        "[What is checked, in detail](../benchmarks/README.md)."
+        "What is checked, in detail: `benchmarks/README.md`."
     )
 
 

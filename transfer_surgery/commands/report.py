@@ -9,6 +9,7 @@ import typer
 
 from transfer_surgery.commands.common import Json, expected, tell
 from transfer_surgery.gate_tree import read_gates
+from transfer_surgery.plots import figure_of
 from transfer_surgery.report import report as report_of
 
 __all__ = ["report"]
@@ -44,6 +45,6 @@ def report(
     with expected():
         found = report_of(read_gates(folder), by=by)
         if plot is not None:
-            found.plot().savefig(plot, dpi=100)
+            figure_of(found.plot()).savefig(plot, dpi=100)
             tell(f"wrote {plot}")
     typer.echo(found.to_json() if as_json else str(found))

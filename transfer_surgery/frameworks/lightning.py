@@ -46,7 +46,7 @@ class TransferCallback(Callback):
             converted, it has several optimizers, or the number of steps is not known.
         ImportError: Lightning is not installed.
 
-    Example:
+    Examples:
         >>> from lightning.pytorch import Trainer
         >>> callback = TransferCallback(fraction=0.5, end=0.8)
         >>> trainer = Trainer(max_epochs=3, callbacks=[callback], accelerator="cpu", logger=False)

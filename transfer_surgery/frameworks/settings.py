@@ -51,7 +51,7 @@ class TransferSettings:
             TypeError: neither has an argument of such a name, or `transfer` is no schedule.
             ValueError: the arguments exclude each other.
 
-        Example:
+        Examples:
             >>> TransferSettings.of(None, {"fraction": 0.5, "gate_lr": 0.1}).schedule
             {'fraction': 0.5}
         """

@@ -68,7 +68,7 @@ def wrap_timm_optimizer(
             after the optimizer had been built.
         ImportError: timm is not installed.
 
-    Example:
+    Examples:
         >>> from argparse import Namespace
         >>> import timm
         >>> from timm.optim import create_optimizer_v2
@@ -111,7 +111,7 @@ def total_updates(args: Any, loader: _Loader) -> int:
         args: the namespace of ``train.py``, or any object with its attributes.
         loader: the training loader.
 
-    Example:
+    Examples:
         >>> from types import SimpleNamespace
         >>> total_updates(SimpleNamespace(epochs=10, sched="none"), range(25))
         250

@@ -47,7 +47,7 @@ class TransferCallback(TrainerCallback):
             not converted, or the optimizer was made before it was.
         ImportError: transformers is not installed.
 
-    Example:
+    Examples:
         >>> callback = TransferCallback(fraction=0.5, end=0.8)
         >>> # Trainer(model, args, train_dataset=dataset, callbacks=[callback]).train()
     """

@@ -40,7 +40,7 @@ def affine(x: Tensor, activation: Activation, parameters: Affine) -> Tensor:
     Returns:
         A tensor of the shape and dtype of ``x``.
 
-    Example:
+    Examples:
         >>> from transfer_surgery.activations import get_activation
         >>> two, one, zero = torch.tensor(2.0), torch.tensor(1.0), torch.tensor(0.0)
         >>> affine(torch.tensor([-3.0, 3.0]), get_activation("relu"), (two, one, zero, one))

@@ -47,7 +47,7 @@ def gated(
     Returns:
         A tensor of the shape of ``x`` and the dtype of ``source(x)``.
 
-    Example:
+    Examples:
         >>> from transfer_surgery.activations import get_activation
         >>> x = torch.tensor([-1.0, -1.0, -1.0])
         >>> gated(

@@ -65,7 +65,7 @@ def exact_p(smaller: Sequence[float], larger: Sequence[float]) -> float:
         The share of all divisions of the pooled numbers into two such samples whose first one has
         ranks as low as these, or lower.
 
-    Example:
+    Examples:
         >>> exact_p([1.0, 2.0, 3.0], [4.0, 5.0, 6.0])
         0.05
     """

@@ -144,7 +144,7 @@ def loss(w: Tensor, z: Tensor, points: int) -> Tensor:
         z: gates, a shape that broadcasts with that of `w`.
         points: of the grid.
 
-    Example:
+    Examples:
         >>> resin_then_sin = loss(torch.tensor(2.0), torch.tensor([1.0, 0.0]), points=257)
         >>> [round(value, 2) for value in resin_then_sin.tolist()]
         [1.47, 0.0]

@@ -112,7 +112,7 @@ def sensitivity_table(rows: Sequence[Mapping[str, Any]]) -> str:
     Args:
         rows: what `sensitivity` returned, or its JSON.
 
-    Example:
+    Examples:
         >>> summary = {"found": 0.5, "transferred": 1.0, "w": 2.0}
         >>> row = {"changed": {"noise": "none", "points": 65}, "networks": {"resin->sin": summary}}
         >>> print(sensitivity_table([row]))

@@ -108,7 +108,7 @@ def find_row(name: str) -> Row:
     Raises:
         ValueError: there is none; the message lists all.
 
-    Example:
+    Examples:
         >>> find_row("relu-to-sin").name
         'relu->sin'
     """

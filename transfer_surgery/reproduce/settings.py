@@ -23,7 +23,7 @@ class Settings:
         Raises:
             ValueError: no such setting, or a value of another type.
 
-        Example:
+        Examples:
             >>> from transfer_surgery.reproduce.protocol import Protocol
             >>> Protocol(epochs=3).changed(["gamma=2", "noise=example"]).gamma
             2.0

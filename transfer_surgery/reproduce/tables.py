@@ -25,7 +25,7 @@ __all__ = [
 def markdown(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     """A table in GitHub's Markdown.
 
-    Example:
+    Examples:
         >>> print(markdown(["network", "error"], [["relu", "0.9"]]))
         | network | error |
         |---|---|
@@ -40,7 +40,7 @@ def markdown(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 def spread(values: Sequence[float], digits: int) -> str:
     """Mean and standard deviation over seeds, and how many of them diverged.
 
-    Example:
+    Examples:
         >>> spread([1.0, 2.0, float("inf")], 2)
         '1.50 ± 0.71, 1 diverged'
     """
