@@ -222,6 +222,12 @@ def test_data_that_does_not_fit_is_said_before_training(options: list[str], mess
         assert not Path("new").exists()
 
 
+def test_a_training_that_diverges_ends_with_a_line() -> None:
+    command = ("finetune", "test_resnet", *DIGITS, *TRAINING, "--lr", 1e30, "-o", "run")
+    message = invoke(*command, fails=1)
+    assert "is not finite (nothing was updated). Lower the learning rate" in message
+
+
 def test_targets_are_matched_to_images_of_a_folder(tmp_path: Path) -> None:
     data = pictures(tmp_path / "data", ("cat", "dog"))
     invoke("convert", "test_resnet", "--set", "num_classes=2", "--input-size", "3x32x32", "-o", "r")

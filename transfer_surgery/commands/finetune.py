@@ -149,7 +149,7 @@ def finetune(
         wrap_optimizer(
             optimizer, network, transfer=transfer if gamma is None else None, gamma=gamma
         )
-    with expected((ValueError,)):  # of a state that does not fit
+    with expected((ValueError, FloatingPointError)):  # a state that does not fit; divergence
         last = fit(
             *(network, loaders, optimizer, machine),
             epochs=epochs,
