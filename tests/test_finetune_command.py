@@ -222,6 +222,16 @@ def test_data_that_does_not_fit_is_said_before_training(options: list[str], mess
         assert not Path("new").exists()
 
 
+@pytest.mark.parametrize(
+    ("option", "value", "message"),
+    [("--fraction", 0, "lies in (0, 1]"), ("--opt", "best", "best"), ("--device", "here", "here")],
+)
+def test_settings_that_cannot_be_leave_no_folder(option: str, value: Any, message: str) -> None:
+    command = ("finetune", "test_resnet", *DIGITS, "--data", "digits", "-o", "run")
+    assert message in invoke(*command, option, value, fails=1)
+    assert not Path("run").exists()
+
+
 def test_a_training_that_diverges_ends_with_a_line() -> None:
     command = ("finetune", "test_resnet", *DIGITS, *TRAINING, "--lr", 1e30, "-o", "run")
     message = invoke(*command, fails=1)

@@ -70,7 +70,8 @@ def finetune(
         float | None, typer.Option(help="The paper's constant instead of a schedule.")
     ] = None,
     match: Annotated[
-        bool, typer.Option("--match", help="First fit the targets to 512 of the images.")
+        bool,
+        typer.Option("--match", help="First fit the targets of trained weights to 512 images."),
     ] = False,
     opt: Annotated[str, typer.Option(help="Any timm optimizer.")] = "sgd",
     lr: Annotated[float, typer.Option(help="Highest learning rate.")] = 0.01,
@@ -135,12 +136,10 @@ def finetune(
         machine = Machine.choose(device, amp, compile)
         spec, network = _load(folder) if conversion is None else (conversion.spec, conversion.run())
         loaders = _load_images(spec, network, data, batch_size, machine)
-        if conversion is not None:  # not before: data that does not fit leaves no folder behind
-            keep(network, folder, spec)
         torch.manual_seed(seed)  # here, so that it does not matter how the model was made
-        if match and not state.exists():
+        matched = match and not state.exists()
+        if matched:
             tell(str(match_targets(network, some_images(loaders, machine))))
-            save_model(network, folder)
         total = epochs * len(loaders.train)
         transfer = TransferSchedule(total, fraction=fraction, start=start, end=end, order=schedule)
         optimizer = _timm().optim.create_optimizer_v2(
@@ -149,6 +148,10 @@ def finetune(
         wrap_optimizer(
             optimizer, network, transfer=transfer if gamma is None else None, gamma=gamma
         )
+        if conversion is not None:  # not before: what does not go leaves no folder behind
+            keep(network, folder, spec)
+        elif matched:
+            save_model(network, folder)
     with expected((ValueError, FloatingPointError)):  # a state that does not fit; divergence
         last = fit(
             *(network, loaders, optimizer, machine),
