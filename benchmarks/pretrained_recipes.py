@@ -78,10 +78,13 @@ def recipes(depth: int, epochs: int, seeds: int) -> Iterator[Recipe]:
 def swap_recipes(epochs: int) -> Iterator[Recipe]:
     """Other targets than sinusoids: snake, and polynomials with budgets of ReLUs."""
     how: dict[str, Any] = {"steps": epochs * EPOCH}
+    starts = ["plain", "refitted"]
     if epochs:
         how |= {"lesson": "both", "opt": "adamw", "lr": 1e-3}
+    else:
+        starts.insert(1, "matched")
     yield Recipe(start="relu", **how)
     for target, keeps in (("snake", (0.0,)), ("polynomial", (0.0, 0.05, 0.2, 0.5))):
         for keep in keeps:
-            for start in ("plain", "matched", "refitted"):
+            for start in starts:
                 yield Recipe(start=start, target=target, keep=keep, **how)

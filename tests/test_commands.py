@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import onnxruntime
@@ -13,39 +10,11 @@ import pytest
 import timm
 import torch
 from kinds import KINDS, become
-from PIL import Image
-from typer.testing import CliRunner
+from shell import invoke, shell
 
 from transfer_surgery import bake, load_baked, load_model, save_gates, save_model
-from transfer_surgery.commands import app
-from transfer_surgery.unit import gated_activations
 
-COMMAND = Path(sys.executable).with_name("transfer-surgery")
 NETS = Path(__file__).with_name("compiled.py")
-PLAIN = {"COLUMNS": "200", "TERM": "dumb", "NO_COLOR": "1"}
-
-
-def shell(*arguments: object, folder: Path, fails: int = 0) -> tuple[str, str]:
-    """What the command prints and says; it must end as expected, without a traceback."""
-    result = subprocess.run(
-        [str(COMMAND), *map(str, arguments)],
-        capture_output=True,
-        text=True,
-        env=os.environ | PLAIN,
-        cwd=folder,
-    )
-    assert result.returncode == fails, result.stderr
-    assert "Traceback" not in result.stderr
-    assert "Warning" not in result.stderr
-    return result.stdout, result.stderr
-
-
-def invoke(*arguments: object, fails: int = 0) -> str:
-    """The same in this process: everything that is printed, in one line."""
-    result = CliRunner(env=PLAIN).invoke(app, list(map(str, arguments)))
-    assert result.exit_code == fails, result.output
-    assert result.exception is None or isinstance(result.exception, SystemExit)
-    return " ".join(result.output.replace("│", " ").split())
 
 
 @pytest.fixture(autouse=True)
@@ -233,58 +202,13 @@ def test_checkpoints_that_are_none_are_refused(name: str, content: object, messa
     assert not Path("run").exists()
 
 
-# --- finetune ------------------------------------------------------------------------------------
-
-DIGITS = ("--set", "num_classes=10", "--set", "in_chans=1", "--input-size", "1x24x24")
-TRAINING = ("--data", "digits", "--epochs", 2, "--batch-size", 200, "--schedule", "back_to_front")
-
-
-def test_a_training_that_was_killed_goes_on_bit_for_bit(monkeypatch: pytest.MonkeyPatch) -> None:
-    for folder in ("whole", "killed"):
-        invoke("convert", "test_resnet", *DIGITS, "-o", folder)
-    invoke("finetune", "whole", *TRAINING)
-
-    def kill(*_: object) -> None:
-        raise KeyboardInterrupt  # after the state of the first epoch, before its model
-
-    with monkeypatch.context() as patch:
-        patch.setattr(sys.modules["transfer_surgery.commands.finetune"], "save_model", kill)
-        invoke("finetune", "killed", *TRAINING, fails=130)
-    assert "killed was trained: --resume" in invoke("finetune", "killed", *TRAINING, fails=2)
-    changed = invoke("finetune", "killed", *TRAINING, "--resume", "--lr", 1, fails=1)
-    assert "lr was 0.01, is 1.0 now. Go on with the same settings" in changed
-    invoke("finetune", "killed", *TRAINING, "--resume")
-    whole, resumed = load_model("whole").state_dict(), load_model("killed").state_dict()
-    assert all(torch.equal(value, resumed[key]) for key, value in whole.items())
-    invoke("convert", "test_resnet", *DIGITS, "-o", "killed", "--force")
-    assert not Path("killed/training.pt").exists()
-
-
-def test_targets_are_matched_to_images_of_a_folder(tmp_path: Path) -> None:
-    for part in ("train", "val"):
-        for label in ("cat", "dog"):
-            (tmp_path / part / label).mkdir(parents=True)
-            for i in range(3):
-                pixels = torch.randint(256, (40, 40, 3), dtype=torch.uint8).numpy()
-                Image.fromarray(pixels).save(tmp_path / part / label / f"{i}.png")
-    invoke("convert", "test_resnet", "--set", "num_classes=2", "--input-size", "3x32x32", "-o", "r")
-    options = ("--epochs", 1, "--batch-size", 3, "--match", "--gamma", 0.1, "--opt", "adamw")
-    assert "periods" in invoke("finetune", "r", "--data", tmp_path, *options)
-    assert all(unit.affine is not None for _, unit in gated_activations(load_model("r")))
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        (["--data", "mnist"], "Known data: digits, cifar10, or a folder"),
-        (["--data", "digits"], "expected input"),
-        (["--data", "digits", "--set", "in_chans=1"], "convert it with --set num_classes=10"),
-    ],
-)
-def test_data_that_does_not_fit_is_said_before_training(options: list[str], message: str) -> None:
-    convert = ("convert", "test_resnet", "--input-size", "3x32x32", *options[2:], "-o", "run")
-    invoke(*(["1x32x32" if a == "3x32x32" and options[2:] else a for a in convert]))
-    assert message in invoke("finetune", "run", *options[:2], fails=1)
+def test_weights_of_wrapped_models_are_those_of_the_model_inside() -> None:
+    model = timm.create_model("test_resnet", num_classes=10)
+    for prefix in ("module.", "_orig_mod.", "_orig_mod.module.", "module._orig_mod."):
+        torch.save({prefix + key: value for key, value in model.state_dict().items()}, "w.pth")
+        options = ("--set", "num_classes=10", "--weights", "w.pth", "--force")
+        invoke("convert", "test_resnet", *options, "-o", "run")
+        assert torch.equal(load_model("run").fc.weight, model.fc.weight)
 
 
 # --- report, bake and export ---------------------------------------------------------------------

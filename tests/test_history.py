@@ -4,7 +4,9 @@ import pickle
 
 import pytest
 import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import nn
+from torch.utils.tensorboard import SummaryWriter
 
 from transfer_surgery.activations import get_activation
 from transfer_surgery.gates import make_gate
@@ -90,6 +92,42 @@ def test_flat_is_the_latest_record_as_floats(history):
         }
     )
     assert all(type(value) is float for value in flat.values())
+
+
+def steps_of(history):
+    """Records as a training makes them, one by one: the step, and what loggers get of it."""
+    locations = torch.linspace(9, -9, 7).tolist()
+    for step, location in zip(range(0, 70, 10), locations, strict=True):
+        put(history.model, location, -location)
+        history.record(step, loss=location)
+        flat = history.flat()
+        assert type(flat) is dict  # what wandb.log takes: names and plain numbers
+        assert all(type(name) is str and type(value) is float for name, value in flat.items())
+        yield step, flat
+
+
+def test_tensorboard_reads_back_what_a_summary_writer_got(tmp_path):
+    history = History(model_of(1, 3))
+    logged = []
+    with SummaryWriter(str(tmp_path)) as writer:
+        for step, flat in steps_of(history):
+            for name, value in flat.items():
+                writer.add_scalar(name, value, step)
+            logged.append((step, flat))
+    events = EventAccumulator(str(tmp_path)).Reload()
+    assert set(events.Tags()["scalars"]) == set(history.flat())
+    for name in history.flat():
+        found = [(event.step, event.value) for event in events.Scalars(name)]
+        assert found == [(step, torch.tensor(flat[name]).item()) for step, flat in logged]
+
+
+def test_a_file_with_a_line_of_json_per_step_reads_back(tmp_path):
+    logged, log = [], tmp_path / "log.jsonl"
+    with log.open("w") as file:
+        for step, flat in steps_of(History(model_of(1, 3))):
+            print(json.dumps({"step": step, **flat}), file=file)
+            logged.append({"step": step, **flat})
+    assert [json.loads(line) for line in log.read_text().splitlines()] == logged
 
 
 def test_json_holds_the_dict_and_its_version(history):

@@ -81,6 +81,11 @@ class History:
         >>> _ = history.record(lr=0.05)
         >>> history.flat()
         {'transfer/total': 0.5, 'gate/total': 0.5, 'transfer/0': 0.5, 'gate/0': 0.5}
+
+        A line of JSON per record, in a file or as here on the screen:
+
+        >>> print(json.dumps({"step": history.records[-1].step, **history.flat()}))
+        {"step": 1, "transfer/total": 0.5, "gate/total": 0.5, "transfer/0": 0.5, "gate/0": 0.5}
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -143,7 +148,15 @@ class History:
         return [record.values.get(name) for record in self.records]
 
     def flat(self) -> dict[str, float]:
-        """The latest record as one flat dict, for loggers such as TensorBoard or wandb.
+        """The latest record as one flat dict, for loggers.
+
+        In TensorBoard's ``SummaryWriter`` each item is a scalar, wandb and JSON take all of them::
+
+            history.record(step)
+            for name, value in history.flat().items():
+                writer.add_scalar(name, value, step)
+            wandb.log(history.flat(), step)
+            print(json.dumps({"step": step, **history.flat()}), file=lines)
 
         Returns:
             ``"transfer/total"`` and ``"gate/total"``, then ``"transfer/<path>"`` and

@@ -98,6 +98,13 @@ class GatedActivation(nn.Module):
             self.affine = parameters.to(device)
         return self.affine
 
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        # A model that was only converted takes the checkpoint of a matched one: the numbers that
+        # are in it are parameters from here on, before torch asks the children for theirs.
+        if f"{prefix}affine.a" in state_dict:
+            self.free_target()
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
     @property
     def log_alpha(self) -> nn.Parameter:
         """The gates' locations; AttributeError for gates without parameters (line, copy)."""

@@ -1,7 +1,8 @@
-"""``transfer-surgery finetune``: train a converted model while its gates are transferred."""
+"""``transfer-surgery finetune``: train a model while its gates are transferred."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -10,25 +11,54 @@ import typer
 from torch import nn
 
 from transfer_surgery.checkpoint import load_gates
-from transfer_surgery.commands.common import Folder, expected, tell
+from transfer_surgery.commands.common import InputSize, Set, expected, model_spec, tell
+from transfer_surgery.commands.conversion import (
+    Conversion,
+    Granularity,
+    Pretrained,
+    Target,
+    Weights,
+    keep,
+)
 from transfer_surgery.finetune.checkpoint import STATE, Checkpoint
-from transfer_surgery.finetune.images import ImageData, load_images
+from transfer_surgery.finetune.images import ImageData, count_classes, load_images
 from transfer_surgery.finetune.training import Machine, fit, some_images
 from transfer_surgery.history import History
 from transfer_surgery.match import match_targets
-from transfer_surgery.model_folder import load_model, read_spec, save_model
+from transfer_surgery.model_folder import SPEC, load_model, read_spec, save_model
+from transfer_surgery.model_spec import ModelSpec
 from transfer_surgery.optimizer import wrap_optimizer
 from transfer_surgery.report import report
 from transfer_surgery.schedule import TransferSchedule
 
 __all__ = ["finetune"]
 
+_NEW = ("output", "target", "granularity", "weights", "pretrained", "assignments", "input_size")
+
 
 def finetune(
-    folder: Folder,
+    context: typer.Context,
+    model: Annotated[
+        str,
+        typer.Argument(
+            metavar="MODEL|DIR",
+            help="A model as for [b]convert[/b], with -o; or a folder of [b]convert[/b].",
+            show_default=False,
+        ),
+    ],
     data: Annotated[
         str, typer.Option(help="digits, cifar10, or a folder with train/CLASS and val/CLASS.")
     ],
+    output: Annotated[
+        Path | None,
+        typer.Option("--output", "-o", metavar="DIR", help="Folder to make, for a MODEL."),
+    ] = None,
+    target: Target = "sin",
+    granularity: Granularity = "channel",
+    weights: Weights = None,
+    pretrained: Pretrained = False,
+    assignments: Set = None,
+    input_size: InputSize = None,
     epochs: Annotated[int, typer.Option(min=1)] = 10,
     schedule: Annotated[
         Literal["joint", "front_to_back", "back_to_front"], typer.Option(help="Who goes first.")
@@ -40,7 +70,8 @@ def finetune(
         float | None, typer.Option(help="The paper's constant instead of a schedule.")
     ] = None,
     match: Annotated[
-        bool, typer.Option("--match", help="First fit the targets to 512 of the images.")
+        bool,
+        typer.Option("--match", help="First fit the targets of trained weights to 512 images."),
     ] = False,
     opt: Annotated[str, typer.Option(help="Any timm optimizer.")] = "sgd",
     lr: Annotated[float, typer.Option(help="Highest learning rate.")] = 0.01,
@@ -56,73 +87,129 @@ def finetune(
         bool, typer.Option("--resume", help="Go on with a training that was killed.")
     ] = False,
 ) -> None:
-    """Train a converted model while its gates are transferred, and keep it in its folder.
+    """Train a model while its gates are transferred, and keep it in a folder.
+
+    A MODEL is converted first, which takes the options from -o to --input-size. A zoo's model gets
+    as many outputs as the data has classes, unless --set num_classes says otherwise. To choose
+    sites, gates or their noise, make a DIR with [b]convert[/b].
 
     One cycle of the learning rate; the bar shows the time left and the share of the gates that is
     transferred. After each epoch the folder holds the model, for [b]report[/b], [b]bake[/b] and
     [b]export[/b], and the state of the training: the same command with --resume goes on with it.
 
+    The labels teach here. To let the original network do so, use transfer_surgery.distill in
+    Python.
+
     [bold]Examples[/bold]
 
-    transfer-surgery convert resnet18 --set num_classes=10 --set in_chans=1 --input-size 1x32x32 -o
-    run
+    transfer-surgery finetune resnet18 --pretrained --data imagenette --match --amp -o run
 
-    transfer-surgery finetune run --data digits --epochs 30 --lr 0.05
+    transfer-surgery finetune resnet18 --weights best.pth --set in_chans=1 --input-size 1x32x32
+    --data digits --epochs 30 --lr 0.05 -o run
 
-    transfer-surgery finetune run --data imagenette --match --opt adamw --lr 1e-4 --amp --resume
+    transfer-surgery finetune run --data imagenette --match --amp --resume
     """
     settings = {
         **{"data": data, "epochs": epochs, "schedule": schedule, "fraction": fraction},
         **{"start": start, "end": end, "gamma": gamma, "opt": opt, "lr": lr},
         **{"weight_decay": weight_decay, "batch_size": batch_size, "seed": seed},
     }
+    given = Path(model)
+    conversion = None
+    if output is None or ((given / SPEC).is_file() and given != output):
+        _refuse_all_but_a_folder(context, given)
+        folder = given
+    else:
+        folder = output
+        spec = _fitting(model_spec(model, assignments, input_size), data)
+        conversion = Conversion(spec, weights, pretrained, target, granularity, seed)
     state = folder / STATE
     if state.exists() and not resume:
         raise typer.BadParameter(f"{folder} was trained: --resume, or convert into another folder.")
+    if conversion is not None and (folder / SPEC).exists():
+        if not resume:
+            raise typer.BadParameter(f"{folder} holds a model: --resume, or another folder.")
+        with expected():
+            conversion.refuse_other(folder)
+        conversion = None
     with expected():
         machine = Machine.choose(device, amp, compile)
-        torch.manual_seed(seed)
-        model = _load(folder)
-        loaders = _load_images(folder, model, data, batch_size, machine)
-        if match and not state.exists():
-            tell(str(match_targets(model, some_images(loaders, machine))))
-            save_model(model, folder)
+        spec, network = _load(folder) if conversion is None else (conversion.spec, conversion.run())
+        loaders = _load_images(spec, network, data, batch_size, machine)
+        torch.manual_seed(seed)  # here, so that it does not matter how the model was made
+        matched = match and not state.exists()
+        if matched:
+            tell(str(match_targets(network, some_images(loaders, machine))))
         total = epochs * len(loaders.train)
         transfer = TransferSchedule(total, fraction=fraction, start=start, end=end, order=schedule)
         optimizer = _timm().optim.create_optimizer_v2(
-            model, opt=opt, lr=lr, weight_decay=weight_decay
+            network, opt=opt, lr=lr, weight_decay=weight_decay
         )
-        wrap_optimizer(optimizer, model, transfer=transfer if gamma is None else None, gamma=gamma)
-    with expected((ValueError,)):  # of a state that does not fit
+        wrap_optimizer(
+            optimizer, network, transfer=transfer if gamma is None else None, gamma=gamma
+        )
+        if conversion is not None:  # not before: what does not go leaves no folder behind
+            keep(network, folder, spec)
+        elif matched:
+            save_model(network, folder)
+    with expected((ValueError, FloatingPointError)):  # a state that does not fit; divergence
         last = fit(
-            *(model, loaders, optimizer, machine),
+            *(network, loaders, optimizer, machine),
             epochs=epochs,
             title="finetune",
-            history=History(model),
-            checkpoint=Checkpoint(state, model, settings, lambda: save_model(model, folder)),
+            history=History(network),
+            checkpoint=Checkpoint(state, network, settings, lambda: save_model(network, folder)),
         )
-    transferred = report(model).total.transferred
+    transferred = report(network).total.transferred
     typer.echo(f"{folder}: test accuracy {last.accuracy:.2%}, {transferred:.1%} transferred")
 
 
-def _load(folder: Path) -> nn.Module:
+def _refuse_all_but_a_folder(context: typer.Context, folder: Path) -> None:
+    """Look whether there is this folder, and no option of a conversion beside it."""
+    if not folder.is_dir():
+        raise typer.BadParameter(
+            f"there is no folder {folder}. If it is a model, say with -o DIR where it goes."
+        )
+    given = [
+        parameter.opts[0]
+        for parameter in context.command.params
+        if parameter.name in _NEW
+        and (where := context.get_parameter_source(parameter.name)) is not None
+        and where.name != "DEFAULT"
+    ]
+    if given:
+        raise typer.BadParameter(
+            f"{folder} is a folder, whose model is trained there as it was converted: leave out "
+            f"{', '.join(given)}. If a model of timm's is meant: timm:{folder}."
+        )
+
+
+def _fitting(spec: ModelSpec, data: str) -> ModelSpec:
+    """With an output per class, if not told; the function of a file may not take the number."""
+    if "num_classes" in spec.arguments or spec.name.rpartition(":")[0].endswith(".py"):
+        return spec
+    with expected():
+        return replace(spec, arguments={**spec.arguments, "num_classes": count_classes(data)})
+
+
+def _load(folder: Path) -> tuple[ModelSpec, nn.Module]:
     """The model; without its weights, which a kill may have left older than its gates, to go on."""
-    if not (folder / STATE).exists():
-        return load_model(folder)
     spec = read_spec(folder)
+    if not (folder / STATE).exists():
+        return spec, load_model(folder)
     model = spec.build()
-    return load_gates(model, folder, spec.example_input(model))
+    return spec, load_gates(model, folder, spec.example_input(model))
 
 
 def _load_images(
-    folder: Path, model: nn.Module, data: str, batch_size: int, machine: Machine
+    spec: ModelSpec, model: nn.Module, data: str, batch_size: int, machine: Machine
 ) -> ImageData:
     """The images as the model takes them, and the model where they are.
 
     Raises:
         ValueError: they have another number of classes.
     """
-    size = tuple(read_spec(folder).example_input(model).shape[1:])
+    size = tuple(spec.example_input(model).shape[1:])
     config = _timm().data.resolve_data_config({"input_size": size}, model=model)
     loaders = load_images(
         data, batch_size=batch_size, device=machine.device, size=size[-1], config=config

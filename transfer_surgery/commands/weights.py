@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import argparse
 import pickle
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -16,6 +18,8 @@ __all__ = ["read_weights"]
 
 # Under which training scripts keep the weights; timm's keeps averaged ones, too, which are better.
 _KEYS = ("state_dict_ema", "model_ema", "state_dict", "model")
+# What DistributedDataParallel and torch.compile put before every name, in either order.
+_PREFIXES = re.compile(r"^(_orig_mod\.)?(module\.)?(_orig_mod\.)?")
 
 
 def read_weights(file: Path) -> dict[str, Tensor]:
@@ -32,7 +36,9 @@ def read_weights(file: Path) -> dict[str, Tensor]:
         except safetensors.SafetensorError as error:
             raise ValueError(f"{file} is damaged, or no safetensors file: {error}.") from error
     try:
-        held = torch.load(file, map_location="cpu", weights_only=True)
+        # timm's train.py keeps its arguments beside the weights; a Namespace runs no code
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            held = torch.load(file, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
         raise ValueError(
             f"{file} cannot be read as a checkpoint of tensors alone "
@@ -44,7 +50,7 @@ def read_weights(file: Path) -> dict[str, Tensor]:
 def _state(held: Any, file: Path) -> dict[str, Tensor]:
     if isinstance(held, Mapping):
         inner = next((held[key] for key in _KEYS if isinstance(held.get(key), Mapping)), held)
-        state = {str(k).removeprefix("module."): v for k, v in inner.items()}
+        state = {_PREFIXES.sub("", str(key)): value for key, value in inner.items()}
         if state and all(isinstance(value, Tensor) for value in state.values()):
             return state
     raise ValueError(f"{file} holds a {type(held).__name__}, no state dict: names and tensors.")

@@ -64,6 +64,15 @@ def load_images(
     return load_folder(Path(name), batch_size=batch_size, device=device, config=config)
 
 
+def count_classes(name: str) -> int:
+    """Of the data set of this name, or the folder of this name, of which no image is read."""
+    if name in ("digits", "cifar10"):
+        return 10
+    from torchvision.datasets.folder import find_classes
+
+    return len(find_classes(_part(Path(name), "train"))[0])
+
+
 def load_digits(*, batch_size: int, device: torch.device, size: int = 32) -> ImageData:
     """1,797 scanned digits, 8x8 grey, that come with scikit-learn: 1,198 to train, 599 to test."""
     try:
@@ -115,14 +124,8 @@ def load_folder(
     from timm.data.transforms_factory import create_transform
     from torchvision.datasets import ImageFolder
 
-    for part in ("train", "val"):
-        if not (folder / part).is_dir():
-            raise FileNotFoundError(
-                f"{folder / part} is no folder. Known data: digits, cifar10, or a folder with "
-                "train/CLASS/IMAGE and val/CLASS/IMAGE."
-            )
-    train = ImageFolder(folder / "train", create_transform(**config, is_training=True))
-    test = ImageFolder(folder / "val", create_transform(**config))
+    train = ImageFolder(_part(folder, "train"), create_transform(**config, is_training=True))
+    test = ImageFolder(_part(folder, "val"), create_transform(**config))
     options: dict[str, Any] = {
         "batch_size": min(batch_size, len(train)),
         "num_workers": min(8, os.cpu_count() or 1),
@@ -134,6 +137,15 @@ def load_folder(
         DataLoader(test, **options),
         classes=len(train.classes),
     )
+
+
+def _part(folder: Path, name: str) -> Path:
+    if not (folder / name).is_dir():
+        raise FileNotFoundError(
+            f"{folder / name} is no folder. Known data: digits, cifar10, or a folder with "
+            "train/CLASS/IMAGE and val/CLASS/IMAGE."
+        )
+    return folder / name
 
 
 @dataclass(frozen=True)
