@@ -6,7 +6,16 @@ import pytest
 import torch
 from torch import nn
 
-from transfer_surgery import bake, convert, load_gates, save_gates, swap_targets, wrap_optimizer
+from transfer_surgery import (
+    TransferSchedule,
+    bake,
+    convert,
+    load_gates,
+    match_targets,
+    save_gates,
+    swap_targets,
+    wrap_optimizer,
+)
 from transfer_surgery.activations import get_activation
 from transfer_surgery.affine import AffineActivation
 from transfer_surgery.kernels import gated
@@ -153,6 +162,22 @@ def test_baked_outputs_are_those_of_the_gated_model(gates, tmp_path):
     torch.testing.assert_close(exported(X), before)
     model(X).sum().backward()
     assert model[4].affine.a.grad is not None
+
+
+@pytest.mark.parametrize("how", ["matched", "loaded"])
+def test_targets_that_an_optimizer_does_not_know_are_an_error(how):
+    model = network()
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    wrap_optimizer(optimizer, model, transfer=TransferSchedule(9))
+    model(X).sum().backward()
+    optimizer.step()
+    matched = model if how == "matched" else network()
+    match_targets(matched, [X], include="4")
+    model.load_state_dict(matched.state_dict())
+    before = [p.clone() for p in model.parameters()]
+    with pytest.raises(RuntimeError, match=r"^4: .*: call match_targets or load_state_dict first"):
+        optimizer.step()
+    assert all(map(torch.equal, before, model.parameters()))
 
 
 def test_matched_targets_are_saved_and_loaded(tmp_path):

@@ -137,7 +137,9 @@ def test_a_training_that_was_killed_goes_on_bit_for_bit(kill: Kill) -> None:
 
 
 def test_a_model_by_name_goes_on_by_the_same_command_or_by_its_folder(kill: Kill) -> None:
-    command = ("finetune", "test_resnet", *DIGITS, *TRAINING)
+    trained = timm.create_model("test_resnet", in_chans=1, num_classes=10)
+    torch.save(trained.state_dict(), "trained.pth")
+    command = ("finetune", "test_resnet", *DIGITS, *TRAINING, "--weights", "trained.pth")
     command += ("--target", "snake", "--match")
     invoke(*command, "-o", "whole", "--resume")  # of nothing: it begins
     for folder, again in (
@@ -175,6 +177,7 @@ def test_a_model_by_name_does_not_go_on_as_another(kill: Kill) -> None:
         (["resnt50", "-o", "new"], "there is no model 'resnt50'. Did you mean resnet50 or"),
         (["test_resnet", "-o", "new", "--target", "sine"], "unknown activation 'sine'"),
         (["test_resnet", "-o", "new", "--weights", "no.pth"], "'no.pth' does not exist"),
+        (["test_resnet", "-o", "new", "--match"], "give --weights or --pretrained, too"),
         (["test_resnet", "-o", "new", "--set", "size=3"], "unexpected keyword argument 'size'"),
         (["test_resnet", "-o", "run"], "run holds a model: --resume, or another folder"),
         (["run", "-o", "new"], "trained there as it was converted: leave out --output. If a model"),

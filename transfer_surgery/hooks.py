@@ -39,7 +39,9 @@ class StepHooks:
     def __init__(self, optimizer: Optimizer, model: nn.Module, controller: Controller) -> None:
         self.controller = controller
         self.finite = FiniteWatch(optimizer, model)
-        self.frozen = FrozenWatch(dict(gated_activations(model)) if controller.by_gradient else {})
+        units = dict(gated_activations(model))
+        self.frozen = FrozenWatch(units if controller.by_gradient else {})
+        self.plain = {path: unit for path, unit in units.items() if unit.affine is None}
         self.sharded = [module for module in model.modules() if is_fsdp(module)]
         self.empty = False
 
@@ -50,6 +52,7 @@ class StepHooks:
         if _is_nested(optimizer):
             return None
         _refuse_capture()
+        self._refuse_new_targets()
         reshard(self.sharded)
         self.frozen.start(gates_group(optimizer).get("lr"))
         self.empty = False
@@ -75,6 +78,17 @@ class StepHooks:
         self.controller.follow(group, step, getattr(optimizer, "found_inf", None))
         if self.frozen.is_due() and self.controller.needs_movement(step):
             self.frozen.look(optimizer)
+
+    def _refuse_new_targets(self) -> None:
+        """Targets that were matched, or loaded, since then have parameters that nobody trains."""
+        new = [path for path, unit in self.plain.items() if unit.affine is not None]
+        if new:
+            names = ", ".join(new[:3]) + (", ..." if len(new) > 3 else "")
+            raise RuntimeError(
+                f"{names}: matched since the optimizer "
+                "was wrapped, which does not know the parameters of these targets: call "
+                "match_targets or load_state_dict first, then make and wrap the optimizer."
+            )
 
     def _with_risk(self, closure: Closure, optimizer: Optimizer) -> Closure:
         evaluations = 0

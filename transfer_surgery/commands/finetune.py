@@ -123,6 +123,11 @@ def finetune(
         folder = output
         spec = _fitting(model_spec(model, assignments, input_size), data)
         conversion = Conversion(spec, weights, pretrained, target, granularity, seed)
+        if match and weights is None and not pretrained:
+            raise typer.BadParameter(
+                "--match fits targets to what a trained network computes: give --weights or "
+                "--pretrained, too."
+            )
     state = folder / STATE
     if state.exists() and not resume:
         raise typer.BadParameter(f"{folder} was trained: --resume, or convert into another folder.")
