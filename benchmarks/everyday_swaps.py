@@ -64,7 +64,7 @@ def of_timm(name: str, **kwargs: Any) -> nn.Module:
 
 NETWORKS = {
     "silu-hardswish": lambda: of_timm("test_efficientnet"),
-    # By default the layer scales start at 1e-6, and a short training leaves the GELUs without use.
+    # With layer scales that start at 1e-6 no swap matters after so short a training.
     "gelu-relu": lambda: of_timm("test_convnext", ls_init_value=1.0),
     "tanh-hardtanh": lenet,
 }
