@@ -26,6 +26,7 @@ from transfer_surgery.report import report
 from transfer_surgery.risk import structural_risk
 from transfer_surgery.schedule import TransferSchedule
 from transfer_surgery.sensitivity import sensitivity
+from transfer_surgery.sparsity import activation_sparsity
 from transfer_surgery.swap import swap_targets
 from transfer_surgery.unit import GatedActivation
 
@@ -38,6 +39,7 @@ __all__ = [
     "ScheduleEndedWarning",
     "TransferRestartedWarning",
     "TransferSchedule",
+    "activation_sparsity",
     "bake",
     "convert",
     "distill",

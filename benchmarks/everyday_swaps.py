@@ -1,0 +1,179 @@
+"""Swaps of every day: hardswish for int8, ReLU for its zeros, hardtanh for no exponential.
+
+    python benchmarks/everyday_swaps.py run silu-hardswish --seed 0
+    python benchmarks/everyday_swaps.py table
+
+`run` trains a small network on MNIST, swaps its activations in several ways, fine-tunes each, and
+writes a JSON file; `table` puts the tables into docs/everyday.md. $TRANSFER_SURGERY_DATA has MNIST.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import time
+import warnings
+from collections.abc import Iterator
+from dataclasses import asdict
+from itertools import chain, repeat
+from pathlib import Path
+from typing import Annotated, Any
+
+import timm
+import torch
+import torch.nn.functional as F
+import typer
+from everyday_table import PAGE, STARTS, Result, Row, fill, read_results
+from rich.console import Console
+from torch import Tensor, nn
+from torch.optim.lr_scheduler import OneCycleLR
+
+from transfer_surgery import (
+    MatchWarning,
+    activation_sparsity,
+    bake,
+    convert,
+    fold_targets,
+    match_targets,
+    swap_targets,
+)
+from transfer_surgery.finetune.images import Look, MemoryLoader
+from transfer_surgery.finetune.training import Machine, predict
+from transfer_surgery.reproduce.images import load_mnist
+
+BATCH = 128
+RESULTS = PAGE.with_suffix("")
+TRAIN_LR, TUNE_LR = 4e-3, 2e-4
+console = Console()
+app = typer.Typer(help=__doc__.split("\n")[0], add_completion=False)
+Folder = Annotated[Path, typer.Option(help="Where the JSON files are.")]
+
+
+def lenet() -> nn.Module:
+    """LeNet-5 as it is taught, all tanh."""
+    return nn.Sequential(
+        *(nn.Conv2d(1, 6, 5), nn.Tanh(), nn.AvgPool2d(2)),
+        *(nn.Conv2d(6, 16, 5), nn.Tanh(), nn.AvgPool2d(2), nn.Flatten()),
+        *(nn.Linear(400, 120), nn.Tanh(), nn.Linear(120, 84), nn.Tanh(), nn.Linear(84, 10)),
+    )
+
+
+def of_timm(name: str, **kwargs: Any) -> nn.Module:
+    return timm.create_model(name, in_chans=1, num_classes=10, **kwargs)
+
+
+NETWORKS = {
+    "silu-hardswish": lambda: of_timm("test_efficientnet"),
+    # With layer scales that start at 1e-6 no swap matters after so short a training.
+    "gelu-relu": lambda: of_timm("test_convnext", ls_init_value=1.0),
+    "tanh-hardtanh": lenet,
+}
+
+
+@app.command()
+def run(
+    swap: Annotated[str, typer.Argument(help=", ".join(NETWORKS))],
+    seed: int = 0,
+    steps: Annotated[int, typer.Option(min=1, help="Of training; an epoch has 468.")] = 936,
+    tune_steps: Annotated[int, typer.Option(min=1, help="Of fine-tuning.")] = 150,
+    images: Annotated[int, typer.Option(min=1, help="Unlabelled ones for matching.")] = 512,
+    limit: Annotated[int | None, typer.Option(help="Use so many images of MNIST.")] = None,
+    threads: Annotated[int, typer.Option(help="Of the CPU.")] = 1,
+    folder: Folder = RESULTS,
+) -> None:
+    """One swap and one seed, in all ways."""
+    if swap not in NETWORKS:
+        raise typer.BadParameter(f"{swap}: use one of {', '.join(NETWORKS)}.")
+    torch.set_num_threads(threads)
+    torch.manual_seed(seed)
+    machine = Machine.choose()
+    train_images, test_images = mnist(machine, limit)
+    teacher = machine.place(NETWORKS[swap]())
+    train(teacher, train_images, steps, TRAIN_LR)
+    batches = [x for x, _ in train_images][: -(-images // BATCH)]
+    some = [x for x, _ in test_images][:8]
+    original = predict(teacher, test_images, machine)
+    rows = []
+    for start in STARTS:
+        begun = time.perf_counter()
+        model, left = swapped(teacher, swap, start, batches)
+        seconds = time.perf_counter() - begun
+        before = predict(model, test_images, machine)
+        zeros = activation_sparsity(model, some).total.share
+        torch.manual_seed(seed)  # the same batches for each start
+        train(model, train_images, tune_steps, TUNE_LR)
+        after = predict(model, test_images, machine)
+        row = Row(
+            start,
+            error=1 - before.accuracy,
+            changed=(before.logits.argmax(1) != original.logits.argmax(1)).double().mean().item(),
+            zeros=zeros,
+            tuned_error=1 - after.accuracy,
+            tuned_zeros=activation_sparsity(model, some).total.share,
+            left=left,
+            seconds=round(seconds, 1),
+        )
+        console.print(f"{swap} {start}: {row.error:.2%}, fine-tuned {row.tuned_error:.2%}")
+        rows.append(row)
+    where = torch.cuda.get_device_name() if machine.device.type == "cuda" else "CPU"
+    label = f"{where}, {threads} threads, torch {torch.__version__}"
+    result = Result(swap, seed, steps, tune_steps, images, rows, label)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / f"{swap}-seed{seed}.json").write_text(json.dumps(asdict(result), indent=1) + "\n")
+
+
+@app.command()
+def table(
+    page: Annotated[Path, typer.Option(help="Markdown with a folder beside it.")] = PAGE,
+) -> None:
+    """The tables of docs/everyday.md, from the results."""
+    page.write_text(fill(page.read_text(), read_results(page.with_suffix(""))))
+
+
+def mnist(machine: Machine, limit: int | None) -> tuple[MemoryLoader, MemoryLoader]:
+    """Padded to 32x32, as for LeNet-5."""
+    data = load_mnist(machine.device, limit)
+    look = Look(machine.device, 32, mean=(0.1307,), std=(0.3081,))
+    return (
+        MemoryLoader(F.pad(data.x_train, (2,) * 4), data.y_train, BATCH, look, training=True),
+        MemoryLoader(F.pad(data.x_test, (2,) * 4), data.y_test, BATCH, look),
+    )
+
+
+def swapped(
+    teacher: nn.Module, swap: str, start: str, batches: list[Tensor]
+) -> tuple[nn.Module, int]:
+    """The network without gates, and how many of its sites have fitted numbers left."""
+    model = copy.deepcopy(teacher)
+    if start == "original":
+        return model, 0
+    source, target = swap.split("-")
+    convert(model, target, source=source, example_input=batches[0][:2])
+    if start != "plain":
+        with warnings.catch_warnings():  # a poor fit is what the study may show
+            warnings.simplefilter("ignore", MatchWarning)
+            match_targets(model, batches, refit=start == "refitted")
+    bake(swap_targets(model))
+    return model, sum(row.left != "" for row in fold_targets(model, batches[0][:2]).rows)
+
+
+def train(model: nn.Module, loader: MemoryLoader, steps: int, lr: float) -> None:
+    """Train with the labels."""
+    optimizer = torch.optim.AdamW(model.parameters(), lr, weight_decay=0.05)
+    scheduler = OneCycleLR(optimizer, lr, total_steps=steps, cycle_momentum=False)
+    model.train()
+    for _, (images, labels) in zip(range(steps), again(loader), strict=False):
+        loss = F.cross_entropy(model(images), labels)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        scheduler.step()
+
+
+def again(loader: MemoryLoader) -> Iterator[tuple[Tensor, Tensor]]:
+    """Epoch after epoch."""
+    return chain.from_iterable(repeat(loader))
+
+
+if __name__ == "__main__":
+    app()

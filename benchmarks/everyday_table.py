@@ -1,0 +1,113 @@
+"""The results of the everyday swaps, and the tables of docs/everyday.md."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import mean, stdev
+
+__all__ = ["PAGE", "STARTS", "Result", "Row", "fill", "read_results"]
+
+PAGE = Path(__file__).parents[1] / "docs" / "everyday.md"
+STARTS = ("original", "plain", "matched", "refitted")
+_BLOCK = re.compile(r"(<!-- begin ([\w-]+) -->\n).*?(<!-- end \2 -->)", re.DOTALL)
+_HEAD = (
+    *("network", "test error", "answers changed", "zeros"),
+    *("fine-tuned: test error", "zeros", "not folded", "seconds"),
+)
+
+
+@dataclass(frozen=True)
+class Row:
+    """One way to swap; all shares.
+
+    Args:
+        start: of `STARTS`.
+        error: of the test images, before any training.
+        changed: test images that get another answer than from the original network, then.
+        zeros: share of exact zeros in the outputs of the activations.
+        tuned_error: after fine-tuning.
+        tuned_zeros: likewise.
+        left: sites whose fitted numbers could not all be folded into the layers around them.
+        seconds: of the swap, mostly of matching.
+    """
+
+    start: str
+    error: float
+    changed: float
+    zeros: float
+    tuned_error: float
+    tuned_zeros: float
+    left: int
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Result:
+    """One swap and one seed; `steps` of training, `tune_steps` of fine-tuning."""
+
+    swap: str
+    seed: int
+    steps: int
+    tune_steps: int
+    images: int
+    rows: Sequence[Row]
+    machine: str
+
+
+def read_results(folder: Path) -> list[Result]:
+    """All results of a folder."""
+    found = [json.loads(file.read_text()) for file in sorted(folder.glob("*.json"))]
+    return [Result(**{**values, "rows": [Row(**r) for r in values["rows"]]}) for values in found]
+
+
+def fill(page: str, results: Iterable[Result]) -> str:
+    """A page with its tables made anew: that of a swap is between ``<!-- begin SWAP -->`` and end.
+
+    Raises:
+        ValueError: there is no result for one of them.
+    """
+    runs: dict[str, list[Result]] = {}
+    for result in results:
+        runs.setdefault(result.swap, []).append(result)
+
+    def table(match: re.Match[str]) -> str:
+        begin, swap, end = match.groups()
+        if swap not in runs:
+            raise ValueError(f"there is no result of {swap}.")
+        return f"{begin}{_table(runs[swap])}\n{end}"
+
+    return _BLOCK.sub(table, page)
+
+
+def _table(runs: Sequence[Result]) -> str:
+    lines = [_line(_HEAD), _line(["---"] * len(_HEAD))]
+    for start in STARTS:
+        rows = [row for run in runs for row in run.rows if row.start == start]
+        columns = (
+            ("error", 2),
+            ("changed", 2),
+            ("zeros", 1),
+            ("tuned_error", 2),
+            ("tuned_zeros", 1),
+        )
+        cells = [_share([getattr(row, name) for row in rows], n) for name, n in columns]
+        left = "-" if start in ("original", "plain") else f"{mean(r.left for r in rows):.0f} sites"
+        lines.append(_line([start, *cells, left, f"{mean(row.seconds for row in rows):.0f}"]))
+    one = runs[0]
+    seeds = f"Mean ± standard deviation of {len(runs)} seeds" if len(runs) > 1 else "One seed"
+    about = f"{one.steps} steps of training, {one.tune_steps} of fine-tuning, {one.images} images"
+    machines = "; ".join(sorted({run.machine for run in runs}))
+    return "\n".join([*lines, "", f"{seeds}; {about} for matching; {machines}."])
+
+
+def _share(values: Sequence[float], digits: int) -> str:
+    spread = f" ± {100 * stdev(values):.{digits}f}" if len(values) > 1 else ""
+    return f"{100 * mean(values):.{digits}f}{spread} %"
+
+
+def _line(cells: Sequence[str]) -> str:
+    return f"| {' | '.join(cells)} |"
