@@ -1,4 +1,4 @@
-"""Swaps of every day: hardswish for int8, ReLU for its zeros, hardtanh for no exponential.
+"""Swaps of every day: hardswish for int8, ReLU for its zeros, hardtanh; and sines in a ViT.
 
     python benchmarks/everyday_swaps.py run silu-hardswish --seed 0
     python benchmarks/everyday_swaps.py table
@@ -67,6 +67,8 @@ NETWORKS = {
     # With layer scales that start at 1e-6 no swap matters after so short a training.
     "gelu-relu": lambda: of_timm("test_convnext", ls_init_value=1.0),
     "tanh-hardtanh": lenet,
+    "gelu-sin-vit": lambda: of_timm("test_vit", img_size=32, patch_size=4),
+    "gelu-sin-convnext": lambda: of_timm("test_convnext", ls_init_value=1.0),
 }
 
 
@@ -147,7 +149,7 @@ def swapped(
     model = copy.deepcopy(teacher)
     if start == "original":
         return model, 0
-    source, target = swap.split("-")
+    source, target = swap.split("-")[:2]
     convert(model, target, source=source, example_input=batches[0][:2])
     if start != "plain":
         with warnings.catch_warnings():  # a poor fit is what the study may show

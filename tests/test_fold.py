@@ -5,6 +5,7 @@ import copy
 import pytest
 import timm
 import torch
+from timm.layers import BatchNormAct2d, GroupNormAct
 from torch import nn
 
 from transfer_surgery import bake, convert, fold_targets, match_targets, swap_targets
@@ -80,6 +81,30 @@ def test_norms_take_frequency_and_phase(norm):
     model = matched(images(nn.Conv2d(6, 6, 3), before=(copy.deepcopy(norm),)), IMAGES)
     assert folded(model, IMAGES) == [("1", "3", "")]
     assert str(model[2]) == "ActivationModule(sin)"
+
+
+@pytest.mark.parametrize("norm", [BatchNormAct2d(6), GroupNormAct(6, 2)], ids=str)
+def test_norms_that_hold_their_activation_take_them_too(norm):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(4, 6, 3), copy.deepcopy(norm), nn.Conv2d(6, 5, 3), nn.Flatten())
+    model = matched(model, IMAGES)
+    assert folded(model, IMAGES) == [("1", "2", "")]
+    assert str(model[1].act) == "ActivationModule(sin)"
+
+
+class Doubled(BatchNormAct2d):
+    """Does something between its norm and its activation."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__(channels)
+        self.drop = nn.Hardtanh()
+
+
+def test_what_stands_between_a_norm_and_its_activation_forbids_it():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(4, 6, 3), Doubled(6), nn.Conv2d(6, 5, 3), nn.Flatten())
+    model = matched(model, IMAGES, source="relu")
+    assert folded(model, IMAGES) == [("(no layer there)", "2", "w, c")]
 
 
 def test_tokens_go_through_linear_layers_and_layer_norms():

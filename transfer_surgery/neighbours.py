@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +19,8 @@ CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _PASSING = (F.dropout, F.dropout1d, F.dropout2d, F.dropout3d, F.alpha_dropout)
 """In evaluation they give back what they get."""
 _NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.GroupNorm, nn.LayerNorm)
+_NORM_CALLS = (F.batch_norm, F.group_norm)
+"""Of modules that do more than their norm, such as timm's BatchNormAct2d."""
 
 
 @dataclass
@@ -41,15 +43,14 @@ def find_neighbours(
         sites: its matched targets.
         run: calls it.
     """
-    # Only the classes of torch itself: what a subclass computes, nobody knows.
-    layers = {
-        module: path
-        for path, module in model.named_modules()
-        if type(module) in (nn.Linear, *CONVOLUTIONS, *_NORMS)
-    }
-    with _Readers({*layers, *sites.values()}) as readers:
+    # Only the classes of torch itself: what a subclass computes, nobody knows, but for its norm.
+    known = (nn.Linear, *CONVOLUTIONS, *_NORMS)
+    layers = {m: path for path, m in model.named_modules() if type(m) in known}
+    norms = {m: path for path, m in model.named_modules() if isinstance(m, _NORMS)}
+    with _Readers({*layers, *sites.values()}, [m for m in norms if m not in layers]) as readers:
         readers.note_output(run())
     shared = _sharing_parameters(model)
+    layers |= norms
     return {path: _around(site, layers, readers, shared) for path, site in sites.items()}
 
 
@@ -109,15 +110,21 @@ def _sharing_parameters(model: nn.Module) -> set[nn.Module]:
 
 
 class _Readers(TorchFunctionMode):
-    """Who reads each tensor: modules that are looked at, or a call outside of them (None)."""
+    """Who reads each tensor: modules that are looked at, or a call outside of them (None).
 
-    def __init__(self, modules: set[nn.Module]) -> None:
+    Args:
+        modules: those that are looked at.
+        norms: of which only the call that has their weight is looked at, as what writes a tensor.
+    """
+
+    def __init__(self, modules: set[nn.Module], norms: Iterable[Any]) -> None:
         super().__init__()
         self.calls: dict[nn.Module, list[tuple[Tensor, Tensor]]] = {}
         self.read: dict[int, list[nn.Module | None]] = {}
         self._kept: list[Any] = []  # so that no other tensor gets the same id
         self._inside = 0
         self._modules = modules
+        self._norms = {id(norm.weight): norm for norm in norms if norm.weight is not None}
 
     def __enter__(self) -> _Readers:
         self._handles = [m.register_forward_pre_hook(self._begin) for m in self._modules]
@@ -149,6 +156,8 @@ class _Readers(TorchFunctionMode):
         if not self._inside and any(isinstance(leaf, Tensor) for leaf in tree_leaves(result)):
             self._note((args, kwargs), None)
             self._kept.append(result)
+            if func in _NORM_CALLS and id(weight := (kwargs or {}).get("weight")) in self._norms:
+                self.calls.setdefault(self._norms[id(weight)], []).append((args[0], result))
         return result
 
     def note_output(self, output: Any) -> None:
