@@ -211,7 +211,10 @@ def test_a_folder_may_have_the_name_of_a_model() -> None:
     ("options", "message"),
     [
         (["--data", "mnist"], "Known data: digits, cifar10, or a folder"),
-        (["--data", "digits"], "expected input"),
+        (
+            ["--data", "digits"],
+            "takes 3 channels, the data has 1: convert it with --set in_chans=1",
+        ),
         (["--data", "digits", *DIGITS], "convert it with --set num_classes=10"),
     ],
 )

@@ -212,7 +212,7 @@ def _load_images(
     """The images as the model takes them, and the model where they are.
 
     Raises:
-        ValueError: they have another number of classes.
+        ValueError: they have another number of channels or classes.
     """
     size = tuple(spec.example_input(model).shape[1:])
     config = _timm().data.resolve_data_config({"input_size": size}, model=model)
@@ -220,6 +220,11 @@ def _load_images(
         data, batch_size=batch_size, device=machine.device, size=size[-1], config=config
     )
     x = machine.place(next(iter(loaders.test))[0][:2])
+    if x.shape[1] != size[0]:
+        raise ValueError(
+            f"the model takes {size[0]} channels, the data has {x.shape[1]}: convert it with "
+            f"--set in_chans={x.shape[1]}, and --input-size {x.shape[1]}xHxW where that was given."
+        )
     with torch.no_grad():
         outputs = machine.place(model).eval()(x).shape[-1]
     if outputs != loaders.classes:
