@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 import os
 import sys
 import time
@@ -154,7 +155,7 @@ def study(recipe: Recipe, threads: int, compiled: bool, cache: Path | None) -> R
         transferred=transferred,
         match_seconds=round(match_seconds, 1),
         train_seconds=round(done - begun, 1),
-        losses=[round(loss, 4) for loss in in_parts(losses, 20)],
+        losses=[round(x, 4) if math.isfinite(x) else None for x in in_parts(losses, 20)],
         machine=f"{where}, {threads} threads, torch {torch.__version__}{how}",
     )
 
@@ -282,7 +283,7 @@ def _train(
     scheduler = CosineAnnealingLR(optimizer, recipe.steps)
     model.train()
     done = 0
-    while done < recipe.steps:
+    while True:
         for images, labels in data.train:
             logits = model(images)
             loss = F.cross_entropy(logits, labels)
@@ -295,8 +296,8 @@ def _train(
             scheduler.step()
             yield loss.item()
             done += 1
-            if done == recipe.steps:
-                break
+            if done == recipe.steps or not loss.isfinite():
+                return
 
 
 def schedule_of(recipe: Recipe, model: nn.Module, batches: list[Tensor]) -> TransferSchedule:

@@ -79,12 +79,16 @@ def swap_recipes(epochs: int) -> Iterator[Recipe]:
     """Other targets than sinusoids: snake, and polynomials with budgets of ReLUs."""
     how: dict[str, Any] = {"steps": epochs * EPOCH}
     starts = ["plain", "refitted"]
+    rates = {"relu": 0.02, "snake": 0.02, "polynomial": 0.02}
     if epochs:
-        how |= {"lesson": "both", "opt": "adamw", "lr": 1e-3}
+        how |= {"lesson": "both", "opt": "adamw"}
+        # Squares of squares: with 1e-3 polynomials are at infinity after a few steps.
+        rates = {"relu": 1e-3, "snake": 1e-3, "polynomial": 1e-4}
     else:
         starts.insert(1, "matched")
-    yield Recipe(start="relu", **how)
+    yield Recipe(start="relu", **how, lr=rates["relu"])
     for target, keeps in (("snake", (0.0,)), ("polynomial", (0.0, 0.05, 0.2, 0.5))):
+        how["lr"] = rates[target]
         for keep in keeps:
             for start in starts:
                 yield Recipe(start=start, target=target, keep=keep, **how)

@@ -38,20 +38,24 @@ clipped at 2; weight decay 1e-4 where there are labels. Settings: optimizer and 
 rate. Errors are those of the 10,000 test images at the end, whose standard error is about 0.3
 points; with several seeds mean and standard deviation. Highest loss: of the twentieth of the
 training in which the cross entropy is worst; it says how deep the valley is through which a
-transfer goes. Minutes are of a machine that did other work at the same time, often.
+transfer goes; *diverged*: the loss was not finite, which ended the training. Minutes are of a
+machine that did other work at the same time, often.
 """
 
 
 @dataclass(frozen=True)
 class Result:
-    """What became of it: `error` and `transferred` as shares, `losses` as means of parts."""
+    """What became of it: `error` and `transferred` as shares, `losses` as means of parts.
+
+    A loss that is not finite, where the training stops, is None.
+    """
 
     recipe: Recipe
     error: float
     transferred: float
     match_seconds: float
     train_seconds: float
-    losses: Sequence[float]
+    losses: Sequence[float | None]
     machine: str
 
 
@@ -121,7 +125,12 @@ def _cells(recipe: Recipe, seeds: list[Result]) -> list[str]:
     transferred = mean(result.transferred for result in seeds)
     minutes = mean(result.match_seconds + result.train_seconds for result in seeds) / 60
     lesson = recipe.lesson if recipe.steps else "-"
-    highest = f"{max(max(r.losses) for r in seeds):.2f}" if lesson == "labels" else "-"
+    losses = [loss for result in seeds for loss in result.losses]
+    highest = "-"
+    if None in losses:
+        highest = "diverged"
+    elif lesson == "labels":
+        highest = f"{max(losses):.2f}"
     return [
         recipe.start, transfer, lesson, ", ".join(settings) or "-",
         f"{_mean(seeds):.2%}{spread}", highest, f"{transferred:.0%}", f"{minutes:.1f}",

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -41,6 +42,11 @@ def test_seeds_share_a_row_and_the_best_recipe_is_on_top():
         "## ResNet-20, 1 epoch",
         "## ResNet-56, 400 steps",
     ]
+
+
+def test_a_training_that_diverged_is_named():
+    page = write_table([replace(result(0.9, steps=390, lesson="both"), losses=[2.0, None])])
+    assert "| both | sgd 0.02 | 90.00% | diverged | 100% | 2.0 |" in page
 
 
 def test_the_grid_has_each_recipe_once_and_leaves_out_what_is_done(tmp_path):
