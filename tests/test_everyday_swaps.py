@@ -9,7 +9,10 @@ import pytest
 from everyday_table import PAGE, STARTS, Result, Row, fill, read_results
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
-SWAPS = ["silu-hardswish", "gelu-relu", "tanh-hardtanh"]
+SWAPS = [
+    *("silu-hardswish", "gelu-relu", "tanh-hardtanh"),
+    *("gelu-sin-vit", "gelu-sin-convnext"),
+]
 
 
 def result(seed: int, error: float) -> Result:
