@@ -13,9 +13,8 @@ import copy
 import json
 import time
 import warnings
-from collections.abc import Iterator
 from dataclasses import asdict
-from itertools import chain, repeat
+from itertools import chain, islice, repeat
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -164,17 +163,12 @@ def train(model: nn.Module, loader: MemoryLoader, steps: int, lr: float) -> None
     optimizer = torch.optim.AdamW(model.parameters(), lr, weight_decay=0.05)
     scheduler = OneCycleLR(optimizer, lr, total_steps=steps, cycle_momentum=False)
     model.train()
-    for _, (images, labels) in zip(range(steps), again(loader), strict=False):
+    for images, labels in islice(chain.from_iterable(repeat(loader)), steps):
         loss = F.cross_entropy(model(images), labels)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
         scheduler.step()
-
-
-def again(loader: MemoryLoader) -> Iterator[tuple[Tensor, Tensor]]:
-    """Epoch after epoch."""
-    return chain.from_iterable(repeat(loader))
 
 
 if __name__ == "__main__":

@@ -78,17 +78,14 @@ def recipes(depth: int, epochs: int, seeds: int) -> Iterator[Recipe]:
 def swap_recipes(epochs: int) -> Iterator[Recipe]:
     """Other targets than sinusoids: snake, and polynomials with budgets of ReLUs."""
     how: dict[str, Any] = {"steps": epochs * EPOCH}
-    starts = ["plain", "refitted"]
-    rates = {"relu": 0.02, "snake": 0.02, "polynomial": 0.02}
+    starts = ("plain", "matched", "refitted")
     if epochs:
-        how |= {"lesson": "both", "opt": "adamw"}
-        # Squares of squares: with 1e-3 polynomials are at infinity after a few steps.
-        rates = {"relu": 1e-3, "snake": 1e-3, "polynomial": 1e-4}
-    else:
-        starts.insert(1, "matched")
-    yield Recipe(start="relu", **how, lr=rates["relu"])
+        how |= {"lesson": "both", "opt": "adamw", "lr": 1e-3}
+        starts = ("plain", "refitted")
+    yield Recipe(start="relu", **how)
     for target, keeps in (("snake", (0.0,)), ("polynomial", (0.0, 0.05, 0.2, 0.5))):
-        how["lr"] = rates[target]
+        if epochs and target == "polynomial":  # squares of squares: 1e-3 ends at infinity at once
+            how["lr"] = 1e-4
         for keep in keeps:
             for start in starts:
                 yield Recipe(start=start, target=target, keep=keep, **how)

@@ -32,8 +32,7 @@ def test_every_code_block_of_a_page_runs(
     page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    skipped = run_page(page, monkeypatch)
-    assert all(skipped.values())
+    run_page(page, monkeypatch)
 
 
 @pytest.mark.parametrize("page", [p for p in PAGES if p.name not in GENERATED], ids=name)
@@ -54,7 +53,9 @@ def test_a_block_that_fails_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyP
         run_page(page, monkeypatch)
 
 
-@pytest.mark.parametrize("text", ["```sh\nrm\n```\n", "text\n\n    make test\n"])
+@pytest.mark.parametrize(
+    "text", ["```sh\nrm\n```\n", "text\n\n    make test\n", "<!--- skip: next -->\n"]
+)
 def test_a_block_of_another_language_is_found(text: str) -> None:
     assert blocks_of_no_known_language(text) != []
 
