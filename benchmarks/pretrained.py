@@ -19,42 +19,29 @@ import math
 import os
 import sys
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any
 
 import torch
-import torch.nn.functional as F
 import typer
 from rich.console import Console
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from torch.optim.lr_scheduler import CosineAnnealingLR
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 from cifar_resnet import ResNet
 from pretrained_recipes import Recipe, recipes, swap_recipes
 from pretrained_table import Result, read_results, write_table
+from pretrained_training import train
 
-from transfer_surgery import (
-    GatedActivation,
-    TransferSchedule,
-    bake,
-    convert,
-    distill,
-    match_targets,
-    report,
-    sensitivity,
-    swap_targets,
-    wrap_optimizer,
-)
-from transfer_surgery.finetune.images import ImageData, MemoryLoader, Unlabelled, load_cifar10
+from transfer_surgery import convert, match_targets, swap_targets
+from transfer_surgery.finetune.images import ImageData, MemoryLoader, load_cifar10
 from transfer_surgery.finetune.training import Machine, predict
 
 BATCH = 128
-STAGES = ("layer1", "layer2", "layer3")
 RESULTS = Path(__file__).parents[1] / "docs" / "pretrained"
 SWAPS = RESULTS.with_name("swaps")
 console = Console()
@@ -211,109 +198,6 @@ def prepare(recipe: Recipe, teacher: nn.Module, batches: list[Tensor]) -> nn.Mod
     if recipe.transfer == "hard" and not recipe.keep:
         swap_targets(model)
     return model
-
-
-def train(
-    recipe: Recipe,
-    model: nn.Module,
-    teacher: nn.Module,
-    batches: list[Tensor],
-    data: ImageData,
-    compiled: bool,
-) -> tuple[list[float], float]:
-    """Train where the recipe has steps; then a baked network. Losses, transferred fraction."""
-    if recipe.lesson == "teacher" and recipe.opt != "adamw":
-        raise typer.BadParameter("distill uses AdamW: --opt adamw --lr 1e-3")
-    soft = recipe.transfer != "hard"
-    losses: list[float] = []
-    transferred = 0.0
-    if recipe.start != "relu" and not soft and recipe.lesson != "teacher":
-        transferred = finish(model)
-    if recipe.steps:
-        if compiled:  # in place, since the hooks of `distill` go by the modules' names
-            teacher.compile()
-            model.compile()
-        if recipe.lesson == "teacher":
-            losses = distill(
-                model,
-                teacher,
-                Unlabelled(data.train),
-                steps=recipe.steps,
-                lr=recipe.lr,
-                features=STAGES,
-                feature_weight=4.0,
-            )
-        else:
-            schedule = schedule_of(recipe, model, batches) if soft else None
-            losses = list(_train(recipe, model, teacher, schedule, data))
-        model._compiled_call_impl = None
-    if any(isinstance(module, GatedActivation) for module in model.modules()):
-        transferred = finish(model)
-    return losses, transferred
-
-
-def finish(model: nn.Module) -> float:
-    """Bake; the fraction that was transferred."""
-    transferred = report(model).total.transferred
-    bake(model)
-    return transferred
-
-
-def _train(
-    recipe: Recipe,
-    model: nn.Module,
-    teacher: nn.Module,
-    schedule: TransferSchedule | None,
-    data: ImageData,
-) -> Iterator[float]:
-    """Train with the labels, and with the teacher's answers where the lesson is ``both``."""
-    decayed = [p for n, p in model.named_parameters() if p.dim() > 1]
-    others = [p for n, p in model.named_parameters() if p.dim() <= 1 and "log_alpha" not in n]
-    groups = [
-        {"params": decayed, "weight_decay": 1e-4},
-        {"params": others, "weight_decay": 0.0},
-    ]
-    optimizer: torch.optim.Optimizer
-    if recipe.opt == "adamw":
-        optimizer = torch.optim.AdamW(groups, recipe.lr)
-    else:
-        optimizer = torch.optim.SGD(groups, recipe.lr, momentum=0.9, nesterov=True)
-    if schedule:
-        wrap_optimizer(optimizer, model, transfer=schedule)
-    scheduler = CosineAnnealingLR(optimizer, recipe.steps)
-    model.train()
-    done = 0
-    while True:
-        for images, labels in data.train:
-            logits = model(images)
-            loss = F.cross_entropy(logits, labels)
-            if recipe.lesson == "both":
-                loss = loss + divergence(logits, teacher, images)
-            optimizer.zero_grad()
-            loss.backward()
-            nn.utils.clip_grad_norm_(decayed + others, 2.0)
-            optimizer.step()
-            scheduler.step()
-            yield loss.item()
-            done += 1
-            if done == recipe.steps or not loss.isfinite():
-                return
-
-
-def schedule_of(recipe: Recipe, model: nn.Module, batches: list[Tensor]) -> TransferSchedule:
-    if recipe.transfer == "line":
-        return TransferSchedule(recipe.steps, start=0, end=1.0, shape="linear")
-    order: Any = recipe.order
-    if order == "sensitivity":
-        order = sensitivity(model, batches[:2]).order
-    return TransferSchedule(recipe.steps, order=order)
-
-
-def divergence(logits: Tensor, teacher: nn.Module, images: Tensor, t: float = 4.0) -> Tensor:
-    with torch.no_grad():
-        wanted = F.log_softmax(teacher(images) / t, 1)
-    now = F.log_softmax(logits / t, 1)
-    return F.kl_div(now, wanted, log_target=True, reduction="batchmean") * t**2
 
 
 def calibration(data: ImageData, number: int, seed: int) -> list[Tensor]:
