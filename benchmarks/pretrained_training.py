@@ -21,6 +21,7 @@ from transfer_surgery import (
     sensitivity,
     wrap_optimizer,
 )
+from transfer_surgery.distill import softened_divergence
 from transfer_surgery.finetune.images import ImageData, Unlabelled
 
 __all__ = ["train"]
@@ -103,7 +104,9 @@ def _train(
             logits = model(images)
             loss = F.cross_entropy(logits, labels)
             if recipe.lesson == "both":
-                loss = loss + _divergence(logits, teacher, images)
+                with torch.no_grad():
+                    wanted = teacher(images)
+                loss = loss + softened_divergence(logits, wanted, 4.0)
             optimizer.zero_grad()
             loss.backward()
             nn.utils.clip_grad_norm_(decayed + others, 2.0)
@@ -122,10 +125,3 @@ def _schedule_of(recipe: Recipe, model: nn.Module, batches: list[Tensor]) -> Tra
     if order == "sensitivity":
         order = sensitivity(model, batches[:2]).order
     return TransferSchedule(recipe.steps, order=order)
-
-
-def _divergence(logits: Tensor, teacher: nn.Module, images: Tensor, t: float = 4.0) -> Tensor:
-    with torch.no_grad():
-        wanted = F.log_softmax(teacher(images) / t, 1)
-    now = F.log_softmax(logits / t, 1)
-    return F.kl_div(now, wanted, log_target=True, reduction="batchmean") * t**2

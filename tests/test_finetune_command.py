@@ -15,8 +15,9 @@ from shell import invoke, shell
 from timm.utils import CheckpointSaver
 from torch import nn
 
-from transfer_surgery import load_baked, load_model
+from transfer_surgery import convert, load_baked, load_model, save_model
 from transfer_surgery.finetune.checkpoint import Checkpoint
+from transfer_surgery.model_spec import ModelSpec
 from transfer_surgery.unit import gated_activations
 
 DIGITS = ("--set", "in_chans=1", "--input-size", "1x24x24")
@@ -164,6 +165,17 @@ def test_a_model_by_name_does_not_go_on_as_another(kill: Kill) -> None:
         assert message in invoke(*command, *DIGITS, *options, fails=1)
     message = invoke("finetune", "resnet18", *DIGITS, *TRAINING, "-o", "run", "--resume", fails=1)
     assert "name was test_resnet, is resnet18 now" in message
+
+
+def test_a_folder_of_mixed_sites_does_not_go_on_as_one_that_has_one_kind() -> None:
+    spec = ModelSpec("test_resnet", {"in_chans": 1, "num_classes": 10}, (1, 24, 24))
+    model = spec.build()
+    granularity = {"act1": "channel", "*": "layer"}
+    convert(model, "sin", example_input=spec.example_input(model), granularity=granularity)
+    save_model(model, "run", spec)
+    command = ("finetune", "test_resnet", *DIGITS, *TRAINING, "-o", "run", "--resume")
+    message = "granularity was layer and channel, is channel now"
+    assert message in invoke(*command, fails=1)
 
 
 # --- mistakes ------------------------------------------------------------------------------------

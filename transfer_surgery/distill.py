@@ -14,7 +14,7 @@ from torch.utils.hooks import RemovableHandle
 from transfer_surgery.side_by_side import call_model, logits_of, to_device_of
 from transfer_surgery.unit import gated_activations
 
-__all__ = ["distill"]
+__all__ = ["distill", "softened_divergence"]
 
 TRAINED = ("all", "targets")
 _NORMS = (nn.modules.batchnorm._BatchNorm, nn.LayerNorm, nn.GroupNorm)
@@ -99,7 +99,10 @@ def distill(
         model.train()
         teacher.eval()
         for batch in _again(batches, steps):
-            loss = _loss(model, teacher, to_device_of(model, batch), temperature)
+            batch = to_device_of(model, batch)
+            with torch.no_grad():
+                answers = logits_of(call_model(teacher, batch))
+            loss = softened_divergence(logits_of(call_model(model, batch)), answers, temperature)
             if features:
                 loss = loss + feature_weight * _feature_loss(*watched)
             optimizer.zero_grad()
@@ -122,11 +125,10 @@ def distill(
     return losses
 
 
-def _loss(model: nn.Module, teacher: nn.Module, batch: Any, temperature: float) -> Tensor:
-    with torch.no_grad():
-        wanted = F.log_softmax(logits_of(call_model(teacher, batch)) / temperature, 1)
-    now = F.log_softmax(logits_of(call_model(model, batch)) / temperature, 1)
-    return F.kl_div(now, wanted, log_target=True, reduction="batchmean") * temperature**2
+def softened_divergence(logits: Tensor, wanted: Tensor, temperature: float) -> Tensor:
+    """KL of two softened answers, times the square of the temperature: Hinton et al. 2015."""
+    now, then = (F.log_softmax(x / temperature, 1) for x in (logits, wanted))
+    return F.kl_div(now, then, log_target=True, reduction="batchmean") * temperature**2
 
 
 class _Outputs:

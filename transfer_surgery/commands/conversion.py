@@ -91,10 +91,9 @@ class Conversion:
             ValueError: naming what differs.
         """
         config, _ = read_files(folder)
-        site = config.sites[0]  # what is compared here is the same at every site of a folder
         there = read_spec(folder).to_dict() | {
-            "target": site.target,
-            "granularity": site.granularity,
+            name: " and ".join(dict.fromkeys(getattr(site, name) for site in config.sites))
+            for name in ("target", "granularity")  # the latter may be mixed, by Python's convert
         }
         here = self.spec.to_dict() | {
             "target": str(get_activation(self.target)),
