@@ -65,7 +65,7 @@ def test_a_sinusoid_of_the_grid_is_found(amplitude, frequency, phase, offset, sc
 
 @pytest.mark.parametrize("source", ["relu", "gelu", "hardswish"])
 def test_the_best_frequency_is_that_of_independent_least_squares(source):
-    x = torch.randn(3, 2000, dtype=torch.float64) * torch.tensor([[0.1], [1.0], [20.0]]) + 0.3
+    x = torch.randn(3, 2000, dtype=torch.float64) * torch.tensor([[0.2], [1.0], [5.0]]) + 0.3
     y = get_activation(source)(x)
     solution, predicted = fit("sin", x, y, parts=3)
     for group in range(3):
@@ -110,6 +110,18 @@ def test_dead_and_constant_channels_are_met_exactly(target):
     x = torch.stack([-torch.rand(200) - 1, torch.full((200,), 2.0), torch.zeros(200)]).double()
     _, predicted = fit(target, x, x.relu(), ridge=1e-4)
     torch.testing.assert_close(predicted, x.relu(), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("target", ["sin", "square", "snake"])
+@pytest.mark.parametrize("varying", [1.0, 0.1])
+def test_a_channel_that_hardly_varies_gets_a_frequency_as_the_others(target, varying):
+    x = torch.randn(32, 500, dtype=torch.float64)
+    x[int(32 * varying) :] *= 1e-5
+    x[0] *= 1e-5
+    solution, predicted = fit(target, x, x.relu() + 1, ridge=1e-4, periods=0.5)
+    w = solution.parameters[1]
+    assert w[0] < 5 * w[1]
+    torch.testing.assert_close(predicted[0], x[0].relu() + 1, rtol=0, atol=1e-4)
 
 
 def test_a_sinusoid_spans_as_many_periods_as_asked():

@@ -79,10 +79,11 @@ class Sinusoid:
     min_periods: float
 
     def candidates(self, mean: Tensor, std: Tensor, span: Tensor) -> Iterator[Candidate]:
-        lowest = 2 * math.pi * self.min_periods / span.clamp_min(1e-6)
+        # A range is at least two deviations, unless these are of other groups: then the input
+        # hardly varies, and a period of it would be a very high frequency.
+        lowest = torch.where(span > 1, 2 * math.pi * self.min_periods / span, 0.0)
         for frequency in self.frequencies:
-            w = torch.full_like(span, frequency)
-            yield Candidate(torch.where(span > 0, w.maximum(lowest), w), torch.zeros_like(w))
+            yield Candidate(lowest.clamp_min(frequency), torch.zeros_like(span))
 
     def features(self, u: Tensor, candidate: Candidate) -> list[Tensor]:
         argument = candidate.w[:, None] * u

@@ -71,7 +71,8 @@ def match_targets(
             that its outputs come near those of the original network (least squares, no training),
             and swap the sites, since the weights no longer suit the source.
         frequencies: of sinusoids, ``w`` times the standard deviation of the site's input.
-        min_periods: a sinusoid spans at least so many periods over the data of its gate.
+        min_periods: a sinusoid spans at least so many periods over the data of its gate, but where
+            that is next to constant: such a channel gets a frequency as the others have.
         ridge: of the fits, as a share of the features' mean squares.
         refit_ridge: what pulls refitted weights to the original ones, as a share of the mean square
             of the layer's inputs.

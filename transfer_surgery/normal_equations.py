@@ -15,6 +15,10 @@ __all__ = ["Inputs", "NormalEquations", "Solution", "grouped"]
 _CHUNK = 2**22
 """Elements of a feature that are worked on at a time: some 100 MB with all made of them."""
 
+_FAINT = 1 / 30
+"""Share of the mean deviation below which one counts as none. In the CIFAR ResNet-20 and 56, 3 % of
+the channels have less than a hundredth, next to none has between a hundredth and a tenth."""
+
 
 def grouped(x: Tensor, granularity: str, channel_axis: int) -> Tensor:
     """An activation as ``(groups, N)``: the elements that share a gate, in float32 or wider.
@@ -57,10 +61,17 @@ class Inputs:
 
     @property
     def std(self) -> Tensor:
-        """Per group, float64; 1 where the input is constant to rounding."""
-        mean = self.mean
-        variance = (torch.as_tensor(self.squares) / self.count - mean.square()).clamp_min(0.0)
-        return torch.where(variance > 1e-12 * mean.square() + 1e-30, variance.sqrt(), 1.0)
+        """What an input is standardised by, per group, float64: its deviation.
+
+        One that hardly varies, beside those of the other groups, gets the mean of those that do.
+        By its own a frequency would be thousands of times theirs, and the first steps of training,
+        which let the channel vary again, would make noise of it and of every gradient.
+        """
+        square = self.mean.square()
+        variance = torch.as_tensor(self.squares) / self.count - square
+        own = torch.where(variance > 1e-12 * square + 1e-30, variance.sqrt(), 0.0)
+        varying = own > _FAINT * own.mean()
+        return torch.where(varying, own, own[varying].mean() if varying.any() else 1.0)
 
     @property
     def span(self) -> Tensor:
