@@ -126,9 +126,16 @@ def distill(
 
 
 def softened_divergence(logits: Tensor, wanted: Tensor, temperature: float) -> Tensor:
-    """KL of two softened answers, times the square of the temperature: Hinton et al. 2015."""
-    now, then = (F.log_softmax(x / temperature, 1) for x in (logits, wanted))
-    return F.kl_div(now, then, log_target=True, reduction="batchmean") * temperature**2
+    """Mean KL of softened answers, times the square of the temperature (Hinton et al. 2015).
+
+    Args:
+        logits: ``(N, classes)``, of the network that learns.
+        wanted: the same, of the one that teaches.
+        temperature: by which both are softened.
+    """
+    now = F.log_softmax(logits / temperature, 1)
+    target = F.log_softmax(wanted / temperature, 1)
+    return F.kl_div(now, target, log_target=True, reduction="batchmean") * temperature**2
 
 
 class _Outputs:

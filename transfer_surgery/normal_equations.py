@@ -15,7 +15,7 @@ __all__ = ["Inputs", "NormalEquations", "Solution", "grouped"]
 _CHUNK = 2**22
 """Elements of a feature that are worked on at a time: some 100 MB with all made of them."""
 
-_FAINT = 1 / 30
+_FAINT = 1 / 100
 """Share of the mean deviation below which one counts as none. In trained ResNets that of some
 channels is a hundred to a million times smaller than the others'; next to none is in between."""
 
