@@ -36,10 +36,10 @@ Lessons: *labels*; *teacher*, the original network's answers and features and no
 *both*, labels and answers. Batches of 128 with crops and flips, cosine schedule, gradient norm
 clipped at 2; weight decay 1e-4 where there are labels. Settings: optimizer and highest learning
 rate. Errors are those of the 10,000 test images at the end, whose standard error is about 0.3
-points; with several seeds mean and standard deviation. Highest loss: of the twentieth of the
-training in which the cross entropy is worst; it says how deep the valley is through which a
-transfer goes; *diverged*: the loss was not finite, which ended the training. Minutes are of a
-machine that did other work at the same time, often.
+points; with several seeds mean and standard deviation, and each below. Highest loss: of the
+twentieth of the training in which the cross entropy is worst; it says how deep the valley is
+through which a transfer goes; *diverged*: the loss was not finite, which ended the training.
+Minutes are of a machine that did other work at the same time, often.
 """
 
 
@@ -95,6 +95,9 @@ def write_table(results: Iterable[Result], name: str = "pretrained") -> str:
         parts += [_line(head), _line(["---"] * len(head))]
         for recipe, seeds in sorted(rows.items(), key=lambda row: _mean(row[1])):
             parts.append(_line(_cells(recipe, seeds)))
+        for recipe, seeds in rows.items():
+            if len(seeds) > 1:  # a mean of 10 % and 88 % would say nothing
+                parts.append(f"\n`{recipe.name}` and on: {_listed(seeds)}.")
         machines = sorted({r.machine for several in rows.values() for r in several})
         parts.append(f"\n{'; '.join(machines)}.\n")
     return "\n".join(parts)
@@ -135,6 +138,10 @@ def _cells(recipe: Recipe, seeds: list[Result]) -> list[str]:
         recipe.start, transfer, lesson, ", ".join(settings) or "-",
         f"{_mean(seeds):.2%}{spread}", highest, f"{transferred:.0%}", f"{minutes:.1f}",
     ]  # fmt: skip
+
+
+def _listed(seeds: list[Result]) -> str:
+    return ", ".join(f"{r.error:.2%}" for r in sorted(seeds, key=lambda r: r.recipe.seed))
 
 
 def _mean(seeds: list[Result]) -> float:

@@ -36,6 +36,7 @@ def test_seeds_share_a_row_and_the_best_recipe_is_on_top():
     assert rows[0] == "| refitted | hard | - | - | 9.00% | - | 100% | 2.0 |"
     assert rows[1] == "| matched | hard | - | - | 11.00% ± 1.41% (2 seeds) | - | 100% | 2.0 |"
     assert rows[2] == "| matched | hard | labels | sgd 0.02 | 20.00% | 2.00 | 100% | 2.0 |"
+    assert "`resnet20-matched-0steps-seed0` and on: 10.00%, 12.00%." in page.splitlines()
     sections = [line for line in page.splitlines() if line.startswith("##")]
     assert sections == [
         "## ResNet-20, no training",
