@@ -30,9 +30,10 @@ from transfer_surgery import (
     wrap_optimizer,
 )
 from transfer_surgery.activations import _REGISTRY, get_activation
-from transfer_surgery.gate_config import GateConfig, SiteConfig
+from transfer_surgery.gate_config import GateConfig
 from transfer_surgery.gates import _REGISTRY as _GATES
 from transfer_surgery.gates import HardConcreteGate
+from transfer_surgery.site_config import SiteConfig
 
 X = torch.linspace(-3, 3, 2 * 4).reshape(2, 4)
 

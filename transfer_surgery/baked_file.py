@@ -14,10 +14,11 @@ from torch import Tensor, nn
 from transfer_surgery.affine import AffineParameters
 from transfer_surgery.bake import bake
 from transfer_surgery.checkpoint import build_unit, describe, insert_gates, state_key
-from transfer_surgery.gate_config import GateConfig, SiteConfig
+from transfer_surgery.gate_config import GateConfig
 from transfer_surgery.gate_files import replace_file, require_safetensors
 from transfer_surgery.model_folder import load_weights, spec_from_json
 from transfer_surgery.model_spec import ModelSpec
+from transfer_surgery.site_config import SiteConfig
 from transfer_surgery.unit import gated_activations
 
 __all__ = ["load_baked", "read_baked", "save_baked"]

@@ -13,13 +13,14 @@ from torch import Tensor, nn
 
 from transfer_surgery.activations import get_activation
 from transfer_surgery.find import find_activations
-from transfer_surgery.gate_config import GateConfig, SiteConfig
+from transfer_surgery.gate_config import GateConfig
 from transfer_surgery.gate_files import GATES, read_files, require_safetensors, write_files
 from transfer_surgery.gates import make_gate
 from transfer_surgery.plan import Plan, Site
 from transfer_surgery.probe import undisturbed
 from transfer_surgery.rewrite import prepare_rewrites
 from transfer_surgery.sharding import like_shard, whole
+from transfer_surgery.site_config import SiteConfig
 from transfer_surgery.surgery import insert_units
 from transfer_surgery.unfit import refuse_unfit
 from transfer_surgery.unit import GatedActivation, gated_activations
