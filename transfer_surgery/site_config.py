@@ -105,12 +105,9 @@ class SiteConfig:
     def difference(self, here: SiteConfig) -> str:
         """In words, how the site of a model differs from this one; empty where it does not."""
         names = ["source", "target", "gate", "granularity", "shape", "noise", "temperature"]
-        names += [
-            "stretch",
-            "matched",
-            "call",
-            *(["channel_axis"] if self.granularity == "channel" else []),
-        ]
+        names += ["stretch", "matched", "call"]
+        if self.granularity == "channel":
+            names.append("channel_axis")
         pairs = [(name, getattr(self, name), getattr(here, name)) for name in names]
         return "; ".join(
             f"{name} {_words(saved)} in the checkpoint, {_words(found)} here"
