@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The best recipes of docs/pretrained.md for 30 epochs on a GPU, four side by side; what is done
+# The recipes of docs/pretrained.md for 30 epochs on a GPU, four side by side; what is done
 # already is left out.
 #     TRANSFER_SURGERY_DATA=... bash benchmarks/pretrained_gpu.sh [FOLDER]
 set -euo pipefail

@@ -61,7 +61,8 @@ def recipes(depth: int, epochs: int, seeds: int) -> Iterator[Recipe]:
             for start in ("matched", "refitted"):
                 yield Recipe(**common, start=start, weights="gradient")
             continue
-        yield Recipe(**common, start="refitted", lesson="both")
+        for start in ("matched", "refitted"):
+            yield Recipe(**common, start=start, lesson="both")
         yield Recipe(**common, start="matched", transfer="soft", lesson="both")
         for lesson in ("teacher", "both", "labels"):
             yield Recipe(**common, start="refitted", lesson=lesson, opt="adamw", lr=1e-3)
