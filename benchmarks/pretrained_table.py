@@ -39,7 +39,8 @@ rate. Errors are those of the 10,000 test images at the end, whose standard erro
 points; with several seeds mean and standard deviation, and each below. Highest loss: of the
 twentieth of the training in which the cross entropy is worst; it says how deep the valley is
 through which a transfer goes; *diverged*: the loss was not finite, which ended the training.
-Minutes are of a machine that did other work at the same time, often.
+Minutes are of a machine that did other work at the same time, often; those of
+matching are of the run that put the network into `--cache`, maybe with another number of threads.
 """
 
 
