@@ -2,6 +2,7 @@
 
     python benchmarks/pretrained.py run --start refitted
     python benchmarks/pretrained.py grid --epochs 1 | xargs -P2 -I{} sh -c '{}'
+    python benchmarks/pretrained.py grid --depth 56 --best --epochs 6 | xargs -P2 -I{} sh -c '{}'
     python benchmarks/pretrained.py table
     python benchmarks/pretrained.py swaps --epochs 1 | xargs -P2 -I{} sh -c '{}'
 
@@ -33,7 +34,7 @@ from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 from cifar_resnet import ResNet
-from pretrained_recipes import Recipe, recipes, swap_recipes
+from pretrained_recipes import Recipe, best_recipes, recipes, swap_recipes
 from pretrained_table import Result, read_results, write_table
 from pretrained_training import train
 
@@ -87,16 +88,18 @@ def run(
 @app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
 def grid(
     context: typer.Context,
-    epochs: Annotated[int, typer.Option(help="0, 1, 3 or 6.")] = 1,
+    epochs: Annotated[int, typer.Option(min=0, help="Of 390 steps each.")] = 1,
     seeds: Annotated[int, typer.Option(help="Of each recipe.")] = 1,
     depth: int = 20,
+    best: Annotated[bool, typer.Option("--best", help="Only the best, and the baseline.")] = False,
     folder: Folder = RESULTS,
 ) -> None:
     """Print the commands of recipes without a file, for ``xargs -P2 -I{} sh -c '{}'``.
 
     Other options are passed on, such as --compiled and --cache.
     """
-    print_commands(recipes(depth, epochs, seeds), folder, context.args)
+    chosen = best_recipes if best else recipes
+    print_commands(chosen(depth, epochs, seeds), folder, context.args)
 
 
 @app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
@@ -115,7 +118,7 @@ def print_commands(recipes: Iterable[Recipe], folder: Path, options: Sequence[st
         if not (folder / f"{recipe.name}.json").exists():
             own = [f"--{k} {v}" for k, v in asdict(recipe).items()]
             done = f"--threads 1 --folder {folder} {' '.join(options)}".rstrip()
-            print(f"python {sys.argv[0]} run {' '.join(own)} {done}")
+            print(f"{sys.executable} {sys.argv[0]} run {' '.join(own)} {done}")
 
 
 @app.command()

@@ -1,11 +1,15 @@
 #!/usr/bin/env bash
-# The recipes of docs/pretrained.md for 30 epochs on a GPU, four side by side; what is done
-# already is left out.
+# The recipes of docs/pretrained.md for 30 epochs on a GPU, and the best one of the deeper networks,
+# four side by side; what is done already is left out.
 #     TRANSFER_SURGERY_DATA=... bash benchmarks/pretrained_gpu.sh [FOLDER]
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 folder=${1:-docs/pretrained}
 export PYTHONPATH="$PWD"
-"${PYTHON:-python3}" benchmarks/pretrained.py grid --epochs 30 --folder "$folder" --compiled \
-  --cache "${TMPDIR:-/tmp}/matched" | xargs -P4 -I{} sh -c '{}'
-"${PYTHON:-python3}" benchmarks/pretrained.py table --folder "$folder"
+study() { "${PYTHON:-python3}" benchmarks/pretrained.py "$@" --folder "$folder"; }
+commands() { study grid --epochs 30 "$@" --compiled --cache "${TMPDIR:-/tmp}/matched"; }
+{
+  commands
+  for depth in 32 44 56; do commands --depth $depth --best; done
+} | xargs -P4 -I{} sh -c '{}'
+study table

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-__all__ = ["EPOCH", "Recipe", "recipes", "swap_recipes"]
+__all__ = ["EPOCH", "Recipe", "best_recipes", "recipes", "swap_recipes"]
 
 EPOCH = 390  # steps of 128 images
 
@@ -74,6 +74,17 @@ def recipes(depth: int, epochs: int, seeds: int) -> Iterator[Recipe]:
             yield Recipe(**common, start="matched", transfer="soft", noise=noise)
         for order in ("front_to_back", "sensitivity"):
             yield Recipe(**common, start="matched", transfer="soft", order=order)
+
+
+def best_recipes(depth: int, epochs: int, seeds: int) -> Iterator[Recipe]:
+    """The one of `recipes` with the lowest error, and the network that keeps its ReLUs."""
+    how: dict[str, Any] = {"start": "refitted"}
+    if epochs:
+        how |= {"lesson": "teacher", "opt": "adamw", "lr": 1e-3}
+    for seed in range(seeds):
+        common: dict[str, Any] = {"depth": depth, "steps": epochs * EPOCH, "seed": seed}
+        yield Recipe(**common, start="relu")
+        yield Recipe(**common, **how)
 
 
 def swap_recipes(epochs: int) -> Iterator[Recipe]:

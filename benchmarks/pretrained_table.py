@@ -91,7 +91,8 @@ def write_table(results: Iterable[Result], name: str = "pretrained") -> str:
             "error",
             "highest loss",
             "transferred",
-            "minutes",
+            "matching",
+            "training",
         ]
         parts += [_line(head), _line(["---"] * len(head))]
         for recipe, seeds in sorted(rows.items(), key=lambda row: _mean(row[1])):
@@ -127,7 +128,6 @@ def _cells(recipe: Recipe, seeds: list[Result]) -> list[str]:
     errors = [result.error for result in seeds]
     spread = f" ± {stdev(errors):.2%} ({len(errors)} seeds)" if len(errors) > 1 else ""
     transferred = mean(result.transferred for result in seeds)
-    minutes = mean(result.match_seconds + result.train_seconds for result in seeds) / 60
     lesson = recipe.lesson if recipe.steps else "-"
     losses = [loss for result in seeds for loss in result.losses]
     highest = "-"
@@ -137,8 +137,15 @@ def _cells(recipe: Recipe, seeds: list[Result]) -> list[str]:
         highest = f"{max(losses):.2f}"
     return [
         recipe.start, transfer, lesson, ", ".join(settings) or "-",
-        f"{_mean(seeds):.2%}{spread}", highest, f"{transferred:.0%}", f"{minutes:.1f}",
+        f"{_mean(seeds):.2%}{spread}", highest, f"{transferred:.0%}",
+        _minutes(result.match_seconds for result in seeds),
+        _minutes(result.train_seconds for result in seeds),
     ]  # fmt: skip
+
+
+def _minutes(seconds: Iterable[float]) -> str:
+    minutes = mean(seconds) / 60
+    return f"{minutes:.1f} min" if minutes >= 0.05 else "-"
 
 
 def _listed(seeds: list[Result]) -> str:

@@ -15,7 +15,8 @@ DOCS = Path(__file__).parents[1] / "docs"
 
 
 def result(error: float, **recipe) -> Result:
-    return Result(Recipe(**recipe), error, 1.0, 30.0, 90.0, [2.0, 1.0], "CPU")
+    trained = 90.0 if recipe.get("steps") else 0.0
+    return Result(Recipe(**recipe), error, 1.0, 30.0, trained, [2.0, 1.0], "CPU")
 
 
 @pytest.mark.parametrize("name", ["pretrained", "swaps"])
@@ -31,11 +32,14 @@ def test_files_are_named_after_what_they_hold(name):
 
 def test_seeds_share_a_row_and_the_best_recipe_is_on_top():
     several = [result(0.10, seed=0), result(0.12, seed=1), result(0.09, start="refitted")]
-    page = write_table([*several, result(0.2, steps=390), result(0.2, depth=56, steps=400)])
+    page = write_table([*several, result(0.2, steps=390), result(0.3, depth=56, steps=400)])
     rows = [line for line in page.splitlines() if line.startswith(("| matched", "| refitted"))]
-    assert rows[0] == "| refitted | hard | - | - | 9.00% | - | 100% | 2.0 |"
-    assert rows[1] == "| matched | hard | - | - | 11.00% ± 1.41% (2 seeds) | - | 100% | 2.0 |"
-    assert rows[2] == "| matched | hard | labels | sgd 0.02 | 20.00% | 2.00 | 100% | 2.0 |"
+    assert rows == [
+        "| refitted | hard | - | - | 9.00% | - | 100% | 0.5 min | - |",
+        "| matched | hard | - | - | 11.00% ± 1.41% (2 seeds) | - | 100% | 0.5 min | - |",
+        "| matched | hard | labels | sgd 0.02 | 20.00% | 2.00 | 100% | 0.5 min | 1.5 min |",
+        "| matched | hard | labels | sgd 0.02 | 30.00% | 2.00 | 100% | 0.5 min | 1.5 min |",
+    ]
     assert "`resnet20-matched-0steps-seed0` and on: 10.00%, 12.00%." in page.splitlines()
     sections = [line for line in page.splitlines() if line.startswith("##")]
     assert sections == [
@@ -47,15 +51,16 @@ def test_seeds_share_a_row_and_the_best_recipe_is_on_top():
 
 def test_a_training_that_diverged_is_named():
     page = write_table([replace(result(0.9, steps=390, lesson="both"), losses=[2.0, None])])
-    assert "| both | sgd 0.02 | 90.00% | diverged | 100% | 2.0 |" in page
+    assert "| both | sgd 0.02 | 90.00% | diverged | 100% | 0.5 min | 1.5 min |" in page
+
+
+def grid(*options):
+    command = [sys.executable, str(BENCHMARKS / "pretrained.py"), "grid", *options]
+    found = subprocess.run(command, capture_output=True, text=True, check=True)
+    return found.stdout.splitlines()
 
 
 def test_the_grid_has_each_recipe_once_and_leaves_out_what_is_done(tmp_path):
-    def grid(*options):
-        command = [sys.executable, str(BENCHMARKS / "pretrained.py"), "grid", *options]
-        found = subprocess.run(command, capture_output=True, text=True, check=True)
-        return found.stdout.splitlines()
-
     everything = grid("--epochs", "1", "--seeds", "2", "--folder", str(tmp_path))
     assert len(set(everything)) == len(everything) > 20
     assert all(" run --depth 20 " in line for line in everything)
@@ -66,6 +71,15 @@ def test_the_grid_has_each_recipe_once_and_leaves_out_what_is_done(tmp_path):
     assert "--start refitted" in gone
     assert "--lesson teacher" in gone
     assert "--seed 1" in gone
+
+
+@pytest.mark.parametrize("epochs", ["0", "2"])
+def test_the_best_recipe_and_its_baseline_are_of_the_grid(epochs, tmp_path):
+    options = ("--depth", "56", "--epochs", epochs, "--folder", str(tmp_path))
+    relu, best = grid(*options, "--best")
+    assert "--start relu" in relu
+    assert "--start refitted" in best
+    assert {relu, best} < set(grid(*options))
 
 
 @pytest.mark.slow
