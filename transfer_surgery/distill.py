@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import CosineAnnealingLR
 from torch.utils.hooks import RemovableHandle
 
-from transfer_surgery.side_by_side import call_model, logits_of, to_device_of
+from transfer_surgery.answers import log_probabilities, logits_of
+from transfer_surgery.side_by_side import call_model, to_device_of
 from transfer_surgery.unit import gated_activations
 
 __all__ = ["distill", "softened_divergence"]
@@ -39,8 +40,10 @@ def distill(
     The loss is the Kullback-Leibler divergence of the softened answers, times the square of the
     temperature (Hinton, Vinyals and Dean 2015); with `features`, plus the squared error of what
     modules inside the networks give, relative to its mean square. A few hundred steps after
-    `match_targets` and `swap_targets` are worth several epochs with labels. For other losses,
-    optimizers or schedules write the loop: there is nothing special about it.
+    `match_targets` and `swap_targets` are worth several epochs with labels. Answers are logits:
+    ``(N, classes)``, ``(N, tokens, classes)``, ``(N, classes, height, width)``; a single one is
+    that of yes against no. For regression, other losses, optimizers or schedules write the loop:
+    there is nothing special about it.
 
     Args:
         model: a converted model on its device; it is trained in training mode.
@@ -129,12 +132,11 @@ def softened_divergence(logits: Tensor, wanted: Tensor, temperature: float) -> T
     """Mean KL of softened answers, times the square of the temperature (Hinton et al. 2015).
 
     Args:
-        logits: ``(N, classes)``, of the network that learns.
+        logits: of the network that learns, of a shape that `log_probabilities` takes.
         wanted: the same, of the one that teaches.
         temperature: by which both are softened.
     """
-    now = F.log_softmax(logits / temperature, 1)
-    target = F.log_softmax(wanted / temperature, 1)
+    now, target = (log_probabilities(x, temperature) for x in (logits, wanted))
     return F.kl_div(now, target, log_target=True, reduction="batchmean") * temperature**2
 
 

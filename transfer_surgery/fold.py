@@ -14,8 +14,9 @@ from torch import Tensor, nn
 
 from transfer_surgery.activations import ActivationModule
 from transfer_surgery.affine import AffineActivation
+from transfer_surgery.answers import logits_of
 from transfer_surgery.neighbours import CONVOLUTIONS, Neighbours, find_neighbours
-from transfer_surgery.side_by_side import call_model, logits_of, prediction_mode, to_device_of
+from transfer_surgery.side_by_side import call_model, prediction_mode, to_device_of
 from transfer_surgery.surgery import share_hooks, swap_children
 from transfer_surgery.text import columns
 from transfer_surgery.unit import GatedActivation

@@ -79,7 +79,8 @@ def match_targets(
 
     Returns:
         A row per site: share of the variance that is explained, periods that the data spans, and
-        how far the outputs are from the original ones with this site and those before swapped.
+        how far the outputs, read as logits, are from the original ones with this site and those
+        before swapped.
 
     Raises:
         ValueError: the model is not converted, there are no batches, a pattern matches nothing, or

@@ -10,10 +10,10 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
+from transfer_surgery.answers import log_probabilities, logits_of
 from transfer_surgery.gates import Gate
 from transfer_surgery.unit import GatedActivation
 
@@ -21,7 +21,6 @@ __all__ = [
     "SideBySide",
     "as_batches",
     "call_model",
-    "logits_of",
     "prediction_mode",
     "to_device_of",
 ]
@@ -135,9 +134,7 @@ class SideBySide:
 
     def log_probabilities(self, batch: Any) -> Tensor:
         """The model's output read as logits, one row per answer, as logarithms of probabilities."""
-        logits = logits_of(self.run(batch)).float()
-        rows = logits.movedim(1, -1).flatten(0, -2) if logits.dim() > 1 else logits[:, None]
-        return F.log_softmax(rows, -1)
+        return log_probabilities(logits_of(self.run(batch)))
 
 
 class _EnoughError(Exception):
@@ -238,16 +235,3 @@ def call_model(model: nn.Module, batch: Any) -> Any:
     if isinstance(batch, Mapping):
         return model(**batch)
     return model(*batch) if isinstance(batch, tuple) else model(batch)
-
-
-def logits_of(output: Any) -> Tensor:
-    """The first floating tensor of an output; of one that names ``logits``, these.
-
-    Raises:
-        TypeError: there is none.
-    """
-    named = output.get("logits") if isinstance(output, Mapping) else None
-    for tensor in [named, *tree_leaves(output)]:
-        if isinstance(tensor, Tensor) and tensor.is_floating_point():
-            return tensor
-    raise TypeError(f"the model returns {type(output).__name__} without a floating tensor in it.")
