@@ -130,6 +130,9 @@ def test_wrong_arguments_are_refused():
     assert not any(m._forward_hooks for m in model.modules())
     with pytest.raises(ValueError, match="call convert"):
         distill(teacher, teacher, batches, steps=1)
+    unswapped = convert(copy.deepcopy(teacher), "sin", example_input=batches[0])
+    with pytest.raises(ValueError, match=r"call swap_targets\(model\) first"):
+        distill(unswapped, teacher, batches, steps=1)
 
 
 @pytest.mark.parametrize("gate", ["hard_concrete", "bernoulli", "line", "copy"])

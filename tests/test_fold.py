@@ -13,6 +13,8 @@ from transfer_surgery.activations import ActivationModule, get_activation
 from transfer_surgery.affine import AffineActivation, AffineParameters
 from transfer_surgery.kernels.affine import affine
 
+pytestmark = pytest.mark.filterwarnings("ignore:a gate saw fewer")  # a few images will do here
+
 
 def matched(model: nn.Module, x: torch.Tensor, target: str = "sin", **options) -> nn.Module:
     """A baked model whose matched targets have numbers far from 1, 1, 0, 0."""

@@ -131,8 +131,10 @@ def test_neither_importing_nor_reporting_needs_matplotlib_pandas_or_pyplot():
 
 
 def matched(sites: int) -> MatchReport:
-    rows = [MatchRow(f"layer{i}", "relu", "sin", 1 - i / 10, 0.5 + i, i / 2) for i in range(sites)]
-    return MatchReport((*rows, MatchRow("last", "relu", "square", None, None, None)))
+    rows = [
+        MatchRow(f"layer{i}", "relu", "sin", 1 - i / 10, 0.5 + i, i / 2, 99) for i in range(sites)
+    ]
+    return MatchReport((*rows, MatchRow("last", "relu", "square", None, None, None, None)))
 
 
 def test_matches_are_drawn_as_bars_of_three_measures():

@@ -66,8 +66,8 @@ def distill(
         The loss of each step.
 
     Raises:
-        ValueError: the model is not converted, an unknown ``train`` or module, no batches, or a
-            loss that is not finite.
+        ValueError: the model is not converted, or all its gates are at their source, an unknown
+            ``train`` or module, no batches, or a gradient that is not finite.
 
     Examples:
         >>> import copy
@@ -113,7 +113,8 @@ def distill(
             norm = nn.utils.clip_grad_norm_(trained, clip if clip > 0 else torch.inf)
             if not norm.isfinite():
                 raise ValueError(
-                    f"step {len(losses)}: the gradient is not finite; use a lower lr than {lr}."
+                    f"step {len(losses)}: the gradient is not finite; use a lower lr than {lr}, or "
+                    "look for NaN in the batches."
                 )
             optimizer.step()
             schedule.step()
@@ -182,6 +183,11 @@ def _feature_loss(model: _Outputs, teacher: _Outputs) -> Tensor:
 def _parameter_groups(model: nn.Module, train: str, weight_decay: float) -> list[dict[str, Any]]:
     """Weights, and what has no weight decay; gates are in neither."""
     units = [unit for _, unit in gated_activations(model)]
+    if all(bool((unit.gate.predict() == 1).all()) for unit in units):
+        raise ValueError(
+            "every gate is at its source, so that no target would be trained: call "
+            "swap_targets(model) first."
+        )
     gates = {p for unit in units for p in unit.gate.parameters()}
     light = [p for unit in units if unit.affine is not None for p in unit.affine.parameters()]
     light += [p for m in model.modules() if isinstance(m, _NORMS) for p in m.parameters()]

@@ -29,6 +29,7 @@ __all__ = ["match_targets"]
 
 FREQUENCIES = (0.4, 0.6, 0.8, 1.0, 1.3)
 POOR = 0.5
+FEW = 30
 
 
 def match_targets(
@@ -83,8 +84,8 @@ def match_targets(
         before swapped.
 
     Raises:
-        ValueError: the model is not converted, there are no batches, a pattern matches nothing, or
-            `weights` is none of these.
+        ValueError: the model is not converted, there are no batches or NaN in them, a pattern
+            matches nothing, or an argument is none of these.
         TypeError: the model is sharded by FSDP2. After any error the model is unchanged.
 
     Source: DESIGN section 5.
@@ -100,6 +101,13 @@ def match_targets(
     """
     if weights not in WEIGHTS:
         raise ValueError(f"weights={weights!r}: use one of {', '.join(map(str, WEIGHTS))}.")
+    if not frequencies or min(frequencies) <= 0:
+        raise ValueError(f"frequencies={frequencies}: give some, all positive, as {FREQUENCIES}.")
+    if min(min_periods, ridge, refit_ridge) < 0:
+        raise ValueError(
+            f"min_periods={min_periods}, ridge={ridge}, refit_ridge={refit_ridge}: none of them "
+            "can be negative."
+        )
     refuse_sharded(model)
     units = _without_kept(matching_units(model, include, exclude))
     networks = SideBySide(model, list(units.values()), as_batches(batches, model))
@@ -124,16 +132,27 @@ def match_targets(
     if refit and swapped:
         swap_targets(model, include=swapped)
     report = MatchReport(tuple(rows))
+    few = [row.path for row in report if row.values is not None and row.values < FEW]
+    if few:
+        warnings.warn(
+            f"a gate saw fewer than {FEW} values at {_some(few)}: that fits them and no others. "
+            "Give more examples, some hundred.",
+            MatchWarning,
+            stacklevel=2,
+        )
     poor = [row.path for row in report if row.r2 is not None and row.r2 < POOR]
     if poor:
         warnings.warn(
-            f"less than {POOR:.0%} of the variance is explained at {', '.join(poor[:5])}"
-            f"{', ...' if len(poor) > 5 else ''}: leave these sites out (exclude=), convert with a "
-            "finer granularity, or fine-tune the network.",
+            f"less than {POOR:.0%} of the variance is explained at {_some(poor)}: leave these "
+            "sites out (exclude=), convert with a finer granularity, or fine-tune the network.",
             MatchWarning,
             stacklevel=2,
         )
     return report
+
+
+def _some(paths: Sequence[str]) -> str:
+    return ", ".join(paths[:5]) + ", ..." * (len(paths) > 5)
 
 
 def _without_kept(units: dict[str, GatedActivation]) -> dict[str, GatedActivation]:
@@ -166,13 +185,18 @@ def _match(
             solution, inputs = fit_site(
                 networks, module, calls, symmetric, weights, families, ridge
             )
+            if not all(bool(p.isfinite().all()) for p in solution.parameters):
+                raise ValueError(
+                    f"{paths[module]}: NaN or infinity comes in there. Look for it in the batches; "
+                    "a network that overflows in half precision is matched in float32."
+                )
             write(module, solution)
             networks.swapped.add(module)
             yield _row(paths[module], module, solution, inputs, _divergence(networks, wanted))
         elif networks.swapped and module not in shared and refit_ridge is not None:
             refit_layer(networks, module, calls, norms.get(module), refit_ridge)
     for unit in paths.keys() - networks.swapped:
-        yield MatchRow(paths[unit], str(unit.source), str(unit.target), None, None, None)
+        yield MatchRow(paths[unit], str(unit.source), str(unit.target), None, None, None, None)
 
 
 def _row(
@@ -190,6 +214,7 @@ def _row(
         explained.item(),
         periods.item() if periodic else None,
         divergence,
+        inputs.count,
     )
 
 

@@ -15,7 +15,7 @@ __all__ = ["MatchReport", "MatchRow", "MatchWarning"]
 
 
 class MatchWarning(UserWarning):
-    """A target explains little of what its site computed."""
+    """A target explains little of what its site computed, or was fitted to very few values."""
 
 
 @dataclass(frozen=True)
@@ -32,6 +32,7 @@ class MatchRow:
             none.
         divergence: mean KL divergence of the model's outputs, read as logits, from the original
             ones on the first batch, with this site and those before swapped.
+        values: inputs that each gate was fitted to.
     """
 
     path: str
@@ -40,6 +41,7 @@ class MatchRow:
     r2: float | None
     periods: float | None
     divergence: float | None
+    values: int | None
 
 
 @dataclass(frozen=True)

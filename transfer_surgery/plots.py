@@ -123,7 +123,7 @@ def plot_match(report: MatchReport, ax: Axes | None = None) -> Axes:
 
     Examples:
         >>> from transfer_surgery.match_report import MatchRow
-        >>> ax = plot_match(MatchReport((MatchRow("act", "relu", "sin", 0.97, 0.8, 0.01),)))
+        >>> ax = plot_match(MatchReport((MatchRow("act", "relu", "sin", 0.97, 0.8, 0.01, 512),)))
         >>> [ax.get_xlabel() for ax in ax.figure.axes]
         ['R2', 'periods', 'KL']
     """

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -85,7 +86,8 @@ def sensitivity(
         A row per site, the cheapest first.
 
     Raises:
-        ValueError: the model is not converted, there are no batches, or a pattern matches nothing.
+        ValueError: the model is not converted, there are no batches, a pattern matches nothing, or
+            the outputs are not finite.
         TypeError: the model is sharded by FSDP2, or returns no floating tensor.
 
     Examples:
@@ -101,10 +103,10 @@ def sensitivity(
     refuse_sharded(model)
     units = matching_units(model, include, exclude)
     networks = SideBySide(model, list(units.values()), as_batches(batches, model))
-    # The sum over outputs of the divergence, and how many of them are answered otherwise.
-    found = {path: torch.zeros(2, dtype=torch.float64) for path in units}
     count = 0
     with prediction_mode(model):
+        # The sum over outputs of the divergence, and how many of them are answered otherwise.
+        found = {path: torch.zeros(2, dtype=torch.float64) for path in units}
         for batch in networks.batches:
             with networks.original():
                 wanted = networks.log_probabilities(batch)
@@ -119,5 +121,10 @@ def sensitivity(
     rows = []
     for path, unit in units.items():
         divergence, changed = (found[path] / count).tolist()
+        if not math.isfinite(divergence):
+            raise ValueError(
+                f"{path}: the outputs, or those of the original network, are not finite. Look for "
+                "NaN in the batches; a network that overflows in half precision needs float32."
+            )
         rows.append(SensitivityRow(path, str(unit.source), str(unit.target), divergence, changed))
     return Sensitivity(tuple(sorted(rows, key=lambda row: row.divergence)))

@@ -192,11 +192,16 @@ def _assign(values: Mapping[nn.Module, Mapping[str, Tensor]]) -> None:
 
 @contextmanager
 def prediction_mode(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode without gradients; then every module is in the mode in which it was."""
+    """Evaluation mode without gradients; then every module is in the mode in which it was.
+
+    Tensors that are made are ordinary ones also in `torch.inference_mode`, and compiled modules run
+    as written: compiled code may leave out hooks.
+    """
     modes = {module: module.training for module in model.modules()}
+    eager = torch.compiler.set_stance("force_eager")
     try:
         model.eval()
-        with torch.no_grad():
+        with torch.inference_mode(False), torch.no_grad(), eager:
             yield
     finally:
         for module, training in modes.items():
@@ -219,13 +224,17 @@ def to_device_of(model: nn.Module, batch: Any) -> Any:
     """A batch where the model's parameters are.
 
     Raises:
-        ValueError: it is a list, as a DataLoader yields images and labels, or has no tensors.
+        ValueError: it is a list, as a DataLoader yields images and labels, or has no tensors, or
+            one without examples.
     """
-    if isinstance(batch, list) or not any(isinstance(x, Tensor) for x in tree_leaves(batch)):
+    tensors = [x for x in tree_leaves(batch) if isinstance(x, Tensor)]
+    if isinstance(batch, list) or not tensors:
         raise ValueError(
             f"a batch is a {type(batch).__name__}; give tensors, tuples of arguments or dicts of "
             "keyword arguments, without labels: [images for images, _ in loader]."
         )
+    if any(x.numel() == 0 for x in tensors):
+        raise ValueError(f"a batch has no examples: shapes {[tuple(x.shape) for x in tensors]}.")
     device = next(model.parameters(), torch.zeros(())).device
     return tree_map(lambda x: x.to(device) if isinstance(x, Tensor) else x, batch)
 
