@@ -172,7 +172,7 @@ def test_targets_that_an_optimizer_does_not_know_are_an_error(how):
     model(X).sum().backward()
     optimizer.step()
     matched = model if how == "matched" else network()
-    match_targets(matched, [X], include="4")
+    match_targets(matched, [X.repeat(6, 1, 1, 1)], include="4")
     model.load_state_dict(matched.state_dict())
     before = [p.clone() for p in model.parameters()]
     with pytest.raises(RuntimeError, match=r"^4: .*: call match_targets or load_state_dict first"):

@@ -256,6 +256,7 @@ def test_a_training_that_diverges_ends_with_a_line() -> None:
     assert "is not finite (nothing was updated). Lower the learning rate" in message
 
 
+@pytest.mark.filterwarnings("ignore:a gate saw fewer than 30 values")  # of some ten pictures
 def test_targets_are_matched_to_images_of_a_folder(tmp_path: Path) -> None:
     data = pictures(tmp_path / "data", ("cat", "dog"))
     invoke("convert", "test_resnet", "--set", "num_classes=2", "--input-size", "3x32x32", "-o", "r")
