@@ -96,3 +96,15 @@ def test_of_a_compiled_model_the_same_is_found(in_place):
     assert [row.r2 for row in match_targets(compiled, [X])] == [row.r2 for row in expected]
     costs = [[row.divergence for row in sensitivity(m, [X])] for m in (compiled, plain)]
     assert costs[0] == costs[1]
+
+
+def test_afterwards_compiled_modules_are_compiled_again():
+    runs = []
+
+    def backend(graph, inputs):
+        return lambda *args: runs.append(1) or graph(*args)
+
+    layer = torch.compile(nn.Linear(4, 4), backend=backend)
+    match_targets(network(), [X])
+    layer(X)
+    assert runs == [1]

@@ -198,10 +198,9 @@ def prediction_mode(model: nn.Module) -> Iterator[None]:
     as written: compiled code may leave out hooks.
     """
     modes = {module: module.training for module in model.modules()}
-    eager = torch.compiler.set_stance("force_eager")
     try:
         model.eval()
-        with torch.inference_mode(False), torch.no_grad(), eager:
+        with torch.compiler.set_stance("force_eager"), torch.inference_mode(False), torch.no_grad():
             yield
     finally:
         for module, training in modes.items():
@@ -233,7 +232,7 @@ def to_device_of(model: nn.Module, batch: Any) -> Any:
             f"a batch is a {type(batch).__name__}; give tensors, tuples of arguments or dicts of "
             "keyword arguments, without labels: [images for images, _ in loader]."
         )
-    if any(x.numel() == 0 for x in tensors):
+    if all(x.numel() == 0 for x in tensors):
         raise ValueError(f"a batch has no examples: shapes {[tuple(x.shape) for x in tensors]}.")
     device = next(model.parameters(), torch.zeros(())).device
     return tree_map(lambda x: x.to(device) if isinstance(x, Tensor) else x, batch)
