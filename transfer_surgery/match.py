@@ -133,26 +133,20 @@ def match_targets(
         swap_targets(model, include=swapped)
     report = MatchReport(tuple(rows))
     few = [row.path for row in report if row.values is not None and row.values < FEW]
-    if few:
-        warnings.warn(
-            f"a gate saw fewer than {FEW} values at {_some(few)}: that fits them and no others. "
-            "Give more examples, some hundred.",
-            MatchWarning,
-            stacklevel=2,
-        )
     poor = [row.path for row in report if row.r2 is not None and row.r2 < POOR]
-    if poor:
-        warnings.warn(
-            f"less than {POOR:.0%} of the variance is explained at {_some(poor)}: leave these "
-            "sites out (exclude=), convert with a finer granularity, or fine-tune the network.",
-            MatchWarning,
-            stacklevel=2,
-        )
+    for paths, problem, remedy in (
+        (few, f"a gate saw fewer than {FEW} values", "give more examples, some hundred"),
+        (
+            poor,
+            f"less than {POOR:.0%} of the variance is explained",
+            "leave these sites out (exclude=), convert with a finer granularity, or fine-tune the "
+            "network",
+        ),
+    ):
+        if paths:
+            named = ", ".join(paths[:5]) + ", ..." * (len(paths) > 5)
+            warnings.warn(f"{problem} at {named}: {remedy}.", MatchWarning, stacklevel=2)
     return report
-
-
-def _some(paths: Sequence[str]) -> str:
-    return ", ".join(paths[:5]) + ", ..." * (len(paths) > 5)
 
 
 def _without_kept(units: dict[str, GatedActivation]) -> dict[str, GatedActivation]:
