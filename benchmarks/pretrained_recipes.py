@@ -77,7 +77,11 @@ def recipes(depth: int, epochs: int, seeds: int) -> Iterator[Recipe]:
 
 
 def best_recipes(depth: int, epochs: int, seeds: int) -> Iterator[Recipe]:
-    """The one of `recipes` with the lowest error, and the network that keeps its ReLUs."""
+    """README's first example, distilled without labels, and the network that keeps its ReLUs.
+
+    Of the ResNet-20's recipes it is the best one for up to three epochs; for six, labels with the
+    original's answers are as good, within the error of the test set.
+    """
     how: dict[str, Any] = {"start": "refitted"}
     if epochs:
         how |= {"lesson": "teacher", "opt": "adamw", "lr": 1e-3}
