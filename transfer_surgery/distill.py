@@ -13,7 +13,7 @@ from torch.utils.hooks import RemovableHandle
 
 from transfer_surgery.answers import log_probabilities, logits_of
 from transfer_surgery.side_by_side import call_model, to_device_of
-from transfer_surgery.unit import gated_activations
+from transfer_surgery.unit import GatedActivation, gated_activations
 
 __all__ = ["distill", "softened_divergence"]
 
@@ -84,7 +84,13 @@ def distill(
         raise ValueError(f"train={train!r}: use 'all' or 'targets'.")
     if steps < 1 or temperature <= 0:
         raise ValueError(f"steps={steps}, temperature={temperature}: both have to be positive.")
-    groups = _parameter_groups(model, train, weight_decay)
+    units = [unit for _, unit in gated_activations(model)]
+    if all(bool((unit.gate.predict() == 1).all()) for unit in units):
+        raise ValueError(
+            "every gate is at its source, so that no target would be trained: call "
+            "swap_targets(model) first."
+        )
+    groups = _parameter_groups(model, units, train, weight_decay)
     trained = [p for group in groups for p in group["params"]]
     others = {p: p.requires_grad for p in model.parameters() if p not in set(trained)}
     # The gradients of norm layers and of sinusoids are ten times those of weights: SGD with a
@@ -180,14 +186,10 @@ def _feature_loss(model: _Outputs, teacher: _Outputs) -> Tensor:
     return torch.stack(errors).mean()
 
 
-def _parameter_groups(model: nn.Module, train: str, weight_decay: float) -> list[dict[str, Any]]:
+def _parameter_groups(
+    model: nn.Module, units: Sequence[GatedActivation], train: str, weight_decay: float
+) -> list[dict[str, Any]]:
     """Weights, and what has no weight decay; gates are in neither."""
-    units = [unit for _, unit in gated_activations(model)]
-    if all(bool((unit.gate.predict() == 1).all()) for unit in units):
-        raise ValueError(
-            "every gate is at its source, so that no target would be trained: call "
-            "swap_targets(model) first."
-        )
     gates = {p for unit in units for p in unit.gate.parameters()}
     light = [p for unit in units if unit.affine is not None for p in unit.affine.parameters()]
     light += [p for m in model.modules() if isinstance(m, _NORMS) for p in m.parameters()]
