@@ -1,12 +1,13 @@
-"""Pauses, warm-up, the automatic gamma and what is said of frozen gates."""
+"""Pauses, warm-up and the automatic gamma."""
 
 import copy
-import re
 from typing import Any
 
 import pytest
 import torch
-from test_optimizer import (
+from torch import nn
+from torch.optim import LBFGS, SGD, Adam, Optimizer, lr_scheduler
+from wrapped import (
     GAMMA,
     assert_same_weights,
     log_alphas,
@@ -15,11 +16,8 @@ from test_optimizer import (
     plain,
     task,
 )
-from torch import nn
-from torch.optim import LBFGS, SGD, Adam, AdamW, Optimizer, lr_scheduler
 
 from transfer_surgery import (
-    FrozenGatesWarning,
     ScheduleEndedWarning,
     TransferRestartedWarning,
     TransferSchedule,
@@ -228,93 +226,6 @@ def test_the_automatic_gamma_is_part_of_the_checkpoint() -> None:
         plain(model, optimizer, False, step)
         plain(other, again, False, step)
     assert_same_weights(model, other, rtol=0, atol=0)
-
-
-# ---- frozen gates
-
-
-def warned(model: nn.Module, optimizer: Optimizer, steps: int = 200, scheduler: Any = None) -> str:
-    """What the one warning says that must come in the last of these steps, and in none before."""
-    for _ in range(steps - 1):
-        plain(model, optimizer, False, 0)
-        if scheduler is not None:
-            scheduler.step()
-    with pytest.warns(FrozenGatesWarning) as caught:
-        plain(model, optimizer, False, 0)
-    assert len(caught) == 1
-    assert caught[0].filename.endswith("test_optimizer.py")  # `plain` calls step
-    for _ in range(200):  # once is enough: pytest makes a second one an error
-        plain(model, optimizer, False, 0)
-    return str(caught[0].message)
-
-
-def test_gradients_below_the_eps_of_adam_are_named() -> None:
-    model = network()
-    optimizer = wrap_optimizer(AdamW(model.parameters(), eps=1e-4), model, gamma=0.1)
-    message = warned(model, optimizer)
-    assert "gradients are below the optimizer's eps" in message
-    assert "(sites " in message
-    assert "or a smaller eps" in message
-
-
-def test_gates_that_move_by_weight_decay_alone_are_named() -> None:
-    model = network()
-    optimizer = SGD(model.parameters(), lr=0.1, weight_decay=0.01)
-    message = warned(model, wrap_optimizer(optimizer, model, gamma=0.01))
-    assert "move by weight decay alone" in message
-
-
-def test_a_learning_rate_that_ended_at_0_is_named() -> None:
-    model = network(width=40)
-    for _, unit in gated_activations(model):
-        nn.init.constant_(unit.log_alpha, 4.0)
-    optimizer = SGD(model.parameters(), lr=0.05)
-    wrap_optimizer(optimizer, model, gamma=10.0)
-    scheduler = lr_scheduler.LinearLR(optimizer, 1.0, 0.0, total_iters=200)
-    message = warned(model, optimizer, 400, scheduler)
-    assert "the learning rate of the gates is 0" in message
-
-
-def test_only_the_sites_that_do_not_move_are_named() -> None:
-    model = network()
-    nn.init.constant_(model[1].log_alpha, 0.0)
-    message = warned(model, wrap_optimizer(SGD(model.parameters(), lr=0.01), model, gamma=1.0))
-    assert "(sites 3)" in message
-
-
-def test_gates_that_stay_are_seen_beside_gates_of_the_same_site_that_were_transferred() -> None:
-    model = network()
-    for _, unit in gated_activations(model):
-        nn.init.constant_(unit.log_alpha, 8.0)
-        with torch.no_grad():
-            unit.log_alpha[1:] = -30.0
-    optimizer = SGD(model.parameters(), lr=0.1, weight_decay=0.01)
-    wrap_optimizer(optimizer, model, gamma=0.1, gate_lr=0.01)
-    message = warned(model, optimizer)
-    # The transferred ones come up by weight decay: 0.6 of 30 in 200 steps.
-    assert "almost no slope where they are" in message or "weight decay alone" in message
-    assert re.search(r"log_alpha changed by 0\.\d+ at most and is 7\.\d", message)
-
-
-def test_gates_that_the_user_froze_or_that_wait_for_their_schedule_are_not_reported() -> None:
-    model = network()
-    model[1].log_alpha.requires_grad_(False)
-    nn.init.constant_(model[3].log_alpha, 0.0)
-    optimizer = wrap_optimizer(SGD(model.parameters(), lr=0.01), model, gamma=1.0)
-    for _ in range(201):
-        plain(model, optimizer, False, 0)
-    model = network()
-    optimizer = SGD(model.parameters(), lr=0.01)
-    wrap_optimizer(optimizer, model, gamma="auto", transfer=TransferSchedule(1000, start=0.5))
-    for _ in range(201):
-        plain(model, optimizer, False, 0)
-
-
-def test_an_automatic_gamma_that_cannot_keep_up_is_reported() -> None:
-    model = network()
-    optimizer = Adam(model.parameters(), lr=1e-5)
-    wrap_optimizer(optimizer, model, gamma="auto", transfer=TransferSchedule(400, start=0))
-    assert "gates are frozen" in warned(model, optimizer)
 
 
 def test_lbfgs_takes_an_automatic_gamma() -> None:

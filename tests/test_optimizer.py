@@ -5,10 +5,8 @@ The reference is the same model, trained by ``task + gamma * structural_risk`` w
 
 import copy
 import inspect
-import io
 import math
 import pickle
-import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -16,61 +14,25 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.optim import SGD, Adam, AdamW, Optimizer, RMSprop, lr_scheduler
+from wrapped import (
+    GAMMA,
+    LENGTH,
+    assert_same_weights,
+    closure,
+    closure_of,
+    log_alphas,
+    mixed_network,
+    network,
+    plain,
+    task,
+)
 
-from transfer_surgery.activations import get_activation
-from transfer_surgery.controllers import ScheduleEndedWarning
-from transfer_surgery.frozen import FrozenGatesWarning
-from transfer_surgery.gates import make_gate
 from transfer_surgery.optimizer import wrap_optimizer
 from transfer_surgery.risk import structural_risk
 from transfer_surgery.schedule import TransferSchedule
-from transfer_surgery.unit import GatedActivation, gated_activations
-
-GAMMA = 0.3
-LENGTH = TransferSchedule(20)
+from transfer_surgery.unit import gated_activations
 
 Make = Callable[[Any], Optimizer]
-
-
-def unit_of(width: int, kind: str = "hard_concrete") -> GatedActivation:
-    relu, sin = get_activation("relu"), get_activation("sin")
-    gate = make_gate(kind, (width,))
-    return GatedActivation(relu, sin, gate, granularity="channel", neurons=width)
-
-
-def network(kind: str = "hard_concrete", width: int = 6, bias: bool = True) -> nn.Sequential:
-    return nn.Sequential(
-        nn.Linear(3, width, bias=bias),
-        unit_of(width, kind),
-        nn.Linear(width, width, bias=bias),
-        unit_of(width, kind),
-        nn.Linear(width, 2, bias=bias),
-    )
-
-
-def mixed_network() -> nn.Sequential:
-    """A network whose gates are between 0 and 1, so that task and risk both have a gradient."""
-    model = network()
-    for _, unit in gated_activations(model):
-        nn.init.normal_(unit.log_alpha)
-    return model
-
-
-def log_alphas(model: nn.Module) -> Tensor:
-    units = [unit for _, unit in gated_activations(model)]
-    return torch.cat([unit.log_alpha.detach().flatten() for unit in units])
-
-
-def task(model: nn.Module, seed: int) -> Tensor:
-    """A loss on a batch of its own, with the same gate noise whenever it is computed."""
-    torch.manual_seed(seed)
-    x, y = torch.randn(16, 3), torch.randn(16, 2)
-    return nn.functional.mse_loss(model(x), y)
-
-
-def assert_same_weights(a: nn.Module, b: nn.Module, rtol: float = 2e-5, atol: float = 2e-6) -> None:
-    torch.testing.assert_close(a.state_dict(), b.state_dict(), rtol=rtol, atol=atol)
-
 
 OPTIMIZERS: dict[str, Make] = {
     "sgd": lambda p: SGD(p, lr=0.1),
@@ -90,13 +52,6 @@ OPTIMIZERS: dict[str, Make] = {
 Step = Callable[[nn.Module, Optimizer, bool, int], None]
 
 
-def plain(model: nn.Module, optimizer: Optimizer, explicit: bool, seed: int) -> None:
-    loss = task(model, seed)
-    (loss + GAMMA * structural_risk(model) if explicit else loss).backward()
-    optimizer.step()
-    optimizer.zero_grad()
-
-
 def accumulated(model: nn.Module, optimizer: Optimizer, explicit: bool, seed: int) -> None:
     for part in range(4):
         (task(model, 10 * seed + part) / 4).backward()
@@ -106,24 +61,8 @@ def accumulated(model: nn.Module, optimizer: Optimizer, explicit: bool, seed: in
     optimizer.zero_grad(set_to_none=False)
 
 
-def _closure(model: nn.Module, optimizer: Optimizer, explicit: bool, seed: int) -> Any:
-    def evaluate() -> Tensor:
-        optimizer.zero_grad()
-        loss = task(model, seed)
-        if explicit:
-            loss = loss + GAMMA * structural_risk(model)
-        loss.backward()
-        return loss
-
-    return evaluate
-
-
-def closure(model: nn.Module, optimizer: Optimizer, explicit: bool, seed: int) -> None:
-    optimizer.step(_closure(model, optimizer, explicit, seed))
-
-
 def keyword_closure(model: nn.Module, optimizer: Optimizer, explicit: bool, seed: int) -> None:
-    optimizer.step(closure=_closure(model, optimizer, explicit, seed))
+    optimizer.step(closure=closure_of(model, optimizer, explicit, seed))
 
 
 def scaled(model: nn.Module, optimizer: Optimizer, explicit: bool, seed: int) -> None:
@@ -174,7 +113,7 @@ def test_lbfgs_steps_equal_those_of_the_explicit_loss(line_search: str | None) -
     explicit = make(reference.parameters())
     for _ in range(2):
         losses = [
-            optimizer.step(_closure(net, optimizer, net is reference, 0))
+            optimizer.step(closure_of(net, optimizer, net is reference, 0))
             for net, optimizer in ((model, wrapped), (reference, explicit))
         ]
         torch.testing.assert_close(losses[0], losses[1].detach() if line_search else losses[1])
@@ -389,345 +328,3 @@ def test_a_copy_or_pickle_has_no_hooks_and_goes_on_once_it_is_wrapped_again() ->
         assert len(other.param_groups) == 2
         assert other.param_groups[-1]["lr"] == 0.5
         assert other.param_groups[-1]["transfer_step"] == 1
-
-
-# ---- transfer schedules
-
-
-@pytest.mark.parametrize("lr", [0.1, 0.01])
-@pytest.mark.parametrize("make", [SGD, Adam])
-@pytest.mark.parametrize("width", [4, 64])
-def test_gates_follow_the_schedule(make: Any, lr: float, width: int) -> None:
-    model = network(width=width)
-    schedule = TransferSchedule(60)
-    optimizer = wrap_optimizer(make(model.parameters(), lr=lr), model, transfer=schedule)
-    for step in range(1, 61):
-        if step == 7:
-            before = structural_risk(model, "mean").item()
-            assert before > 0.999  # the start is at step 6
-        plain(model, optimizer, False, step)
-        budget = schedule.budget(step)
-        if 1e-3 < budget < 1 - 1e-3:
-            assert structural_risk(model, "mean").item() == pytest.approx(budget, abs=2e-4)
-    assert all((unit.gate.predict() == 0).all() for _, unit in gated_activations(model))
-
-
-def test_lbfgs_follows_the_schedule_too() -> None:
-    model = network()
-    schedule = TransferSchedule(10, start=0)
-    optimizer = torch.optim.LBFGS(model.parameters(), max_iter=3, line_search_fn="strong_wolfe")
-    wrap_optimizer(optimizer, model, transfer=schedule)
-    for step in range(1, 7):
-        closure(model, optimizer, False, 0)
-        risk = structural_risk(model, "mean").item()
-        assert risk == pytest.approx(schedule.budget(step), abs=1e-3)
-
-
-@pytest.mark.parametrize("fraction", [0.25, 0.5, 0.9])
-def test_exactly_the_asked_share_is_transferred_and_the_others_are_kept(fraction: float) -> None:
-    model = network(width=20)
-    optimizer = Adam(model.parameters(), lr=0.05)
-    wrap_optimizer(
-        optimizer, model, transfer=TransferSchedule(40, fraction=fraction), gate_weight_decay=0.1
-    )
-    for step in range(40):
-        plain(model, optimizer, False, step)
-    z = torch.cat([unit.gate.predict() for _, unit in gated_activations(model)])
-    assert int((z == 0).sum()) == round(40 * fraction)
-    assert int((z == 1).sum()) == 40 - round(40 * fraction)
-
-
-def test_gates_that_the_user_froze_stay() -> None:
-    model = network()
-    frozen, free = (unit.gate for _, unit in gated_activations(model))
-    frozen.log_alpha.requires_grad_(False)
-    before = frozen.log_alpha.clone()
-    optimizer = SGD(model.parameters(), lr=0.1)
-    wrap_optimizer(optimizer, model, transfer=TransferSchedule(4, end=0.5))
-    for seed in range(3):
-        plain(model, optimizer, False, seed)
-    assert torch.equal(frozen.log_alpha, before)
-    assert bool((free.predict() == 0).all())
-
-
-@pytest.mark.parametrize("kind", ["line", "copy"])
-def test_a_linear_schedule_gives_the_papers_line_and_copy(kind: str) -> None:
-    model = network(kind)
-    optimizer = SGD(model.parameters(), lr=0.1)
-    schedule = TransferSchedule(10, start=0, end=1.0, shape="linear")
-    wrap_optimizer(optimizer, model, transfer=schedule)
-    for step in range(1, 11):
-        plain(model, optimizer, False, step)
-        expected = 1 - step / 10 if kind == "line" else float(step < 5)
-        for _, unit in gated_activations(model):
-            torch.testing.assert_close(unit.gate.predict(), torch.full((6,), expected))
-
-
-@pytest.mark.parametrize("kind", ["hard_concrete", "line"])
-def test_resuming_equals_never_having_stopped(kind: str) -> None:
-    def start() -> tuple[nn.Module, Optimizer, lr_scheduler.LRScheduler]:
-        torch.manual_seed(0)
-        model = network(kind)
-        optimizer = Adam(model.parameters(), lr=0.05)
-        wrap_optimizer(optimizer, model, transfer=TransferSchedule(12))
-        return model, optimizer, lr_scheduler.CosineAnnealingLR(optimizer, 12)
-
-    model, optimizer, scheduler = start()
-    for step in range(12):
-        if step == 5:
-            file = io.BytesIO()
-            torch.save([part.state_dict() for part in (model, optimizer, scheduler)], file)
-        plain(model, optimizer, False, step)
-        scheduler.step()
-
-    resumed = start()
-    file.seek(0)
-    for part, state in zip(resumed, torch.load(file, weights_only=True), strict=True):
-        part.load_state_dict(state)
-    for step in range(5, 12):
-        plain(resumed[0], resumed[1], False, step)
-        resumed[2].step()
-    assert_same_weights(model, resumed[0], rtol=0, atol=0)
-
-
-def test_the_step_travels_in_a_distributed_checkpoint() -> None:
-    state_dict = pytest.importorskip("torch.distributed.checkpoint.state_dict")
-    model = network()
-    optimizer = wrap_optimizer(Adam(model.parameters()), model, transfer=LENGTH)
-    for seed in range(5):
-        plain(model, optimizer, False, seed)
-    saved = state_dict.get_optimizer_state_dict(model, optimizer)
-    fresh = network()
-    resumed = wrap_optimizer(Adam(fresh.parameters()), fresh, transfer=LENGTH)
-    state_dict.set_optimizer_state_dict(fresh, resumed, saved)
-    assert resumed.param_groups[-1]["transfer_step"] == 5
-
-
-def test_running_past_the_end_warns_once_and_keeps_the_gates() -> None:
-    model = network()
-    schedule = TransferSchedule(3)
-    optimizer = wrap_optimizer(SGD(model.parameters(), lr=0.1), model, transfer=schedule)
-    for seed in range(3):
-        plain(model, optimizer, False, seed)
-    with pytest.warns(ScheduleEndedWarning, match=r"step 4 .* of 3 steps.*total_steps counts"):
-        plain(model, optimizer, False, 3)
-    plain(model, optimizer, False, 4)
-    assert all((unit.gate.predict() == 0).all() for _, unit in gated_activations(model))
-
-
-# ---- frozen gates and losses that are not finite
-
-
-def gates_of(model: nn.Module) -> Tensor:
-    return torch.cat([u.log_alpha.detach().clone() for _, u in gated_activations(model)])
-
-
-def test_frozen_gates_are_reported_once() -> None:
-    model = network()
-    optimizer = wrap_optimizer(SGD(model.parameters(), lr=0.01), model, gamma=1.0)
-    for _ in range(199):
-        plain(model, optimizer, False, 0)
-    message = r"gates are frozen.* 200 steps.*sites 1, 3\).*TransferSchedule.*gate_weight_decay"
-    with pytest.warns(FrozenGatesWarning, match=message):
-        plain(model, optimizer, False, 0)
-    plain(model, optimizer, False, 0)
-
-
-def test_gates_that_rest_at_the_end_of_a_cycle_are_not_reported() -> None:
-    model = network()
-    for _, unit in gated_activations(model):
-        nn.init.constant_(unit.log_alpha, 0.0)
-    optimizer = wrap_optimizer(SGD(model.parameters(), lr=0.01), model, gamma=1.5)
-    scheduler = torch.optim.lr_scheduler.CosineAnnealingWarmRestarts(optimizer, 1000)
-    for step in range(1000):
-        optimizer.step()
-        optimizer.zero_grad()
-        scheduler.step()
-        if step == 799:
-            before = gates_of(model)
-    assert (gates_of(model) - before).abs().max() < 0.05  # what would have been reported
-
-
-@pytest.mark.parametrize("start", [0.0, -8.0])
-def test_gates_that_move_or_have_been_transferred_are_not_reported(start: float) -> None:
-    model = network()
-    for _, unit in gated_activations(model):
-        nn.init.constant_(unit.log_alpha, start)
-    optimizer = wrap_optimizer(SGD(model.parameters(), lr=0.01), model, gamma=1.0)
-    for _ in range(201):
-        optimizer.step()
-        optimizer.zero_grad()
-
-
-@pytest.mark.parametrize("way", ["step", "closure"])
-@pytest.mark.parametrize("bias", [True, False])
-@pytest.mark.parametrize("how", [{"gamma": GAMMA}, {"transfer": TransferSchedule(3, start=0)}])
-def test_a_loss_that_is_not_finite_stops_before_anything_is_updated(
-    how: dict[str, Any], bias: bool, way: str
-) -> None:
-    model = network(bias=bias)
-    optimizer = wrap_optimizer(Adam(model.parameters()), model, **how)
-    before = copy.deepcopy(model)
-
-    def evaluate() -> Tensor:
-        loss = task(model, 0) * math.nan
-        loss.backward()
-        return loss
-
-    name = "0.bias" if bias else "0.weight"
-    message = rf"step 1: .* {name} is not finite \(nothing was updated\)\. Lower the learning rate"
-    given = [evaluate] if way == "closure" else []
-    if way == "step":
-        evaluate()
-    with pytest.raises(FloatingPointError, match=message):
-        optimizer.step(*given)
-    assert_same_weights(model, before, rtol=0, atol=0)
-    assert optimizer.param_groups[-1]["transfer_step"] == 0
-
-
-def test_a_trial_of_lbfgs_that_is_not_finite_says_that_the_weights_are_a_trial() -> None:
-    model = mixed_network()
-    optimizer = wrap_optimizer(torch.optim.LBFGS(model.parameters()), model, gamma=GAMMA)
-    factors = iter([1.0, math.nan])
-
-    def evaluate() -> Tensor:
-        optimizer.zero_grad()
-        loss = task(model, 0) * next(factors)
-        loss.backward()
-        return loss
-
-    with pytest.raises(FloatingPointError, match="evaluation 2 of the closure, the weights are"):
-        optimizer.step(evaluate)
-
-
-def test_large_but_finite_gradients_pass() -> None:
-    model = network()
-    optimizer = wrap_optimizer(SGD(model.parameters(), lr=0.0), model, gamma=GAMMA)
-    for p in model.parameters():
-        p.grad = torch.full_like(p, 3e38)
-    optimizer.step()
-
-
-# ---- bad input
-
-
-def refused(
-    error: type[Exception], message: str, model: nn.Module, optimizer: Any, **arguments: Any
-) -> None:
-    """Assert that wrapping fails with this message and leaves the optimizer as it was."""
-    groups = getattr(optimizer, "param_groups", [])
-    before = [{**group, "params": list(group["params"])} for group in groups]
-    with pytest.raises(error, match=message):
-        wrap_optimizer(optimizer, model, **arguments)
-    assert before == groups
-
-
-@pytest.mark.parametrize(
-    ("arguments", "error", "message"),
-    [
-        ({}, ValueError, r"exactly one of gamma= .* and transfer=TransferSchedule"),
-        ({"gamma": 1.0, "transfer": LENGTH}, ValueError, "exactly one of gamma="),
-        ({"gamma": -1.0}, ValueError, "gamma=-1.0: give a finite number"),
-        ({"gamma": math.inf}, ValueError, "gamma=inf"),
-        ({"gamma": 1.0, "reduction": "max"}, ValueError, "unknown reduction 'max'"),
-        ({"transfer": 100}, TypeError, r"transfer=100: give a TransferSchedule\(total_steps\)"),
-        ({"transfer": LENGTH, "reduction": "mean"}, ValueError, "reduction='mean' .* Leave it out"),
-        ({"gamma": 1.0, "gate_lr": -0.1}, ValueError, "gate_lr=-0.1: give a finite number"),
-        ({"gamma": 1.0, "gate_weight_decay": math.nan}, ValueError, "gate_weight_decay=nan"),
-    ],
-)
-def test_arguments_that_do_not_fit_are_errors(
-    arguments: dict[str, Any], error: type[Exception], message: str
-) -> None:
-    model = network()
-    refused(error, message, model, SGD(model.parameters(), lr=0.1), **arguments)
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        ({"gamma": 1.0}, "gates of the kind 'line' have no parameters .* transfer="),
-        ({"transfer": LENGTH, "gate_lr": 0.1}, "gate_lr: these gates have no parameters"),
-        ({"transfer": TransferSchedule(9, fraction=0.5)}, "'line' all go together: use fraction=1"),
-    ],
-)
-def test_gates_without_parameters_take_a_full_schedule_only(
-    arguments: dict[str, Any], message: str
-) -> None:
-    model = network("line")
-    refused(ValueError, message, model, SGD(model.parameters(), lr=0.1), **arguments)
-
-
-def test_optimizers_that_do_not_fit_are_errors() -> None:
-    model = network()
-    refused(ValueError, r"call convert\(model", nn.Linear(2, 2), SGD(model.parameters()), gamma=1.0)
-    refused(TypeError, "Sequential is not a torch.optim.Optimizer", model, model, gamma=1.0)
-    other = SGD(network().parameters(), lr=0.1)
-    refused(ValueError, "holds no parameter of this Sequential", model, other, gamma=1.0)
-    lbfgs = torch.optim.LBFGS(model.parameters())
-    refused(ValueError, "gate_lr: LBFGS allows only one", model, lbfgs, gamma=1.0, gate_lr=0.1)
-    rprop = torch.optim.Rprop(model.parameters())
-    message = "gate_weight_decay: Rprop has no weight_decay"
-    refused(ValueError, message, model, rprop, gamma=1.0, gate_weight_decay=0.1)
-
-
-def test_wrapping_twice_is_an_error() -> None:
-    model = network()
-    optimizer = wrap_optimizer(SGD(model.parameters(), lr=0.1), model, gamma=1.0)
-    refused(ValueError, "wrapped already.*Build a new optimizer", model, optimizer, gamma=1.0)
-
-
-@pytest.mark.parametrize("why", ["gates not held", "gate_lr"])
-def test_a_scheduler_that_was_created_before_is_an_error_where_a_group_is_needed(why: str) -> None:
-    model = network()
-    others = [p for n, p in model.named_parameters() if "log_alpha" not in n]
-    optimizer = SGD(others if why == "gates not held" else model.parameters(), lr=0.1)
-    lr_scheduler.StepLR(optimizer, 1)
-    message = "scheduler was created .* Create it after wrap_optimizer"
-    settings = {"gate_lr": 0.1} if why == "gate_lr" else {}
-    refused(ValueError, message, model, optimizer, gamma=1.0, **settings)
-
-
-@pytest.mark.parametrize("how", [{"gamma": GAMMA}, {"transfer": LENGTH}])
-def test_with_a_scheduler_that_was_created_before_gates_stay_in_their_group(
-    how: dict[str, Any],
-) -> None:
-    model = mixed_network()
-    weights = [p for n, p in model.named_parameters() if p.dim() > 1]
-    vectors = [p for n, p in model.named_parameters() if p.dim() <= 1]
-    optimizer = SGD([{"params": weights}, {"params": vectors, "lr": 0.01}], lr=0.1)
-    scheduler = lr_scheduler.StepLR(optimizer, 1)
-    reference = copy.deepcopy(model)
-    wrap_optimizer(optimizer, model, **how)
-    assert [len(group["params"]) for group in optimizer.param_groups] == [3, 5]
-    plain(model, optimizer, False, 0)
-    scheduler.step()
-    assert optimizer.param_groups[1]["transfer_step"] == 1
-    if "gamma" in how:
-        vectors = [p for n, p in reference.named_parameters() if p.dim() <= 1]
-        weights = [p for n, p in reference.named_parameters() if p.dim() > 1]
-        explicit = SGD([{"params": weights}, {"params": vectors, "lr": 0.01}], lr=0.1)
-        plain(reference, explicit, True, 0)
-        assert_same_weights(model, reference)
-
-
-def test_a_scheduler_that_was_created_before_still_works_where_no_group_is_added() -> None:
-    model = network("line")
-    optimizer = SGD(model.parameters(), lr=0.1)
-    scheduler = lr_scheduler.StepLR(optimizer, 1)
-    wrap_optimizer(optimizer, model, transfer=LENGTH)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        plain(model, optimizer, False, 0)
-        scheduler.step()
-
-
-def test_lbfgs_built_before_convert_takes_the_gates_into_its_group() -> None:
-    model = mixed_network()
-    others = [p for n, p in model.named_parameters() if "log_alpha" not in n]
-    optimizer = torch.optim.LBFGS(others, max_iter=2)
-    closure(model, optimizer, True, 0)
-    before = log_alphas(model)
-    wrap_optimizer(optimizer, model, gamma=GAMMA)
-    closure(model, optimizer, False, 0)
-    assert not torch.equal(log_alphas(model), before)

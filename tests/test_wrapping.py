@@ -7,10 +7,10 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
-from test_optimizer import log_alphas, network, plain, refused, task
 from torch import nn
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.optim import SGD, Adafactor, AdamW, Optimizer, lr_scheduler
+from wrapped import log_alphas, network, plain, refused, task
 
 from transfer_surgery import (
     TransferSchedule,
