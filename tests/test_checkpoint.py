@@ -1,18 +1,22 @@
-"""Promises of save_gates and load_gates: what was saved comes back, or nothing happens."""
+"""save_gates and load_gates: what was saved comes back, bit for bit."""
 
 import copy
 import dataclasses
-import json
-import os
-import pickle
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import timm
 import torch
 import torch.nn.functional as F
+from checkpoints import (
+    Calls,
+    WhenTraining,
+    X,
+    chain,
+    everything,
+    refuses,
+    saved,
+    spread,
+)
 from hypothesis import given
 from hypothesis import strategies as st
 from promises import Body, units
@@ -25,37 +29,12 @@ from transfer_surgery import (
     find_activations,
     load_gates,
     register_activation,
-    register_gate,
     save_gates,
     wrap_optimizer,
 )
-from transfer_surgery.activations import _REGISTRY, get_activation
+from transfer_surgery.activations import get_activation
 from transfer_surgery.gate_config import GateConfig
-from transfer_surgery.gates import _REGISTRY as _GATES
-from transfer_surgery.gates import HardConcreteGate
 from transfer_surgery.site_config import SiteConfig
-
-X = torch.linspace(-3, 3, 2 * 4).reshape(2, 4)
-
-
-class Calls(nn.Linear):
-    """Two functions in one forward: fx rewrites it."""
-
-    def __init__(self):
-        super().__init__(4, 4)
-
-    def forward(self, x):
-        x = F.relu(x)
-        return F.gelu(super().forward(x))
-
-
-class CallsOneMore(Calls):
-    """The same after an edit: what was relu_0 is relu_1 now."""
-
-    def forward(self, x):
-        x = F.relu(x + 0.5)
-        x = F.relu(x)
-        return F.gelu(nn.Linear.forward(self, x))
 
 
 class Dispatched(nn.Linear):
@@ -81,23 +60,6 @@ class TwoNames(nn.Module):
         return self.also(self.one(x))
 
 
-class WhenTraining(nn.Module):
-    """Its calls come in another order in training."""
-
-    def __init__(self):
-        super().__init__()
-        self.a, self.b = nn.Linear(4, 4), nn.Linear(4, 4)
-
-    def forward(self, x):
-        if self.training:
-            x = F.relu(self.b(x))
-        return F.relu(self.a(x))
-
-
-def chain(*middle):
-    return nn.Sequential(nn.Linear(4, 6), *(middle or (nn.ReLU(),)), nn.Linear(6, 2))
-
-
 IMAGE = torch.linspace(-2, 2, 2 * 3 * 160 * 160).reshape(2, 3, 160, 160)
 MODELS = {
     "fx": (Calls, X),
@@ -110,39 +72,6 @@ MODELS = {
     "timm resnet": (lambda: timm.create_model("test_resnet"), IMAGE),
     "timm vit": (lambda: timm.create_model("test_vit"), IMAGE),
 }
-
-
-def spread(model, seed=1):
-    """Gates everywhere between source and target."""
-    generator = torch.Generator().manual_seed(seed)
-    for unit in units(model).values():
-        for tensor in (*unit.gate.parameters(), *unit.gate.buffers()):
-            tensor.data.copy_(torch.randn(tensor.shape, generator=generator).mul(3).abs())
-    return model
-
-
-def saved(folder, model=None, **options):
-    model = convert(chain() if model is None else model, example_input=X, **options)
-    save_gates(spread(model), folder)
-    return model
-
-
-def everything(model):
-    """What must not change when a load fails: objects, classes and values."""
-    state = model.state_dict(keep_vars=True)
-    return (
-        {id(m): (type(m), list(m._modules.values())) for m in model.modules()},
-        [(name, id(tensor), tensor.detach().clone().tolist()) for name, tensor in state.items()],
-    )
-
-
-def refuses(error, match, model, folder, **options):
-    before, random = everything(model), torch.get_rng_state()
-    with pytest.raises(error, match=match) as caught:
-        load_gates(model, folder, **({"example_input": X} | options))
-    assert everything(model) == before
-    assert torch.equal(torch.get_rng_state(), random)
-    return str(caught.value)
 
 
 # --- what was saved comes back -------------------------------------------------------------------
@@ -341,351 +270,3 @@ def test_wrapped_models_have_the_paths_of_the_plain_one(wrap, tmp_path):
 def test_a_wrapped_base_model_is_refused(tmp_path):
     saved(tmp_path)
     refuses(TypeError, "before torch.compile", torch.compile(chain()), tmp_path)
-
-
-# --- sites that differ ---------------------------------------------------------------------------
-
-
-def wide():
-    return nn.Sequential(nn.Linear(4, 7), nn.ReLU(), nn.Linear(7, 2))
-
-
-def convolution():
-    return nn.Sequential(nn.Unflatten(1, (2, 2)), nn.Conv1d(2, 6, 1), nn.ReLU(), nn.Flatten())
-
-
-@pytest.mark.parametrize(
-    ("base", "message"),
-    [
-        (lambda: chain(nn.SiLU()), r"1: source relu in the checkpoint, silu here"),
-        (wide, r"1: shape \(6,\) in the checkpoint, \(7,\) here"),
-        (lambda: chain(nn.Identity()), "1: there is no such site here"),
-        (lambda: chain(nn.LeakyReLU(0.3)), r"leaky_relu\(negative_slope=0\.3\) here"),
-        (lambda: chain(nn.RReLU()), "1: .* here"),
-    ],
-)
-def test_a_base_model_with_other_sites_is_refused_and_they_are_named(base, message, tmp_path):
-    saved(tmp_path)
-    text = refuses(ValueError, message, base(), tmp_path)
-    assert "1 of the sites of this Sequential" in text
-    assert "a Sequential with 1 sites" in text
-
-
-def test_all_sites_that_differ_are_named_up_to_twenty(tmp_path):
-    saved(tmp_path, nn.Sequential(*[nn.ReLU() for _ in range(25)]))
-    model = nn.Sequential(*[nn.ReLU() if i == 3 else nn.Tanh() for i in range(25)])
-    text = refuses(ValueError, "24 of the sites", model, tmp_path)
-    assert "\n  0: " in text
-    assert "\n  3: " not in text
-    assert "... and 4 more" in text
-
-
-def test_another_axis_of_the_channels_is_refused(tmp_path):
-    class Net(nn.Module):
-        def __init__(self, axis):
-            super().__init__()
-            self.pre = nn.Conv1d(4, 4, 1) if axis == 1 else nn.Linear(4, 4)
-            self.act = nn.ReLU()
-
-        def forward(self, x):
-            return self.act(self.pre(x))
-
-    x = torch.zeros(2, 4, 4)
-    save_gates(convert(Net(1), example_input=x), tmp_path)
-    message = "act: channel_axis 1 in the checkpoint, -1 here"
-    refuses(ValueError, message, Net(-1), tmp_path, example_input=x)
-    save_gates(convert(Net(1), granularity="layer", example_input=x), tmp_path / "layer")
-    load_gates(Net(-1), tmp_path / "layer", example_input=x)
-
-
-def test_a_name_that_means_another_call_by_now_is_refused(tmp_path):
-    saved(tmp_path, Calls())
-    message = r"relu_0: call \(1, 2\) in the checkpoint, \(1, 3\) here"
-    text = refuses(ValueError, message, CallsOneMore(), tmp_path)
-    assert r"gelu_0: call (2, 2) in the checkpoint, (3, 3) here" in text
-
-
-def test_names_given_in_another_order_of_modes_are_refused(tmp_path):
-    plan = find_activations(WhenTraining(), X, modes=("train", "eval"))
-    save_gates(convert(WhenTraining(), plan=plan), tmp_path)
-    refuses(
-        ValueError, r"relu_0: call \(1, 2\) in the checkpoint, \(2, 2\)", WhenTraining(), tmp_path
-    )
-    load_gates(convert(WhenTraining(), plan=plan), tmp_path)
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"target": "cos"}, "1: target sin in the checkpoint, cos here"),
-        ({"gate": "bernoulli"}, "1: gate hard_concrete in the checkpoint, bernoulli here"),
-        ({"granularity": "layer"}, r"granularity channel .*; shape \(6,\) .*, \(1,\) here"),
-        ({"noise": "example"}, "1: noise batch in the checkpoint, example here"),
-        ({"temperature": 0.5}, "1: temperature 0.666.* 0.5 here"),
-        ({"stretch": (-0.2, 1.2)}, "1: stretch .* here"),
-    ],
-)
-def test_a_model_converted_in_another_way_is_refused(options, message, tmp_path):
-    saved(tmp_path)
-    refuses(ValueError, message, convert(chain(), example_input=X, **options), tmp_path)
-
-
-def test_a_converted_model_with_more_or_fewer_sites_is_refused(tmp_path):
-    base = chain(nn.ReLU(), nn.Linear(6, 6), nn.SiLU())
-    one, two = tmp_path / "one", tmp_path / "two"
-    model = saved(one, copy.deepcopy(base), source="silu")
-    both = saved(two, base)
-    refuses(ValueError, "1: has gates here, none in the checkpoint", both, one)
-    refuses(ValueError, "1: there is no such site here", model, two)
-
-
-# --- folders that are no checkpoints -------------------------------------------------------------
-
-
-def edit(folder, **changes):
-    file = folder / "config.json"
-    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
-
-
-def edit_site(folder, **changes):
-    site = json.loads((folder / "config.json").read_text())["sites"][0]
-    edit(folder, sites=[site | changes])
-
-
-def cut(file, length):
-    file.write_bytes(file.read_bytes()[:length])
-
-
-def foreign(folder):
-    (folder / "config.json").write_text('{"model_type": "bert"}')
-
-
-DAMAGES = {
-    "cut config": (lambda f: cut(f / "config.json", 100), "config.json is no checkpoint of gates"),
-    "empty config": (lambda f: cut(f / "config.json", 0), "config.json is no checkpoint of gates"),
-    "binary config": (
-        lambda f: (f / "config.json").write_bytes(b"\xff\xfe{}"),
-        "config.json is no",
-    ),
-    "deep config": (lambda f: (f / "config.json").write_text("[" * 100_000), "config.json is no"),
-    "a list": (lambda f: (f / "config.json").write_text("[]"), "written by another program"),
-    "another program": (foreign, "written by another program"),
-    "newer": (lambda f: edit(f, version=3), "version 3, .* reads up to 2: upgrade"),
-    "no version": (lambda f: edit(f, version=None), "its version or its list of sites is missing"),
-    "no sites": (lambda f: edit(f, sites=[]), "it has no sites"),
-    "a missing field": (
-        lambda f: edit(f, sites=[{"path": "1"}]),
-        "expected the fields path, source",
-    ),
-    "a field too many": (lambda f: edit_site(f, color="red"), "expected the fields path, source"),
-    "a wrong type": (lambda f: edit_site(f, shape=6), "site '1': shape is 6"),
-    "a wrong word": (lambda f: edit_site(f, granularity=[]), r"site '1': granularity is \[\]"),
-    "other numbers": (lambda f: edit_site(f, neurons=7), "are of different saves"),
-    "cut gates": (lambda f: cut(f / "gates.safetensors", -4), "gates.safetensors is damaged"),
-    "cut header": (lambda f: cut(f / "gates.safetensors", 20), "gates.safetensors is damaged"),
-    "empty gates": (lambda f: cut(f / "gates.safetensors", 0), "gates.safetensors is damaged"),
-}
-
-
-@pytest.mark.parametrize("damage", DAMAGES)
-@pytest.mark.parametrize("converted", [False, True], ids=["base", "converted"])
-def test_damaged_and_foreign_files_are_refused(damage, converted, tmp_path):
-    saved(tmp_path)
-    change, message = DAMAGES[damage]
-    change(tmp_path)
-    model = convert(chain(), example_input=X) if converted else chain()
-    refuses(ValueError, message, model, tmp_path)
-
-
-@pytest.mark.parametrize(
-    ("names", "message"),
-    [
-        ([], "holds no config.json.* It holds: nothing"),
-        (["adapter_config.json", "adapter_model.safetensors"], "It holds: adapter_config.json, ad"),
-        (["config.json"], "holds no gates.safetensors"),
-    ],
-)
-def test_folders_without_the_files_say_what_they_hold(names, message, tmp_path):
-    for name in names:
-        (tmp_path / name).write_text("{}")
-    refuses(FileNotFoundError, message, chain(), tmp_path)
-
-
-def test_a_missing_folder_is_refused(tmp_path):
-    refuses(FileNotFoundError, "none is no folder", chain(), tmp_path / "none")
-
-
-def test_values_that_do_not_fit_the_config_are_refused(tmp_path):
-    from safetensors import safe_open
-    from safetensors.torch import save_file
-
-    saved(tmp_path)
-    file = tmp_path / "gates.safetensors"
-    with safe_open(file, "pt") as opened:
-        metadata = opened.metadata()
-    for tensors, message in (
-        ({"1.gate.log_alpha": torch.zeros(7)}, r"log_alpha is torch.float32 of shape \(7,\); the"),
-        ({"1.gate.log_alpha": torch.zeros(6, dtype=torch.int32)}, "log_alpha is torch.int32 of"),
-        ({"2.gate.log_alpha": torch.zeros(6)}, "1.gate.log_alpha is missing; the gates"),
-        ({"1.gate.log_alpha": torch.zeros(6), "x": torch.zeros(1)}, "x is torch.* need missing"),
-    ):
-        save_file(tensors, file, metadata)
-        refuses(ValueError, message, chain(), tmp_path)
-        refuses(ValueError, message, convert(chain(), example_input=X), tmp_path)
-
-
-class Explosive:
-    def __reduce__(self):
-        return os.mkdir, ("exploded",)
-
-
-def test_a_pickle_in_disguise_is_not_unpickled(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    saved(tmp_path)
-    for name in ("gates.safetensors", "config.json"):
-        (tmp_path / name).write_bytes(pickle.dumps(Explosive()))
-        refuses(ValueError, "is damaged|is no checkpoint", chain(), tmp_path)
-    assert not Path("exploded").exists()
-
-
-def test_activations_and_gates_that_are_not_registered_are_named(tmp_path, monkeypatch):
-    @register_gate("checkpoint_gate")
-    class Mine(HardConcreteGate):
-        pass
-
-    saved(tmp_path, target="checkpoint_test(width=2.0)", gate="checkpoint_gate")
-    model = chain()
-    monkeypatch.delitem(_GATES, "checkpoint_gate")
-    refuses(ValueError, "gate 'checkpoint_gate', which .* register_gate for it", model, tmp_path)
-    monkeypatch.setitem(_GATES, "checkpoint_gate", Mine)
-    entry = _REGISTRY["checkpoint_test"]
-    monkeypatch.delitem(_REGISTRY, "checkpoint_test")
-    message = "activation 'checkpoint_test', which .* register_activation for it"
-    refuses(ValueError, message, model, tmp_path)
-    monkeypatch.setitem(_REGISTRY, "checkpoint_test", dataclasses.replace(entry, defaults={}))
-    refuses(ValueError, "'checkpoint_test' has no parameter 'width'", model, tmp_path)
-    monkeypatch.undo()
-    del _GATES["checkpoint_gate"]
-
-
-def test_gates_on_the_meta_device_are_refused(tmp_path):
-    saved(tmp_path)
-    model = convert(chain(), example_input=X).to("meta")
-    with pytest.raises(ValueError, match=r"1\.gate\.log_alpha is on the meta device"):
-        load_gates(model, tmp_path)
-
-
-# --- saving --------------------------------------------------------------------------------------
-
-
-def test_a_model_without_gates_is_not_saved(tmp_path):
-    with pytest.raises(ValueError, match=r"call convert\(model, \.\.\.\) first"):
-        save_gates(chain(), tmp_path / "new")
-    assert not (tmp_path / "new").exists()
-
-
-def test_the_config_of_another_program_is_not_overwritten(tmp_path):
-    (tmp_path / "config.json").write_text('{"model_type": "bert"}')
-    model = convert(chain(), example_input=X)
-    with pytest.raises(ValueError, match=r"another program.* into a folder of their own"):
-        save_gates(model, tmp_path)
-    assert [file.name for file in tmp_path.iterdir()] == ["config.json"]
-
-
-def test_saving_again_replaces_what_was_there(tmp_path):
-    saved(tmp_path, gate="line")
-    saved(tmp_path)
-    model = spread(convert(chain(), example_input=X), seed=2)
-    save_gates(model, tmp_path)
-    assert sorted(file.name for file in tmp_path.iterdir()) == ["config.json", "gates.safetensors"]
-    loaded = load_gates(chain(), tmp_path, example_input=X)
-    assert torch.equal(loaded[1].log_alpha, model[1].log_alpha)
-
-
-# A process with torch in it is forked for each moment at which a save can be killed: whenever it
-# opens or renames a file, and when a file has some length. Forking needs a process of one thread.
-_KILLED_SAVES = """
-import os, resource, signal, sys
-import torch
-from torch import nn
-from transfer_surgery import convert, load_gates, save_gates
-
-torch.set_num_threads(1)
-X = torch.zeros(1, 4)
-
-def base():
-    return nn.Sequential(nn.Linear(4, 6), nn.ReLU())
-
-def gates(number, target="sin"):
-    model = convert(base(), target, example_input=X)
-    model[1].log_alpha.data.fill_(number)
-    return model
-
-def kill_at(moment, folder):
-    events = 0
-    def watch(event, args):
-        nonlocal events
-        if event == "os.rename" or (event == "open" and str(args[0]).startswith(folder)):
-            events += 1
-            if events == moment:
-                os.kill(os.getpid(), signal.SIGKILL)
-    sys.addaudithook(watch)
-
-def kill_at_length(length):
-    signal.signal(signal.SIGXFSZ, signal.SIG_DFL)
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    resource.setrlimit(resource.RLIMIT_FSIZE, (length, length))
-
-def is_killed(target, kill, moment):
-    folder = os.path.join(sys.argv[1], f"{target} {kill.__name__} {moment}")
-    save_gates(gates(1.0), folder)
-    process = os.fork()
-    if process == 0:
-        kill(moment, folder) if kill is kill_at else kill(moment)
-        save_gates(gates(2.0, target), folder)
-        os._exit(0)
-    _, status = os.waitpid(process, 0)
-    try:
-        unit = load_gates(base(), folder, X)[1]
-        print(target, unit.target, unit.log_alpha.unique().item())
-    except ValueError as error:
-        assert "are of different saves" in str(error), error
-        print(target, "refused")
-    return os.WIFSIGNALED(status)
-
-for target in ("sin", "cos"):
-    for length in range(0, 800, 100):
-        is_killed(target, kill_at_length, length)
-    moment = 1
-    while is_killed(target, kill_at, moment):
-        moment += 1
-"""
-
-
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="forks")
-def test_a_save_killed_at_any_moment_leaves_the_old_or_the_new_gates(tmp_path):
-    command = [sys.executable, "-W", "ignore", "-c", _KILLED_SAVES, str(tmp_path)]
-    done = subprocess.run(command, check=True, capture_output=True, text=True)
-    lines = [line.split(maxsplit=1) for line in done.stdout.splitlines()]
-    same, other = ([state for to, state in lines if to == target] for target in ("sin", "cos"))
-    assert same[0] == other[0] == "sin 1.0"
-    assert set(same) == {"sin 1.0", "sin 2.0"}
-    assert set(other) == {"sin 1.0", "refused", "cos 2.0"}
-    assert same[-1] == "sin 2.0"
-    assert other[-1] == "cos 2.0"
-
-
-# --- safetensors is optional ---------------------------------------------------------------------
-
-
-def test_without_safetensors_the_message_says_how_to_get_it(tmp_path, monkeypatch):
-    model = convert(chain(), example_input=X)
-    monkeypatch.setitem(sys.modules, "safetensors.torch", None)
-    for call in (save_gates, load_gates):
-        with pytest.raises(ImportError, match=r"pip install 'transfer-surgery\[checkpoints\]'"):
-            call(model, tmp_path)
-
-
-def test_importing_the_package_does_not_need_safetensors():
-    code = "import sys, transfer_surgery; assert 'safetensors' not in sys.modules"
-    subprocess.run([sys.executable, "-c", code], check=True)
