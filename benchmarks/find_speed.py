@@ -13,6 +13,7 @@ import subprocess
 import sys
 import time
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -65,10 +66,7 @@ def _measure(name: str, threads: int) -> dict[str, Any]:
     model = build(name)
     size = timm.get_pretrained_cfg(name.partition(":")[2]).input_size
     images = torch.randn(EXAMPLES, *size)
-    CLEAR.write_text("5")  # the peak starts anew, from what is resident now
-    before, start = _peak_mib(), time.perf_counter()
-    plan = find_activations(model, images)
-    find, grown = time.perf_counter() - start, _peak_mib() - before
+    plan, find, grown = observed(lambda: find_activations(model, images))
     with torch.no_grad():
         model(images)  # the first forward also prepares kernels
         start = time.perf_counter()
@@ -81,6 +79,14 @@ def _measure(name: str, threads: int) -> dict[str, Any]:
         "find_mib": grown,
         "outputs_mib": _output_bytes(model, images) / 2**20,
     }
+
+
+def observed(run: Callable[[], Any]) -> tuple[Any, float, float]:
+    """The result, the seconds, and by how many MiB the process's peak rises."""
+    CLEAR.write_text("5")  # the peak starts anew, from what is resident now
+    before, start = _peak_mib(), time.perf_counter()
+    result = run()
+    return result, time.perf_counter() - start, _peak_mib() - before
 
 
 def _peak_mib() -> float:
