@@ -6,13 +6,14 @@ import torch.nn.functional as F
 from promises import units
 from torch import nn
 
-from transfer_surgery import (
-    convert,
-    load_gates,
-    save_gates,
-)
+from transfer_surgery import convert, load_gates, register_activation, save_gates
 
 X = torch.linspace(-3, 3, 2 * 4).reshape(2, 4)
+
+
+@register_activation("checkpoint_test")
+def _registered(x, width=1.0, mode="plain", limits=(0, 1), top=float("inf")):
+    return torch.exp(-((x / width) ** 2)).clamp(max=top)
 
 
 class Calls(nn.Linear):

@@ -7,16 +7,7 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
-from checkpoints import (
-    Calls,
-    WhenTraining,
-    X,
-    chain,
-    everything,
-    refuses,
-    saved,
-    spread,
-)
+from checkpoints import Calls, WhenTraining, X, chain, everything, refuses, saved, spread
 from hypothesis import given
 from hypothesis import strategies as st
 from promises import Body, units
@@ -28,7 +19,6 @@ from transfer_surgery import (
     convert,
     find_activations,
     load_gates,
-    register_activation,
     save_gates,
     wrap_optimizer,
 )
@@ -139,11 +129,6 @@ def test_sites_that_were_not_converted_are_left_alone(tmp_path):
     loaded = load_gates(base, tmp_path, example_input=X)
     assert list(units(loaded)) == ["3"]
     assert type(loaded[1]) is nn.ReLU
-
-
-@register_activation("checkpoint_test")
-def _registered(x, width=1.0, mode="plain", limits=(0, 1), top=float("inf")):
-    return torch.exp(-((x / width) ** 2)).clamp(max=top)
 
 
 @pytest.mark.parametrize(

@@ -9,24 +9,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from checkpoints import (
-    Calls,
-    CallsOneMore,
-    WhenTraining,
-    X,
-    chain,
-    refuses,
-    saved,
-)
+from checkpoints import Calls, CallsOneMore, WhenTraining, X, chain, refuses, saved
 from torch import nn
 
-from transfer_surgery import (
-    convert,
-    find_activations,
-    load_gates,
-    register_gate,
-    save_gates,
-)
+from transfer_surgery import convert, find_activations, load_gates, register_gate, save_gates
 from transfer_surgery.activations import _REGISTRY
 from transfer_surgery.gates import _REGISTRY as _GATES
 from transfer_surgery.gates import HardConcreteGate

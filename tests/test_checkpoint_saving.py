@@ -8,11 +8,7 @@ import pytest
 import torch
 from checkpoints import X, chain, saved, spread
 
-from transfer_surgery import (
-    convert,
-    load_gates,
-    save_gates,
-)
+from transfer_surgery import convert, load_gates, save_gates
 
 
 def test_a_model_without_gates_is_not_saved(tmp_path):

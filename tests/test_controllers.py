@@ -7,15 +7,7 @@ import pytest
 import torch
 from torch import nn
 from torch.optim import LBFGS, SGD, Adam, Optimizer, lr_scheduler
-from wrapped import (
-    GAMMA,
-    assert_same_weights,
-    log_alphas,
-    mixed_network,
-    network,
-    plain,
-    task,
-)
+from wrapped import GAMMA, assert_same_weights, log_alphas, mixed_network, network, plain, task
 
 from transfer_surgery import (
     ScheduleEndedWarning,

@@ -9,15 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.optim import SGD, Adam, AdamW, Optimizer, lr_scheduler
-from wrapped import (
-    GAMMA,
-    assert_same_weights,
-    log_alphas,
-    mixed_network,
-    network,
-    plain,
-    task,
-)
+from wrapped import GAMMA, assert_same_weights, log_alphas, mixed_network, network, plain, task
 
 from transfer_surgery.frozen import FrozenGatesWarning
 from transfer_surgery.optimizer import wrap_optimizer

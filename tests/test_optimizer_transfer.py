@@ -7,13 +7,7 @@ import pytest
 import torch
 from torch import nn
 from torch.optim import SGD, Adam, Optimizer, lr_scheduler
-from wrapped import (
-    LENGTH,
-    assert_same_weights,
-    closure,
-    network,
-    plain,
-)
+from wrapped import LENGTH, assert_same_weights, closure, network, plain
 
 from transfer_surgery.controllers import ScheduleEndedWarning
 from transfer_surgery.optimizer import wrap_optimizer
