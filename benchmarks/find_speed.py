@@ -9,17 +9,13 @@ forward pass take: the search runs on fake tensors, which have shapes but no mem
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
-import time
 import warnings
-from collections.abc import Callable
-from pathlib import Path
 from typing import Annotated, Any
 
 import timm
 import torch
 import typer
+from own_process import in_a_process, observed
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
@@ -30,7 +26,6 @@ from transfer_surgery import find_activations
 # resnetrs420 has the most activations of all models in both zoos, 699.
 MODELS = ["timm:resnet50", "timm:resnetrs420"]
 EXAMPLES = 2
-CLEAR, STATUS = Path("/proc/self/clear_refs"), Path("/proc/self/status")
 
 
 def main(
@@ -48,17 +43,12 @@ def main(
     for header in ("sites", "find, s", "forward, s", "ratio", "find, MiB", "outputs, MiB"):
         table.add_column(header, justify="right")
     for name in models or MODELS:
-        found = _in_a_process(name, threads)
+        found = in_a_process(__file__, "--measure", name, "--threads", threads)
         times = found["find"], found["forward"], found["find"] / found["forward"]
         memory = found["find_mib"], found["outputs_mib"]
         row = [*(f"{value:.2f}" for value in times), *(f"{value:,.0f}" for value in memory)]
         table.add_row(name, str(found["sites"]), *row)
     Console().print(table)
-
-
-def _in_a_process(name: str, threads: int) -> dict[str, Any]:
-    command = [sys.executable, __file__, "--measure", name, "--threads", str(threads)]
-    return dict(json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout))
 
 
 def _measure(name: str, threads: int) -> dict[str, Any]:
@@ -69,9 +59,7 @@ def _measure(name: str, threads: int) -> dict[str, Any]:
     plan, find, grown = observed(lambda: find_activations(model, images))
     with torch.no_grad():
         model(images)  # the first forward also prepares kernels
-        start = time.perf_counter()
-        model(images)
-        forward = time.perf_counter() - start
+        _, forward, _ = observed(lambda: model(images))
     return {
         "sites": sum("eval" in site.modes for site in plan),
         "find": find,
@@ -79,19 +67,6 @@ def _measure(name: str, threads: int) -> dict[str, Any]:
         "find_mib": grown,
         "outputs_mib": _output_bytes(model, images) / 2**20,
     }
-
-
-def observed(run: Callable[[], Any]) -> tuple[Any, float, float]:
-    """The result, the seconds, and by how many MiB the process's peak rises."""
-    CLEAR.write_text("5")  # the peak starts anew, from what is resident now
-    before, start = _peak_mib(), time.perf_counter()
-    result = run()
-    return result, time.perf_counter() - start, _peak_mib() - before
-
-
-def _peak_mib() -> float:
-    (line,) = (line for line in STATUS.read_text().splitlines() if line.startswith("VmHWM"))
-    return int(line.split()[1]) / 2**10
 
 
 @torch.no_grad()

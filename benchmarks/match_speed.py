@@ -2,22 +2,20 @@
 
     python benchmarks/match_speed.py
 
-Time grows with the images and with the square of the depth, memory with neither: sums are kept, no
-activations. Each row is a process of its own; Linux only.
+Memory should not grow with the images: sums are kept, no activations. Each row is a process of its
+own; Linux only.
 """
 
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 import warnings
 from typing import Annotated, Any
 
 import timm
 import torch
 import typer
-from find_speed import observed
+from own_process import in_a_process, observed
 from rich.console import Console
 from rich.table import Table
 
@@ -45,10 +43,8 @@ def main(
         table.add_column(head, justify="left" if head == "how" else "right")
     for how in ("match", "refit"):
         for number in numbers:
-            command = [sys.executable, __file__, "--measure", how, "--threads", str(threads)]
-            command += ["--model", model, "--image-size", str(image_size), "--images", str(number)]
-            done = subprocess.run(command, check=True, stdout=subprocess.PIPE)
-            found = json.loads(done.stdout)
+            options = ("--model", model, "--image-size", image_size, "--images", number)
+            found = in_a_process(__file__, "--measure", how, "--threads", threads, *options)
             row = [f"{number:,}", str(found["sites"]), f"{found['seconds']:.1f}"]
             row += [f"{found['seconds'] / found['forward']:.0f}"]
             row += [f"{found['mib']:,.0f}", f"{found['largest_mib']:,.0f}"]
@@ -78,7 +74,8 @@ def _measure(name: str, size: int, number: int, refit: bool, threads: int) -> di
 
     convert(model, "sin")
     handles = [unit.register_forward_pre_hook(see) for _, unit in gated_activations(model)]
-    forward()  # also prepares kernels
+    with torch.no_grad():
+        model(batches[0])  # also prepares kernels
     for handle in handles:
         handle.remove()
     _, pass_seconds, _ = observed(forward)

@@ -1,0 +1,34 @@
+"""Measurements in processes of their own: seconds, and by how much the peak of memory rises."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+__all__ = ["in_a_process", "observed"]
+
+CLEAR, STATUS = Path("/proc/self/clear_refs"), Path("/proc/self/status")
+
+
+def in_a_process(program: str, *options: object) -> dict[str, Any]:
+    """Run a program, which prints its result as JSON."""
+    command = [sys.executable, program, *map(str, options)]
+    return dict(json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout))
+
+
+def observed(run: Callable[[], Any]) -> tuple[Any, float, float]:
+    """The result, the seconds, and by how many MiB the process's peak rises. Linux only."""
+    CLEAR.write_text("5")  # the peak starts anew, from what is resident now
+    before, start = _peak_mib(), time.perf_counter()
+    result = run()
+    return result, time.perf_counter() - start, _peak_mib() - before
+
+
+def _peak_mib() -> float:
+    (line,) = (line for line in STATUS.read_text().splitlines() if line.startswith("VmHWM"))
+    return int(line.split()[1]) / 2**10
