@@ -38,9 +38,9 @@ clipped at 2; weight decay 1e-4 where there are labels. Settings: optimizer and 
 rate. Errors are those of the 10,000 test images at the end, whose standard error is about 0.3
 points; with several seeds mean and standard deviation, and each below. Recipes and their settings
 were compared on these images, no others were held out: the best of many rows is a little too good.
-Highest loss: of the
-twentieth of the training in which the cross entropy is worst; it says how deep the valley is
-through which a transfer goes; *diverged*: the loss was not finite, which ended the training.
+Highest loss: of the twentieth of the training in which the cross entropy is worst; it says how deep
+the valley is through which a transfer goes; *diverged*: the loss was not finite, which ended the
+training.
 Minutes are of a machine that did other work at the same time, often; those of
 matching are of the run that put the network into `--cache`, maybe with another number of threads.
 """
