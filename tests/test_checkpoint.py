@@ -7,7 +7,17 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
-from checkpoints import Calls, WhenTraining, X, chain, everything, refuses, saved, spread
+from checkpoints import (
+    Calls,
+    WhenTraining,
+    X,
+    chain,
+    everything,
+    refuses,
+    register_bump,
+    saved,
+    spread,
+)
 from hypothesis import given
 from hypothesis import strategies as st
 from promises import Body, units
@@ -137,11 +147,12 @@ def test_sites_that_were_not_converted_are_left_alone(tmp_path):
         "snake(a=0.1)",
         "polynomial(a=1e-07, b=-3, c=0.30000000000000004)",
         "clamp(min=-1e999, max=2.5)",
-        "checkpoint_test(width=0.7, mode='a (b) \\'c\\'', limits=(1, -2), top=3)",
+        "bump(width=0.7, mode='a (b) \\'c\\'', limits=(1, -2), top=3)",
         "silu(written='x * sigmoid(x)')",
     ],
 )
-def test_activations_with_parameters_come_back_as_they_were(target, tmp_path):
+def test_activations_with_parameters_come_back_as_they_were(target, tmp_path, monkeypatch):
+    register_bump(monkeypatch)
     model = saved(tmp_path, target=target)
     assert load_gates(chain(), tmp_path, example_input=X)[1].target == model[1].target
 

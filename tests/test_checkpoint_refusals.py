@@ -9,13 +9,18 @@ from pathlib import Path
 
 import pytest
 import torch
-from checkpoints import Calls, CallsOneMore, WhenTraining, X, chain, refuses, saved
+from checkpoints import Calls, CallsOneMore, WhenTraining, X, chain, refuses, register_bump, saved
 from torch import nn
 
-from transfer_surgery import convert, find_activations, load_gates, register_gate, save_gates
-from transfer_surgery.activations import _REGISTRY
-from transfer_surgery.gates import _REGISTRY as _GATES
-from transfer_surgery.gates import HardConcreteGate
+from transfer_surgery import (
+    activations,
+    convert,
+    find_activations,
+    gates,
+    load_gates,
+    register_gate,
+    save_gates,
+)
 
 # --- sites that differ ---------------------------------------------------------------------------
 
@@ -223,23 +228,24 @@ def test_a_pickle_in_disguise_is_not_unpickled(tmp_path, monkeypatch):
 
 
 def test_activations_and_gates_that_are_not_registered_are_named(tmp_path, monkeypatch):
+    register_bump(monkeypatch)
+    monkeypatch.setattr(gates, "_REGISTRY", dict(gates._REGISTRY))
+
     @register_gate("checkpoint_gate")
-    class Mine(HardConcreteGate):
+    class Mine(gates.HardConcreteGate):
         pass
 
-    saved(tmp_path, target="checkpoint_test(width=2.0)", gate="checkpoint_gate")
+    saved(tmp_path, target="bump(width=2.0)", gate="checkpoint_gate")
     model = chain()
-    monkeypatch.delitem(_GATES, "checkpoint_gate")
+    monkeypatch.delitem(gates._REGISTRY, "checkpoint_gate")
     refuses(ValueError, "gate 'checkpoint_gate', which .* register_gate for it", model, tmp_path)
-    monkeypatch.setitem(_GATES, "checkpoint_gate", Mine)
-    entry = _REGISTRY["checkpoint_test"]
-    monkeypatch.delitem(_REGISTRY, "checkpoint_test")
-    message = "activation 'checkpoint_test', which .* register_activation for it"
+    monkeypatch.setitem(gates._REGISTRY, "checkpoint_gate", Mine)
+    entry = activations._REGISTRY["bump"]
+    monkeypatch.delitem(activations._REGISTRY, "bump")
+    message = "activation 'bump', which .* register_activation for it"
     refuses(ValueError, message, model, tmp_path)
-    monkeypatch.setitem(_REGISTRY, "checkpoint_test", dataclasses.replace(entry, defaults={}))
-    refuses(ValueError, "'checkpoint_test' has no parameter 'width'", model, tmp_path)
-    monkeypatch.undo()
-    del _GATES["checkpoint_gate"]
+    monkeypatch.setitem(activations._REGISTRY, "bump", dataclasses.replace(entry, defaults={}))
+    refuses(ValueError, "'bump' has no parameter 'width'", model, tmp_path)
 
 
 def test_gates_on_the_meta_device_are_refused(tmp_path):
