@@ -52,6 +52,17 @@ def test_sites_that_were_transferred_already_count_as_original():
     assert sensitivity(swap_targets(model), [X]).rows == rows
 
 
+def test_rounding_puts_no_divergence_below_zero():
+    model = network()
+    with torch.no_grad():
+        model[-1].weight.mul_(1e-4)
+    convert(model, example_input=X)
+    for x in X.split(1):
+        assert min(row.divergence for row in sensitivity(model, [x])) >= 0
+    for x in X.split(50):
+        assert min(row.divergence for row in match_targets(copy.deepcopy(model), [x])) >= 0
+
+
 def test_the_cheapest_site_is_transferred_first():
     model = convert(network(), example_input=X)
     match_targets(model, [X])

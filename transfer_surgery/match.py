@@ -216,7 +216,8 @@ def _divergence(networks: SideBySide, wanted: Tensor) -> float:
     """Mean KL divergence of the first batch's outputs, read as logits, from the original ones."""
     with networks.matched():
         now = networks.log_probabilities(networks.batches[0])
-    return F.kl_div(now, wanted, log_target=True, reduction="batchmean").item()
+    # Rounding can put it below zero, which no divergence is.
+    return F.kl_div(now, wanted, log_target=True, reduction="batchmean").clamp_min(0).item()
 
 
 def _copy(unit: GatedActivation) -> dict[str, Tensor] | None:

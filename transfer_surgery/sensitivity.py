@@ -115,7 +115,8 @@ def sensitivity(
                 networks.swapped = {unit}
                 with networks.original(), networks.matched():
                     now = networks.log_probabilities(batch)
-                kl = F.kl_div(now, wanted, log_target=True, reduction="sum")
+                # Rounding can put it below zero, which no divergence is.
+                kl = F.kl_div(now, wanted, log_target=True, reduction="sum").clamp_min(0)
                 changed = (now.argmax(1) != wanted.argmax(1)).sum()
                 found[path] += torch.stack([kl.double(), changed.double()]).cpu()
     rows = []
