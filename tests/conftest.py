@@ -18,6 +18,8 @@ import torch
 # Triton reads it when it is imported, which torch puts off: without a GPU its kernels run in numpy.
 os.environ.setdefault("TRITON_INTERPRET", "0" if torch.cuda.is_available() else "1")
 
+from transfer_surgery import activations
+
 if "PYTEST_XDIST_WORKER" in os.environ:
     torch.set_num_threads(1)
 
@@ -51,6 +53,13 @@ hypothesis.settings.load_profile("project")
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def own_registry(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A registry of its own, so that a test's activations do not outlive it."""
+    monkeypatch.setattr(activations, "_REGISTRY", dict(activations._REGISTRY))
+    monkeypatch.setattr(activations, "_CALLS", dict(activations._CALLS))
 
 
 @pytest.fixture(scope="session")

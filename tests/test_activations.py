@@ -9,7 +9,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from transfer_surgery import activations
 from transfer_surgery.activations import (
     Activation,
     ActivationModule,
@@ -116,13 +115,6 @@ NATIVE = {
 }
 
 
-@pytest.fixture
-def empty_registry(monkeypatch):
-    """A registry of its own, so that a test's activations do not outlive it."""
-    monkeypatch.setattr(activations, "_REGISTRY", dict(activations._REGISTRY))
-    monkeypatch.setattr(activations, "_CALLS", dict(activations._CALLS))
-
-
 def _smooth_points(kinks: list[float]) -> np.ndarray:
     x = np.linspace(-8, 25, 700)
     return x[np.all([np.abs(x - kink) > 1e-3 for kink in kinks], axis=0)] if kinks else x
@@ -207,7 +199,7 @@ def test_the_default_polynomial_meets_relu_at_minus_two_zero_and_two():
 # --- the registry ------------------------------------------------------------------------------
 
 
-@pytest.mark.usefixtures("empty_registry")
+@pytest.mark.usefixtures("own_registry")
 def test_a_third_party_registers_a_function_and_gets_its_derivative_by_autodiff():
     def my_op(x: Tensor, width: float = 1.0, inplace: bool = False) -> Tensor:
         return torch.exp(-((x / width) ** 2))
@@ -226,7 +218,7 @@ def test_a_third_party_registers_a_function_and_gets_its_derivative_by_autodiff(
     assert recognise(my_op, (x, 2.0, True), {}) == (activation, x, True, ())
 
 
-@pytest.mark.usefixtures("empty_registry")
+@pytest.mark.usefixtures("own_registry")
 def test_a_third_party_backward_is_used_where_it_is_given():
     @register_activation("step", backward=lambda g, x: g * 7)
     def step(x: Tensor) -> Tensor:
@@ -240,7 +232,7 @@ def test_a_name_is_registered_once():
         register_activation("relu")
 
 
-@pytest.mark.usefixtures("empty_registry")
+@pytest.mark.usefixtures("own_registry")
 def test_a_parameter_needs_a_default():
     with pytest.raises(ValueError, match="give parameter 'scale' a default value"):
 

@@ -151,8 +151,8 @@ def test_sites_that_were_not_converted_are_left_alone(tmp_path):
         "silu(written='x * sigmoid(x)')",
     ],
 )
-def test_activations_with_parameters_come_back_as_they_were(target, tmp_path, monkeypatch):
-    register_bump(monkeypatch)
+def test_activations_with_parameters_come_back_as_they_were(target, tmp_path, own_registry):
+    register_bump()
     model = saved(tmp_path, target=target)
     assert load_gates(chain(), tmp_path, example_input=X)[1].target == model[1].target
 

@@ -227,8 +227,10 @@ def test_a_pickle_in_disguise_is_not_unpickled(tmp_path, monkeypatch):
     assert not Path("exploded").exists()
 
 
-def test_activations_and_gates_that_are_not_registered_are_named(tmp_path, monkeypatch):
-    register_bump(monkeypatch)
+def test_activations_and_gates_that_are_not_registered_are_named(
+    tmp_path, monkeypatch, own_registry
+):
+    register_bump()
     monkeypatch.setattr(gates, "_REGISTRY", dict(gates._REGISTRY))
 
     @register_gate("checkpoint_gate")

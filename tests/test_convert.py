@@ -474,15 +474,18 @@ def test_a_plan_filtered_to_one_of_two_owners_leaves_the_other_one_alone() -> No
 # ---- modules of registered activations, which torch has no call for
 
 
-@register_activation("several_calls")
-def _several_calls(x, width=1.0):
-    return torch.relu(x) * torch.sigmoid(x / width) - F.silu(x)
+@pytest.fixture
+def several_calls(own_registry):
+    @register_activation("several_calls")
+    def several_calls(x, width=1.0):
+        return torch.relu(x) * torch.sigmoid(x / width) - F.silu(x)
 
 
 # clamp is a bound of something, not hidden, until the user says otherwise.
 NO_SOURCE = {"clamp"} | {n for n in registered_activations() if get_activation(n).operands}
 REGISTERED = [name for name in registered_activations() if name not in NO_SOURCE]
-SOURCES = [*REGISTERED, "snake(a=0.5)", "leaky_relu(negative_slope=0.2)", "several_calls(width=2)"]
+WITH_PARAMETERS = ["snake(a=0.5)", "leaky_relu(negative_slope=0.2)", "several_calls(width=2)"]
+SOURCES = [*REGISTERED, *WITH_PARAMETERS, "several_calls"]
 
 
 def _around(name):
@@ -490,6 +493,7 @@ def _around(name):
 
 
 @pytest.mark.parametrize("name", SOURCES)
+@pytest.mark.usefixtures("several_calls")
 @torch.no_grad()
 def test_a_module_of_any_registered_activation_is_one_site_of_that_very_activation(name):
     network = _around(name)
