@@ -29,14 +29,8 @@ from torch import Tensor, nn
 from torch.optim import SGD, Adam, AdamW, Optimizer
 from torch.optim.lr_scheduler import CosineAnnealingLR, LRScheduler
 
-from transfer_surgery import (
-    FrozenGatesWarning,
-    TransferSchedule,
-    convert,
-    report,
-    wrap_optimizer,
-)
-from transfer_surgery.unit import gated_activations
+from transfer_surgery import FrozenGatesWarning, TransferSchedule, convert, report, wrap_optimizer
+from transfer_surgery.units import gated_activations
 
 MODELS: dict[str, dict[str, Any]] = {
     "resnet10t": {},

@@ -36,8 +36,8 @@ from transfer_surgery import (
     match_targets,
     swap_targets,
 )
-from transfer_surgery.finetune.images import Look, MemoryLoader
-from transfer_surgery.finetune.training import Machine, predict
+from transfer_surgery.cli.finetuning.images import Look, MemoryLoader
+from transfer_surgery.cli.finetuning.training import Machine, predict
 from transfer_surgery.reproduce.images import load_mnist
 
 BATCH = 128

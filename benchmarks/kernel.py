@@ -19,7 +19,7 @@ import typer
 from rich.console import Console
 from torch import Tensor
 
-from transfer_surgery.activations import get_activation
+from transfer_surgery import get_activation
 
 console = Console()
 NOTE = (
@@ -106,7 +106,7 @@ def _functions(
     target: str,
     matched: bool,
 ) -> tuple[Callable[[], object], Callable[[], object]]:
-    from transfer_surgery.kernels.triton_op import gated_triton
+    from transfer_surgery.units.kernels.triton.op import gated_triton
 
     shape = {"layer": (1,), "channel": (x.shape[axis],), "neuron": x.shape[1:]}[granularity]
     mean, spread = phase

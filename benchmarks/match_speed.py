@@ -20,7 +20,7 @@ from rich.console import Console
 from rich.table import Table
 
 from transfer_surgery import MatchWarning, convert, match_targets
-from transfer_surgery.unit import gated_activations
+from transfer_surgery.units import gated_activations
 
 BATCH = 64
 

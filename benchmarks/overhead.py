@@ -26,10 +26,10 @@ from variants import new_model
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 from transfer_surgery import TransferSchedule, convert, wrap_optimizer
-from transfer_surgery.controllers import Projection
-from transfer_surgery.finetune.training import Machine
-from transfer_surgery.risk import add_risk_gradient
-from transfer_surgery.unit import gated_activations
+from transfer_surgery.cli.finetuning.training import Machine
+from transfer_surgery.transfer.controllers import Projection
+from transfer_surgery.transfer.risk import add_risk_gradient
+from transfer_surgery.units import gated_activations
 
 console = Console()
 NOTE = (

@@ -39,8 +39,8 @@ from pretrained_table import Result, read_results, write_table
 from pretrained_training import train
 
 from transfer_surgery import convert, match_targets, swap_targets
-from transfer_surgery.finetune.images import ImageData, MemoryLoader, load_cifar10
-from transfer_surgery.finetune.training import Machine, predict
+from transfer_surgery.cli.finetuning.images import ImageData, MemoryLoader, load_cifar10
+from transfer_surgery.cli.finetuning.training import Machine, predict
 
 BATCH = 128
 RESULTS = Path(__file__).parents[1] / "docs" / "pretrained"

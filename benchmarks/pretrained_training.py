@@ -21,8 +21,8 @@ from transfer_surgery import (
     sensitivity,
     wrap_optimizer,
 )
-from transfer_surgery.distill import softened_divergence
-from transfer_surgery.finetune.images import ImageData, Unlabelled
+from transfer_surgery.cli.finetuning.images import ImageData, Unlabelled
+from transfer_surgery.matching.distillation import softened_divergence
 
 __all__ = ["train"]
 

@@ -26,7 +26,7 @@ from variants import inference_networks, new_model, training_networks
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 from transfer_surgery import GatedActivation, wrap_optimizer
-from transfer_surgery.finetune.training import Machine
+from transfer_surgery.cli.finetuning.training import Machine
 
 console = Console()
 NOTE = (

@@ -16,8 +16,8 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 from cifar_resnet import ResNet
 
 from transfer_surgery import GatedActivation, bake, convert, swap_targets
-from transfer_surgery.surgery import swap_children
-from transfer_surgery.unit import gated_activations
+from transfer_surgery.surgery.insertion import swap_children
+from transfer_surgery.units import gated_activations
 
 __all__ = ["inference_networks", "new_model", "training_networks"]
 

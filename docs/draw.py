@@ -14,12 +14,17 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from torch import Tensor, nn
 
-from transfer_surgery import TransferSchedule, convert, get_activation, match_targets
+from transfer_surgery import (
+    GatedActivation,
+    TransferSchedule,
+    convert,
+    get_activation,
+    match_targets,
+)
 from transfer_surgery.activations import Activation
-from transfer_surgery.gates import make_gate
-from transfer_surgery.plots import COLOURS
-from transfer_surgery.plots_units import plot_activation
-from transfer_surgery.unit import GatedActivation
+from transfer_surgery.reports.plot_activation import plot_activation
+from transfer_surgery.reports.plots import COLOURS
+from transfer_surgery.units import make_gate
 
 SHADES = ("#440154", "#31688e", "#35b779")
 

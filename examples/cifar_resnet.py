@@ -18,8 +18,8 @@ from summary import Summary, console, describe_change
 from torch import Tensor, nn
 
 from transfer_surgery import History, TransferSchedule, bake, convert, report, wrap_optimizer
-from transfer_surgery.finetune.images import load_cifar10
-from transfer_surgery.finetune.training import Machine, fit, predict
+from transfer_surgery.cli.finetuning.images import load_cifar10
+from transfer_surgery.cli.finetuning.training import Machine, fit, predict
 
 
 class Block(nn.Module):

@@ -32,7 +32,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import AdamW, Optimizer
 
 from transfer_surgery import TransferSchedule, bake, convert, report, wrap_optimizer
-from transfer_surgery.finetune.images import MemoryLoader, load_digits
+from transfer_surgery.cli.finetuning.images import MemoryLoader, load_digits
 
 
 def main() -> None:

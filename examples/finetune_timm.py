@@ -36,8 +36,8 @@ from transfer_surgery import (
     swap_targets,
     wrap_optimizer,
 )
-from transfer_surgery.finetune.images import Unlabelled, load_images
-from transfer_surgery.finetune.training import Machine, fit, predict, some_images
+from transfer_surgery.cli.finetuning.images import Unlabelled, load_images
+from transfer_surgery.cli.finetuning.training import Machine, fit, predict, some_images
 
 
 def main(

@@ -12,7 +12,7 @@ from transfer_surgery.reproduce.images import load_cifar10
 from transfer_surgery.reproduce.initialise import initialise
 from transfer_surgery.reproduce.networks import LeNet5, ResNet, perceptron
 from transfer_surgery.reproduce.protocol import Protocol
-from transfer_surgery.unit import gated_activations
+from transfer_surgery.units import gated_activations
 
 
 def parameters(model: nn.Module) -> int:

@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from torch.optim import SGD
 from torch.optim.lr_scheduler import CosineAnnealingWarmRestarts
 
-from transfer_surgery import convert, structural_risk
-from transfer_surgery.activations import ActivationModule, get_activation
+from transfer_surgery import convert, get_activation, structural_risk
+from transfer_surgery.activations import ActivationModule
 from transfer_surgery.reproduce.images import Images, crop_and_flip
 from transfer_surgery.reproduce.initialise import initialise
 from transfer_surgery.reproduce.jobs import Job, run_jobs
@@ -29,7 +29,7 @@ from transfer_surgery.reproduce.protocol import Protocol
 from transfer_surgery.reproduce.rows import ROWS, find_row
 from transfer_surgery.reproduce.tasks import Bessel, Classification, Task
 from transfer_surgery.reproduce.trainer import Training
-from transfer_surgery.unit import gated_activations
+from transfer_surgery.units import gated_activations
 
 PLAIN = [row.name for row in ROWS if row.gate is None]
 LEARNED = [row.name for row in ROWS if row.learned]

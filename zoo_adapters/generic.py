@@ -9,8 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from transfer_surgery.adapter import Adapter
-from transfer_surgery.probe import probe_copy, undisturbed
+from transfer_surgery.sites import Adapter, probe_copy, undisturbed
 from zoo_adapters.base import id_batch, zero_batch
 
 __all__ = ["GenericAdapter"]

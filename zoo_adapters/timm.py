@@ -8,8 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from transfer_surgery.adapter import Adapter
-from transfer_surgery.plan import Site
+from transfer_surgery.sites import Adapter, Site
 from zoo_adapters.base import is_from, zero_batch
 
 __all__ = ["TimmAdapter"]

@@ -8,8 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from transfer_surgery.adapter import Adapter
-from transfer_surgery.plan import Site
+from transfer_surgery.sites import Adapter, Site
 from zoo_adapters.base import block_stages, is_from, zero_batch
 
 __all__ = ["TorchvisionAdapter"]

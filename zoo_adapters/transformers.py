@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from transfer_surgery.adapter import Adapter
+from transfer_surgery.sites import Adapter
 from zoo_adapters.base import block_stages, id_batch, is_from, zero_batch
 
 __all__ = ["TransformersAdapter"]

@@ -20,8 +20,8 @@ import torch
 from torch import nn
 
 from transfer_surgery import bake, convert, find_activations
-from transfer_surgery.plan import Plan
-from transfer_surgery.unit import gated_activations
+from transfer_surgery.sites import Plan
+from transfer_surgery.units import gated_activations
 from zoo.inputs import Setting, settings
 from zoo.models import build, count_parameters
 from zoo.outputs import depends_on_input, equal, finite_share, mean_square

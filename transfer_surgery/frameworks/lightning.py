@@ -8,8 +8,8 @@ from typing import Any
 from torch.optim import Optimizer
 
 from transfer_surgery.frameworks.settings import TransferSettings, record_totals
-from transfer_surgery.history import History
-from transfer_surgery.schedule import TransferSchedule
+from transfer_surgery.reports import History
+from transfer_surgery.transfer import TransferSchedule
 
 try:
     from lightning.pytorch import Callback, LightningModule, Trainer
@@ -17,8 +17,6 @@ except ImportError as error:
     raise ImportError(
         "this callback needs Lightning: pip install 'transfer-surgery[lightning]'"
     ) from error
-
-__all__ = ["TransferCallback"]
 
 
 class TransferCallback(Callback):

@@ -10,11 +10,8 @@ from typing import Any, TypeVar
 from torch import nn
 from torch.optim import Optimizer
 
-from transfer_surgery.history import History
-from transfer_surgery.optimizer import wrap_optimizer
-from transfer_surgery.schedule import TransferSchedule
-
-__all__ = ["TransferSettings", "record_totals"]
+from transfer_surgery.reports import History
+from transfer_surgery.transfer import TransferSchedule, wrap_optimizer
 
 AnyOptimizer = TypeVar("AnyOptimizer", bound=Optimizer)
 

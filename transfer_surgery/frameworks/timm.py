@@ -10,17 +10,14 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from transfer_surgery.frameworks.settings import TransferSettings
-from transfer_surgery.hooks import STEP
-from transfer_surgery.schedule import TransferSchedule
-from transfer_surgery.unit import gated_activations
+from transfer_surgery.transfer import STEP, TransferSchedule
+from transfer_surgery.units import gated_activations
 
 try:
     from timm.optim.lookahead import Lookahead
     from timm.scheduler.scheduler_factory import create_scheduler_v2, scheduler_kwargs
 except ImportError as error:
     raise ImportError("this needs timm: pip install 'transfer-surgery[timm]'") from error
-
-__all__ = ["total_updates", "wrap_timm_optimizer"]
 
 AnyOptimizer = TypeVar("AnyOptimizer", bound=Optimizer)
 

@@ -8,8 +8,8 @@ from weakref import ReferenceType, ref
 from torch.optim import Optimizer
 
 from transfer_surgery.frameworks.settings import TransferSettings, record_totals
-from transfer_surgery.history import History
-from transfer_surgery.schedule import TransferSchedule
+from transfer_surgery.reports import History
+from transfer_surgery.transfer import TransferSchedule
 
 try:
     from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
@@ -17,8 +17,6 @@ except ImportError as error:
     raise ImportError(
         "this callback needs transformers: pip install 'transfer-surgery[transformers]'"
     ) from error
-
-__all__ = ["TransferCallback"]
 
 
 class TransferCallback(TrainerCallback):

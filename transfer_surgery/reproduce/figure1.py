@@ -15,12 +15,10 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from transfer_surgery.activations import ActivationModule, get_activation
-from transfer_surgery.convert import convert
-from transfer_surgery.optimizer import wrap_optimizer
+from transfer_surgery import GatedActivation, convert, get_activation, wrap_optimizer
+from transfer_surgery.activations import ActivationModule
 from transfer_surgery.reproduce.rows import TARGET, find_row
 from transfer_surgery.reproduce.settings import Settings
-from transfer_surgery.unit import GatedActivation
 
 __all__ = ["NETWORKS", "Fit", "Outcome", "fit", "grid", "loss", "neuron", "run_figure1"]
 

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from itertools import product
 from typing import Any
 
-from transfer_surgery.frozen import FrozenGatesWarning
+from transfer_surgery import FrozenGatesWarning
 from transfer_surgery.reproduce.figure1 import NETWORKS, Fit, fit
 from transfer_surgery.reproduce.rows import find_row
 from transfer_surgery.reproduce.tables import markdown

@@ -7,10 +7,8 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from transfer_surgery.convert import convert
-from transfer_surgery.optimizer import wrap_optimizer
+from transfer_surgery import TransferSchedule, convert, wrap_optimizer
 from transfer_surgery.reproduce.protocol import Protocol
-from transfer_surgery.schedule import TransferSchedule
 
 __all__ = ["ROWS", "Row", "find_row"]
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.optim import SGD
 from torch.optim.lr_scheduler import CosineAnnealingWarmRestarts
 
-from transfer_surgery.report import report
+from transfer_surgery import report
 from transfer_surgery.reproduce.initialise import initialise
 from transfer_surgery.reproduce.machine import Machine
 from transfer_surgery.reproduce.protocol import Protocol

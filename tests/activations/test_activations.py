@@ -1,0 +1,390 @@
+import math
+import pickle
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from transfer_surgery import get_activation, register_activation
+from transfer_surgery.activations import (
+    Activation,
+    ActivationModule,
+    recognise,
+    registered_activations,
+)
+
+BUILT_IN = [name for name in registered_activations() if not get_activation(name).operands]
+
+_erf = np.vectorize(math.erf)
+
+
+def _sigmoid(x: np.ndarray) -> np.ndarray:
+    return 0.5 * (1 + np.tanh(x / 2))
+
+
+def _softplus(x: np.ndarray, beta: float = 1.0, threshold: float = 20.0) -> np.ndarray:
+    return np.where(beta * x > threshold, x, np.logaddexp(0, beta * x) / beta)
+
+
+def _elu(x: np.ndarray, alpha: float = 1.0, width: float = 1.0) -> np.ndarray:
+    return np.where(x > 0, x, alpha * np.expm1(np.minimum(x, 0) / width))
+
+
+def _gelu_tanh(x: np.ndarray) -> np.ndarray:
+    return x / 2 * (1 + np.tanh(np.sqrt(2 / np.pi) * (x + 0.044715 * x**3)))
+
+
+# The papers' formulas in numpy, and the points where they have a kink.
+CLOSED_FORMS = {
+    "relu": (lambda x: np.maximum(x, 0), [0]),
+    "relu6": (lambda x: np.minimum(np.maximum(x, 0), 6), [0, 6]),
+    "leaky_relu": (lambda x: np.where(x > 0, x, 0.01 * x), [0]),
+    "leaky_relu(negative_slope=0.2)": (lambda x: np.where(x > 0, x, 0.2 * x), [0]),
+    "elu": (_elu, []),
+    "elu(alpha=0.5)": (lambda x: _elu(x, alpha=0.5), [0]),
+    "selu": (
+        lambda x: 1.0507009873554805 * _elu(x, alpha=1.6732632423543772),
+        [0],
+    ),
+    "celu": (_elu, []),
+    "celu(alpha=2.0)": (lambda x: _elu(x, alpha=2.0, width=2.0), []),
+    "gelu": (lambda x: x / 2 * (1 + _erf(x / math.sqrt(2))), []),
+    "gelu(approximate='tanh')": (_gelu_tanh, []),
+    "quick_gelu": (lambda x: x * _sigmoid(1.702 * x), []),
+    "silu": (lambda x: x * _sigmoid(x), []),
+    "swish": (lambda x: x * _sigmoid(x), []),
+    "swish(beta=0.7)": (lambda x: x * _sigmoid(0.7 * x), []),
+    "squared_relu": (lambda x: np.maximum(x, 0) ** 2, []),
+    "threshold(threshold=0.5, value=-1.0)": (lambda x: np.where(x > 0.5, x, -1.0), [0.5]),
+    "clamp(min=-2, max=0.5)": (lambda x: np.clip(x, -2, 0.5), [-2, 0.5]),
+    "mish": (lambda x: x * np.tanh(np.logaddexp(0, x)), []),
+    "hardswish": (lambda x: x * np.clip(x + 3, 0, 6) / 6, [-3, 3]),
+    "hardsigmoid": (lambda x: np.clip(x + 3, 0, 6) / 6, [-3, 3]),
+    "hardtanh": (lambda x: np.clip(x, -1, 1), [-1, 1]),
+    "hardtanh(min_val=-2.0, max_val=0.5)": (lambda x: np.clip(x, -2, 0.5), [-2, 0.5]),
+    "softplus": (_softplus, []),
+    "softplus(beta=2.0, threshold=3.0)": (lambda x: _softplus(x, 2.0, 3.0), [1.5]),
+    "tanh": (np.tanh, []),
+    "sigmoid": (_sigmoid, []),
+    "resin": (
+        lambda x: np.where(np.abs(x) < np.pi / 2, np.sin(x), np.sign(x)),
+        [-np.pi / 2, np.pi / 2],
+    ),
+    "sin": (np.sin, []),
+    "cos": (np.cos, []),
+    "snake": (lambda x: x + np.sin(x) ** 2, []),
+    "snake(a=0.5)": (lambda x: x + np.sin(0.5 * x) ** 2 / 0.5, []),
+    "identity": (lambda x: x, []),
+    "square": (lambda x: x**2, []),
+    "polynomial": (lambda x: 0.25 * x**2 + 0.5 * x, []),
+    "polynomial(a=1.0, b=-2.0, c=3.0)": (lambda x: x**2 - 2 * x + 3, []),
+}
+
+# What models call. The same kernels must run, forward and backward.
+NATIVE = {
+    "relu": F.relu,
+    "relu6": F.relu6,
+    "leaky_relu": F.leaky_relu,
+    "leaky_relu(negative_slope=0.2)": lambda x: F.leaky_relu(x, 0.2),
+    "elu": F.elu,
+    "elu(alpha=0.5)": lambda x: F.elu(x, 0.5),
+    "selu": F.selu,
+    "celu": F.celu,
+    "celu(alpha=2.0)": lambda x: F.celu(x, 2.0),
+    "gelu": F.gelu,
+    "gelu(approximate='tanh')": lambda x: F.gelu(x, approximate="tanh"),
+    "quick_gelu": lambda x: x * torch.sigmoid(1.702 * x),
+    "silu": F.silu,
+    "mish": F.mish,
+    "hardswish": F.hardswish,
+    "hardsigmoid": F.hardsigmoid,
+    "hardtanh": F.hardtanh,
+    "hardtanh(min_val=-2.0, max_val=0.5)": lambda x: F.hardtanh(x, -2.0, 0.5),
+    "softplus": F.softplus,
+    "softplus(beta=2.0, threshold=3.0)": lambda x: F.softplus(x, 2.0, 3.0),
+    "tanh": torch.tanh,
+    "sigmoid": torch.sigmoid,
+    "swish(beta=0.7)": lambda x: x * torch.sigmoid(0.7 * x),
+    "squared_relu": lambda x: torch.relu(x) ** 2,
+    "clamp(min=-2, max=0.5)": lambda x: x.clamp(-2, 0.5),
+}
+
+
+def _smooth_points(kinks: list[float]) -> np.ndarray:
+    x = np.linspace(-8, 25, 700)
+    return x[np.all([np.abs(x - kink) > 1e-3 for kink in kinks], axis=0)] if kinks else x
+
+
+def test_every_built_in_activation_has_a_closed_form_here():
+    assert {name.split("(")[0] for name in CLOSED_FORMS} == set(BUILT_IN)
+
+
+@pytest.mark.parametrize("name", CLOSED_FORMS)
+def test_values_are_those_of_the_closed_form(name):
+    closed_form, kinks = CLOSED_FORMS[name]
+    x = np.concatenate([np.linspace(-8, 25, 700), kinks, [0.0]])
+    found = get_activation(name)(torch.from_numpy(x)).numpy()
+    np.testing.assert_allclose(found, closed_form(x), rtol=1e-12, atol=1e-14)
+
+
+@pytest.mark.parametrize("name", CLOSED_FORMS)
+def test_derivatives_are_the_slopes_of_the_closed_form(name):
+    closed_form, kinks = CLOSED_FORMS[name]
+    x, h = _smooth_points(kinks), 1e-5
+    slope = (closed_form(x + h) - closed_form(x - h)) / (2 * h)
+    found = get_activation(name).derivative(torch.from_numpy(x)).numpy()
+    np.testing.assert_allclose(found, slope, rtol=1e-7, atol=2e-8)
+
+
+@pytest.mark.parametrize("name", CLOSED_FORMS)
+def test_backward_agrees_with_autograd_of_the_value_to_rounding_also_at_kinks(name):
+    activation = get_activation(name)
+    kinks = [k for k in CLOSED_FORMS[name][1] if abs(k) != np.pi / 2]  # cos(pi / 2) is not 0
+    x = torch.cat([torch.linspace(-8, 25, 700), torch.tensor(kinks)]).double().requires_grad_()
+    grad = torch.randn_like(x)
+    (expected,) = torch.autograd.grad(activation(x), x, grad)
+    torch.testing.assert_close(activation.backward(grad, x), expected, rtol=1e-12, atol=1e-14)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("name", NATIVE)
+def test_forward_and_backward_are_bit_identical_to_torchs_own(name, dtype):
+    special = torch.tensor([0.0, -0.0, 1.0, -1.0, 6.0, 3.0, -3.0, 1e4, -1e4, math.inf, -math.inf])
+    x = torch.cat([torch.randn(500) * 3, special]).to(dtype).requires_grad_()
+    grad = torch.randn(len(x)).to(dtype)
+    y = NATIVE[name](x)
+    (expected,) = torch.autograd.grad(y, x, grad)
+    activation = get_activation(name)
+    exact = {"rtol": 0, "atol": 0, "equal_nan": True}
+    torch.testing.assert_close(activation(x), y, **exact)
+    with torch.no_grad():  # as inside a backward pass; with a graph torch uses other kernels too
+        torch.testing.assert_close(activation.backward(grad, x), expected, **exact)
+
+
+# torch has no second derivative of hardsigmoid either
+@pytest.mark.parametrize("name", sorted(CLOSED_FORMS.keys() - {"identity", "hardsigmoid"}))
+def test_backward_can_be_differentiated_again(name):
+    x = torch.tensor([-2.7, -1.3, -0.4, 0.35, 1.2, 2.6], dtype=torch.float64, requires_grad=True)
+    grad = torch.randn_like(x).requires_grad_()
+    assert torch.autograd.gradcheck(get_activation(name).backward, (grad, x))
+
+
+@given(st.floats(-1e6, 1e6), st.sampled_from(BUILT_IN))
+def test_values_and_derivatives_are_finite_at_finite_inputs(x, name):
+    point = torch.tensor([x], dtype=torch.float64)
+    activation = get_activation(name)
+    assert activation(point).isfinite().all()
+    assert activation.derivative(point).isfinite().all()
+
+
+def test_the_input_is_neither_changed_nor_aliased():
+    x = torch.randn(20)
+    before = x.clone()
+    for name in BUILT_IN:
+        y = get_activation(name)(x)
+        assert y.untyped_storage().data_ptr() != x.untyped_storage().data_ptr(), name
+    assert torch.equal(x, before)
+
+
+def test_the_default_polynomial_meets_relu_at_minus_two_zero_and_two():
+    x = torch.tensor([-2.0, 0.0, 2.0])
+    assert torch.equal(get_activation("polynomial")(x), F.relu(x))
+
+
+# --- the registry ------------------------------------------------------------------------------
+
+
+@pytest.mark.usefixtures("own_registry")
+def test_a_third_party_registers_a_function_and_gets_its_derivative_by_autodiff():
+    def my_op(x: Tensor, width: float = 1.0, inplace: bool = False) -> Tensor:
+        return torch.exp(-((x / width) ** 2))
+
+    @register_activation("gaussian", calls={my_op: ("width", "inplace")})
+    def gaussian(x: Tensor, width: float = 1.0) -> Tensor:
+        return torch.exp(-((x / width) ** 2))
+
+    assert gaussian(torch.zeros(1)) == 1  # the decorator returns the function unchanged
+    assert "gaussian" in registered_activations()
+    activation = get_activation("gaussian", width=2.0)
+    x = torch.linspace(-3, 3, 50, dtype=torch.float64, requires_grad=True)
+    expected = -x / 2 * torch.exp(-(x**2) / 4)
+    torch.testing.assert_close(activation.derivative(x), expected)
+    assert torch.autograd.gradcheck(activation.backward, (torch.randn_like(x), x))
+    assert recognise(my_op, (x, 2.0, True), {}) == (activation, x, True, ())
+
+
+@pytest.mark.usefixtures("own_registry")
+def test_a_third_party_backward_is_used_where_it_is_given():
+    @register_activation("step", backward=lambda g, x: g * 7)
+    def step(x: Tensor) -> Tensor:
+        return (x > 0).to(x.dtype)
+
+    assert get_activation("step").derivative(torch.zeros(2)).tolist() == [7, 7]
+
+
+def test_a_name_is_registered_once():
+    with pytest.raises(ValueError, match="'relu' is already registered; choose another name"):
+        register_activation("relu")
+
+
+@pytest.mark.usefixtures("own_registry")
+def test_a_parameter_needs_a_default():
+    with pytest.raises(ValueError, match="give parameter 'scale' a default value"):
+
+        @register_activation("scaled")
+        def scaled(x: Tensor, scale: float) -> Tensor:
+            return x * scale
+
+    assert "scaled" not in registered_activations()
+
+
+def test_an_unknown_name_is_answered_with_the_known_ones():
+    with pytest.raises(ValueError, match=r"unknown activation 'sinus'\. Known: .*sin.*snake.*Add"):
+        get_activation("sinus")
+
+
+def test_an_unknown_parameter_is_answered_with_the_known_ones():
+    with pytest.raises(ValueError, match=r"'snake' has no parameter 'b'; it has: a\."):
+        get_activation("snake", b=1.0)
+    with pytest.raises(ValueError, match=r"'sin' has no parameter 'a'; it has: none\."):
+        get_activation("sin(a=2)")
+
+
+@pytest.mark.parametrize("text", ["snake(0.5)", "snake(a=b)", "snake(a=", "snake(a=)", "", "a b"])
+def test_a_malformed_text_is_a_value_error(text):
+    with pytest.raises(ValueError, match="activation"):
+        get_activation(text)
+
+
+def test_parameters_override_those_of_an_activation():
+    assert get_activation(get_activation("snake(a=0.5)"), a=2.0) == get_activation("snake(a=2.0)")
+
+
+@given(st.sampled_from(sorted(CLOSED_FORMS)), st.floats(allow_nan=False))
+def test_text_and_pickle_round_trips_keep_an_activation(name, number):
+    activation = get_activation(name)
+    first = {key: number for key, value in activation.parameters[:1] if type(value) is float}
+    activation = get_activation(activation.name, **first)
+    for copy in (get_activation(str(activation)), pickle.loads(pickle.dumps(activation))):
+        assert copy == activation
+        assert hash(copy) == hash(activation)
+
+
+def test_text_shows_changed_parameters_only():
+    assert str(get_activation("leaky_relu")) == "leaky_relu"
+    assert str(get_activation("hardtanh", max_val=6.0)) == "hardtanh(max_val=6.0)"
+
+
+def test_an_activation_module_computes_its_activation_and_survives_pickle():
+    module = pickle.loads(pickle.dumps(ActivationModule("snake(a=0.5)")))
+    x = torch.randn(5)
+    assert torch.equal(module(x), get_activation("snake", a=0.5)(x))
+    assert repr(module) == "ActivationModule(snake(a=0.5))"
+    assert not list(module.state_dict())
+
+
+# --- recognition -------------------------------------------------------------------------------
+
+X = torch.randn(3)
+
+SPELLINGS = [
+    (F.relu, (X,), {}, "relu", False),
+    (F.relu, (X, True), {}, "relu", True),
+    (F.relu, (X,), {"inplace": True}, "relu", True),
+    (F.relu, (), {"input": X}, "relu", False),
+    (F.relu_, (X,), {}, "relu", True),
+    (torch.relu, (X,), {}, "relu", False),
+    (torch.relu_, (X,), {}, "relu", True),
+    (Tensor.relu, (X,), {}, "relu", False),
+    (Tensor.relu_, (X,), {}, "relu", True),
+    (F.relu6, (X, True), {}, "relu6", True),
+    (F.leaky_relu, (X,), {}, "leaky_relu", False),
+    (F.leaky_relu, (X, 0.2, True), {}, "leaky_relu(negative_slope=0.2)", True),
+    (F.leaky_relu, (X,), {"negative_slope": 0.2}, "leaky_relu(negative_slope=0.2)", False),
+    (F.leaky_relu_, (X, 0.2), {}, "leaky_relu(negative_slope=0.2)", True),
+    (F.elu, (X, 0.5), {"inplace": True}, "elu(alpha=0.5)", True),
+    (F.elu_, (X,), {}, "elu", True),
+    (F.selu, (X,), {}, "selu", False),
+    (torch.selu_, (X,), {}, "selu", True),
+    (F.celu, (X, 2.0), {}, "celu(alpha=2.0)", False),
+    (F.celu_, (X, 2.0), {}, "celu(alpha=2.0)", True),
+    (F.gelu, (X,), {}, "gelu", False),
+    (F.gelu, (X,), {"approximate": "tanh"}, "gelu(approximate='tanh')", False),
+    (F.silu, (X,), {"inplace": True}, "silu", True),
+    (F.mish, (X, True), {}, "mish", True),
+    (F.hardswish, (X,), {}, "hardswish", False),
+    (F.hardsigmoid, (X, True), {}, "hardsigmoid", True),
+    (F.hardtanh, (X, 0.0, 6.0, True), {}, "relu6", True),
+    (F.hardtanh, (X, -2.0, 6.0, True), {}, "hardtanh(min_val=-2.0, max_val=6.0)", True),
+    (F.hardtanh_, (X,), {}, "hardtanh", True),
+    (F.softplus, (X, 2), {}, "softplus(beta=2)", False),
+    (torch.tanh, (X,), {"out": X}, "tanh", False),
+    (Tensor.tanh_, (X,), {}, "tanh", True),
+    (F.tanh, (X,), {}, "tanh", False),
+    (torch.sigmoid_, (X,), {}, "sigmoid", True),
+    (Tensor.sigmoid, (), {"self": X}, "sigmoid", False),
+    (torch.special.expit, (X,), {}, "sigmoid", False),
+]
+
+
+@pytest.mark.parametrize(("function", "args", "kwargs", "name", "inplace"), SPELLINGS)
+def test_every_spelling_of_a_call_is_recognised(function, args, kwargs, name, inplace):
+    call = recognise(function, args, kwargs)
+    assert call.activation == get_activation(name)
+    assert call.input is X
+    assert call.inplace is inplace
+
+
+MODULES = [
+    nn.ReLU(),
+    nn.ReLU(inplace=True),
+    nn.ReLU6(),
+    nn.LeakyReLU(0.2),
+    nn.ELU(0.5),
+    nn.SELU(),
+    nn.CELU(2.0),
+    nn.GELU(),
+    nn.GELU("tanh"),
+    nn.SiLU(),
+    nn.Mish(),
+    nn.Hardswish(),
+    nn.Hardsigmoid(),
+    nn.Hardtanh(-2.0, 0.5),
+    nn.Softplus(2.0, 3.0),
+    nn.Tanh(),
+    nn.Sigmoid(),
+]
+
+
+class _Recorder(torch.overrides.TorchFunctionMode):
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls = []
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        call = recognise(function, args, kwargs or {})
+        if call is not None:
+            self.calls.append(call)
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("module", MODULES, ids=repr)
+def test_what_torchs_modules_call_is_recognised_and_computes_the_same_bits(module):
+    x = torch.randn(100)
+    with _Recorder() as recorder:
+        expected = module(x.clone())
+    assert torch.equal(recorder.calls[0].activation(x), expected)
+
+
+@pytest.mark.parametrize("function", [torch.sin, torch.cos, torch.add, print, [], None])
+def test_other_calls_are_not_recognised(function):
+    assert recognise(function, (X,), {}) is None
+
+
+def test_a_recognised_activation_is_a_plain_value():
+    call = recognise(F.gelu, (X,), {})
+    assert call.activation == Activation("gelu", (("approximate", "none"),))

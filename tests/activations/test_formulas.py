@@ -1,0 +1,227 @@
+"""Activations written by hand or with learned tensors: found whole, unchanged, convertible."""
+
+import copy
+import math
+import pickle
+
+import pytest
+import timm
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from transfer_surgery import bake, convert, find_activations, register_formula, revert
+from transfer_surgery.units import gated_activations
+
+
+def _twice(x, product):
+    return product(x, x)
+
+
+# What a network does between two layers, the activation that it means, and its learned tensors.
+WRITTEN = {
+    "h * sigmoid(h)": (lambda m, h: h * torch.sigmoid(h), "silu"),
+    "h.mul_(h.sigmoid())": (lambda m, h: h.mul_(h.sigmoid()), "silu"),
+    "sigmoid(1.3 * h) * h": (lambda m, h: torch.sigmoid(1.3 * h) * h, "swish"),
+    "h * sigmoid(1.702 * h)": (lambda m, h: h * torch.sigmoid(1.702 * h), "quick_gelu"),
+    "h * sigmoid(v * h)": (lambda m, h: h * (m.v * h).sigmoid(), "parametric_swish"),
+    "relu(h) ** 2": (lambda m, h: F.relu(h) ** 2, "squared_relu"),
+    "square(act(h))": (lambda m, h: torch.square(m.act(h)), "squared_relu"),
+    "r * r": (lambda m, h: _twice(m.act(h), torch.mul), "squared_relu"),
+    "s * act(h) ** 2 + b": (lambda m, h: m.s * m.act(h) ** 2 + m.b, "star_relu"),
+    "clamp(min=0)": (lambda m, h: h.clamp(min=0), "relu"),
+    "clamp_min_(0)": (lambda m, h: h.clamp_min_(0), "relu"),
+    "clamp(h, 0, 6)": (lambda m, h: torch.clamp(h, 0, 6), "relu6"),
+    "maximum(h, zeros)": (lambda m, h: torch.maximum(h, torch.zeros_like(h)), "relu"),
+    "max(h, zeros)": (lambda m, h: torch.max(h, h.new_zeros(())), "relu"),
+    "maximum(h, v)": (lambda m, h: torch.maximum(h, m.v), "tlu"),
+    "threshold(h, 0, 0)": (lambda m, h: F.threshold(h, 0, 0), "relu"),
+    "threshold(h, 0.1, 0)": (lambda m, h: F.threshold(h, 0.1, 0.0), "threshold"),
+    "prelu(h, v)": (lambda m, h: F.prelu(h, m.v), "prelu"),
+    "h.mul(softplus(h).tanh())": (lambda m, h: h.mul(F.softplus(h).tanh()), "mish"),
+    "h * relu6(h + 3) / 6": (lambda m, h: h * F.relu6(h + 3) / 6, "hardswish"),
+    "h.mul(relu6(h + 3).div_(6))": (lambda m, h: h.mul(F.relu6(h + 3.0).div_(6.0)), "hardswish"),
+    "gelu, tanh form": (
+        lambda m, h: (
+            0.5 * h * (1 + torch.tanh(math.sqrt(2 / math.pi) * (h + 0.044715 * torch.pow(h, 3))))
+        ),
+        "gelu",
+    ),
+    "gelu, erf form": (lambda m, h: h * 0.5 * (1.0 + torch.erf(h / math.sqrt(2.0))), "gelu"),
+    "silu of a relu": (lambda m, h: _twice(F.relu(h), lambda a, b: a * b.sigmoid()), "silu"),
+}
+
+
+class Net(nn.Module):
+    """Two layers with something written by hand between them; fx cannot trace it if `steered`."""
+
+    def __init__(self, written, steered):
+        super().__init__()
+        self.first, self.last, self.act = nn.Linear(4, 6), nn.Linear(6, 3), nn.ReLU()
+        self.v, self.s, self.b = (nn.Parameter(torch.randn(n)) for n in (6, 1, 1))
+        self.written, self.steered = written, steered
+
+    def forward(self, x):
+        h = self.first(x)
+        if self.steered and h.abs().sum() < 0:
+            return h
+        return self.last(WRITTEN[self.written][0](self, h))
+
+
+@pytest.mark.parametrize("steered", [False, True], ids=["fx", "dispatch"])
+@pytest.mark.parametrize("written", WRITTEN)
+def test_a_hand_written_activation_is_one_site_and_converts_unchanged(written, steered):
+    model, x = Net(written, steered), torch.randn(5, 4)
+    original, before = copy.deepcopy(model), model(x)
+    keys = list(model.state_dict())
+    original(x).square().sum().backward()
+
+    site = find_activations(model, x).sites[-1]
+    assert (site.source.name, site.role, site.shape) == (WRITTEN[written][1], "hidden", (5, 6))
+    assert site.way == ("dispatch" if steered else "fx")
+
+    convert(model.eval(), example_input=x)
+    for same in (model, copy.deepcopy(model), pickle.loads(pickle.dumps(model)).train()):
+        assert torch.equal(same(x), before)
+    model.train()(x).square().sum().backward()
+    gradients = {key: p.grad for key, p in model.named_parameters()}
+    for key, parameter in original.named_parameters():
+        if parameter.grad is not None:
+            assert torch.equal(gradients[key], parameter.grad), key
+    assert all(gradients[k].isfinite().all() for k in gradients if k.endswith("log_alpha"))
+    assert torch.equal(revert(copy.deepcopy(model))(x), before)
+    assert list(revert(copy.deepcopy(model)).state_dict()) == keys
+
+
+@pytest.mark.parametrize("written", WRITTEN)
+def test_it_is_transferred_and_baked(written):
+    model, x = Net(written, False), torch.randn(5, 4)
+    convert(model.eval(), example_input=x)
+    before = model(x)
+    for _, unit in gated_activations(model):
+        unit.log_alpha.data.copy_(torch.tensor([8.0, -8.0] * 3))
+    mixed = model(x)
+    assert not torch.equal(mixed, before)
+    assert torch.equal(bake(copy.deepcopy(model))(x), mixed)
+    for _, unit in gated_activations(model):
+        unit.log_alpha.data.fill_(-8.0)
+    model.train()(x).sum().backward()  # learned tensors stay in the graph: DDP asks for that
+    if WRITTEN[written][1] in ("star_relu", "prelu", "tlu", "parametric_swish"):
+        learned = model.s if WRITTEN[written][1] == "star_relu" else model.v
+        assert torch.equal(learned.grad, torch.zeros_like(learned))
+
+
+@pytest.mark.parametrize("written", ["h * sigmoid(h)", "s * act(h) ** 2 + b", "maximum(h, v)"])
+def test_a_converted_formula_compiles_as_one_graph_and_exports(written):
+    model, x = Net(written, False), torch.randn(5, 4)
+    convert(model.eval(), example_input=x)
+    expected = model(x)
+    compiled = torch.compile(model, fullgraph=True, backend="eager")
+    assert torch.equal(compiled(x), expected)
+    assert torch.equal(torch.export.export(model, (x,)).module()(x), expected)
+
+
+OTHER = {
+    "another gate": lambda m, h: h * torch.sigmoid(2 * h + 1),
+    "the input has changed since": lambda m, h: _twice(h, lambda a, b: b.sigmoid() * a.add_(1)),
+    "the gate is of something else": lambda m, h: h * torch.sigmoid(h.flip(-1)),
+}
+
+
+@pytest.mark.parametrize("name", OTHER)
+def test_what_only_resembles_a_formula_is_left_as_it_is(name, monkeypatch):
+    monkeypatch.setitem(WRITTEN, name, (OTHER[name], "sigmoid"))
+    model, x = Net(name, False), torch.randn(5, 4)
+    assert [str(site.source) for site in find_activations(model, x)] == ["sigmoid"]
+
+
+def test_a_result_that_is_read_elsewhere_too_stays_a_site_of_its_own(monkeypatch):
+    monkeypatch.setitem(
+        WRITTEN, "r * r + r", (lambda m, h: _twice(F.relu(h), lambda a, b: a * b + a), "")
+    )
+    model, x = Net("r * r + r", False).eval(), torch.randn(5, 4)
+    before = model(x)
+    assert [s.source.name for s in find_activations(model, x)] == ["relu", "squared_relu"]
+    assert torch.equal(convert(model, example_input=x)(x), before)
+
+
+def test_a_clamp_of_coordinates_is_bounding_and_not_converted():
+    class Boxes(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer, self.act = nn.Linear(4, 8), nn.ReLU()
+
+        def forward(self, x):
+            boxes = self.act(self.layer(x)).reshape(-1, 4)
+            return boxes.clamp(0, 160), boxes.clamp(min=0), boxes.clamp(min=1e-6)
+
+    plan = find_activations(Boxes(), torch.zeros(2, 4))
+    assert [(s.source.name, s.role) for s in plan] == [
+        ("relu", "hidden"),
+        ("clamp", "bounding"),
+        ("relu", "bounding"),
+    ]
+    assert list(convert(Boxes(), example_input=torch.zeros(2, 4)).act._modules) == ["gate"]
+
+
+@pytest.mark.parametrize(
+    ("layer", "name"),
+    [
+        (nn.LSTM(4, 6), "lstm"),
+        (nn.GRU(4, 6), "gru"),
+        (nn.RNN(4, 6), "rnn_tanh"),
+        (nn.RNN(4, 6, nonlinearity="relu"), "rnn_relu"),
+        (nn.LSTMCell(4, 6), "lstm_cell"),
+        (nn.GRUCell(4, 6), "gru_cell"),
+        (nn.RNNCell(4, 6), "rnn_tanh_cell"),
+    ],
+)
+def test_activations_inside_a_fused_kernel_are_listed_with_the_reason(layer, name):
+    plan = find_activations(
+        layer, torch.zeros(5, 2, 4) if "cell" not in name else torch.zeros(2, 4)
+    )
+    assert [(s.source.name, s.reason) for s in plan] == [
+        (name, "it is inside a fused kernel, which takes no other activation")
+    ]
+
+
+@pytest.mark.parametrize(
+    ("name", "source", "sites"),
+    [
+        ("resnetv2_50d_evos", "parametric_swish", 51),
+        ("resnetv2_50d_frn", "tlu", 51),
+        ("caformer_s18", "star_relu", 24),
+    ],
+)
+@torch.no_grad()
+def test_activations_inside_norms_and_with_learned_tensors_are_found_in_timm(name, source, sites):
+    model = timm.create_model(name).eval()
+    x = torch.randn(2, 3, 64, 64)
+    plan = find_activations(model, x)
+    assert sum(site.source.name == source for site in plan) == sites
+    before, keys = model(x), set(model.state_dict())
+    convert(model, plan=plan)
+    assert torch.equal(model(x), before)
+    assert keys < set(model.state_dict())
+
+
+def test_an_activation_with_operands_is_refused_as_a_target():
+    model = nn.Sequential(nn.Linear(4, 8), nn.ReLU())
+    with pytest.raises(ValueError, match="star_relu takes scale, bias from the call site"):
+        convert(model, target="star_relu", example_input=torch.zeros(1, 4))
+    assert type(model[1]) is nn.ReLU
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("no_such", "relu(x) ** 2", "unknown activation 'no_such'"),
+        ("relu", "x", "expected a call or an operation on x"),
+        ("relu", "relu(y)", "expected a call or an operation on x"),
+        ("relu", "gamma(x) * x", r"cannot contain 'gamma\(x\)'; it may use"),
+        ("relu", "x % 2", "cannot contain 'x % 2'"),
+    ],
+)
+def test_a_bad_formula_is_refused_with_what_is_possible(name, text, message):
+    with pytest.raises(ValueError, match=message):
+        register_formula(name, text)

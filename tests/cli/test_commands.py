@@ -1,0 +1,271 @@
+"""``transfer-surgery`` from a shell, from a plan to files that run elsewhere, and its errors."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import onnxruntime
+import pytest
+import timm
+import torch
+
+from tests.helpers.kinds import KINDS, become
+from tests.helpers.shell import invoke, shell
+from transfer_surgery import bake, load_baked, load_model, save_gates, save_model
+
+NETS = Path(__file__).parents[1] / "helpers" / "compiled.py"
+
+
+@pytest.fixture(autouse=True)
+def _somewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of `convert`, after "training"."""
+    folder = tmp_path_factory.mktemp("run")
+    size = ("--set", "num_classes=10", "--input-size", "3x32x32")
+    invoke("convert", "test_resnet", *size, "-o", folder)
+    save_model(become(load_model(folder), *KINDS), folder)
+    return folder
+
+
+# --- from a shell --------------------------------------------------------------------------------
+
+
+def test_from_a_checkpoint_to_files_that_run_elsewhere(tmp_path: Path) -> None:
+    printed, _ = shell("plan", "test_resnet", folder=tmp_path)
+    lines = printed.splitlines()
+    assert " ".join(lines[1].split()) == (
+        "conv1.2 relu hidden module (in place) 2x16x80x80 1 1 16 102,400 child"
+    )
+    assert lines[-1].startswith("12 of 12 sites would be converted; gates: 12 per layer, 704 per")
+
+    model = timm.create_model("test_resnet", num_classes=10, in_chans=1).eval()
+    torch.save({"epoch": 3, "state_dict": model.state_dict()}, tmp_path / "best.pth")
+    options = ("--set", "num_classes=10", "--set", "in_chans=1", "--input-size", "1x24x24")
+    options += ("--weights", "best.pth")
+    _, said = shell("convert", "test_resnet", *options, "-o", "run", folder=tmp_path)
+    assert said == "run: 12 sites, 704 gates, relu -> sin\n"
+    x = torch.randn(5, 1, 24, 24)
+    converted = load_model(tmp_path / "run").eval()
+    assert torch.equal(converted(x), model(x))
+
+    printed, _ = shell("finetune", "run", "--data", "digits", "--epochs", 2, folder=tmp_path)
+    assert "transferred, test accuracy" in printed
+    assert printed.splitlines()[-1].endswith("%, 100.0% transferred")
+    converted = become(load_model(tmp_path / "run").eval(), *KINDS)
+    save_model(converted, tmp_path / "run")
+    printed, said = shell(
+        *("report", "run", "--by", "stage", "--plot", "gates.png"), folder=tmp_path
+    )
+    assert printed.splitlines()[2].startswith("stem   ")
+    assert said == "wrote gates.png\n"
+    assert (tmp_path / "gates.png").read_bytes().startswith(b"\x89PNG")
+
+    shell("bake", "run", "-o", "model.safetensors", folder=tmp_path)
+    with torch.no_grad():
+        expected = bake(converted)(x)
+        assert torch.equal(load_baked(tmp_path / "model.safetensors").eval()(x), expected)
+        shell("export", "run", "-o", "model.onnx", folder=tmp_path)
+        session = onnxruntime.InferenceSession(tmp_path / "model.onnx")
+        (found,) = session.run(None, {"x": x.numpy()})
+        torch.testing.assert_close(torch.from_numpy(found), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_mistakes_and_failures_have_a_line_and_a_status_of_their_own(tmp_path: Path) -> None:
+    _, said = shell("plan", "resnt50", folder=tmp_path, fails=2)
+    assert "there is no model 'resnt50'. Did you mean resnet50 or" in said
+    (tmp_path / "config.json").write_text('{"model_type": "bert"}')
+    (tmp_path / "gates.safetensors").write_text("")
+    printed, said = shell("report", ".", folder=tmp_path, fails=1)
+    assert not printed
+    assert said.startswith("Error: config.json is no checkpoint of gates: it was written by anothe")
+    assert said.count("\n") == 1
+    printed, _ = shell("doctor", folder=tmp_path)
+    assert "transfer-surgery" in printed
+
+
+# --- plan and convert ----------------------------------------------------------------------------
+
+
+def test_a_plan_as_json_has_every_site_and_whether_it_would_be_converted() -> None:
+    sites = json.loads(invoke("plan", "test_efficientnet", "--json"))
+    assert len(sites) == 13
+    assert {site["role"] for site in sites if site["converted"]} == {"hidden"}
+    gates = sites[0]["gates"]
+    assert gates == {"layer": 1, "channel": 24, "neuron": 24 * 80 * 80}
+    chosen = ("--source", "silu", "--include", "blocks.3", "--exclude", "*.se", "--json")
+    paths = [site["path"] for site in json.loads(invoke("plan", "test_efficientnet", *chosen))]
+    assert paths == ["blocks.3.0.bn1.act", "blocks.3.0.bn2.act"]
+    gating = json.loads(invoke("plan", "test_efficientnet", "--role", "gating", "--json"))
+    assert {site["activation"] for site in gating} == {"sigmoid"}
+
+
+def test_a_plan_says_why_sites_stay() -> None:
+    printed = invoke("plan", "test_efficientnet")
+    assert "not converted: role gating" in printed
+    assert "11 of 13 sites would be converted" in printed
+    (Path() / "nets.py").write_text("from torch.nn import *\ndef make(): return LSTM(4, 4)\n")
+    printed = invoke("plan", "nets.py:make", "--input-size", "5x4", fails=1)
+    assert "Error: no activation left to convert" in printed
+    assert "not converted: " in printed
+
+
+def test_all_ways_to_name_a_model() -> None:
+    for name in ("timm:resnet18", "torchvision:resnet18", "resnet18.a1_in1k", f"{NETS}:modules"):
+        size = "2x5x5" if name.endswith("modules") else "3x32x32"
+        assert "sites would be converted" in invoke("plan", name, "--input-size", size)
+
+
+def test_options_of_convert_reach_the_gates_and_folders_are_not_replaced() -> None:
+    options = ("--input-size", "2x5x5", "--granularity", "layer", "--gate", "bernoulli")
+    options += ("--target", "snake(a=0.5)", "--noise", "none", "--source", "gelu")
+    convert = ("convert", f"{NETS}:Functional", *options, "-o", "run")
+    printed = invoke(*convert)
+    assert "weights are random" in printed
+    assert "run: 1 sites, 1 gates, gelu -> snake(a=0.5)" in printed
+    assert "run holds a model already" in invoke(*convert, fails=2)
+    invoke(*convert, "--force")
+    config = json.loads(Path("run/config.json").read_text())["sites"][0]
+    assert (config["granularity"], config["gate"], config["noise"]) == (
+        "layer",
+        "bernoulli",
+        "none",
+    )
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["plan", "timm:resnet_50"], "timm: there is no model 'resnet_50'. Did you mean resnet50"),
+        (["plan", "torchvision:resnet5"], "torchvision: there is no model 'resnet5'. Did you mean"),
+        (["plan", "zoo:resnet50"], "write timm:NAME, torchvision:NAME or FILE.py:FUNCTION"),
+        (["plan", "resnet50.mine"], "there are the weights resnet50.a1_in1k, "),
+        (["plan", "missing.py:make"], "missing.py."),
+        (["plan", f"{NETS}:module"], "has no function 'module'. Did you mean modules"),
+        (["plan", "test_vit", "--set", "size=3"], "unexpected keyword argument 'size'"),
+        (["plan", "test_vit", "--set", "size"], "'size': write NAME=VALUE"),
+        (["plan", "test_vit", "--input-size", "3,32"], "write a shape such as 3x64x64"),
+        (["plan", "test_vit", "--include", "[x]"], "include='[x]' matches none of the 6 sites"),
+        (["plan", "test_vit", "--role", "hiden"], "unknown role 'hiden'; known: hidden, "),
+        (["convert", "test_vit"], "Missing option '--output' / '-o'"),
+        (["convert", "test_vit", "-o", "run", "--target", "sine"], "unknown activation 'sine'"),
+        (["convert", "test_vit", "-o", "run", "--gate", "hard"], "unknown gate 'hard'. Known: "),
+        (["convert", "test_vit", "-o", "run", "--granularity", "row"], "'row' is not one of"),
+        (["convert", "test_vit", "-o", "run", "--weights", "no.pth"], "'no.pth' does not exist"),
+        (["convert", f"{NETS}:modules", "-o", "run", "--pretrained"], "a zoo's weights are for"),
+        (["report", "nowhere"], "'nowhere' does not exist"),
+        (["export", "nowhere", "-o", "model.onnx"], "'nowhere' does not exist"),
+        (["export", ".", "-o", "model", "--format", "tflite"], "'tflite' is not one of"),
+    ],
+)
+def test_what_there_is_not_ends_with_status_2(arguments: list[str], message: str) -> None:
+    assert message in invoke(*arguments, fails=2)
+    assert not list(Path().iterdir())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["plan", f"{NETS}:Functional", "--input-size", "3x5x5"], "does not run on the example in"),
+        (["plan", f"{NETS}:Functional"], "Pass example_input"),
+        (["report", "."], "holds no config.json"),
+        (["bake", ".", "-o", "model"], "holds no model.json, which says how its model is made"),
+        (["export", ".", "-o", "model"], "holds no model.json"),
+    ],
+)
+def test_what_cannot_be_done_ends_with_status_1(arguments: list[str], message: str) -> None:
+    assert message in invoke(*arguments, fails=1)
+    assert not list(Path().iterdir())
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("weights.pth", b"nothing", "cannot be read as a checkpoint of tensors alone"),
+        ("weights.safetensors", b"nothing", "is damaged, or no safetensors file"),
+        ("weights.pth", {"lr": 0.1}, "holds a dict, no state dict: names and tensors"),
+        ("weights.pth", [NETS], "cannot be read as a checkpoint of tensors alone"),
+        ("weights.pth", {"fc.weight": torch.zeros(3)}, "does not fit this VisionTransformer"),
+    ],
+)
+def test_checkpoints_that_are_none_are_refused(name: str, content: object, message: str) -> None:
+    if isinstance(content, bytes):
+        Path(name).write_bytes(content)
+    else:
+        torch.save(content, name)
+    convert = ("convert", "test_vit", "--weights", name, "-o", "run")
+    assert message in invoke(*convert, fails=1)
+    assert not Path("run").exists()
+
+
+def test_weights_of_wrapped_models_are_those_of_the_model_inside() -> None:
+    model = timm.create_model("test_resnet", num_classes=10)
+    for prefix in ("module.", "_orig_mod.", "_orig_mod.module.", "module._orig_mod."):
+        torch.save({prefix + key: value for key, value in model.state_dict().items()}, "w.pth")
+        options = ("--set", "num_classes=10", "--weights", "w.pth", "--force")
+        invoke("convert", "test_resnet", *options, "-o", "run")
+        assert torch.equal(load_model("run").fc.weight, model.fc.weight)
+
+
+# --- report, bake and export ---------------------------------------------------------------------
+
+
+def test_a_report_needs_no_more_than_save_gates_wrote(run: Path, tmp_path: Path) -> None:
+    found = json.loads(invoke("report", run, "--json"))
+    assert found["total"]["gates"] == 704
+    assert 0.2 < found["total"]["transferred"] < 0.8
+    save_gates(load_model(run), tmp_path / "gates")
+    assert json.loads(invoke("report", tmp_path / "gates", "--json")) == found
+    text = (tmp_path / "gates" / "config.json").read_text()
+    (tmp_path / "gates" / "config.json").write_text(text.replace('"version": ', '"version": 9'))
+    assert "reads up to" in invoke("report", tmp_path / "gates", fails=1)
+
+
+def test_bake_hardens_and_folds(run: Path) -> None:
+    x = torch.randn(4, 3, 32, 32)
+    model = bake(load_model(run), harden=True).eval()
+    invoke("bake", run, "--harden", "--fold", "-o", "hard.safetensors")
+    folded = load_baked("hard.safetensors").eval()
+    with torch.no_grad():
+        torch.testing.assert_close(folded(x), model(x), rtol=1e-4, atol=1e-4)
+    assert sum(p.numel() for p in folded.parameters()) < sum(p.numel() for p in model.parameters())
+
+
+def test_a_baked_file_is_exported_like_its_folder(run: Path) -> None:
+    x = torch.randn(3, 3, 32, 32)
+    invoke("bake", run, "-o", "model.safetensors")
+    invoke("export", "model.safetensors", "--format", "torch-export", "-o", "model.pt2")
+    with torch.no_grad():
+        expected = bake(load_model(run)).eval()(x)
+        found = torch.export.load("model.pt2").module()(x)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_a_foreign_file_is_not_exported(run: Path) -> None:
+    message = invoke("export", run / "model.safetensors", "-o", "model.onnx", fails=1)
+    assert "is no baked network of this library: it was written by another program" in message
+
+
+# --- the command itself --------------------------------------------------------------------------
+
+
+def test_help_has_examples_and_completion_is_on() -> None:
+    printed = invoke("--help")
+    assert "--install-completion" in printed
+    for name in ("plan", "convert", "finetune", "report", "bake", "export", "doctor"):
+        assert f" {name} " in printed
+        assert f"transfer-surgery {name}" in invoke(name, "--help")
+
+
+def test_the_doctor_names_versions_extras_and_kernels() -> None:
+    found = json.loads(invoke("doctor", "--json"))
+    assert found["versions"]["torch"] == torch.__version__.partition("+")[0]
+    assert found["missing"]["cli"] == []
+    assert found["devices"][0] | {"name": ""} == {"device": "cpu", "name": "", "kernels": "eager"}
+    printed = invoke("doctor")
+    assert "cli installed" in printed
+    assert f"timm {timm.__version__}" in printed

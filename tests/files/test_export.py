@@ -1,0 +1,214 @@
+"""Baked networks in files that run without this library, with the outputs that they had."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime
+import pytest
+import timm
+import torch
+from torch import Tensor, nn
+
+from tests.helpers.compiled import NETS
+from tests.helpers.kinds import KINDS, Kind, become, match_and_mix, mix, transfer
+from transfer_surgery import bake, convert, export_onnx, export_program
+from transfer_surgery.surgery.baking import MixedActivation
+
+# Sizes as small as each model allows; the first ones take seconds.
+MODELS: dict[str, dict[str, Any]] = {
+    "test_resnet": {},
+    "test_vit": {"img_size": 64},
+    "resnet50": {},
+    "convnext_atto": {},
+    "vit_tiny_patch16_224": {"img_size": 64},
+    "efficientnet_b0": {},
+    "mobilenetv3_small_100": {},
+    "regnety_002": {},
+    "swin_tiny_patch4_window7_224": {"img_size": 64, "window_size": 2},
+    "mixer_s32_224": {"img_size": 64},
+    "densenet121": {"block_config": (2, 4, 2, 2)},
+    "poolformer_s12": {},
+}
+QUICK = ("test_resnet", "test_vit")
+
+
+@torch.no_grad()
+def baked(model: nn.Module, x: Tensor, *kinds: Kind) -> nn.Module:
+    """A baked model whose sites are, in turn, of these kinds."""
+    for name, parameter in model.named_parameters():
+        if parameter.dim() == 1 and not name.endswith("bias"):
+            parameter.uniform_(0.2, 0.8)  # some start at 0 or 1e-6, and hide what is behind them
+        elif not parameter.any():
+            parameter.normal_(std=0.02)
+    return bake(become(convert(model.eval(), example_input=x), *kinds))
+
+
+def timm_model(name: str) -> nn.Module:
+    model: nn.Module = timm.create_model(name, num_classes=10, **MODELS[name])
+    return model
+
+
+def run_onnx(file: Path, *inputs: Tensor) -> Tensor:
+    session = onnxruntime.InferenceSession(file)
+    names = [given.name for given in session.get_inputs()]
+    (found,) = session.run(None, dict(zip(names, [x.numpy() for x in inputs], strict=True)))
+    return torch.from_numpy(found)
+
+
+def assert_close(found: Tensor, expected: Tensor) -> None:
+    """To 1e-5 of the largest output."""
+    assert found.shape == expected.shape
+    assert expected.abs().max() > 1e-3
+    assert (found - expected).abs().max() <= 1e-5 * expected.abs().max()
+
+
+@torch.no_grad()
+def assert_both_files_run(model: nn.Module, x: Tensor, folder: Path) -> None:
+    export_onnx(model, x, folder / "model.onnx")
+    export_program(model, x, folder / "model.pt2")
+    program = torch.export.load(folder / "model.pt2").module()
+    for size in (1, 5):
+        other = torch.randn(size, *x.shape[1:])
+        assert_close(run_onnx(folder / "model.onnx", other), model(other))
+        assert_close(program(other), model(other))
+
+
+@pytest.mark.parametrize(
+    "name", [n if n in QUICK else pytest.param(n, marks=pytest.mark.slow) for n in MODELS]
+)
+@torch.no_grad()
+def test_timm_models_with_sites_of_every_kind_are_exported_compiled_and_traced(
+    name: str, tmp_path: Path
+) -> None:
+    x = torch.randn(2, 3, 64, 64)
+    model = baked(timm_model(name), x, *KINDS)
+    assert_both_files_run(model, x, tmp_path)
+    assert_close(torch.compile(model, backend="aot_eager", fullgraph=True)(x), model(x))
+    with pytest.warns((FutureWarning, torch.jit.TracerWarning)):  # deprecated; sizes are constants
+        traced = torch.jit.trace(model, x)  # type: ignore[no-untyped-call]
+    assert_close(traced(x), model(x))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("granularity", ["layer", "channel", "neuron"])
+def test_each_kind_of_site_at_each_granularity(
+    kind: Kind, granularity: str, tmp_path: Path
+) -> None:
+    x = torch.randn(3, 4, 5)
+    model = convert(nn.Sequential(nn.ReLU()), granularity=granularity, example_input=x).eval()
+    assert_both_files_run(bake(become(model, kind)), x, tmp_path)
+
+
+@pytest.mark.skipif(shutil.which("c++") is None, reason="inductor needs a compiler")
+@torch.no_grad()
+def test_inductor_compiles_a_baked_model() -> None:
+    x = torch.randn(2, 2, 5, 5)
+    model = baked(NETS["modules"](), x, transfer, mix, match_and_mix)
+    assert_close(torch.compile(model, fullgraph=True)(x), model(x))
+
+
+@pytest.mark.parametrize("name", NETS)
+def test_rewritten_and_overwriting_calls_are_exported(name: str, tmp_path: Path) -> None:
+    x = torch.randn(2, 2, 5, 5)
+    assert_both_files_run(baked(NETS[name](), x, mix, transfer), x, tmp_path)
+
+
+def test_files_run_where_the_library_is_not_installed(tmp_path: Path) -> None:
+    x = torch.randn(2, 3, 32, 32)
+    model = baked(timm_model("test_resnet"), x, *KINDS)
+    export_onnx(model, x, tmp_path / "model.onnx")
+    export_program(model, x, tmp_path / "model.pt2")
+    x = torch.randn(4, 3, 32, 32)
+    np.save(tmp_path / "x.npy", x.numpy())
+    code = """
+import sys
+for name in ("transfer_surgery", "zoo_adapters", "timm"):
+    sys.modules[name] = None  # importing it is an error
+import numpy, onnxruntime
+x = numpy.load("x.npy")
+numpy.save("onnx.npy", onnxruntime.InferenceSession("model.onnx").run(None, {"x": x})[0])
+assert "torch" not in sys.modules
+import torch
+numpy.save("program.npy", torch.export.load("model.pt2").module()(torch.from_numpy(x)).detach())
+"""
+    subprocess.run([sys.executable, "-W", "error", "-c", code], cwd=tmp_path, check=True)
+    with torch.no_grad():
+        for name in ("onnx", "program"):
+            assert_close(torch.from_numpy(np.load(tmp_path / f"{name}.npy")), model(x))
+
+
+class TwoInputs(nn.Linear):
+    def forward(self, x: Tensor, scale: float, *, offset: Tensor, table: Tensor) -> Tensor:
+        return (super().forward(x) * scale + offset).relu() @ table
+
+
+def test_every_input_that_holds_a_batch_has_any_size_and_a_name(tmp_path: Path) -> None:
+    arguments = {
+        "x": torch.randn(2, 4),
+        "scale": 2.0,
+        "offset": torch.randn(2, 3),
+        "table": torch.randn(3, 5),
+    }
+    model = bake(convert(TwoInputs(4, 3), example_input=arguments))
+    program = export_onnx(model, arguments, tmp_path / "model.onnx")
+    shapes = [str(given.shape) for given in program.model.graph.inputs]
+    assert shapes == ["[batch,4]", "[batch,3]", "[3,5]"]
+    x, offset = torch.randn(7, 4), torch.randn(7, 3)
+    with torch.no_grad():
+        expected = model(x, 2.0, offset=offset, table=arguments["table"])
+    found = run_onnx(tmp_path / "model.onnx", x, offset, torch.as_tensor(arguments["table"]))
+    assert_close(found, expected)
+
+
+def test_what_is_exported_is_the_model_in_eval_mode_which_stays_in_training(tmp_path: Path) -> None:
+    x = torch.randn(1, 4)  # a single example
+    model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Dropout(), nn.BatchNorm1d(8))
+    model = bake(convert(model, example_input=x)).train()
+    model[3].eval()
+    state = {name: value.clone() for name, value in model.state_dict().items()}
+    export_program(model, x, tmp_path / "model.pt2")
+    assert [m.training for m in model] == [True, True, True, False]
+    assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
+    x = torch.randn(6, 4)
+    with torch.no_grad():
+        assert_close(torch.export.load(tmp_path / "model.pt2").module()(x), model.eval()(x))
+
+
+# --- what is refused -----------------------------------------------------------------------------
+
+
+class FixedBatch(nn.ReLU):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x).reshape(2, -1)
+
+
+@pytest.mark.parametrize("export", [export_onnx, export_program])
+def test_gates_are_refused_and_nothing_is_written(export: Any, tmp_path: Path) -> None:
+    x = torch.zeros(2, 4)
+    model = convert(nn.Sequential(nn.Linear(4, 4), nn.ReLU()), example_input=x)
+    with pytest.raises(ValueError, match=r"still has gates at 1 sites, such as '1': call bake"):
+        export(model, x, tmp_path / "file")
+    with pytest.raises(ValueError, match="give tensors, tuples of arguments or dicts"):
+        export(bake(model), [x], tmp_path / "file")
+    with pytest.raises(RuntimeError, match=r"cannot export this FixedBatch for batches of any"):
+        export(FixedBatch(), x, tmp_path / "file")
+    assert not list(tmp_path.iterdir())
+
+
+def test_without_onnx_the_error_says_what_to_install(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "onnxscript", None)
+    with pytest.raises(ImportError, match=r"pip install 'transfer-surgery\[onnx\]'"):
+        export_onnx(nn.ReLU(), torch.zeros(2), tmp_path / "model.onnx")
+
+
+def test_a_mixed_site_is_one_module() -> None:
+    model = baked(nn.Sequential(nn.ReLU()), torch.zeros(2, 4), match_and_mix)
+    assert type(model[0]) is MixedActivation

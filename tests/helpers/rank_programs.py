@@ -1,0 +1,329 @@
+"""What the tests of distributed training run in each rank, and how: two processes, gloo, a file.
+
+A module of its own, because spawned processes import it by name.
+"""
+
+import contextlib
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_state_dict,
+    set_state_dict,
+)
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim import SGD, AdamW, Optimizer
+from torch.optim.lr_scheduler import LambdaLR
+
+from transfer_surgery import (
+    TransferSchedule,
+    bake,
+    convert,
+    load_gates,
+    report,
+    revert,
+    save_gates,
+    structural_risk,
+    wrap_optimizer,
+)
+from transfer_surgery.units import gated_activations
+
+GAMMA = 0.3
+RANKS = 2
+BATCH = 16  # of all ranks and accumulated parts together
+PARTS = 2
+STEPS = 4
+
+Result = dict[str, Any]
+Program = Callable[..., Result]
+
+OPTIMIZERS: dict[str, Callable[[Any], Optimizer]] = {
+    "sgd": lambda p: SGD(p, lr=0.1),
+    "momentum": lambda p: SGD(p, lr=0.1, momentum=0.9, weight_decay=0.01),
+    "adamw": lambda p: AdamW(p, lr=0.02),
+}
+SETTINGS: dict[str, dict[str, Any]] = {
+    "gamma": {"gamma": GAMMA},
+    "schedule": {"transfer": TransferSchedule(8, start=0)},
+    "part by part": {"transfer": TransferSchedule(8, start=0, order="back_to_front", fraction=0.8)},
+    "auto": {"gamma": "auto", "transfer": TransferSchedule(8, start=0)},
+}
+
+
+def on_ranks(program: Program, folder: Path, *args: Any) -> list[Result]:
+    """Run a program in each of two processes; what it returned there, by rank."""
+    folder.mkdir(exist_ok=True)
+    torch.multiprocessing.spawn(_enter, args=(program, folder, args), nprocs=RANKS)
+    return [torch.load(folder / f"{rank}.pt") for rank in range(RANKS)]
+
+
+def _enter(rank: int, program: Program, folder: Path, args: tuple[Any, ...]) -> None:
+    torch.set_num_threads(1)
+    store = f"file://{folder / 'store'}"
+    dist.init_process_group("gloo", init_method=store, rank=rank, world_size=RANKS)
+    try:
+        torch.save(program(*args), folder / f"{rank}.pt")
+        dist.barrier()
+    finally:
+        dist.destroy_process_group()
+    # A worker thread of gloo that FSDP keeps alive may abort Python's shutdown.
+    os._exit(0)
+
+
+def network() -> nn.Sequential:
+    """Gates per layer, neuron and channel, between 0 and 1; shards of 1 and 5 are uneven."""
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Linear(6, 8),
+        nn.ReLU(),
+        nn.Sequential(nn.Linear(8, 8), nn.GELU()),
+        nn.Linear(8, 5),
+        nn.Tanh(),
+        nn.Linear(5, 3),
+    )
+    granularity = {"1": "layer", "2.*": "neuron", "*": "channel"}
+    convert(model, example_input=torch.zeros(2, 6), granularity=granularity, seed=1)
+    for _, unit in gated_activations(model):
+        nn.init.normal_(unit.log_alpha)
+    return model
+
+
+def loss(model: nn.Module, step: int, rows: slice = slice(None)) -> Tensor:
+    """Of these rows of the step's batch; the gates' noise is that of the step everywhere."""
+    generator = torch.Generator().manual_seed(step)
+    x, y = torch.randn(BATCH, 6, generator=generator), torch.randn(BATCH, 3, generator=generator)
+    torch.manual_seed(100 + step)
+    return nn.functional.mse_loss(model(x[rows]), y[rows])
+
+
+def train(model: nn.Module, optimizer: Optimizer, steps: range) -> None:
+    """On this rank's rows, in two accumulated parts, of which the last synchronises."""
+    size = BATCH // RANKS // PARTS
+    for step in steps:
+        for part in range(PARTS):
+            start = (dist.get_rank() * PARTS + part) * size
+            with _synchronising(model, part == PARTS - 1):
+                (loss(model, step, slice(start, start + size)) / PARTS).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+def _synchronising(model: Any, wanted: bool) -> Any:
+    if hasattr(model, "set_requires_gradient_sync"):
+        model.set_requires_gradient_sync(wanted)
+    elif not wanted:
+        return model.no_sync()
+    return contextlib.nullcontext()
+
+
+def shard(model: nn.Sequential, policy: MixedPrecisionPolicy | None = None) -> nn.Sequential:
+    options = {} if policy is None else {"mp_policy": policy}
+    mesh = dist.device_mesh.init_device_mesh("cpu", (RANKS,))
+    fully_shard(model[2], mesh=mesh, **options)
+    fully_shard(model, mesh=mesh, **options)
+    return model
+
+
+def wrapped(model: nn.Module, optimizer: str, how: str) -> Optimizer:
+    return wrap_optimizer(OPTIMIZERS[optimizer](model.parameters()), model, **SETTINGS[how])
+
+
+def whole_state(model: nn.Module) -> dict[str, Tensor]:
+    return get_model_state_dict(model, options=StateDictOptions(full_state_dict=True))
+
+
+# ---- the programs
+
+
+def ddp(optimizer: str, how: str) -> Result:
+    model = network()
+    parallel = DistributedDataParallel(model)
+    train(parallel, wrapped(parallel, optimizer, how), range(STEPS))
+    return {"state": model.state_dict(), "report": report(parallel).to_dict()}
+
+
+def fsdp(optimizer: str, how: str) -> Result:
+    model = shard(network())
+    train(model, wrapped(model, optimizer, how), range(STEPS))
+    risk = structural_risk(model)
+    (gradient,) = torch.autograd.grad(risk, [model[4].log_alpha])
+    rows = report(model).to_dict()
+    shards = [u.log_alpha.to_local().numel() for _, u in gated_activations(model)]
+    return {
+        "state": whole_state(model),
+        "report": rows,
+        "risk": risk.detach(),
+        "gradient": gradient.full_tensor(),
+        "shards": shards,
+    }
+
+
+def every_case(kind: str, cases: list[tuple[str, str]]) -> Result:
+    return {case: (ddp if kind == "ddp" else fsdp)(*case) for case in cases}
+
+
+def different_starts(how: str) -> Result:
+    """As where each rank seeds its own: DDP makes them start like rank 0."""
+    model = network()
+    for _, unit in gated_activations(model):
+        nn.init.normal_(unit.log_alpha, generator=torch.Generator().manual_seed(dist.get_rank()))
+    parallel = DistributedDataParallel(model)
+    train(parallel, wrapped(parallel, "momentum", how), range(STEPS))
+    return {"state": model.state_dict()}
+
+
+def checkpoint(optimizer: str, how: str, folder: Path) -> Result:
+    """Saved in mid-transfer and continued; and loaded into a new model and continued."""
+
+    def start() -> tuple[nn.Sequential, Optimizer]:
+        model = shard(network())
+        return model, wrapped(model, optimizer, how)
+
+    def state(model: nn.Module, optimizer: Optimizer) -> dict[str, Any]:
+        model_state, optimizer_state = get_state_dict(model, optimizer)
+        return {"model": model_state, "optimizer": optimizer_state}
+
+    model, opt = start()
+    train(model, opt, range(STEPS))
+    dcp.save(state(model, opt), checkpoint_id=folder)
+    train(model, opt, range(STEPS, 2 * STEPS))
+
+    other, other_opt = start()
+    loaded = state(other, other_opt)
+    dcp.load(loaded, checkpoint_id=folder)
+    set_state_dict(
+        other,
+        other_opt,
+        model_state_dict=loaded["model"],
+        optim_state_dict=loaded["optimizer"],
+    )
+    train(other, other_opt, range(STEPS, 2 * STEPS))
+    steps = other_opt.param_groups[-1]["transfer_step"]
+    return {"state": whole_state(model), "resumed": whole_state(other), "steps": steps}
+
+
+def not_finite(kind: str) -> Result:
+    """One rank's loss is not finite: both must stop, and neither be updated."""
+    model = network()
+    parallel: nn.Module = DistributedDataParallel(model) if kind == "ddp" else shard(model)
+    optimizer = wrapped(parallel, "adamw", "schedule")
+    before = {k: v.clone() for k, v in whole_state(parallel).items()}
+    factor = float("inf") if dist.get_rank() == 1 else 1.0
+    (loss(parallel, 0) * factor).backward()
+    message = ""
+    try:
+        optimizer.step()
+    except FloatingPointError as error:
+        message = str(error)
+    after = whole_state(parallel)
+    same = all(torch.equal(before[key], after[key]) for key in before)
+    return {"message": message, "same": same}
+
+
+def corners() -> Result:
+    """What goes wrong where ranks decide alone, or write into parameters that are not sharded."""
+    return {
+        "warm-up from 0": _warm_up_from_zero(),
+        "partly sharded": _not_finite_where_partly_sharded(),
+        "evaluation": _evaluation_before_the_step(),
+        "late wrap": _wrapped_after_an_evaluation(),
+    }
+
+
+def _warm_up_from_zero() -> Tensor:
+    """Rank 1's shards have no gradient at all: its part of a bias of one element is empty."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 1, bias=False))
+    convert(model, example_input=torch.zeros(2, 6), seed=1)
+    model[0].requires_grad_(False)
+    fully_shard(model)
+    optimizer = wrapped(model, "adamw", "schedule")
+    scheduler = LambdaLR(optimizer, lambda step: min(1.0, step / 2))
+    for _ in range(STEPS):
+        model(torch.randn(4, 6)).square().mean().backward()
+        optimizer.step()
+        scheduler.step()
+        optimizer.zero_grad()
+    return structural_risk(model, "mean").detach()
+
+
+def _not_finite_where_partly_sharded() -> str:
+    model = network()
+    fully_shard(model[2])
+    optimizer = wrapped(model, "adamw", "schedule")
+    for p in model.parameters():
+        p.grad = torch.zeros_like(p)
+    if dist.get_rank() == 1:
+        model[2][0].bias.grad.to_local().fill_(float("inf"))
+    try:
+        optimizer.step()
+    except FloatingPointError as error:
+        return str(error)
+    return ""
+
+
+def _evaluation_before_the_step() -> Tensor:
+    model = shard(network())
+    optimizer = wrapped(model, "adamw", "schedule")
+    for step in range(STEPS):
+        loss(model, step).backward()
+        with torch.no_grad():
+            model(torch.zeros(2, 6))  # leaves the root's parameters whole
+        optimizer.step()
+        optimizer.zero_grad()
+    return structural_risk(model, "mean").detach()
+
+
+def _wrapped_after_an_evaluation() -> tuple[list[int], str]:
+    model = shard(network())
+    optimizer = OPTIMIZERS["adamw"](model.parameters())
+    with torch.no_grad():
+        model(torch.zeros(2, 6))
+    wrap_optimizer(optimizer, model, **SETTINGS["schedule"])
+    get_state_dict(model, optimizer)
+    sizes = [len(group["params"]) for group in optimizer.param_groups]
+
+    with torch.no_grad():
+        model(torch.zeros(2, 6))
+    message = ""
+    try:
+        wrapped(model, "adamw", "schedule")  # built of the parameters of the moment
+    except ValueError as error:
+        message = str(error)
+    return sizes, message
+
+
+def low_precision(how: str) -> Result:
+    policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+    model = shard(network(), policy)
+    train(model, wrapped(model, "adamw", how), range(STEPS))
+    return {"dtype": model[4].log_alpha.dtype, "risk": structural_risk(model, "mean").detach()}
+
+
+def gates_only(folder: Path) -> Result:
+    """Gates of a sharded model saved, loaded into a base model, and into another sharded one."""
+    model = shard(network())
+    train(model, wrapped(model, "adamw", "part by part"), range(STEPS))
+    save_gates(model, folder)
+    dist.barrier()
+    other = shard(network())
+    gates = [unit.log_alpha for _, unit in gated_activations(other)]
+    load_gates(other, folder)
+    kept = all(g is u.log_alpha for g, (_, u) in zip(gates, gated_activations(other), strict=True))
+    refused = []
+    for verb in (bake, revert):
+        try:
+            verb(model)
+        except TypeError as error:
+            refused.append(str(error))
+    states = {"saved": whole_state(model), "loaded": whole_state(other)}
+    return states | {"kept": kept, "refused": refused}

@@ -1,0 +1,150 @@
+"""The original network teaches the converted one; and all gates at once."""
+
+import copy
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from transfer_surgery import convert, distill, match_targets, swap_targets
+from transfer_surgery.units import gated_activations
+
+
+def networks(match: bool = True) -> tuple[nn.Sequential, nn.Sequential, list[torch.Tensor]]:
+    torch.manual_seed(0)
+    teacher = nn.Sequential(
+        nn.Linear(4, 16), nn.BatchNorm1d(16), nn.ReLU(), nn.Identity(), nn.Linear(16, 3)
+    )
+    for _ in range(50):
+        teacher(torch.randn(64, 4))  # statistics of the norm
+    for parameter in teacher[4].parameters():
+        parameter.data.mul_(5)  # answers far from uniform
+    x = torch.randn(256, 4)
+    model = convert(copy.deepcopy(teacher), "sin", example_input=x)
+    if match:
+        match_targets(model, [x])
+    return swap_targets(model), teacher, list(x.split(64))
+
+
+def test_the_model_comes_nearer_to_its_teacher_which_does_not_change():
+    model, teacher, batches = networks(match=False)
+    before = copy.deepcopy(teacher.state_dict())
+    gates = copy.deepcopy(model[2].gate.state_dict())
+    model.eval()
+    teacher.train()
+    x = torch.randn(500, 4)
+
+    def distance():
+        with torch.no_grad():
+            answers = [copy.deepcopy(m).eval()(x).softmax(1) for m in (model, teacher)]
+        return (answers[0] - answers[1]).abs().mean().item()
+
+    far = distance()
+    losses = distill(model, teacher, batches, steps=150, lr=0.02)
+    assert len(losses) == 150
+    assert distance() < 0.5 * far
+    assert not model.training
+    assert teacher.training
+    assert all(torch.equal(teacher.state_dict()[k], v) for k, v in before.items())
+    assert torch.equal(model[2].gate.state_dict()["log_alpha"], gates["log_alpha"])
+    assert all(p.requires_grad for p in model.parameters())
+
+
+def test_targets_and_norms_alone_can_be_trained():
+    model, teacher, batches = networks()
+    before = copy.deepcopy(model.state_dict())
+    distill(model, teacher, batches, steps=10, train="targets")
+    changed = {k for k, v in model.state_dict().items() if not torch.equal(v, before[k])}
+    statistics = {"1.running_mean", "1.running_var", "1.num_batches_tracked"}
+    assert changed == statistics | {f"2.affine.{n}" for n in "awcb"} | {"1.weight", "1.bias"}
+
+
+def test_the_first_loss_is_the_softened_divergence():
+    model, teacher, batches = networks()
+    x = batches[0]
+    with torch.no_grad():
+        now = (copy.deepcopy(model).train()(x) / 2).double().softmax(1)
+        wanted = (teacher.eval()(x) / 2).double().softmax(1)
+    expected = 4 * (wanted * (wanted / now).log()).sum(1).mean().item()
+    assert distill(model, teacher, batches, steps=1, temperature=2.0)[0] == pytest.approx(
+        expected, rel=1e-4
+    )
+
+
+def test_a_channel_that_hardly_varied_stays_smooth_when_it_is_trained():
+    torch.manual_seed(0)
+    teacher = nn.Sequential(nn.Linear(8, 32), nn.BatchNorm1d(32), nn.ReLU(), nn.Linear(32, 4))
+    x = torch.randn(512, 8)
+    teacher(x)
+    with torch.no_grad():
+        teacher[1].weight[:3], teacher[1].bias[:3] = 1e-5, 0.3
+    model = convert(copy.deepcopy(teacher.eval()), "sin", example_input=x)
+    match_targets(model, [x])
+    distill(swap_targets(model), teacher, list(x.split(64)), steps=50)
+    inputs = model[:2].eval()(x).detach().requires_grad_()
+    (slopes,) = torch.autograd.grad(model[2](inputs).sum(), inputs)
+    assert slopes.abs().max() < 3  # of ReLU it is 1; fitted by its own deviation, 458
+
+
+def test_features_are_compared_by_their_relative_error():
+    model, teacher, batches = networks()
+    x = batches[0]
+    answers = [copy.deepcopy(m) for m in (model.train(), teacher.eval())]
+    plain = distill(copy.deepcopy(model), teacher, batches, steps=1)[0]
+    with torch.no_grad():
+        errors = []
+        for depth in (1, 3):  # up to the linear layer, and up to the activation
+            now, wanted = (m[:depth](x).double() for m in answers)
+            errors.append((now - wanted).square().mean() / wanted.square().mean())
+    options = {"features": ("0", "2"), "feature_weight": 3.0}
+    found = distill(model, teacher, batches, steps=1, **options)[0]
+    assert found == pytest.approx(plain + 3 * sum(errors).item() / 2, rel=1e-4)
+    assert not any(m._forward_hooks for net in (model, teacher) for m in net.modules())
+
+
+def test_features_bring_the_inside_nearer_than_answers_alone():
+    def distance(**options):
+        model, teacher, batches = networks()
+        distill(model, teacher, batches, steps=100, **options)
+        x = torch.cat(batches)
+        with torch.no_grad():
+            now, wanted = (m.eval()[:4](x) for m in (model, teacher))
+        return (now - wanted).square().mean().item()
+
+    assert distance(features=["3"], feature_weight=10.0) < 0.9 * distance()
+
+
+def test_wrong_arguments_are_refused():
+    model, teacher, batches = networks()
+    with pytest.raises(ValueError, match="use 'all' or 'targets'"):
+        distill(model, teacher, batches, steps=1, train="norms")
+    with pytest.raises(ValueError, match="have to be positive"):
+        distill(model, teacher, batches, steps=0)
+    with pytest.raises(ValueError, match="none after 4 of 5 steps"):
+        distill(model, teacher, iter(batches), steps=5)
+    with pytest.raises(ValueError, match="use a lower lr"):
+        distill(model, teacher, [x * math.inf for x in batches], steps=1)
+    with pytest.raises(ValueError, match=r"features=\['layer9'\]: Sequential has no such modules"):
+        distill(model, teacher, batches, steps=1, features=["2", "layer9"])
+    assert not any(m._forward_hooks for m in model.modules())
+    with pytest.raises(ValueError, match="call convert"):
+        distill(teacher, teacher, batches, steps=1)
+    unswapped = convert(copy.deepcopy(teacher), "sin", example_input=batches[0])
+    with pytest.raises(ValueError, match=r"call swap_targets\(model\) first"):
+        distill(unswapped, teacher, batches, steps=1)
+
+
+@pytest.mark.parametrize("gate", ["hard_concrete", "bernoulli", "line", "copy"])
+def test_gates_of_every_kind_are_swapped_where_asked(gate):
+    model = nn.Sequential(nn.Linear(3, 3), nn.ReLU(), nn.Sequential(nn.Linear(3, 3), nn.GELU()))
+    convert(model, example_input=torch.zeros(1, 3), gate=gate)
+    swap_targets(model, include="2")
+    found = {path: unit.gate.predict().mean().item() for path, unit in gated_activations(model)}
+    assert found == {"1": 1.0, "2.1": 0.0}
+    swap_targets(model, exclude=lambda unit: unit.path == "2.1")
+    x = torch.randn(5, 3)
+    expected = model[2][0](model[0](x).sin()).sin()
+    torch.testing.assert_close(model.eval()(x), expected)
+    with pytest.raises(ValueError, match="no site is left"):
+        swap_targets(model, exclude="*")

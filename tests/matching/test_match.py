@@ -1,0 +1,294 @@
+"""Targets fitted to a trained network: the order of sites, whole or not at all."""
+
+import copy
+
+import pytest
+import timm
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from transfer_surgery import (
+    GatedActivation,
+    MatchWarning,
+    TransferSchedule,
+    bake,
+    convert,
+    match_targets,
+    swap_targets,
+    wrap_optimizer,
+)
+from transfer_surgery.matching.least_squares import NormalEquations
+from transfer_surgery.units import gated_activations
+
+
+class Block(nn.Module):
+    """Functional activations, one module called twice, and a skip: fx rewrites it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv1, self.conv2 = nn.Conv2d(4, 4, 3, padding=1), nn.Conv2d(4, 4, 3, padding=1)
+        self.bn = nn.BatchNorm2d(4)
+        self.act = nn.ReLU(inplace=True)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.act(self.bn(self.conv1(x)))
+        return F.gelu(self.act(self.conv2(y)) + x)
+
+
+def network() -> nn.Module:
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(2, 4, 3), Block(), nn.Dropout(0.5), nn.Flatten(), nn.Linear(64, 8), nn.Tanh(),
+        nn.Linear(8, 3),
+    )  # fmt: skip
+    for parameter in model.parameters():
+        parameter.data.mul_(2)
+    return model
+
+
+def data(number: int = 512) -> torch.Tensor:
+    return torch.randn(number, 2, 6, 6, generator=torch.Generator().manual_seed(5))
+
+
+def converted(target: str = "sin", **options) -> nn.Module:
+    return convert(network(), target, example_input=data(2), seed=0, **options)
+
+
+def test_matching_changes_no_output_and_nothing_else_of_the_model():
+    model, original = converted(), network()
+    model.train()
+    model[1].eval()
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    modes = [m.training for m in model.modules()]
+    random = torch.get_rng_state()
+    match_targets(model, data().split(128))
+    assert torch.equal(torch.get_rng_state(), random)
+    named = dict(model.named_modules())
+    assert [named[k].training for k in dict(converted().named_modules())] == modes
+    after = model.state_dict()
+    assert all(torch.equal(after[k], v) for k, v in before.items())
+    assert all(".affine." in k for k in after.keys() - before.keys())
+    assert torch.equal(model.eval()(data()), original.eval()(data()))
+
+
+def divergence(model: nn.Module) -> float:
+    x = data(2048)[512:]
+    with torch.no_grad():
+        answers = [F.log_softmax(m.eval()(x), 1) for m in (model, network())]
+    return F.kl_div(*answers, log_target=True, reduction="batchmean").item()
+
+
+def deep() -> tuple[nn.Sequential, nn.Sequential, torch.Tensor]:
+    """A network of ten layers, in which errors add up, its copy, and inputs."""
+    torch.manual_seed(0)
+    layers = [layer for _ in range(10) for layer in (nn.Linear(16, 16), nn.ReLU())]
+    model = nn.Sequential(*layers, nn.Linear(16, 4))
+    for layer in model[::2]:
+        nn.init.kaiming_normal_(layer.weight)
+    return model, copy.deepcopy(model), torch.randn(2048, 16)
+
+
+def squared_error(model: nn.Module, original: nn.Module, x: torch.Tensor) -> float:
+    with torch.no_grad():
+        return F.mse_loss(model(x), original(x)).item()
+
+
+def test_each_site_makes_up_for_those_before_and_refitted_layers_do_more():
+    found = {}
+    for name, options in {
+        "plain": None,
+        "symmetric": {"symmetric": True},
+        "asymmetric": {},
+        "refitted": {"refit": True},
+    }.items():
+        model, original, x = deep()
+        convert(model, example_input=x)
+        if options is not None:
+            match_targets(model, x[:1024].split(128), **options)
+        found[name] = squared_error(swap_targets(model), original, x[1024:])
+    assert found["refitted"] < 0.9 * found["asymmetric"]
+    assert found["asymmetric"] < 0.97 * found["symmetric"]
+    assert found["symmetric"] < 0.5 * found["plain"]
+
+
+def test_refitted_sites_are_swapped_and_layers_before_the_first_site_stay():
+    model = converted()
+    rows = match_targets(model, data().split(128), refit=True)
+    assert all((unit.gate.predict() == 0).all() for _, unit in gated_activations(model))
+    assert torch.equal(model[0].weight, network()[0].weight)
+    assert not torch.equal(model[6].weight, network()[6].weight)
+    assert rows.rows[-1].divergence < 0.1
+
+
+def test_rows_are_in_the_order_of_execution_and_say_how_well_it_went():
+    model = converted()
+    found = match_targets(model, data().split(128))
+    assert [row.path for row in found] == ["1.act_0", "1.act_1", "1.gelu_0", "5"]
+    assert all(0.5 < row.r2 <= 1 and row.periods >= 0.5 for row in found)
+    divergences = [row.divergence for row in found]
+    assert (
+        divergences[0] < divergences[-1] == pytest.approx(divergence(swap_targets(model)), rel=0.5)
+    )
+    assert str(found).splitlines()[0].split() == ["path", "source", "target", "R2", "periods", "KL"]
+    assert len(found.to_dict()["rows"]) == len(found) == 4
+
+
+def test_batches_of_any_size_give_the_same_fit():
+    models = [converted(), converted(), converted()]
+    for model, size in zip(models, (512, 128, 100), strict=True):
+        match_targets(model, data().split(size))
+    for other in models[1:]:
+        for (_, one), (_, two) in zip(*map(gated_activations, (models[0], other)), strict=True):
+            torch.testing.assert_close(one.affine.state_dict(), two.affine.state_dict(),
+                                       rtol=1e-3, atol=1e-3)  # fmt: skip
+
+
+@pytest.mark.parametrize("granularity", ["layer", "channel", "neuron"])
+def test_parameters_are_shared_as_the_gates_are(granularity):
+    model = converted(granularity=granularity)
+    match_targets(model, data().split(128))
+    for _, unit in gated_activations(model):
+        assert unit.affine.a.shape == unit.gate.shape
+    assert divergence(swap_targets(model)) < 0.5
+
+
+def test_the_first_site_is_the_least_squares_fit_of_its_source():
+    model = converted()
+    match_targets(model, [data()], ridge=0.0)
+    unit = model[1].act_0
+    with torch.no_grad():
+        block = model[1].eval()
+        x = block.bn(block.conv1(model[0](data())))
+        a, w, c, b = unit.affine.of(x)
+        here = (a * torch.sin(w * x + c) + b - x.relu()).square().mean()
+        for name in "awcb":
+            value = getattr(unit.affine, name)
+            for step in (0.01, -0.01) if name != "w" else ():
+                value.data += step
+                a, w, c, b = unit.affine.of(x)
+                assert (a * torch.sin(w * x + c) + b - x.relu()).square().mean() > here
+                value.data -= step
+
+
+def test_convert_can_match_and_a_failure_leaves_the_model_as_it_was():
+    model = converted(match=data().split(128))
+    assert all(unit.affine is not None for _, unit in gated_activations(model))
+    other = network()
+    with pytest.raises(ValueError, match="there are none"):
+        convert(other, example_input=data(2), match=[])
+    assert other.state_dict().keys() == network().state_dict().keys()
+    assert not [m for m in other.modules() if isinstance(m, GatedActivation)]
+
+
+def test_only_chosen_sites_are_matched():
+    model = converted()
+    found = match_targets(model, [data()], exclude="1.gelu_0")
+    assert [row.path for row in found] == ["1.act_0", "1.act_1", "5"]
+    assert model[1].gelu_0.affine is None
+    with pytest.raises(ValueError, match="'2' matches none of the sites"):
+        match_targets(model, [data()], include="2")
+
+
+def test_a_site_that_does_not_run_in_evaluation_is_listed():
+    class Auxiliary(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.head, self.act, self.aux = nn.Linear(4, 3), nn.ReLU(), nn.Linear(4, 3)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            y = self.head(self.act(x))
+            return y + F.gelu(self.aux(x)) if self.training else y
+
+    model = convert(Auxiliary(), example_input=torch.zeros(2, 4))
+    found = match_targets(model, [torch.randn(64, 4)])
+    assert [(row.path, row.r2 is None) for row in found] == [("act", False), ("gelu_0", True)]
+    assert "not run" in str(found)
+
+
+@pytest.mark.parametrize("refit", [False, True])
+def test_a_failure_leaves_the_model_as_it_was(refit, monkeypatch):
+    model = converted()
+    before = copy.deepcopy(model.state_dict())
+
+    def fail_late(self, *args):
+        if unit.affine is not None:
+            raise RuntimeError("late")
+        return solve(self, *args)
+
+    unit, solve = model[1].gelu_0, NormalEquations.solve
+    monkeypatch.setattr(NormalEquations, "solve", fail_late)
+    with pytest.raises(RuntimeError, match="late"):
+        match_targets(model, [data()], refit=refit)
+    after = model.state_dict()
+    assert after.keys() == before.keys()
+    assert all(torch.equal(after[k], v) for k, v in before.items())
+
+
+def test_wrong_batches_are_refused_with_the_fix():
+    model = converted()
+    with pytest.raises(ValueError, match="there are none"):
+        match_targets(model, [])
+    with pytest.raises(ValueError, match=r"\[images for images, _ in loader\]"):
+        match_targets(model, [[data(), torch.zeros(512)]])
+
+
+def test_a_poor_fit_is_warned_of():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(2, 4), nn.ReLU(), nn.Linear(4, 2))
+    convert(model, example_input=torch.zeros(2, 2))
+    with pytest.warns(MatchWarning, match=r"less than 50% .* at 1: .*exclude="):
+        match_targets(model, [torch.randn(200, 2)], frequencies=(40.0,))
+
+
+def test_gates_are_transferred_softly_to_matched_targets():
+    model = converted()
+    match_targets(model, data().split(128))
+    optimizer = wrap_optimizer(
+        torch.optim.SGD(model.parameters(), lr=1e-4), model, transfer=TransferSchedule(20)
+    )
+    original, x = network().eval(), data()
+    model.eval()  # dropout is not what is looked at
+    for _ in range(20):
+        for _, unit in gated_activations(model):
+            unit.train()
+        loss = F.mse_loss(model(x), original(x))
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert all((unit.gate.predict() == 0).all() for _, unit in gated_activations(model))
+    assert divergence(model) < 0.1 * divergence(swap_targets(converted()))
+
+
+@pytest.mark.parametrize("name", ["test_vit", "test_convnext", "test_efficientnet", "test_resnet"])
+def test_models_of_timm_are_matched(name):
+    model = timm.create_model(name, num_classes=5).eval()
+    x = torch.randn(32, 3, 96, 96) if name == "test_resnet" else torch.randn(32, 3, 160, 160)
+    before = model(x[:4])
+    convert(model, target="sin")
+    found = match_targets(model, x.split(16))
+    assert torch.equal(model(x[:4]), before)
+    assert all(row.r2 > 0.5 for row in found)
+    swapped = bake(swap_targets(model))(x[:4])
+    assert (swapped - before).square().mean() < 0.2 * before.square().mean() + 1e-4
+
+
+@pytest.mark.parametrize("target", ["polynomial", "square"])
+def test_nearly_straight_parabolas_can_be_trained(target):
+    """Written by their vertex, a step of 0.001 would change their amplitude by itself."""
+    torch.manual_seed(0)
+    x = torch.randn(500, 4) + 6  # relu is the identity there
+    model = convert(nn.Sequential(nn.ReLU(), nn.Linear(4, 1)), target, include="0", example_input=x)
+    match_targets(model, [x])
+    swap_targets(model)
+    wanted = x.sum(1, keepdim=True).sin()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    losses = []
+    for _ in range(50):
+        loss = (model(x) - wanted).square().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0]
+    assert max(losses) < 2 * losses[0]

@@ -1,0 +1,109 @@
+"""What match_targets and its like are called with, and in which state of torch."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from transfer_surgery import MatchWarning, convert, match_targets, sensitivity
+
+
+def network() -> nn.Sequential:
+    torch.manual_seed(0)
+    layers = [nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 8), nn.GELU(), nn.Linear(8, 3)]
+    return convert(nn.Sequential(*layers), "sin", example_input=torch.zeros(1, 4))
+
+
+X = torch.randn(256, 4, generator=torch.Generator().manual_seed(1))
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+@pytest.mark.parametrize("refit", [False, True])
+def test_values_that_are_not_finite_are_refused_and_change_nothing(value, refit):
+    model = network()
+    before = copy.deepcopy(model.state_dict())
+    batches = [X, X.clone()]
+    batches[1][3, 2] = value
+    with pytest.raises(ValueError, match=r"^1: NaN or infinity comes in"):
+        match_targets(model, batches, refit=refit)
+    now = model.state_dict()
+    assert now.keys() == before.keys()
+    assert all(torch.equal(now[name], before[name]) for name in before)
+
+
+def test_sites_are_not_compared_by_outputs_that_are_not_finite():
+    with pytest.raises(ValueError, match=r"^1: the outputs.* not finite"):
+        sensitivity(network(), [X * torch.nan])
+
+
+@pytest.mark.parametrize(
+    ("batches", "complaint"),
+    [
+        ([X, X[:0]], r"no examples: shapes \[\(0, 4\)\]"),
+        ([[X, X]], "without labels"),
+        ([X.numpy()], "a batch is a ndarray"),
+        ([], "there are none"),
+    ],
+)
+def test_batches_that_cannot_be_used_are_named(batches, complaint):
+    with pytest.raises(ValueError, match=complaint):
+        match_targets(network(), batches)
+
+
+@pytest.mark.parametrize(
+    ("option", "complaint"),
+    [
+        ({"frequencies": ()}, r"frequencies=\(\)"),
+        ({"frequencies": (0.5, -1.0)}, "all positive"),
+        ({"min_periods": -0.1}, "min_periods=-0.1"),
+        ({"ridge": -1.0}, "ridge=-1.0"),
+        ({"refit_ridge": -1.0}, "refit_ridge=-1.0"),
+    ],
+)
+def test_numbers_out_of_range_are_refused(option, complaint):
+    with pytest.raises(ValueError, match=complaint):
+        match_targets(network(), [X], **option)
+
+
+def test_a_handful_of_examples_draws_a_warning():
+    with pytest.warns(MatchWarning, match=r"fewer than 30 values at 1, 3: .* more examples"):
+        found = match_targets(network(), [X[:20]])
+    assert [row.values for row in found] == [20, 20]
+    assert [row.values for row in match_targets(network(), X.split(64))] == [256, 256]
+
+
+def test_in_inference_mode_the_targets_can_be_trained_later():
+    model = network()
+    with torch.inference_mode():
+        match_targets(model, [X], refit=True)
+        sensitivity(model, [X])
+    model(X).square().sum().backward()
+    assert model[1].affine.a.grad.abs().sum() > 0
+
+
+@pytest.mark.parametrize("in_place", [False, True])
+def test_of_a_compiled_model_the_same_is_found(in_place):
+    plain, model = network(), network()
+    expected = match_targets(plain, [X])
+    compiled = model
+    if in_place:
+        model.compile(backend="eager")
+    else:
+        compiled = torch.compile(model, backend="eager")
+    compiled(X)  # compiled before there are hooks, which its code leaves out from then on
+    assert [row.r2 for row in match_targets(compiled, [X])] == [row.r2 for row in expected]
+    costs = [[row.divergence for row in sensitivity(m, [X])] for m in (compiled, plain)]
+    assert costs[0] == costs[1]
+
+
+def test_afterwards_compiled_modules_are_compiled_again():
+    runs = []
+
+    def backend(graph, inputs):
+        return lambda *args: runs.append(1) or graph(*args)
+
+    layer = torch.compile(nn.Linear(4, 4), backend=backend)
+    match_targets(network(), [X])
+    layer(X)
+    assert runs == [1]

@@ -1,0 +1,140 @@
+"""swap_targets(keep=...): which gates keep their source within a budget of neurons."""
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from transfer_surgery import bake, convert, match_targets, report, swap_targets
+from transfer_surgery.matching.relu_budget import choose_kept
+from transfer_surgery.units import gated_activations
+
+X = torch.randn(400, 2, 6, 6, generator=torch.Generator().manual_seed(1))
+
+
+def network(granularity: str = "channel", target: str = "square", **options) -> nn.Module:
+    torch.manual_seed(0)
+    layers = [nn.Conv2d(2, 8, 3), nn.ReLU(), nn.Conv2d(8, 6, 3), nn.GELU(), nn.Flatten()]
+    model = nn.Sequential(*layers, nn.Linear(24, 5))
+    return convert(model, target, granularity=granularity, example_input=X[:2], **options)
+
+
+def gates(model: nn.Module) -> torch.Tensor:
+    return torch.cat([u.gate.predict().detach().flatten() for _, u in gated_activations(model)])
+
+
+@pytest.mark.parametrize("granularity", ["layer", "channel", "neuron"])
+@pytest.mark.parametrize("keep", [0.0, 0.05, 0.4, 90, 1.0])
+def test_the_budget_is_kept_and_nearly_used(granularity, keep):
+    model = network(granularity)
+    neurons = report(model).total.neurons
+    assert neurons == 8 * 16 + 6 * 4
+    if granularity == "layer" and keep == 0.05:  # no site is that small
+        swap_targets(model, keep=keep, batches=[X])
+        assert report(model).total.source_neurons == 0
+        return
+    swap_targets(model, keep=keep, batches=X.split(150))
+    budget = keep if isinstance(keep, int) else int(keep * neurons)
+    total = report(model).total
+    largest = {"layer": 128, "channel": 16, "neuron": 1}[granularity]
+    assert budget - largest < total.source_neurons <= budget
+    assert total.mixed == 0
+    assert set(gates(model).tolist()) <= {0.0, 1.0}
+
+
+def test_those_are_kept_whose_swap_costs_most_per_neuron():
+    """Beside the loss that each gate adds when it is swapped alone, by brute force."""
+    model = network(target="relu(written='clamp(x, 0)')")
+    units = [unit for _, unit in gated_activations(model)]
+    for i, unit in enumerate(units):  # a*relu(x): small errors, which differ from gate to gate
+        numbers = unit.free_target()
+        numbers.a.data = 1 + 0.002 * (1 + torch.randperm(unit.gate.count)) * (1 + i)
+    model.eval()
+    with torch.no_grad():
+        wanted = F.log_softmax(model(X), 1)
+    costs = []
+    for unit in units:
+        for gate in range(unit.gate.count):
+            other = copy.deepcopy(model)
+            twin = dict(other.named_modules())[
+                next(n for n, m in model.named_modules() if m is unit)
+            ]
+            twin.log_alpha.data[gate] = -20
+            with torch.no_grad():
+                found = F.log_softmax(other(X), 1)
+            loss = F.kl_div(found, wanted, log_target=True, reduction="batchmean")
+            costs.append(loss.item() / (unit.neurons / unit.gate.count))
+    order = torch.tensor(costs).argsort(descending=True).tolist()
+    swap_targets(model, keep=80, batches=[X] * 8)  # several draws of labels for each input
+    kept = {i for i, z in enumerate(gates(model).tolist()) if z == 1}
+    best = set(order[: len(kept)])
+    assert len(kept & best) >= len(kept) - 1
+    assert order[0] in kept
+    assert order[-1] not in kept
+
+
+def test_matching_again_leaves_kept_gates_and_fits_what_follows_to_them():
+    model, original = network(), network()
+    match_targets(model, [X])
+    swap_targets(model, keep=0.5, batches=[X])
+    before = gates(model)
+    first = copy.deepcopy(model)
+    match_targets(model, [X], refit=True)
+    assert torch.equal(gates(model), before)
+    errors = []
+    for network_ in (first, model):
+        with torch.no_grad():
+            errors.append((network_.eval()(X) - original.eval()(X)).square().mean().item())
+    assert errors[1] < errors[0]
+
+
+@pytest.mark.parametrize("refit", [False, True])
+def test_a_site_that_is_kept_as_a_whole_stays(refit):
+    model = network("layer")
+    match_targets(model, [X])
+    swap_targets(model, keep=100, batches=[X])  # one of the two sites
+    before = gates(model)
+    assert sorted(before.tolist()) == [0.0, 1.0]
+    found = match_targets(model, [X], refit=refit)
+    assert torch.equal(gates(model), before)
+    assert len(found) == 1
+
+
+def test_a_partly_swapped_network_is_baked_to_the_same_outputs():
+    model = network()
+    match_targets(model, [X])
+    swap_targets(model, keep=0.3, batches=[X])
+    expected = model.eval()(X)
+    torch.testing.assert_close(bake(model)(X), expected)
+
+
+def test_wrong_budgets_are_refused_and_change_nothing():
+    model = network()
+    before = gates(model)
+    for keep, batches, message in (
+        (1000, [X], "152 neurons"),
+        (1.5, [X], "share"),
+        (-1, [X], "keep=-1"),
+        (1e-9, [X], "keep=1e-09"),
+        (True, [X], "keep=True"),
+        (0.5, None, "together"),
+        (None, [X], "together"),
+        (0.5, [], "there are none"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            swap_targets(model, keep=keep, batches=batches)
+    assert torch.equal(gates(model), before)
+    with pytest.raises(ValueError, match="hard_concrete"):
+        swap_targets(network(gate="line"), keep=0.5, batches=[X])
+
+
+def test_units_that_do_not_run_cost_nothing():
+    model = network()
+    model.add_module("idle", copy.deepcopy(model[1]))
+    model.forward = lambda x: nn.Sequential(*list(model)[:-1])(x)
+    units = dict(gated_activations(model))
+    masks = choose_kept(model, units, [X], 0.5)
+    assert masks[units["1"]].any()
+    assert not masks[units["idle"]].any()

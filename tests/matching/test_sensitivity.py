@@ -1,0 +1,89 @@
+"""Sites swapped one at a time."""
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from transfer_surgery import (
+    TransferSchedule,
+    convert,
+    match_targets,
+    sensitivity,
+    swap_targets,
+    wrap_optimizer,
+)
+from transfer_surgery.units import gated_activations
+
+X = torch.randn(300, 4, generator=torch.Generator().manual_seed(1))
+
+
+def network() -> nn.Sequential:
+    torch.manual_seed(0)
+    layers = [nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 8), nn.GELU(), nn.Linear(8, 8), nn.Tanh()]
+    return nn.Sequential(*layers, nn.Linear(8, 3))
+
+
+def test_a_row_is_what_the_swap_of_that_site_alone_does():
+    model, original = convert(network(), example_input=X), network()
+    match_targets(model, [X])
+    before = copy.deepcopy(model.state_dict())
+    found = sensitivity(model, X.split(100))
+    assert all(torch.equal(model.state_dict()[k], v) for k, v in before.items())
+    assert model.training
+    assert [row.divergence for row in found] == sorted(row.divergence for row in found)
+    assert {row.path for row in found} == {"1", "3", "5"}
+    wanted = original(X)
+    for row in found:
+        one = swap_targets(copy.deepcopy(model), include=row.path).eval()(X)
+        kl = F.kl_div(
+            one.log_softmax(1), wanted.log_softmax(1), log_target=True, reduction="batchmean"
+        )
+        assert row.divergence == pytest.approx(kl.item(), rel=1e-3)
+        assert row.changed == pytest.approx((one.argmax(1) != wanted.argmax(1)).float().mean())
+    assert len(str(found).splitlines()) == 1 + len(found) == 1 + len(found.to_dict()["rows"])
+
+
+def test_sites_that_were_transferred_already_count_as_original():
+    model = convert(network(), example_input=X)
+    rows = sensitivity(model, [X]).rows
+    assert sensitivity(swap_targets(model), [X]).rows == rows
+
+
+def test_rounding_puts_no_divergence_below_zero():
+    model = network()
+    with torch.no_grad():
+        model[-1].weight.mul_(1e-4)
+    convert(model, example_input=X)
+    for x in X.split(1):
+        assert min(row.divergence for row in sensitivity(model, [x])) >= 0
+    for x in X.split(50):
+        assert min(row.divergence for row in match_targets(copy.deepcopy(model), [x])) >= 0
+
+
+def test_the_cheapest_site_is_transferred_first():
+    model = convert(network(), example_input=X)
+    match_targets(model, [X])
+    order = sensitivity(model, [X]).order
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
+    wrap_optimizer(optimizer, model, transfer=TransferSchedule(30, order=order))
+    gone: list[str] = []
+    for _ in range(30):
+        model(X).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        for path, unit in gated_activations(model):
+            if path not in gone and (unit.gate.predict() == 0).all():
+                gone.append(path)
+    assert tuple(gone) == order
+
+
+def test_answers_of_any_shape_are_compared():
+    torch.manual_seed(0)
+    model = convert(nn.Sequential(nn.Conv2d(2, 4, 3), nn.ReLU(), nn.Conv2d(4, 5, 1)),
+                    example_input=torch.zeros(1, 2, 6, 6))  # fmt: skip
+    (row,) = sensitivity(model, [torch.randn(8, 2, 6, 6)])
+    assert 0 < row.changed < 1
+    assert row.divergence > 0

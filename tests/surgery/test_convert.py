@@ -1,0 +1,534 @@
+"""Promises of convert, revert and bake on small hand-made networks: the hard cases, one each."""
+
+import copy
+import io
+import pickle
+import warnings
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from transfer_surgery import (
+    GatedActivation,
+    bake,
+    convert,
+    find_activations,
+    get_activation,
+    register_activation,
+    report,
+    revert,
+)
+from transfer_surgery.activations import ActivationModule, registered_activations
+
+X = torch.linspace(-3, 3, 2 * 4 * 5 * 5).reshape(2, 4, 5, 5)
+
+
+class Functional(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(4, 4, 3, padding=1)
+        self.bn = nn.BatchNorm2d(4)
+        self.drop = 0.5
+
+    def forward(self, x, *, scale=1.0):
+        x = F.relu(self.bn(self.conv(x)), inplace=True)
+        x = F.dropout(x, self.drop, self.training) * scale
+        return x.tanh()
+
+    def helper(self):
+        return "kept"
+
+
+class Shared(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.one, self.two = nn.Conv2d(4, 6, 1), nn.Conv2d(6, 3, 1)
+        self.relu = nn.ReLU(inplace=True)
+
+    def forward(self, x):
+        return self.relu(self.two(self.relu(self.one(x))))
+
+
+class ReadAgain(nn.Module):
+    """The in-place activation's input is read after it was overwritten."""
+
+    def __init__(self):
+        super().__init__()
+        self.act, self.conv = nn.ReLU(inplace=True), nn.Conv2d(4, 4, 1)
+
+    def forward(self, x):
+        h = self.conv(x)
+        y = self.act(h)
+        return y + h
+
+
+class OnlyWhenTraining(nn.Module):
+    def forward(self, x):
+        return F.gelu(x) if self.training else F.silu(x) + F.gelu(x)
+
+
+class Untraceable(nn.Module):
+    def forward(self, x):
+        for _ in range(len(x.shape)):
+            if x.sum() > -1e9:
+                x = F.relu(x) - 0.1
+        return x
+
+
+class Alias(nn.Module):
+    """One ReLU registered in two owners, which both call it."""
+
+    def __init__(self):
+        super().__init__()
+        act = nn.ReLU()
+        self.a = nn.Sequential(nn.Conv2d(4, 4, 1), act)
+        self.b = nn.Sequential(nn.Conv2d(4, 4, 1), act)
+
+    def forward(self, x):
+        return self.b(self.a(x))
+
+
+MODELS = [Functional, Shared, ReadAgain, OnlyWhenTraining, Untraceable, Alias]
+
+
+@pytest.fixture(params=MODELS, ids=lambda cls: cls.__name__)
+def model(request):
+    return request.param().eval()
+
+
+@torch.no_grad()
+def test_outputs_stay_bit_for_bit_through_every_copy_and_back(model):
+    before, keys, cls = model(X.clone()), list(model.state_dict()), type(model)
+    assert convert(model, example_input=X) is model
+    assert isinstance(model, cls)
+    assert type(model).__name__ == cls.__name__
+    gates = [key for key in model.state_dict() if key not in keys]
+    assert gates
+    assert all(key.endswith("gate.log_alpha") for key in gates)
+    assert [key for key in model.state_dict() if key in keys] == keys
+    gated_class = type(model)
+    for clone in (copy.deepcopy(model), pickle.loads(pickle.dumps(model)), model):
+        assert type(clone) is gated_class
+        assert torch.equal(clone(X.clone()), before)
+        revert(clone)
+        assert type(clone) is cls
+        assert list(clone.state_dict()) == keys
+        assert torch.equal(clone(X.clone()), before)
+
+
+def test_closed_gates_train_like_the_original_bit_for_bit(model):
+    original, converted = copy.deepcopy(model).train(), convert(model.train(), example_input=X)
+    for name, parameter in converted.named_parameters():
+        if name.endswith("log_alpha"):
+            parameter.data.fill_(30.0)
+    results = []
+    for net in (original, converted):
+        torch.manual_seed(1)
+        optimizer = torch.optim.SGD([*net.parameters(), nn.Parameter(torch.zeros(1))], lr=0.1)
+        for _ in range(3):
+            loss = net(X.clone()).square().mean()
+            optimizer.zero_grad()
+            if loss.requires_grad:
+                loss.backward()
+            optimizer.step()
+        results.append((loss.detach(), net.state_dict()))
+    (loss_before, state_before), (loss_after, state_after) = results
+    assert torch.equal(loss_before, loss_after)
+    for key, value in state_before.items():
+        assert torch.equal(value, state_after[key]), key
+
+
+def test_every_gate_that_runs_gets_a_finite_gradient(model):
+    convert(model.train(), example_input=X)
+    model(X.clone()).sum().backward()
+    for path, unit in model.named_modules():
+        if isinstance(unit, GatedActivation) and "train" in find_modes(model, path):
+            assert unit.log_alpha.grad is not None, path
+            assert unit.log_alpha.grad.isfinite().all(), path
+
+
+def find_modes(model, path):
+    plan = find_activations(revert(copy.deepcopy(model)), X)
+    return plan[path].modes
+
+
+@pytest.mark.parametrize("z", [8.0, -8.0, 0.0, "mixed"])
+@torch.no_grad()
+def test_bake_keeps_the_eval_outputs_and_drops_the_gates(model, z):
+    convert(model, example_input=X)
+    for name, parameter in model.named_parameters():
+        if name.endswith("log_alpha"):
+            value = torch.randn_like(parameter).sign() * 8 if z == "mixed" else z
+            parameter.copy_(torch.as_tensor(value))
+    before = model(X.clone())
+    baked = bake(copy.deepcopy(model))
+    torch.testing.assert_close(baked(X.clone()), before, rtol=0, atol=0 if z else 1e-6)
+    assert not [key for key in baked.state_dict() if "log_alpha" in key]
+    assert not any(isinstance(m, GatedActivation) for m in baked.modules())
+    assert torch.equal(pickle.loads(pickle.dumps(baked))(X.clone()), baked(X.clone()))
+
+
+@torch.no_grad()
+def test_the_target_is_what_transferred_gates_compute():
+    model = convert(Shared().eval(), example_input=X)
+    for unit in (model.relu_0, model.relu_1):
+        unit.log_alpha.fill_(-8.0)
+    expected = torch.sin(model.two(torch.sin(model.one(X))))
+    assert torch.equal(model(X), expected)
+
+
+@torch.no_grad()
+def test_a_transferred_in_place_call_shows_later_readers_the_new_value():
+    model = convert(ReadAgain().eval(), example_input=X)
+    model.act.log_alpha.fill_(-8.0)
+    assert torch.equal(model(X), 2 * torch.sin(model.conv(X)))
+    assert torch.equal(bake(model)(X), 2 * torch.sin(model.conv(X)))
+
+
+@torch.no_grad()
+def test_arguments_and_attributes_that_change_later_still_count():
+    model = Functional().eval()
+    before = model(X, scale=2.0)
+    convert(model, example_input=X)
+    assert torch.equal(model(X, scale=2.0), before)
+    model.train()
+    model.drop = 0.0
+    expected = torch.tanh(torch.relu(model.bn(model.conv(X))))
+    for unit in model.modules():
+        if isinstance(unit, GatedActivation):
+            unit.log_alpha.fill_(30.0)
+    torch.testing.assert_close(model(X), expected)
+    assert model.helper() == "kept"
+
+
+def test_one_module_at_two_call_sites_gets_two_sets_of_gates():
+    model = convert(Shared(), example_input=X)
+    assert [(row.path, row.gates) for row in report(model).rows] == [("relu_0", 6), ("relu_1", 3)]
+
+
+@torch.no_grad()
+def test_converting_one_caller_of_a_shared_module_leaves_the_other_alone():
+    model = Alias().eval()
+    before = model(X)
+    convert(model, example_input=X, include="a")
+    assert isinstance(model.a[1], GatedActivation)
+    assert type(model.b[1]) is nn.ReLU
+    assert torch.equal(model(X), before)
+
+
+def test_owners_that_fx_cannot_trace_are_dispatched_and_the_plan_says_so():
+    plan = find_activations(Untraceable(), X)
+    assert {site.way for site in plan} == {"dispatch"}
+    assert len(plan) == X.dim()
+    assert "cannot trace" in plan.notes[0]
+
+
+def test_sites_of_one_training_mode_are_found():
+    modes = {str(site.source): site.modes for site in find_activations(OnlyWhenTraining(), X)}
+    assert modes["silu"] == ("eval",)
+    assert "train" in [mode for pair in modes.values() for mode in pair]
+
+
+def test_finding_and_converting_leave_random_state_buffers_and_caches_alone():
+    model = Functional().train()
+    state, buffers = torch.get_rng_state(), copy.deepcopy(model.state_dict())
+    convert(model, example_input=X)
+    assert torch.equal(state, torch.get_rng_state())
+    for key, value in buffers.items():
+        assert torch.equal(value, model.state_dict()[key])
+
+
+def test_hooks_of_the_activation_go_on_running_and_can_be_removed():
+    model, seen = nn.Sequential(nn.Conv2d(4, 4, 1), nn.ReLU()), []
+    handle = model[1].register_forward_hook(lambda *_: seen.append(1))
+    convert(model, example_input=X)
+    assert not seen
+    model(X)
+    assert len(seen) == 1
+    handle.remove()
+    model(X)
+    assert len(seen) == 1
+
+
+def test_the_original_checkpoint_loads_and_gates_alone_are_missing():
+    model = Shared()
+    state = copy.deepcopy(model.state_dict())
+    convert(model, example_input=X)
+    missing, unexpected = model.load_state_dict(state, strict=False)
+    assert sorted(missing) == ["relu_0.gate.log_alpha", "relu_1.gate.log_alpha"]
+    assert not unexpected
+
+
+def test_seed_decides_the_start_of_the_gates():
+    starts = [convert(Shared(), example_input=X, seed=s).relu_0.log_alpha for s in (1, 1, 2)]
+    assert torch.equal(starts[0], starts[1])
+    assert not torch.equal(starts[0], starts[2])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"target": "sine"}, "unknown activation 'sine'"),
+        ({"granularity": "pixel"}, "unknown granularity 'pixel'"),
+        ({"granularity": {"layer9*": "layer"}}, "matches none"),
+        ({"granularity": {"relu_0": "layer"}}, "no granularity pattern matches"),
+        ({"include": "layer9"}, "matches none"),
+        ({"exclude": "layer9"}, "matches none"),
+        ({"exclude": "*"}, "no activation left"),
+        ({"source": "gelu"}, "matches none"),
+        ({"target": "relu"}, "already"),
+        ({"roles": "hiden"}, "unknown role"),
+        ({"gate": "soft"}, "unknown gate"),
+        ({"noise": "pixel"}, "noise"),
+        ({"temperature": 2.0}, "temperature"),
+        ({"stretch": (0.0, 1.0)}, "stretch"),
+        ({"example_input": torch.zeros(1, 9, 5, 5)}, "does not run on the example input"),
+        ({"example_input": ()}, "Pass example_input="),
+    ],
+    ids=str,
+)
+def test_bad_arguments_are_refused_and_the_model_is_unchanged(arguments, message):
+    model = Shared().eval()
+    before, text, cls = model(X), repr(model), type(model)
+    with pytest.raises(ValueError, match=message):
+        convert(model, **({"example_input": X} | arguments))
+    assert type(model) is cls
+    assert repr(model) == text
+    assert torch.equal(model(X), before)
+
+
+def test_models_unfit_for_surgery_are_refused():
+    model = convert(Shared(), example_input=X)
+    with pytest.raises(ValueError, match="revert"):
+        convert(model, example_input=X)
+    with pytest.raises(ValueError, match="no known activation"):
+        convert(nn.Sequential(nn.Conv2d(4, 4, 1)), example_input=X)
+    for verb in (revert, bake, report):
+        with pytest.raises(ValueError, match="call convert"):
+            verb(Shared())
+    with pytest.raises(TypeError, match=r"before torch\.compile"):
+        convert(torch.compile(Shared()), example_input=X)
+
+
+def test_neuron_gates_refuse_another_input_size_and_name_the_path():
+    model = convert(Shared(), granularity="neuron", example_input=X)
+    with pytest.raises(ValueError, match=r"relu_0.*granularity='channel'"):
+        model(X[..., :3])
+
+
+def test_harden_rounds_gates_before_baking():
+    model = convert(Shared().eval(), example_input=X)
+    with torch.no_grad():
+        model.relu_0.log_alpha.fill_(1.0)
+        model.relu_1.log_alpha.fill_(-1.0)
+        expected = torch.sin(model.two(torch.relu(model.one(X))))
+        assert torch.equal(bake(model, harden=True)(X), expected)
+
+
+def test_relu6_modules_are_found_under_their_own_name():
+    plan = find_activations(nn.Sequential(nn.ReLU6(), nn.Hardtanh()), X)
+    assert [site.source.name for site in plan] == ["relu6", "hardtanh"]
+
+
+def test_a_plan_lists_sites_in_the_order_in_which_they_run():
+    class Inner(nn.Module):
+        def forward(self, x):
+            return torch.tanh(x)
+
+    class Outer(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.inner, self.last = nn.ReLU(), nn.Sequential(Inner()), nn.SiLU()
+
+        def forward(self, x):
+            return F.gelu(self.last(self.inner(self.first(x))))
+
+    order = [site.source.name for site in find_activations(Outer(), X)]
+    assert order == ["relu", "tanh", "silu", "gelu"]
+
+
+@torch.no_grad()
+def test_the_fused_path_of_transformer_layers_does_not_hide_a_replaced_activation():
+    layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True).eval()
+    x = torch.randn(3, 5, 8)
+    before = layer(x)
+    convert(layer, example_input=x)
+    torch.testing.assert_close(layer(x), before)  # the fused kernel rounds otherwise
+    layer.relu_0.log_alpha.fill_(-8.0)
+    expected = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True, activation=torch.sin).eval()
+    expected.load_state_dict(layer.state_dict(), strict=False)
+    torch.testing.assert_close(layer(x), expected(x))
+
+
+def test_an_owner_whose_trace_cannot_be_written_as_code_is_dispatched_and_the_plan_says_so():
+    class Marked(nn.Module):
+        def forward(self, x, marker=object):
+            return F.relu(x)
+
+    plan = find_activations(Marked(), X)
+    assert plan["relu_0"].way == "dispatch"
+    assert "a default or attribute" in plan.notes[0] or "an argument" in plan.notes[0]
+
+
+def test_a_step_whose_first_input_is_a_constant_still_depends_on_the_input():
+    class Recurrent(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.step = nn.Sequential(nn.Linear(4, 4), nn.ReLU())
+
+        def forward(self, x):
+            state = torch.zeros_like(x)
+            for _ in range(3):
+                state = self.step(state) + x
+            return state
+
+    (site,) = find_activations(Recurrent(), torch.zeros(2, 4))
+    assert (site.path, site.calls, site.reason) == ("step.1", 3, None)
+
+
+def test_a_mixed_site_bakes_bit_for_bit_also_where_its_input_is_a_strided_view():
+    class Split(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.joint, self.act, self.last = nn.Linear(16, 96), nn.GELU(), nn.Linear(64, 8)
+
+        def forward(self, x):
+            return self.last(self.act(self.joint(x).split([32, 64], dim=-1)[1]))
+
+    model, x = Split(), torch.randn(2, 33, 16)
+    convert(model.eval(), example_input=x)
+    model.act.log_alpha.data.copy_(torch.randn(64).sign() * 8)
+    with torch.no_grad():
+        gated = model(x)
+        assert torch.equal(bake(model)(x), gated)
+
+
+def test_a_converted_model_can_be_traced_by_torchscript():
+    model, x = nn.Sequential(nn.Linear(4, 6), nn.ReLU()).eval(), torch.randn(5, 4)
+    convert(model, example_input=x)
+    model[1].log_alpha.data.copy_(torch.tensor([8.0, -8.0, 0.5] * 2))
+    buffer = io.BytesIO()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch.jit is deprecated
+        torch.jit.save(torch.jit.trace(model, x), buffer)
+        buffer.seek(0)
+        torch.testing.assert_close(torch.jit.load(buffer)(x), model(x))
+
+
+@pytest.mark.parametrize("late", [True, 1])
+def test_a_branch_that_did_not_run_at_conversion_warns_when_it_runs(late):
+    class Late(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer, self.late = nn.Linear(4, 4), False
+
+        def forward(self, x):
+            x = self.layer(F.relu(x))
+            return torch.tanh(x) if self.late else x
+
+    model, x = Late().eval(), torch.randn(3, 4)
+    convert(model, example_input=x)
+    model(x)
+    model.late = late
+    with pytest.warns(
+        RuntimeWarning, match=r"Late calls tanh \(.*forward, line 3 of it\) in a branch"
+    ):
+        after = model(x)
+    assert torch.equal(after, revert(model)(x))
+
+
+def test_a_module_that_changes_the_result_of_its_activation_in_place_is_no_activation():
+    class Scaled(nn.Module):
+        def forward(self, x):
+            return F.gelu(x).mul_(1.7)
+
+    model, x = nn.Sequential(nn.Linear(4, 4), Scaled()).eval(), torch.randn(3, 4)
+    before = model(x)
+    assert find_activations(model, x).sites[0].path == "1.gelu_0"
+    assert torch.equal(convert(model, example_input=x)(x), before)
+
+
+def test_what_is_written_into_new_tensors_depends_on_the_input():
+    class Pooled(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.second, self.act = nn.Linear(4, 4), nn.Linear(4, 4), nn.ReLU()
+
+        def forward(self, x):
+            pooled, copied = torch.zeros(2, 4), x.new_empty(2, 4)
+            pooled[torch.tensor([0, 1])] = self.first(x)
+            copied[0].copy_(self.first(x)[1])
+            return self.act(self.second(pooled)) + F.relu(copied)
+
+    plan = find_activations(Pooled(), torch.zeros(2, 4))
+    assert [site.reason for site in plan] == [None, None]
+
+
+def test_a_plan_filtered_to_one_of_two_owners_leaves_the_other_one_alone() -> None:
+    model = Alias()
+    plan = find_activations(model, X).filter(lambda site: site.path == "b.1")
+    convert(model, plan=plan)
+    assert isinstance(model.b[1], GatedActivation)
+    assert isinstance(model.a[1], nn.ReLU)
+
+
+# ---- modules of registered activations, which torch has no call for
+
+
+@pytest.fixture
+def several_calls(own_registry):
+    @register_activation("several_calls")
+    def several_calls(x, width=1.0):
+        return torch.relu(x) * torch.sigmoid(x / width) - F.silu(x)
+
+
+# clamp is a bound of something, not hidden, until the user says otherwise.
+NO_SOURCE = {"clamp"} | {n for n in registered_activations() if get_activation(n).operands}
+REGISTERED = [name for name in registered_activations() if name not in NO_SOURCE]
+WITH_PARAMETERS = ["snake(a=0.5)", "leaky_relu(negative_slope=0.2)", "several_calls(width=2)"]
+SOURCES = [*REGISTERED, *WITH_PARAMETERS, "several_calls"]
+
+
+def _around(name):
+    return nn.Sequential(nn.Conv2d(4, 3, 1), ActivationModule(name), nn.Conv2d(3, 2, 1)).eval()
+
+
+@pytest.mark.parametrize("name", SOURCES)
+@pytest.mark.usefixtures("several_calls")
+@torch.no_grad()
+def test_a_module_of_any_registered_activation_is_one_site_of_that_very_activation(name):
+    network = _around(name)
+    before = network(X)
+    (site,) = find_activations(network, X)
+    assert (site.path, site.source, site.role) == ("1", get_activation(name), "hidden")
+    assert site.way == "child"
+    target = "cos" if name == "sin" else "sin"
+    assert torch.equal(convert(network, target, example_input=X)(X), before)
+    network[1].log_alpha.fill_(-8.0)
+    expected = network[2](get_activation(target)(network[0](X)))
+    assert torch.equal(bake(network)(X), expected)
+
+
+@torch.no_grad()
+def test_such_a_module_at_two_places_is_two_sites():
+    model = Shared()
+    model.relu = ActivationModule("resin")
+    before = model(X)
+    assert [site.source.name for site in find_activations(model, X)] == ["resin", "resin"]
+    assert torch.equal(convert(model, example_input=X).eval()(X), before)
+
+
+@pytest.mark.parametrize("location", [8.0, -8.0], ids=["kept", "transferred"])
+@torch.no_grad()
+def test_such_a_module_is_compiled_exported_and_pickled_after_bake(location):
+    network = convert(_around("resin"), example_input=X)
+    network[1].log_alpha.fill_(location)
+    expected = bake(network)(X)
+    assert isinstance(network[1], ActivationModule)
+    torch.compiler.reset()
+    compiled = torch.compile(network, fullgraph=True, backend="aot_eager")
+    exported = torch.export.export(network, (X,)).module()
+    for copied in (compiled, exported, pickle.loads(pickle.dumps(network))):
+        assert torch.equal(copied(X), expected)

@@ -1,0 +1,317 @@
+"""Numbers of matched targets move into neighbouring layers: where it is exact, and only there."""
+
+import copy
+
+import pytest
+import timm
+import torch
+from timm.layers import BatchNormAct2d, GroupNormAct
+from torch import nn
+
+from transfer_surgery import (
+    bake,
+    convert,
+    fold_targets,
+    get_activation,
+    match_targets,
+    swap_targets,
+)
+from transfer_surgery.activations import ActivationModule
+from transfer_surgery.units import AffineActivation, AffineParameters
+from transfer_surgery.units.kernels.affine import affine
+
+pytestmark = pytest.mark.filterwarnings("ignore:a gate saw fewer")  # a few images will do here
+
+
+def matched(model: nn.Module, x: torch.Tensor, target: str = "sin", **options) -> nn.Module:
+    """A baked model whose matched targets have numbers far from 1, 1, 0, 0."""
+    units = convert(model.eval(), target, example_input=x, **options)
+    match_targets(units, [x])
+    bake(swap_targets(model))
+    generator = torch.Generator().manual_seed(1)
+    for module in model.modules():
+        if isinstance(module, AffineParameters):
+            for parameter in module.parameters():
+                parameter.data += 0.3 * torch.randn(parameter.shape, generator=generator)
+    return model
+
+
+def folded(model: nn.Module, x: torch.Tensor, share: float = 1e-4) -> list[tuple[str, str, str]]:
+    """What went where; outputs are compared in evaluation mode."""
+    model.eval()
+    with torch.no_grad():
+        before = model(x)
+        report = fold_targets(model, x[:2])
+        torch.testing.assert_close(model(x), before, rtol=0, atol=share * before.abs().max())
+    return [(row.before, row.after, row.left) for row in report.rows]
+
+
+IMAGES = torch.randn(8, 4, 6, 6, generator=torch.Generator().manual_seed(0))
+
+
+def images(*behind: nn.Module, before: tuple[nn.Module, ...] = ()) -> nn.Sequential:
+    torch.manual_seed(0)
+    first = nn.Conv2d(4, 6, 3, padding=1)
+    layers = [first, *before, nn.ReLU(), *behind, nn.Flatten(), nn.LazyLinear(3)]
+    model = nn.Sequential(*layers)
+    model(IMAGES)
+    return model
+
+
+@pytest.mark.parametrize(
+    ("behind", "left"),
+    [
+        (nn.Conv2d(6, 6, 3), ""),
+        (nn.Conv2d(6, 6, 3, bias=False), ""),
+        (nn.Conv2d(6, 6, 3, padding="valid"), ""),
+        (nn.Conv2d(6, 6, 1, padding="same"), ""),
+        (nn.Conv2d(6, 6, 3, padding="same"), "b"),
+        (nn.Conv2d(6, 6, 3, padding=1), "b"),
+        (nn.Conv2d(6, 6, 3, padding=1, padding_mode="reflect"), "b"),
+        (nn.Conv2d(6, 6, 3, groups=6), ""),
+        (nn.Conv2d(6, 4, 3, groups=2, stride=2, bias=False), ""),
+        (nn.Conv2d(6, 4, 3, groups=2, padding=1), "b"),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("granularity", ["channel", "layer"])
+def test_convolutions_take_what_is_exact(behind, left, granularity):
+    model = matched(images(copy.deepcopy(behind)), IMAGES, granularity=granularity)
+    assert folded(model, IMAGES) == [("0", "2", left)]
+    assert isinstance(model[1], ActivationModule if not left else AffineActivation)
+
+
+@pytest.mark.parametrize(
+    "norm",
+    [nn.BatchNorm2d(6), nn.GroupNorm(2, 6), nn.Conv2d(6, 6, 1, bias=False)],
+    ids=lambda m: type(m).__name__,
+)
+def test_norms_take_frequency_and_phase(norm):
+    model = matched(images(nn.Conv2d(6, 6, 3), before=(copy.deepcopy(norm),)), IMAGES)
+    assert folded(model, IMAGES) == [("1", "3", "")]
+    assert str(model[2]) == "ActivationModule(sin)"
+
+
+@pytest.mark.parametrize("norm", [BatchNormAct2d(6), GroupNormAct(6, 2)], ids=str)
+def test_norms_that_hold_their_activation_take_them_too(norm):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(4, 6, 3), copy.deepcopy(norm), nn.Conv2d(6, 5, 3), nn.Flatten())
+    model = matched(model, IMAGES)
+    assert folded(model, IMAGES) == [("1", "2", "")]
+    assert str(model[1].act) == "ActivationModule(sin)"
+
+
+class Doubled(BatchNormAct2d):
+    """Does something between its norm and its activation."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__(channels)
+        self.drop = nn.Hardtanh()
+
+
+def test_what_stands_between_a_norm_and_its_activation_forbids_it():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(4, 6, 3), Doubled(6), nn.Conv2d(6, 5, 3), nn.Flatten())
+    model = matched(model, IMAGES, source="relu")
+    assert folded(model, IMAGES) == [("(no layer there)", "2", "w, c")]
+
+
+def test_tokens_go_through_linear_layers_and_layer_norms():
+    torch.manual_seed(0)
+    tokens = torch.randn(4, 5, 8)
+    layers = [nn.Linear(8, 6), nn.LayerNorm(6), nn.GELU(), nn.Dropout(0.5), nn.Linear(6, 8)]
+    model = matched(nn.Sequential(*layers), tokens)
+    assert folded(model, tokens) == [("1", "4", "")]
+
+
+@pytest.mark.parametrize("target", ["sin", "square", "hardswish"])
+def test_a_number_per_neuron_is_one_per_channel_of_a_linear_layer(target):
+    torch.manual_seed(0)
+    x = torch.randn(64, 4)
+    layers = [nn.Linear(4, 6, bias=False), nn.ReLU(), nn.Linear(6, 2, bias=False)]
+    model = matched(nn.Sequential(*layers), x, target, granularity="neuron")
+    assert folded(model, x) == [("0", "2", "")]
+    assert {"0.bias", "2.bias"} <= set(model.state_dict())
+
+
+def test_a_number_per_neuron_of_an_image_stays():
+    model = matched(images(nn.Conv2d(6, 6, 3)), IMAGES, granularity="neuron")
+    assert folded(model, IMAGES) == [("(0 has another axis)", "(2 has another axis)", "a, w, c, b")]
+
+
+def test_a_channel_with_almost_no_amplitude_keeps_its_constant():
+    model = matched(images(nn.Conv2d(6, 6, 3, padding=1)), IMAGES)
+    model[1].affine.a.data[2] = 1e-9
+    model[1].affine.a.data[3] = 0.0
+    assert folded(model, IMAGES) == [("0", "2", "a, b")]
+    rest = model[1].affine.a
+    assert torch.equal(rest[[0, 1, 4, 5]], torch.ones(4))
+    assert (rest[[2, 3]] < 1e-6).all()
+
+
+class Readers(nn.Module):
+    """Its activation's input, or output, is read twice, or a layer is called twice."""
+
+    def __init__(self, what: str) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.what = what
+        self.one, self.act, self.two = nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 4)
+        if what == "weights":
+            self.two.weight = self.one.weight
+        if what == "hooks":
+            self.one.register_forward_hook(lambda m, args, y: y.clamp(max=1e6))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.one(x)
+        z = self.act(y)
+        out = self.two(z)
+        if self.what == "input":
+            return out + y
+        if self.what == "output":
+            return out + z
+        if self.what == "view":
+            return out + y.view(-1, 4)[:, :1]
+        if self.what == "in place":
+            return out + z.mul_(2)
+        if self.what == "layer":
+            return self.two(out)
+        return (out, z) if self.what == "returned" else out
+
+
+@pytest.mark.parametrize(
+    ("what", "expected"),
+    [
+        ("nothing", ("one", "two")),
+        ("input", ("(several readers)", "two")),
+        ("view", ("(several readers)", "two")),
+        ("output", ("one", "(several readers)")),
+        ("in place", ("one", "(several readers)")),
+        ("layer", ("one", "(two is shared)")),
+        ("weights", ("(one is shared)", "(two is shared)")),
+        ("hooks", ("(one has hooks)", "two")),
+        ("returned", ("one", "(several readers)")),
+    ],
+)
+def test_a_second_reader_or_call_forbids_it(what, expected):
+    x = torch.randn(64, 4, generator=torch.Generator().manual_seed(0))
+    model = matched(Readers(what), x)
+    with torch.no_grad():
+        before = model(x)
+        row = fold_targets(model, x[:2]).rows[0]
+        torch.testing.assert_close(model(x), before, rtol=1e-4, atol=1e-4)
+    assert (row.before, row.after) == expected
+
+
+def test_a_block_that_is_called_twice_stays():
+    x = torch.randn(64, 4, generator=torch.Generator().manual_seed(0))
+    block = Readers("nothing")
+    model = matched(nn.Sequential(block, block), x)
+    assert folded(model, x) == [("(called 2 times)", "(called 2 times)", "a, w, c, b")]
+
+
+@pytest.mark.parametrize(
+    ("name", "all_gone"),
+    [("test_resnet", False), ("test_vit", True), ("test_convnext", True), ("test_efficientnet", 0)],
+)
+def test_timm_models(name, all_gone):
+    torch.manual_seed(0)
+    x = torch.randn(4, 3, 160, 160)
+    model = matched(timm.create_model(name), x)
+    found = folded(model, x, share=5e-3)  # sine networks of random weights amplify rounding
+    assert all_gone == all(left == "" for *_, left in found)
+    assert any(left != "a, w, c, b" for *_, left in found)
+    assert any(isinstance(m, AffineActivation) for m in model.modules()) != all_gone
+
+
+def test_what_is_left_trains_as_autograd_says():
+    x = torch.randn(5, 3, dtype=torch.float64, requires_grad=True)
+    numbers = [torch.randn(3, dtype=torch.float64, requires_grad=True) for _ in range(4)]
+    for kept in ([0, 3], [3], [1], [0, 2], []):
+        given = [p if i in kept else None for i, p in enumerate(numbers)]
+        a, w, c, b = (d if p is None else p for p, d in zip(given, (1, 1, 0, 0), strict=True))
+        expected = a * torch.sin(w * x + c) + b
+        found = affine(x, get_activation("sin"), tuple(given))
+        torch.testing.assert_close(found, expected)
+        wanted = [x, *(p for p in given if p is not None)]
+        for one, other in zip(
+            torch.autograd.grad(found.square().sum(), wanted),
+            torch.autograd.grad(expected.square().sum(), wanted),
+            strict=True,
+        ):
+            torch.testing.assert_close(one, other)
+
+
+def test_frozen_layers_and_modes_stay_as_they_are():
+    model = matched(images(nn.Conv2d(6, 6, 3, bias=False)), IMAGES).train()
+    model[2].eval()
+    model.requires_grad_(False)
+    fold_targets(model, IMAGES)
+    assert [m.training for m in model] == [True, True, False, True, True]
+    assert not any(p.requires_grad for p in model.parameters())
+
+
+def test_bake_folds_for_an_example_input():
+    model = images(nn.Conv2d(6, 6, 3))
+    match_targets(convert(model, "sin", example_input=IMAGES), [IMAGES])
+    bake(swap_targets(model), fold=IMAGES[:2])
+    assert str(model[1]) == "ActivationModule(sin)"
+
+
+def test_bake_looks_at_the_example_before_it_changes_anything():
+    model = images(nn.Conv2d(6, 6, 3))
+    match_targets(convert(model, "sin", example_input=IMAGES), [IMAGES])
+    before = str(model)
+    with pytest.raises(ValueError, match="a batch is a list"):
+        bake(model, fold=[IMAGES, 3])
+    assert str(model) == before
+
+
+def test_a_failure_leaves_the_model_as_it_was(monkeypatch):
+    model = matched(images(nn.Conv2d(6, 6, 3)), IMAGES)
+    before, with_a = copy.deepcopy(model.state_dict()), model(IMAGES)
+    from transfer_surgery.surgery import folding as module
+
+    whole = module._fold
+
+    def wrong(changes, path, site, near):
+        row = whole(changes, path, site, near)
+        near.after.weight.data *= 1.5  # of a new parameter
+        return row
+
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "_fold", wrong)
+        with pytest.raises(RuntimeError, match="folding changed the outputs by"):
+            fold_targets(model, IMAGES)
+    after = model.state_dict()
+    assert list(after) == list(before)
+    assert all(torch.equal(after[k], v) for k, v in before.items())
+    assert torch.equal(model(IMAGES), with_a)
+
+
+def test_gates_are_refused():
+    model = convert(images(), "sin", example_input=IMAGES)
+    with pytest.raises(ValueError, match=r"1: there are still gates; call bake\(model\) first"):
+        fold_targets(model, IMAGES)
+
+
+def test_where_nothing_was_transferred_there_is_nothing_to_fold():
+    model = convert(images(), "sin", example_input=IMAGES)
+    match_targets(model, [IMAGES])
+    before = model.eval()(IMAGES)
+    report = fold_targets(bake(model), IMAGES)
+    assert "nothing to fold" in str(report)
+    assert report.parameters_before == report.parameters_after
+    assert torch.equal(model(IMAGES), before)
+
+
+def test_the_report_counts_parameters():
+    model = matched(images(nn.Conv2d(6, 6, 3)), IMAGES)
+    count = sum(p.numel() for p in model.parameters())
+    report = fold_targets(model, IMAGES)
+    assert (report.parameters_before, report.parameters_after) == (count, count - 24)
+    lines = str(report).splitlines()
+    assert lines[0].split() == ["path", "w,", "c", "went", "to", "a,", "b", "went", "to", "left"]
+    assert lines[1].split() == ["1", "0", "2", "-"]
+    assert lines[-1] == f"{count:,} parameters before, {count - 24:,} after"
+    assert report.to_dict()["rows"][0] == {"path": "1", "before": "0", "after": "2", "left": ""}

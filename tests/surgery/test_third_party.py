@@ -1,0 +1,423 @@
+"""Networks of foreign shape: containers, modules with a will of their own, weights and hooks."""
+
+import collections
+import copy
+import functools
+import pickle
+import threading
+import types
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.nn.utils import parametrizations, parametrize
+
+from tests.helpers.promises import Body, X, assert_every_promise, units
+from transfer_surgery import bake, convert, find_activations, revert
+
+# Containers
+
+
+class Iterating(nn.Sequential):
+    def forward(self, x):
+        for module in self:
+            x = module(x)
+        return x
+
+
+class Functional(nn.Sequential):
+    """Iterates over itself and has activations of its own."""
+
+    def forward(self, x):
+        for module in self:
+            x = F.gelu(module(x)) - 0.1
+        return x
+
+
+class Dispatched(Functional):
+    """The same, in a way that fx cannot trace."""
+
+    def forward(self, x):
+        return super().forward(x if x.sum() > -1e9 else -x)
+
+
+class Children(nn.Module):
+    """Walks over its children in each of the ways that nn.Module offers, activation and all."""
+
+    def __init__(self, how):
+        super().__init__()
+        self.how, self.first, self.act, self.second = how, nn.Linear(4, 4), nn.ReLU(), nn.Tanh()
+
+    def forward(self, x):
+        children = {
+            "children": lambda: self.children(),
+            "named_children": lambda: (child for _, child in self.named_children()),
+            "_modules": lambda: self._modules.values(),
+            "modules": lambda: list(self.modules())[1:],
+        }[self.how]()
+        for child in children:
+            x = F.silu(child(x)) - 0.1
+        return x
+
+
+class Nested(nn.Module):
+    def __init__(self):
+        super().__init__()
+        act = nn.ReLU()
+        self.blocks = nn.ModuleList(
+            [
+                nn.ModuleList([nn.Linear(4, 4), act]),
+                nn.ModuleDict({"linear": nn.Linear(4, 4), "act": act}),
+            ]
+        )
+
+    def forward(self, x):
+        for module in self.blocks[0]:
+            x = module(x)
+        for module in self.blocks[1].values():
+            x = module(x)
+        return x
+
+
+class PlainList(nn.Module):
+    """Registers its modules and calls them from a list, as much code before ModuleList does."""
+
+    def __init__(self):
+        super().__init__()
+        self.steps, self.table = [nn.Linear(4, 4), nn.ReLU()], {}
+        for number, step in enumerate(self.steps):
+            self.add_module(f"step{number}", step)
+        self.table["last"] = (self.step0, nn.Tanh())
+        self.last = self.table["last"][1]
+
+    def forward(self, x):
+        for step in (*self.steps, *self.table["last"]):
+            x = step(x)
+        return x
+
+
+class Unregistered(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.steps = [nn.Tanh(), nn.SiLU()]
+
+    def forward(self, x):
+        for step in self.steps:
+            x = step(x)
+        return x
+
+
+def test_one_activation_under_several_names_is_replaced_under_each_of_them():
+    act = nn.ReLU()
+    for cls in (nn.Sequential, Iterating):
+        model = cls(nn.Linear(4, 4), act, nn.Linear(4, 3), act)
+        assert_every_promise(model, X)
+        assert list(units(model)) == ["1", "3"]
+        assert len(model) == 4  # units are no further steps of the loop
+        revert(model)
+        assert model[1] is model[3] is act
+
+
+def test_a_container_that_loops_over_itself_and_calls_functions_is_converted():
+    model = assert_every_promise(Functional(nn.Linear(4, 4), nn.Linear(4, 3)), X)
+    assert len(units(model)) == 2
+
+
+def test_units_are_no_steps_of_a_loop_that_is_dispatched():
+    model = assert_every_promise(Dispatched(nn.Linear(4, 4), nn.Linear(4, 3)), X)
+    assert {site.way for site in find_activations(revert(model), X)} == {"dispatch"}
+
+
+@pytest.mark.parametrize("how", ["children", "named_children", "_modules", "modules"])
+def test_a_forward_that_walks_over_children_does_not_meet_the_units(how):
+    assert_every_promise(Children(how), X)
+
+
+def test_nested_lists_and_dicts_of_modules_are_converted_in_place():
+    model = assert_every_promise(Nested(), X)
+    assert list(units(model)) == ["blocks.0.1", "blocks.1.act"]
+
+
+def test_registered_activations_that_are_called_from_a_plain_list_or_dict_are_converted():
+    model = assert_every_promise(PlainList(), X)
+    assert model.steps[1] is model.step1
+    assert model.table["last"][1] is model.last
+
+
+def test_activations_that_are_kept_where_torch_does_not_see_them_are_listed_and_stay():
+    model = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), Unregistered())
+    plan = find_activations(model, X)
+    assert [site.reason is None for site in plan] == [True, False, False]
+    assert "not registered in the model; keep it in an nn.ModuleList" in plan["2.tanh_0"].reason
+    assert list(units(assert_every_promise(model, X))) == ["1"]
+
+
+# Modules with a will of their own
+
+
+class Sealed(Body):
+    """Forbids new attributes."""
+
+    def __init__(self):
+        super().__init__()
+        self.sealed = True
+
+    def __setattr__(self, name, value):
+        if "sealed" in vars(self) and name != "training":
+            raise AttributeError(f"{name}: this module is sealed")
+        super().__setattr__(name, value)
+
+
+class Forwarding(Body):
+    """Looks up what it lacks in another module."""
+
+    def __getattr__(self, name):
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(super().__getattr__("linear"), name)
+
+
+class AnswersAll(Body):
+    """Has an answer to any name."""
+
+    def __getattr__(self, name):
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name.startswith("__"):
+                raise
+            return None
+
+
+class WithLock(Body):
+    """Neither copied nor pickled without its __getstate__ and __setstate__."""
+
+    def __init__(self):
+        super().__init__()
+        self.lock = threading.Lock()
+
+    def __getstate__(self):
+        return {name: value for name, value in vars(self).items() if name != "lock"}
+
+    def __setstate__(self, state):
+        super().__setstate__(state)
+        self.lock = threading.Lock()
+
+    def forward(self, x):
+        with self.lock:
+            return super().forward(x)
+
+
+class WithReduce(Body):
+    def __init__(self, size):
+        super().__init__()
+        self.size, self.stream = size, (i for i in range(size))
+
+    def __reduce__(self):
+        state = {name: value for name, value in vars(self).items() if name != "stream"}
+        return type(self), (self.size,), state
+
+
+class WithDeepcopy(Body):
+    copied = 0
+
+    def __deepcopy__(self, memo):
+        clone = type(self).__new__(type(self))
+        memo[id(self)] = clone
+        vars(clone).update(copy.deepcopy(vars(self), memo))
+        clone.copied = self.copied + 1
+        return clone
+
+
+@pytest.mark.parametrize("cls", [Body, Sealed, Forwarding, AnswersAll])
+def test_attribute_access_of_their_own_does_not_keep_modules_from_being_converted(cls):
+    assert_every_promise(cls(), X)
+
+
+@pytest.mark.parametrize("make", [WithLock, functools.partial(WithReduce, 3), WithDeepcopy])
+def test_how_a_module_wants_to_be_copied_is_honoured_after_the_conversion(make):
+    model = assert_every_promise(make(), X)
+    if isinstance(model, WithDeepcopy):
+        assert copy.deepcopy(model).copied == model.copied + 1
+
+
+def test_a_forward_patched_on_the_instance_keeps_running_around_converted_children():
+    model = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4), nn.ReLU()).eval()
+    original = model.forward
+    model.forward = lambda x: original(x) * 2
+    with torch.no_grad():
+        before, state = model(X), copy.deepcopy(model.state_dict())
+        convert(model, example_input=X)
+        assert torch.equal(model(X), before)
+        assert all(torch.equal(model.state_dict()[key], value) for key, value in state.items())
+        model[2].log_alpha.fill_(-8.0)
+        assert torch.equal(model(X), torch.sin(model[1](model[0](X))) * 2)
+
+
+@pytest.mark.parametrize("bound", [True, False])
+def test_activations_inside_a_patched_forward_are_listed_and_stay(bound):
+    def forward(self, x):
+        return F.gelu(self.act(x))
+
+    model = Body()
+    model.forward = types.MethodType(forward, model) if bound else lambda x: forward(model, x)
+    plan = find_activations(model, X)
+    reasons = {str(site.source): site.reason for site in plan}
+    assert reasons == {"relu": None, "gelu": "its owner's forward is replaced on the instance"}
+    convert(model, example_input=X)
+    assert list(units(model)) == ["act"]
+
+
+# Weights that are computed
+
+
+class Scale(nn.Module):
+    def forward(self, weight):
+        return weight * 2
+
+
+class Weighted(nn.Module):
+    """Its own weight may be parametrized, and its activations have it rewritten."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight, self.act = nn.Parameter(torch.randn(4, 4)), nn.ReLU()
+
+    def forward(self, x):
+        return self.act(F.gelu(F.linear(self.act(x), self.weight)) - 0.1)
+
+
+@pytest.mark.parametrize(
+    "norm",
+    [
+        parametrizations.weight_norm,
+        parametrizations.spectral_norm,
+        parametrizations.orthogonal,
+        pytest.param(
+            nn.utils.weight_norm, marks=pytest.mark.filterwarnings("ignore:`torch.nn.utils.weight")
+        ),
+        nn.utils.spectral_norm,
+    ],
+    ids=lambda f: f"{f.__module__}.{f.__name__}",
+)
+def test_computed_weights_stay_as_they_are(norm):
+    model = nn.Sequential(norm(nn.Linear(4, 4)), nn.ReLU(), norm(nn.Linear(4, 4)))
+    with torch.no_grad():
+        model(X)
+    assert_every_promise(model, X, copies=(copy.deepcopy,))  # torch pickles none of the new ones
+
+
+@pytest.mark.filterwarnings("ignore:`torch.nn.utils.weight")
+def test_a_weight_that_still_has_its_graph_does_not_keep_a_model_from_being_examined():
+    model = nn.Sequential(nn.utils.weight_norm(nn.Linear(4, 4)), nn.ReLU())
+    model(X)  # from now on deepcopy refuses the model
+    weight = model[0].weight
+    convert(model, example_input=X)
+    assert model[0].weight is weight
+
+
+def test_parametrizations_of_a_rewritten_owner_come_and_go_as_before():
+    model = Weighted()
+    parametrize.register_parametrization(model, "weight", Scale())
+    assert_every_promise(model, X, copies=(copy.deepcopy,))
+    before = model(X)
+    with pytest.raises(RuntimeError, match="only supported through state_dict"):
+        pickle.dumps(model)  # torch's own refusal
+    parametrize.remove_parametrizations(model, "weight")
+    assert torch.equal(model(X), before)
+    assert len(units(model)) == 3
+    assert type(revert(model)) is Weighted
+
+
+def test_parametrizations_added_after_the_conversion_survive_revert():
+    model = convert(Weighted().eval(), example_input=X)
+    parametrize.register_parametrization(model, "weight", Scale())
+    before = model(X)
+    revert(model)
+    assert not units(model)
+    assert parametrize.type_before_parametrizations(model) is Weighted
+    assert torch.equal(model(X), before)
+    parametrize.remove_parametrizations(model, "weight")
+    assert type(model) is Weighted
+
+
+# Hooks
+
+
+def test_hooks_of_every_kind_go_on_running_on_owners_and_activations_until_removed():
+    model, seen = nn.Sequential(Body(), nn.Linear(4, 4), nn.ReLU()), collections.Counter()
+    handles = []
+    for name, module in (("owner", model[0]), ("activation", model[2])):
+
+        def count(kind, *_, name=name):
+            seen[name, kind] += 1
+
+        handles += [
+            module.register_forward_pre_hook(functools.partial(count, "pre")),
+            module.register_forward_pre_hook(functools.partial(count, "pre kw"), with_kwargs=True),
+            module.register_forward_hook(functools.partial(count, "post")),
+            module.register_forward_hook(functools.partial(count, "post kw"), with_kwargs=True),
+            module.register_forward_hook(functools.partial(count, "always"), always_call=True),
+            module.register_full_backward_pre_hook(functools.partial(count, "backward pre")),
+            module.register_full_backward_hook(functools.partial(count, "backward")),
+        ]
+    convert(model, example_input=X)
+    assert not seen
+    for step in (convert, bake):
+        seen.clear()
+        model(X.clone().requires_grad_()).sum().backward()
+        assert len(seen) == len(handles), step
+        assert set(seen.values()) == {1}
+        if step is convert:
+            bake(model)
+    for handle in handles:
+        handle.remove()
+    model(X.clone().requires_grad_()).sum().backward()
+    assert set(seen.values()) == {1}
+
+
+def test_what_hooks_change_still_counts():
+    model = nn.Sequential(nn.Linear(4, 4), nn.ReLU())
+    model[1].register_forward_pre_hook(lambda _, args: (args[0] + 1,))
+    model[1].register_forward_hook(lambda _, args, output: output * 3)
+    assert_every_promise(model, X, copies=(copy.deepcopy,))
+
+
+def test_hooks_registered_on_a_gated_activation_stay_when_it_is_reverted():
+    model, seen = convert(nn.Sequential(nn.Linear(4, 4), nn.ReLU()), example_input=X), []
+    model[1].register_full_backward_hook(lambda *_: seen.append(1))
+    revert(model)(X).sum().backward()
+    assert seen == [1]
+
+
+def test_hooks_that_keep_tensors_of_the_graph_do_not_keep_a_model_from_being_copied():
+    class Recorder:
+        def hook(self, module, args, output):
+            self.output = output
+
+    model, recorder = nn.Sequential(nn.Linear(4, 4), nn.ReLU()), Recorder()
+    model[1].register_forward_hook(recorder.hook)
+    model(X)
+    kept = recorder.output
+    convert(model, example_input=X)
+    assert recorder.output is kept
+    model(X)
+    assert recorder.output is not kept
+
+
+def test_global_hooks_see_no_module_while_a_model_is_converted():
+    seen = []
+    handles = [
+        nn.modules.module.register_module_forward_pre_hook(lambda *_: seen.append("pre")),
+        nn.modules.module.register_module_forward_hook(lambda *_: seen.append("post")),
+    ]
+    try:
+        model = convert(nn.Sequential(nn.Linear(4, 4), nn.ReLU()), example_input=X)
+        assert not seen
+        model[0](X)
+        assert seen == ["pre", "post"]
+    finally:
+        for handle in handles:
+            handle.remove()

@@ -1,0 +1,249 @@
+"""Averaged models: gates are averaged like weights, and the average evaluates, reports and bakes.
+
+`torch.optim.swa_utils` and timm's `ModelEmaV3`. Create an average after `convert`: a copy that was
+made before has no gates.
+"""
+
+import copy
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F
+from timm.utils import ModelEmaV3
+from torch import Tensor, nn
+from torch.optim import SGD
+from torch.optim.swa_utils import SWALR, AveragedModel, get_ema_multi_avg_fn, update_bn
+
+from tests.helpers.loops import batch, gates, mean_probability, mid_transfer, network, plain
+from transfer_surgery import (
+    GatedActivation,
+    TransferSchedule,
+    bake,
+    convert,
+    report,
+    revert,
+    wrap_optimizer,
+)
+
+STEPS = 12  # the transfer ends at step 6
+
+
+class Functional(nn.Module):
+    """Calls functions, so that `convert` rewrites its forward."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(2, 6, 3), nn.BatchNorm2d(6)
+        self.head = nn.Linear(6 * 3 * 3, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(F.gelu(F.relu(self.norm(self.conv(x)), inplace=True) - 0.1).flatten(1))
+
+
+def functional() -> nn.Module:
+    torch.manual_seed(0)
+    return convert(Functional(), example_input=torch.zeros(2, 2, 5, 5), seed=1)
+
+
+Average = Callable[[nn.Module], nn.Module]
+AVERAGES: dict[str, Average] = {
+    "swa": AveragedModel,
+    "swa-buffers": lambda m: AveragedModel(m, use_buffers=True),
+    "ema": lambda m: AveragedModel(m, multi_avg_fn=get_ema_multi_avg_fn(0.5)),
+    "timm": lambda m: ModelEmaV3(m, decay=0.5),
+    "timm-one-by-one": lambda m: ModelEmaV3(m, decay=0.5, foreach=False, use_warmup=True),
+    "timm-no-buffers": lambda m: ModelEmaV3(m, decay=0.5, exclude_buffers=True),
+}
+models = pytest.mark.parametrize("make", [network, functional])
+averages = pytest.mark.parametrize("name", AVERAGES)
+
+
+def follow(average: nn.Module, model: nn.Module) -> None:
+    if isinstance(average, AveragedModel):
+        average.update_parameters(model)
+    else:
+        average.update(model)
+
+
+def train(model: nn.Module, average: nn.Module, start: int) -> list[list[Tensor]]:
+    """A whole transfer, averaged from a step on; returns the gates that were averaged."""
+    optimizer = SGD(model.parameters(), lr=0.05, momentum=0.9)
+    wrap_optimizer(optimizer, model, transfer=TransferSchedule(STEPS, start=0, end=0.5))
+    seen = []
+    for step in range(1, STEPS + 1):
+        plain(model, optimizer, False, step)
+        if step >= start:
+            follow(average, model)
+            seen.append([gate.detach().clone() for gate in gates(model)])
+    return seen
+
+
+@models
+def test_swa_averages_the_gates(make: Callable[[], nn.Module]) -> None:
+    model = make()
+    average = AveragedModel(model)
+    seen = train(model, average, start=3)
+    expected = [torch.stack(each).mean(dim=0) for each in zip(*seen, strict=True)]
+    torch.testing.assert_close([g.detach() for g in gates(average)], expected)
+    assert mean_probability(average) > 10 * mean_probability(model)  # it lags behind
+
+
+@models
+@pytest.mark.parametrize("kind", ["torch", "timm"])
+def test_an_exponential_average_of_the_gates_follows(
+    make: Callable[[], nn.Module], kind: str
+) -> None:
+    model = make()
+    ema = AVERAGES["ema" if kind == "torch" else kind](model)
+    expected = [gate.detach().clone() for gate in gates(model)]
+    seen = train(model, ema, start=1)
+    for step, current in enumerate(seen):
+        first = kind == "torch" and step == 0  # is copied
+        expected = [
+            new if first else (old + new) / 2 for old, new in zip(expected, current, strict=True)
+        ]
+    torch.testing.assert_close([g.detach() for g in gates(ema)], expected)
+
+
+@averages
+def test_averaging_does_not_disturb_the_training(name: str) -> None:
+    model, alone = network(), network()
+    train(model, AVERAGES[name](model), start=1)
+    train(alone, nn.Module(), start=STEPS + 1)
+    torch.testing.assert_close(model.state_dict(), alone.state_dict(), rtol=0, atol=0)
+
+
+@models
+@averages
+@torch.no_grad()
+def test_an_average_from_after_the_transfer_is_transferred_and_bakes(
+    make: Callable[[], nn.Module], name: str
+) -> None:
+    model = make()
+    average = AVERAGES[name](model)
+    with torch.enable_grad():
+        train(model, average, start=1 if name == "ema" else 7)
+    if "timm" in name:
+        for _ in range(5):  # the copy of the first gates has faded
+            follow(average, model)
+    average.eval()
+    assert report(average).total.transferred == 1
+    x, _ = batch(0)
+    before = average(x)
+    assert not torch.equal(before, model.eval()(x))
+    inner = bake(average).module
+    assert not any(isinstance(module, GatedActivation) for module in average.modules())
+    assert torch.equal(average(x), before)
+    assert torch.equal(inner(x), before)
+    assert isinstance(next(iter(gates(model))), nn.Parameter)  # the model is not baked with it
+
+
+@models
+@averages
+@torch.no_grad()
+def test_an_average_from_the_middle_evaluates_reports_bakes_and_reverts(
+    make: Callable[[], nn.Module], name: str
+) -> None:
+    model = mid_transfer(make())
+    average = AVERAGES[name](model)
+    follow(average, model)
+    average.eval()
+    model.eval()
+    x, _ = batch(0)
+    before = average(x)
+    torch.testing.assert_close(before, model(x))
+    assert report(average).total.gates == report(model).total.gates
+    torch.testing.assert_close(bake(copy.deepcopy(average))(x), before)
+    revert(average)
+    assert not torch.equal(average(x), before)
+    assert len(average.module.state_dict()) == len(model.state_dict()) - len(gates(model))
+
+
+@models
+def test_update_bn_sees_the_gates_of_the_average(make: Callable[[], nn.Module]) -> None:
+    model = make()
+    average = AveragedModel(model)
+    train(model, average, start=7)
+    baked = bake(copy.deepcopy(average))
+    loader = [batch(seed) for seed in range(3)]
+    average.eval()
+    for each in (average, baked):
+        update_bn(loader, each)
+    assert not average.training
+    statistics = dict(average.named_buffers())
+    assert statistics["n_averaged"] == 6
+    for name, expected in baked.named_buffers():
+        torch.testing.assert_close(statistics[name], expected)
+    before = model.get_buffer("1.running_var" if make is network else "norm.running_var")
+    name = next(name for name in statistics if name.endswith("running_var"))
+    assert not torch.equal(statistics[name], before)
+
+
+def test_an_average_is_saved_and_loaded_with_its_gates() -> None:
+    model = network()
+    average = AveragedModel(model)
+    train(model, average, start=3)
+    again = AveragedModel(network())
+    again.load_state_dict(average.state_dict())
+    torch.testing.assert_close(gates(again), gates(average), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("kind", ["torch", "timm"])
+def test_gates_of_a_bfloat16_model_are_averaged_in_float32(kind: str) -> None:
+    model = mid_transfer(network()).to(torch.bfloat16)
+    ema = AVERAGES["ema" if kind == "torch" else kind](model)
+    start = [gate.detach().clone() for gate in gates(model)]
+    follow(ema, model)
+    with torch.no_grad():
+        for gate in gates(model):
+            gate += 1e-3
+    follow(ema, model)
+    for gate, old in zip(gates(ema), start, strict=True):
+        assert gate.dtype == torch.float32
+        torch.testing.assert_close(
+            gate.detach() - old, torch.full_like(old, 5e-4), rtol=1e-2, atol=0
+        )
+
+
+@pytest.mark.parametrize("kind", ["line", "copy"])
+def test_the_place_of_gates_without_parameters_is_that_of_the_model(kind: str) -> None:
+    model = convert(nn.Sequential(nn.Linear(2, 4), nn.ReLU()), gate=kind)
+    average = AveragedModel(model)
+    for progress in (0.0, 0.25, 1.0):
+        model[1].gate.progress.fill_(progress)
+        average.update_parameters(model)
+    assert average.module[1].gate.progress == 1.0
+    assert report(average).total.transferred == 1
+
+
+# ---- SWALR
+
+
+@pytest.mark.parametrize("given", [0.02, [0.02, 0.004]])
+def test_swalr_anneals_the_learning_rate_of_the_gates_too(given: float | list[float]) -> None:
+    model = network()
+    optimizer = SGD(model.parameters(), lr=0.1, momentum=0.9)
+    schedule = TransferSchedule(12, start=0, end=1.0)
+    wrap_optimizer(optimizer, model, transfer=schedule)
+    scheduler = SWALR(optimizer, swa_lr=given, anneal_epochs=4)
+    for step in range(1, 8):
+        plain(model, optimizer, False, step)
+        scheduler.step()
+        assert mean_probability(model) == pytest.approx(schedule.budget(step), abs=1e-3)
+    first, own = (group["lr"] for group in optimizer.param_groups)
+    assert first == pytest.approx(0.02)
+    assert own == pytest.approx(0.02 if isinstance(given, float) else 0.004)
+
+
+def test_with_swalr_from_before_the_gates_stay_in_their_group() -> None:
+    model = network()
+    optimizer = SGD(model.parameters(), lr=0.1)
+    scheduler = SWALR(optimizer, swa_lr=0.02, anneal_epochs=2)
+    wrap_optimizer(optimizer, model, transfer=TransferSchedule(4, start=0, end=0.5))
+    for step in range(1, 4):
+        plain(model, optimizer, False, step)
+        scheduler.step()
+    (group,) = optimizer.param_groups
+    assert group["lr"] == pytest.approx(0.02)
+    assert report(model).total.transferred == 1

@@ -1,0 +1,159 @@
+"""DDP and FSDP2 on two gloo processes: what one process does with the whole batch, they do too."""
+
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed.checkpoint as dcp
+from torch import nn
+from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from torch.optim import Optimizer
+
+from tests.helpers import rank_programs as ranks
+from tests.helpers.rank_programs import GAMMA, OPTIMIZERS, SETTINGS, STEPS, on_ranks
+from transfer_surgery import load_gates, report, revert, structural_risk, wrap_optimizer
+from transfer_surgery.units import gated_activations
+
+pytestmark = pytest.mark.skipif(
+    not torch.distributed.is_available(), reason="this torch was built without distributed"
+)
+
+
+def one_process(optimizer: str, how: str) -> nn.Module:
+    """The reference: the whole batch in one process, the risk by autograd."""
+    model = ranks.network()
+    opt = OPTIMIZERS[optimizer](model.parameters())
+    if how != "gamma":
+        wrap_optimizer(opt, model, **SETTINGS[how])
+    whole_batch(model, opt, range(STEPS), explicit=how == "gamma")
+    return model
+
+
+def whole_batch(model: nn.Module, opt: Optimizer, steps: range, explicit: bool = False) -> None:
+    for step in steps:
+        loss = ranks.loss(model, step)
+        (loss + GAMMA * structural_risk(model) if explicit else loss).backward()
+        opt.step()
+        opt.zero_grad()
+
+
+CASES = [
+    ("momentum", "gamma"),
+    ("adamw", "schedule"),
+    ("momentum", "part by part"),
+    ("sgd", "auto"),
+]
+
+
+@pytest.fixture(scope="module", params=["ddp", "fsdp"])
+def trained(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[str, list[ranks.Result]]:
+    """What two ranks made of every case: they start slowly, so that they start once."""
+    folder = tmp_path_factory.mktemp(request.param)
+    return request.param, on_ranks(ranks.every_case, folder, request.param, CASES)
+
+
+@pytest.mark.parametrize(("optimizer", "how"), CASES)
+def test_two_ranks_that_accumulate_equal_one_process_with_the_whole_batch(
+    trained: tuple[str, list[ranks.Result]], optimizer: str, how: str
+) -> None:
+    kind, results = trained
+    first, second = (result[optimizer, how] for result in results)
+    torch.testing.assert_close(first["state"], second["state"], rtol=0, atol=0)
+    assert first["report"] == second["report"]
+    reference = one_process(optimizer, how)
+    torch.testing.assert_close(first["state"], reference.state_dict(), rtol=1e-4, atol=1e-5)
+    for row, expected in zip(
+        first["report"]["rows"], report(reference).to_dict()["rows"], strict=True
+    ):
+        assert row["gates"] == expected["gates"]
+        assert row["mean_gate"] == pytest.approx(expected["mean_gate"], abs=1e-5)
+    if kind == "fsdp":
+        assert (first["shards"], second["shards"]) == ([1, 4, 3], [0, 4, 2])
+        risk = structural_risk(reference)
+        gradient = torch.autograd.grad(risk, [reference[4].log_alpha])[0]
+        torch.testing.assert_close(first["risk"], risk.detach(), rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(second["gradient"], gradient, rtol=1e-3, atol=1e-5)
+
+
+def test_ranks_that_start_with_other_gates_agree_under_ddp(tmp_path: Path) -> None:
+    first, second = on_ranks(ranks.different_starts, tmp_path, "schedule")
+    torch.testing.assert_close(first["state"], second["state"], rtol=0, atol=0)
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")  # the one process
+@pytest.mark.parametrize(("optimizer", "how"), [("adamw", "part by part"), ("sgd", "schedule")])
+def test_a_sharded_checkpoint_continues_on_two_ranks_and_on_one(
+    optimizer: str, how: str, tmp_path: Path
+) -> None:
+    folder = tmp_path / "checkpoint"
+    first, second = on_ranks(ranks.checkpoint, tmp_path, optimizer, how, folder)
+    assert first["steps"] == second["steps"] == 2 * STEPS
+    torch.testing.assert_close(first["resumed"], first["state"], rtol=0, atol=0)
+
+    model = ranks.network()
+    opt = ranks.wrapped(model, optimizer, how)
+    model_state, optimizer_state = get_state_dict(model, opt)
+    loaded = {"model": model_state, "optimizer": optimizer_state}
+    dcp.load(loaded, checkpoint_id=folder, no_dist=True)
+    set_state_dict(
+        model, opt, model_state_dict=loaded["model"], optim_state_dict=loaded["optimizer"]
+    )
+    assert opt.param_groups[-1]["transfer_step"] == STEPS
+    whole_batch(model, opt, range(STEPS, 2 * STEPS))
+    torch.testing.assert_close(model.state_dict(), first["state"], rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["ddp", "fsdp"])
+def test_a_loss_that_is_not_finite_on_one_rank_stops_both(kind: str, tmp_path: Path) -> None:
+    for result in on_ranks(ranks.not_finite, tmp_path, kind):
+        assert "is not finite (nothing was updated)" in result["message"]
+        assert result["same"]
+
+
+def test_ranks_decide_together_and_write_into_shards_only(tmp_path: Path) -> None:
+    budget = SETTINGS["schedule"]["transfer"].budget(STEPS)
+    for result in on_ranks(ranks.corners, tmp_path):
+        assert result["warm-up from 0"].item() == pytest.approx(budget, abs=1e-3)
+        assert "is not finite" in result["partly sharded"]
+        assert result["evaluation"].item() == pytest.approx(budget, abs=1e-3)
+        sizes, message = result["late wrap"]
+        assert sizes == [8, 3]
+        assert "call model.reshard() before you build the optimizer" in message
+
+
+def test_gates_stay_float32_under_a_bfloat16_policy(tmp_path: Path) -> None:
+    first, second = on_ranks(ranks.low_precision, tmp_path, "schedule")
+    assert first["dtype"] == torch.float32
+    assert first["risk"] == second["risk"]
+    budget = SETTINGS["schedule"]["transfer"].budget(STEPS)
+    assert first["risk"].item() == pytest.approx(budget, abs=1e-3)
+
+
+def test_gates_of_a_sharded_model_are_saved_whole_and_loaded_anywhere(tmp_path: Path) -> None:
+    folder = tmp_path / "gates"
+    first, second = on_ranks(ranks.gates_only, tmp_path, folder)
+    base = revert(ranks.network())
+    load_gates(base, folder, example_input=torch.zeros(2, 6))
+    gates = {key: v for key, v in base.state_dict().items() if key.endswith("log_alpha")}
+    assert len(gates) == 3
+    for key, log_alpha in gates.items():
+        for result in (first, second):
+            assert torch.equal(result["saved"][key], log_alpha)
+            assert torch.equal(result["loaded"][key], log_alpha)
+    assert first["kept"]
+    assert second["kept"]
+    assert all("is sharded by fully_shard. Gather its state" in text for text in first["refused"])
+    assert len(first["refused"]) == 2
+
+
+def test_creating_the_state_of_an_optimizer_is_no_step_of_the_schedule() -> None:
+    model = ranks.network()
+    optimizer = ranks.wrapped(model, "adamw", "schedule")
+    before = [unit.log_alpha.detach().clone() for _, unit in gated_activations(model)]
+    get_state_dict(model, optimizer)  # takes a step with zero gradients and learning rates
+    assert optimizer.param_groups[-1]["transfer_step"] == 0
+    for (_, unit), start in zip(gated_activations(model), before, strict=True):
+        assert torch.equal(unit.log_alpha, start)
+        assert not optimizer.state[unit.log_alpha]["exp_avg"].any()

@@ -1,0 +1,193 @@
+"""Gates that do not move are reported, and losses that are not finite stop the training."""
+
+import copy
+import math
+import re
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.optim import SGD, Adam, AdamW, Optimizer, lr_scheduler
+
+from tests.helpers.wrapped import (
+    GAMMA,
+    assert_same_weights,
+    log_alphas,
+    mixed_network,
+    network,
+    plain,
+    task,
+)
+from transfer_surgery import FrozenGatesWarning, TransferSchedule, wrap_optimizer
+from transfer_surgery.units import gated_activations
+
+
+def test_frozen_gates_are_reported_once() -> None:
+    model = network()
+    optimizer = wrap_optimizer(SGD(model.parameters(), lr=0.01), model, gamma=1.0)
+    for _ in range(199):
+        plain(model, optimizer, False, 0)
+    message = r"gates are frozen.* 200 steps.*sites 1, 3\).*TransferSchedule.*gate_weight_decay"
+    with pytest.warns(FrozenGatesWarning, match=message):
+        plain(model, optimizer, False, 0)
+    plain(model, optimizer, False, 0)
+
+
+def test_gates_that_rest_at_the_end_of_a_cycle_are_not_reported() -> None:
+    model = network()
+    for _, unit in gated_activations(model):
+        nn.init.constant_(unit.log_alpha, 0.0)
+    optimizer = wrap_optimizer(SGD(model.parameters(), lr=0.01), model, gamma=1.5)
+    scheduler = torch.optim.lr_scheduler.CosineAnnealingWarmRestarts(optimizer, 1000)
+    for step in range(1000):
+        optimizer.step()
+        optimizer.zero_grad()
+        scheduler.step()
+        if step == 799:
+            before = log_alphas(model)
+    assert (log_alphas(model) - before).abs().max() < 0.05  # what would have been reported
+
+
+@pytest.mark.parametrize("start", [0.0, -8.0])
+def test_gates_that_move_or_have_been_transferred_are_not_reported(start: float) -> None:
+    model = network()
+    for _, unit in gated_activations(model):
+        nn.init.constant_(unit.log_alpha, start)
+    optimizer = wrap_optimizer(SGD(model.parameters(), lr=0.01), model, gamma=1.0)
+    for _ in range(201):
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+def warned(model: nn.Module, optimizer: Optimizer, steps: int = 200, scheduler: Any = None) -> str:
+    """What the one warning says that must come in the last of these steps, and in none before."""
+    for _ in range(steps - 1):
+        plain(model, optimizer, False, 0)
+        if scheduler is not None:
+            scheduler.step()
+    with pytest.warns(FrozenGatesWarning) as caught:
+        plain(model, optimizer, False, 0)
+    assert len(caught) == 1
+    assert caught[0].filename.endswith("wrapped.py")  # `plain` calls step
+    for _ in range(200):  # once is enough: pytest makes a second one an error
+        plain(model, optimizer, False, 0)
+    return str(caught[0].message)
+
+
+def test_gradients_below_the_eps_of_adam_are_named() -> None:
+    model = network()
+    optimizer = wrap_optimizer(AdamW(model.parameters(), eps=1e-4), model, gamma=0.1)
+    message = warned(model, optimizer)
+    assert "gradients are below the optimizer's eps" in message
+    assert "(sites " in message
+    assert "or a smaller eps" in message
+
+
+def test_gates_that_move_by_weight_decay_alone_are_named() -> None:
+    model = network()
+    optimizer = SGD(model.parameters(), lr=0.1, weight_decay=0.01)
+    message = warned(model, wrap_optimizer(optimizer, model, gamma=0.01))
+    assert "move by weight decay alone" in message
+
+
+def test_a_learning_rate_that_ended_at_0_is_named() -> None:
+    model = network(width=40)
+    for _, unit in gated_activations(model):
+        nn.init.constant_(unit.log_alpha, 4.0)
+    optimizer = SGD(model.parameters(), lr=0.05)
+    wrap_optimizer(optimizer, model, gamma=10.0)
+    scheduler = lr_scheduler.LinearLR(optimizer, 1.0, 0.0, total_iters=200)
+    message = warned(model, optimizer, 400, scheduler)
+    assert "the learning rate of the gates is 0" in message
+
+
+def test_only_the_sites_that_do_not_move_are_named() -> None:
+    model = network()
+    nn.init.constant_(model[1].log_alpha, 0.0)
+    message = warned(model, wrap_optimizer(SGD(model.parameters(), lr=0.01), model, gamma=1.0))
+    assert "(sites 3)" in message
+
+
+def test_gates_that_stay_are_seen_beside_gates_of_the_same_site_that_were_transferred() -> None:
+    model = network()
+    for _, unit in gated_activations(model):
+        nn.init.constant_(unit.log_alpha, 8.0)
+        with torch.no_grad():
+            unit.log_alpha[1:] = -30.0
+    optimizer = SGD(model.parameters(), lr=0.1, weight_decay=0.01)
+    wrap_optimizer(optimizer, model, gamma=0.1, gate_lr=0.01)
+    message = warned(model, optimizer)
+    # The transferred ones come up by weight decay: 0.6 of 30 in 200 steps.
+    assert "almost no slope where they are" in message or "weight decay alone" in message
+    assert re.search(r"log_alpha changed by 0\.\d+ at most and is 7\.\d", message)
+
+
+def test_gates_that_the_user_froze_or_that_wait_for_their_schedule_are_not_reported() -> None:
+    model = network()
+    model[1].log_alpha.requires_grad_(False)
+    nn.init.constant_(model[3].log_alpha, 0.0)
+    optimizer = wrap_optimizer(SGD(model.parameters(), lr=0.01), model, gamma=1.0)
+    for _ in range(201):
+        plain(model, optimizer, False, 0)
+    model = network()
+    optimizer = SGD(model.parameters(), lr=0.01)
+    wrap_optimizer(optimizer, model, gamma="auto", transfer=TransferSchedule(1000, start=0.5))
+    for _ in range(201):
+        plain(model, optimizer, False, 0)
+
+
+def test_an_automatic_gamma_that_cannot_keep_up_is_reported() -> None:
+    model = network()
+    optimizer = Adam(model.parameters(), lr=1e-5)
+    wrap_optimizer(optimizer, model, gamma="auto", transfer=TransferSchedule(400, start=0))
+    assert "gates are frozen" in warned(model, optimizer)
+
+
+@pytest.mark.parametrize("way", ["step", "closure"])
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("how", [{"gamma": GAMMA}, {"transfer": TransferSchedule(3, start=0)}])
+def test_a_loss_that_is_not_finite_stops_before_anything_is_updated(
+    how: dict[str, Any], bias: bool, way: str
+) -> None:
+    model = network(bias=bias)
+    optimizer = wrap_optimizer(Adam(model.parameters()), model, **how)
+    before = copy.deepcopy(model)
+
+    def evaluate() -> Tensor:
+        loss = task(model, 0) * math.nan
+        loss.backward()
+        return loss
+
+    name = "0.bias" if bias else "0.weight"
+    message = rf"step 1: .* {name} is not finite \(nothing was updated\)\. Lower the learning rate"
+    given = [evaluate] if way == "closure" else []
+    if way == "step":
+        evaluate()
+    with pytest.raises(FloatingPointError, match=message):
+        optimizer.step(*given)
+    assert_same_weights(model, before, rtol=0, atol=0)
+    assert optimizer.param_groups[-1]["transfer_step"] == 0
+
+
+def test_a_trial_of_lbfgs_that_is_not_finite_says_that_the_weights_are_a_trial() -> None:
+    model = mixed_network()
+    optimizer = wrap_optimizer(torch.optim.LBFGS(model.parameters()), model, gamma=GAMMA)
+    factors = iter([1.0, math.nan])
+
+    def evaluate() -> Tensor:
+        optimizer.zero_grad()
+        loss = task(model, 0) * next(factors)
+        loss.backward()
+        return loss
+
+    with pytest.raises(FloatingPointError, match="evaluation 2 of the closure, the weights are"):
+        optimizer.step(evaluate)
+
+
+def test_large_but_finite_gradients_pass() -> None:
+    model = network()
+    optimizer = wrap_optimizer(SGD(model.parameters(), lr=0.0), model, gamma=GAMMA)
+    for p in model.parameters():
+        p.grad = torch.full_like(p, 3e38)
+    optimizer.step()

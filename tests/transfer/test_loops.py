@@ -1,0 +1,250 @@
+"""Training loops: mixed precision, clipping, ways to clear gradients, checkpointed blocks.
+
+Plain loops, accumulation, closures, GradScaler in float32 and LBFGS are in `test_optimizer`.
+"""
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.optim import SGD, Adam, AdamW, Optimizer
+from torch.utils.checkpoint import checkpoint
+
+from tests.helpers.loops import (
+    GAMMA,
+    Loop,
+    Make,
+    assert_loop_equals_the_explicit_one,
+    assert_loop_reaches_the_budget,
+    gates,
+    mean_probability,
+    mid_transfer,
+    network,
+    plain,
+    risk,
+    task,
+)
+from transfer_surgery import TransferSchedule, wrap_optimizer
+
+OPTIMIZERS: dict[str, Make] = {
+    "sgd-momentum": lambda m: SGD(m.parameters(), lr=0.05, momentum=0.9, weight_decay=0.01),
+    "sgd-foreach": lambda m: SGD(m.parameters(), lr=0.05, momentum=0.9, foreach=True),
+    "adamw-foreach": lambda m: AdamW(m.parameters(), lr=0.01, eps=1e-4, foreach=True),
+    "adamw-fused": lambda m: AdamW(m.parameters(), lr=0.01, eps=1e-4, fused=True),
+    "adam-tensor-lr": lambda m: Adam(
+        m.parameters(), lr=torch.tensor(0.01), eps=1e-4, foreach=False
+    ),
+    "adam-fused-tensor-lr": lambda m: Adam(
+        m.parameters(), lr=torch.tensor(0.01), eps=1e-4, fused=True
+    ),
+}
+# eps: where a gradient is 0 up to rounding, such as that of a bias before a batch norm, the default
+# of Adam turns rounding into steps of full length.
+
+
+def bfloat16(model: nn.Module, optimizer: Optimizer, explicit: bool, seed: int) -> None:
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = task(model, seed)
+    (loss + risk(model) if explicit else loss).backward()
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+def risk_inside_autocast(model: nn.Module, optimizer: Optimizer, explicit: bool, seed: int) -> None:
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = task(model, seed)
+        if explicit:
+            loss = loss + risk(model)
+    loss.backward()
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+def step_inside_autocast(model: nn.Module, optimizer: Optimizer, explicit: bool, seed: int) -> None:
+    with torch.autocast("cpu", torch.bfloat16):
+        plain(model, optimizer, explicit, seed)
+
+
+def float16_scaled(model: nn.Module, optimizer: Optimizer, explicit: bool, seed: int) -> None:
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**8)
+    with torch.autocast("cpu", torch.float16):
+        loss = task(model, seed)
+    scaler.scale(loss + risk(model) if explicit else loss).backward()
+    scaler.step(optimizer)
+    scaler.update()
+    assert scaler.get_scale() == 2.0**8  # no step was skipped
+    optimizer.zero_grad()
+
+
+def float16_clipped(model: nn.Module, optimizer: Optimizer, explicit: bool, seed: int) -> None:
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**8)
+    for part in range(2):
+        with torch.autocast("cpu", torch.float16):
+            loss = task(model, 10 * seed + part) / 2
+        scaler.scale(loss).backward()
+    scaler.unscale_(optimizer)
+    nn.utils.clip_grad_norm_(model.parameters(), 0.1)
+    if explicit:  # clipping sees the task only
+        risk(model).backward()
+    scaler.step(optimizer)
+    scaler.update()
+    optimizer.zero_grad()
+
+
+def clipped_by_norm(model: nn.Module, optimizer: Optimizer, explicit: bool, seed: int) -> None:
+    task(model, seed).backward()
+    norm = nn.utils.clip_grad_norm_(model.parameters(), 0.1)
+    assert norm > 0.1  # or this shows nothing
+    if explicit:
+        risk(model).backward()
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+def clipped_by_value(model: nn.Module, optimizer: Optimizer, explicit: bool, seed: int) -> None:
+    task(model, seed).backward()
+    assert max(p.grad.abs().max() for p in gates(model) if p.grad is not None) > 1e-3
+    nn.utils.clip_grad_value_(model.parameters(), 1e-3)
+    if explicit:
+        risk(model).backward()
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+def cleared_in_turns(model: nn.Module, optimizer: Optimizer, explicit: bool, seed: int) -> None:
+    """Gradients are tensors of zeros, None, or None in the model and not in the optimizer."""
+    loss = task(model, seed)
+    (loss + risk(model) if explicit else loss).backward()
+    optimizer.step()
+    if seed % 3 == 2:
+        model.zero_grad()
+    else:
+        optimizer.zero_grad(set_to_none=seed % 3 == 1)
+
+
+def checkpointed(model: nn.Module, optimizer: Optimizer, explicit: bool, seed: int) -> None:
+    with _checkpoints(model, use_reentrant=False):
+        plain(model, optimizer, explicit, seed)
+
+
+def checkpointed_reentrant(
+    model: nn.Module, optimizer: Optimizer, explicit: bool, seed: int
+) -> None:
+    with _checkpoints(model, use_reentrant=True):
+        plain(model, optimizer, explicit, seed)
+
+
+class _checkpoints:  # noqa: N801
+    """The block of `network` runs in a checkpoint meanwhile."""
+
+    def __init__(self, model: nn.Module, use_reentrant: bool) -> None:
+        self.block, self.use_reentrant = model.get_submodule("3"), use_reentrant
+
+    def __enter__(self) -> None:
+        inner = self.block.forward
+
+        def forward(*args: Any) -> Any:
+            return checkpoint(inner, *args, use_reentrant=self.use_reentrant)
+
+        self.block.forward = forward  # type: ignore[method-assign]
+
+    def __exit__(self, *exception: object) -> None:
+        del self.block.forward
+
+
+LOOPS: list[Loop] = [
+    bfloat16,
+    risk_inside_autocast,
+    step_inside_autocast,
+    float16_scaled,
+    float16_clipped,
+    clipped_by_norm,
+    clipped_by_value,
+    cleared_in_turns,
+    checkpointed,
+    checkpointed_reentrant,
+]
+
+
+@pytest.mark.parametrize("loop", LOOPS, ids=lambda loop: loop.__name__)
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_steps_equal_those_of_the_explicit_loss(name: str, loop: Loop) -> None:
+    assert_loop_equals_the_explicit_one(OPTIMIZERS[name], loop)
+
+
+# That one asserts a gradient of the task at the gates, which they do not have at their ends.
+@pytest.mark.parametrize(
+    "loop", [loop for loop in LOOPS if loop is not clipped_by_value], ids=lambda loop: loop.__name__
+)
+@pytest.mark.parametrize("name", ["sgd-momentum", "adamw-fused", "adam-tensor-lr"])
+def test_gates_keep_to_the_schedule(name: str, loop: Loop) -> None:
+    assert_loop_reaches_the_budget(OPTIMIZERS[name], loop)
+
+
+@pytest.mark.parametrize("loop", [checkpointed, checkpointed_reentrant], ids=lambda f: f.__name__)
+def test_checkpointed_training_equals_that_without_checkpoints_bit_for_bit(loop: Loop) -> None:
+    models = []
+    for each in (loop, plain):
+        model = network()
+        optimizer = SGD(model.parameters(), lr=0.05)
+        wrap_optimizer(optimizer, model, transfer=TransferSchedule(6, start=0))
+        for seed in range(4):
+            each(model, optimizer, False, seed)
+        models.append(model)
+    assert 0.001 < mean_probability(models[0]) < 0.999
+    # Batch norm is outside of the checkpointed block: its statistics count each batch once.
+    torch.testing.assert_close(models[0].state_dict(), models[1].state_dict(), rtol=0, atol=0)
+
+
+def test_a_float16_overflow_skips_the_step_and_the_next_one_counts_on() -> None:
+    model = mid_transfer(network())
+    schedule = TransferSchedule(20, start=0)
+    optimizer = wrap_optimizer(SGD(model.parameters(), lr=0.05), model, transfer=schedule)
+    before = copy.deepcopy(model)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**30)
+    with torch.autocast("cpu", torch.float16):
+        loss = task(model, 0)
+    scaler.scale(loss).backward()
+    scaler.step(optimizer)
+    scaler.update()
+    assert scaler.get_scale() == 2.0**29
+    torch.testing.assert_close(gates(model), gates(before), rtol=0, atol=0)
+    optimizer.zero_grad()
+    float16_scaled(model, optimizer, False, 1)
+    assert optimizer.param_groups[-1]["transfer_step"] == 1
+    assert mean_probability(model) == pytest.approx(schedule.budget(1), abs=1e-3)
+
+
+def test_a_second_optimizer_for_the_matrices_leaves_the_gates_to_the_wrapped_one() -> None:
+    """As with `torch.optim.Muon`, which takes matrices only."""
+    model = mid_transfer(network())
+    reference = copy.deepcopy(model)
+
+    def make(net: nn.Module) -> list[Optimizer]:
+        matrices = [p for p in net.parameters() if p.dim() == 2]
+        others = [p for p in net.parameters() if p.dim() != 2]
+        return [torch.optim.Muon(matrices, lr=0.01), AdamW(others, lr=0.01)]
+
+    for net in (model, reference):
+        muon, adamw = make(net)
+        explicit = net is reference
+        if not explicit:
+            wrap_optimizer(adamw, net, gamma=GAMMA)
+        for seed in range(3):
+            loss = task(net, seed)
+            (loss + risk(net) if explicit else loss).backward()
+            muon.step()
+            adamw.step()
+            net.zero_grad()
+    torch.testing.assert_close(model.state_dict(), reference.state_dict(), rtol=2e-5, atol=2e-6)
+
+
+def test_an_optimizer_that_takes_no_gates_is_refused_and_stays_as_it_was() -> None:
+    model = network()
+    muon = torch.optim.Muon([p for p in model.parameters() if p.dim() == 2], lr=0.01)
+    before = [dict(group) for group in muon.param_groups]
+    with pytest.raises(ValueError, match=r"Muon updates matrices .* AdamW, and wrap that one"):
+        wrap_optimizer(muon, model, gamma=GAMMA)
+    assert muon.param_groups == before

@@ -1,0 +1,261 @@
+"""What a CUDA graph needs: nothing looks at a gate's value, and gates move where they are.
+
+Tensors on the meta device have no values: whatever would synchronise with a device fails there.
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from memory import Launches
+from torch import Tensor, nn
+from torch.optim import SGD, Adam, AdamW, Optimizer
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from tests.helpers.loops import GAMMA, batch, gates, mean_probability, network, plain
+from transfer_surgery import TransferSchedule, convert, wrap_optimizer
+from transfer_surgery.transfer.auto_gamma import AutoGamma
+from transfer_surgery.transfer.controllers import ConstantGamma, Controller, Projection
+from transfer_surgery.transfer.optimizer import _WRAPPED
+from transfer_surgery.transfer.risk import REDUCTIONS, add_risk_gradient
+from transfer_surgery.units import gated_activations
+
+WAYS: list[dict[str, Any]] = [
+    {"granularity": granularity, "noise": noise}
+    for granularity in ("layer", "channel", "neuron")
+    for noise in ("batch", "example", "none")
+]
+WAYS += [{"gate": gate} for gate in ("bernoulli", "line", "copy")]
+X = torch.zeros(4, 2, 5, 5)
+
+
+def on_meta(**how: Any) -> nn.Module:
+    model = nn.Sequential(
+        nn.Conv2d(2, 6, 3), nn.ReLU(inplace=True), nn.Conv2d(6, 6, 1), nn.GELU(), nn.PReLU(6)
+    )
+    return convert(model, example_input=X, **how).to("meta")
+
+
+def sites(model: nn.Module) -> dict[str, Any]:
+    return dict(gated_activations(model))
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("how", WAYS, ids=lambda how: "-".join(how.values()))
+def test_forward_and_backward_never_look_at_the_gates(how: dict[str, Any], training: bool) -> None:
+    model = on_meta(**how).train(training)
+    model(X.to("meta")).sum().backward()
+    for _, unit in gated_activations(model):
+        if training and unit.gate.learned:
+            assert unit.log_alpha.grad is not None
+
+
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+@pytest.mark.parametrize("scale", [None, torch.ones((), device="meta")])
+def test_the_gradient_of_the_risk_never_looks_at_the_gates(
+    reduction: str, scale: Tensor | None
+) -> None:
+    model = on_meta()
+    add_risk_gradient(list(sites(model).values()), GAMMA, reduction, scale)
+    assert all(gate.grad is not None for gate in gates(model))
+
+
+class _NoCopies(TorchDispatchMode):
+    """Fails where the host copies a tensor to the device, for which it waits."""
+
+    def __torch_dispatch__(
+        self, function: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        result = function(*args, **(kwargs or {}))
+        given = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
+        on_host = bool(given) and given[0].device.type == "cpu"
+        if isinstance(result, Tensor) and on_host and function is torch.ops.aten._to_copy.default:
+            assert result.device.type == "cpu", "a copy from the host"
+        return result
+
+
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+def test_the_gradient_of_the_risk_copies_nothing_to_the_device(reduction: str) -> None:
+    model = on_meta()
+    with _NoCopies():
+        add_risk_gradient(list(sites(model).values()), GAMMA, reduction)
+    assert all(gate.grad is not None for gate in gates(model))
+
+
+SCHEDULES = [
+    TransferSchedule(10, start=0, fraction=fraction, order=order)
+    for order in ("joint", "front_to_back", "back_to_front", ("3", "*"))
+    for fraction in (0.5, 1.0)
+]
+
+
+def controllers(model: nn.Module) -> Iterator[Controller]:
+    yield ConstantGamma(sites(model), GAMMA, 3, "sum")
+    yield AutoGamma(sites(model), TransferSchedule(10, start=0))
+    for schedule in SCHEDULES:
+        projection = Projection(sites(model), schedule)
+        projection.begun = True  # it looks once, before it moves the first gate
+        yield projection
+
+
+@pytest.mark.parametrize("skipped", [None, torch.zeros((), device="meta")])
+@pytest.mark.parametrize("index", range(2 + len(SCHEDULES)))
+def test_controllers_never_look_at_the_gates(index: int, skipped: Tensor | None) -> None:
+    model = on_meta()
+    controller = list(controllers(model))[index]
+    group: dict[str, Any] = {"lr": 0.1, "momentum": 0.9} | controller.memory()
+    for step in range(1, 11):
+        controller.add_gradient(group, step, skipped)
+        controller.loss(group, step)
+        controller.follow(group, step, skipped)
+
+
+@pytest.mark.parametrize("kind", ["line", "copy"])
+def test_gates_without_parameters_never_look_either(kind: str) -> None:
+    model = on_meta(gate=kind)
+    controller = Projection(sites(model), TransferSchedule(10, start=0))
+    for step in range(1, 11):
+        controller.follow({}, step, None)
+
+
+HOW: dict[str, dict[str, Any]] = {
+    "schedule": {"transfer": TransferSchedule(20, start=0)},
+    "gamma": {"gamma": GAMMA},
+    "auto": {"gamma": "auto", "transfer": TransferSchedule(20, start=0)},
+}
+
+
+def begin(optimizer: Optimizer) -> None:
+    """As after the first steps: it looks at the first of 50, and before it moves the first gate."""
+    hooks = _WRAPPED[optimizer]
+    hooks.finite.looks = 1
+    if isinstance(hooks.controller, Projection):
+        hooks.controller.begun = True
+
+
+@pytest.mark.parametrize("make", [SGD, AdamW])
+@pytest.mark.parametrize("how", HOW)
+def test_a_whole_step_never_looks_between_the_looks_at_the_gradients(how: str, make: Any) -> None:
+    model = on_meta()
+    optimizer = wrap_optimizer(make(model.parameters(), lr=0.1), model, **HOW[how])
+    begin(optimizer)
+    for _ in range(20):
+        model(X.to("meta")).sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert optimizer.param_groups[-1]["transfer_step"] == 20
+
+
+@pytest.mark.parametrize("how", HOW)
+def test_gates_stay_where_they_are_in_memory(how: str) -> None:
+    """A graph that was captured reads them there."""
+    model = network()
+    places = [gate.data_ptr() for gate in gates(model)]
+    optimizer = wrap_optimizer(SGD(model.parameters(), lr=0.1), model, **HOW[how])
+    for step in range(20):
+        plain(model, optimizer, False, step)
+    assert [gate.data_ptr() for gate in gates(model)] == places
+
+
+@pytest.mark.parametrize("how", HOW)
+def test_gradients_stay_where_they_are_in_memory(how: str) -> None:
+    model = network()
+    optimizer = wrap_optimizer(SGD(model.parameters(), lr=0.1), model, **HOW[how])
+    model(X).sum().backward()
+    places = [gate.grad.data_ptr() for gate in gates(model)]
+    optimizer.step()
+    assert [gate.grad.data_ptr() for gate in gates(model)] == places
+
+
+# ---- on a GPU
+
+cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+
+
+def captured(model: nn.Module) -> tuple[Any, Tensor, Tensor, Tensor]:
+    """Forward and backward as a CUDA graph: the graph, its input, its target and its loss."""
+    x, y = (part.cuda() for part in batch(0))
+
+    def run() -> Tensor:
+        loss = nn.functional.mse_loss(model(x), y)
+        loss.backward()
+        return loss
+
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            run()
+    torch.cuda.current_stream().wait_stream(stream)
+    model.zero_grad(set_to_none=True)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        loss = run()
+    return graph, x, y, loss
+
+
+@cuda
+def test_a_captured_model_replays_while_the_schedule_moves_outside() -> None:
+    model, schedule = network().cuda(), TransferSchedule(20, start=0)
+    optimizer = wrap_optimizer(SGD(model.parameters(), lr=0.01), model, transfer=schedule)
+    graph, x, y, loss = captured(model)
+    for step in range(1, 21):
+        for static, new in zip((x, y), batch(step), strict=True):
+            static.copy_(new)
+        graph.replay()
+        optimizer.step()
+        assert mean_probability(model) == pytest.approx(schedule.budget(step), abs=1e-3)
+    graph.replay()
+    with torch.no_grad():
+        torch.testing.assert_close(loss, nn.functional.mse_loss(model(x), y), rtol=1e-3, atol=1e-4)
+
+
+@cuda
+def test_a_captured_step_is_refused() -> None:
+    model = network().cuda()
+    optimizer = Adam(model.parameters(), lr=0.01, capturable=True)
+    wrap_optimizer(optimizer, model, gamma=GAMMA)
+    model(X.cuda()).sum().backward()
+    refused = pytest.raises(RuntimeError, match="Capture forward and backward only")
+    with refused, torch.cuda.graph(torch.cuda.CUDAGraph()):
+        optimizer.step()
+
+
+@cuda
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode:UserWarning")
+@pytest.mark.parametrize("how", HOW)
+def test_a_step_on_a_gpu_does_not_synchronise(how: str) -> None:
+    model = network().cuda()
+    optimizer = wrap_optimizer(SGD(model.parameters(), lr=0.01), model, **HOW[how])
+    x = X.cuda()
+    try:
+        for _ in range(10):
+            model(x).sum().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            torch.cuda.set_sync_debug_mode("error")  # from now on: the first step looks once
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("how", HOW)
+def test_a_step_takes_few_launches_for_each_further_site(how: str) -> None:
+    def launches(sites: int) -> int:
+        layers = [layer for _ in range(sites) for layer in (nn.Linear(4, 4), nn.ReLU())]
+        model = convert(nn.Sequential(*layers), example_input=torch.zeros(2, 4))
+        settings = HOW[how]
+        if "transfer" in settings:
+            settings = settings | {"transfer": TransferSchedule(1000, start=0)}
+        optimizer = wrap_optimizer(SGD(model.parameters(), lr=0.1), model, **settings)
+        for count in (False, False, True):
+            model(torch.zeros(2, 4)).sum().backward()
+            with Launches(count) as counted:
+                optimizer.step()
+        return counted.number
+
+    few, many = launches(2), launches(22)
+    # Per site: the logit of its gates, and SGD's steps of weight, bias and gates.
+    assert (many - few) / 20 <= (8 if how == "auto" else 6)
+    assert few < 200

@@ -1,0 +1,135 @@
+"""What `wrap_optimizer` refuses, and the schedulers and optimizers that were there before it."""
+
+import copy
+import math
+import warnings
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.optim import SGD, lr_scheduler
+
+from tests.helpers.wrapped import (
+    GAMMA,
+    LENGTH,
+    assert_same_weights,
+    closure,
+    log_alphas,
+    mixed_network,
+    network,
+    plain,
+    refused,
+)
+from transfer_surgery import TransferSchedule, wrap_optimizer
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({}, ValueError, r"exactly one of gamma= .* and transfer=TransferSchedule"),
+        ({"gamma": 1.0, "transfer": LENGTH}, ValueError, "exactly one of gamma="),
+        ({"gamma": -1.0}, ValueError, "gamma=-1.0: give a finite number"),
+        ({"gamma": math.inf}, ValueError, "gamma=inf"),
+        ({"gamma": 1.0, "reduction": "max"}, ValueError, "unknown reduction 'max'"),
+        ({"transfer": 100}, TypeError, r"transfer=100: give a TransferSchedule\(total_steps\)"),
+        ({"transfer": LENGTH, "reduction": "mean"}, ValueError, "reduction='mean' .* Leave it out"),
+        ({"gamma": 1.0, "gate_lr": -0.1}, ValueError, "gate_lr=-0.1: give a finite number"),
+        ({"gamma": 1.0, "gate_weight_decay": math.nan}, ValueError, "gate_weight_decay=nan"),
+    ],
+)
+def test_arguments_that_do_not_fit_are_errors(
+    arguments: dict[str, Any], error: type[Exception], message: str
+) -> None:
+    model = network()
+    refused(error, message, model, SGD(model.parameters(), lr=0.1), **arguments)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"gamma": 1.0}, "gates of the kind 'line' have no parameters .* transfer="),
+        ({"transfer": LENGTH, "gate_lr": 0.1}, "gate_lr: these gates have no parameters"),
+        ({"transfer": TransferSchedule(9, fraction=0.5)}, "'line' all go together: use fraction=1"),
+    ],
+)
+def test_gates_without_parameters_take_a_full_schedule_only(
+    arguments: dict[str, Any], message: str
+) -> None:
+    model = network("line")
+    refused(ValueError, message, model, SGD(model.parameters(), lr=0.1), **arguments)
+
+
+def test_optimizers_that_do_not_fit_are_errors() -> None:
+    model = network()
+    refused(ValueError, r"call convert\(model", nn.Linear(2, 2), SGD(model.parameters()), gamma=1.0)
+    refused(TypeError, "Sequential is not a torch.optim.Optimizer", model, model, gamma=1.0)
+    other = SGD(network().parameters(), lr=0.1)
+    refused(ValueError, "holds no parameter of this Sequential", model, other, gamma=1.0)
+    lbfgs = torch.optim.LBFGS(model.parameters())
+    refused(ValueError, "gate_lr: LBFGS allows only one", model, lbfgs, gamma=1.0, gate_lr=0.1)
+    rprop = torch.optim.Rprop(model.parameters())
+    message = "gate_weight_decay: Rprop has no weight_decay"
+    refused(ValueError, message, model, rprop, gamma=1.0, gate_weight_decay=0.1)
+
+
+def test_wrapping_twice_is_an_error() -> None:
+    model = network()
+    optimizer = wrap_optimizer(SGD(model.parameters(), lr=0.1), model, gamma=1.0)
+    refused(ValueError, "wrapped already.*Build a new optimizer", model, optimizer, gamma=1.0)
+
+
+@pytest.mark.parametrize("why", ["gates not held", "gate_lr"])
+def test_a_scheduler_that_was_created_before_is_an_error_where_a_group_is_needed(why: str) -> None:
+    model = network()
+    others = [p for n, p in model.named_parameters() if "log_alpha" not in n]
+    optimizer = SGD(others if why == "gates not held" else model.parameters(), lr=0.1)
+    lr_scheduler.StepLR(optimizer, 1)
+    message = "scheduler was created .* Create it after wrap_optimizer"
+    settings = {"gate_lr": 0.1} if why == "gate_lr" else {}
+    refused(ValueError, message, model, optimizer, gamma=1.0, **settings)
+
+
+@pytest.mark.parametrize("how", [{"gamma": GAMMA}, {"transfer": LENGTH}])
+def test_with_a_scheduler_that_was_created_before_gates_stay_in_their_group(
+    how: dict[str, Any],
+) -> None:
+    model = mixed_network()
+    weights = [p for n, p in model.named_parameters() if p.dim() > 1]
+    vectors = [p for n, p in model.named_parameters() if p.dim() <= 1]
+    optimizer = SGD([{"params": weights}, {"params": vectors, "lr": 0.01}], lr=0.1)
+    scheduler = lr_scheduler.StepLR(optimizer, 1)
+    reference = copy.deepcopy(model)
+    wrap_optimizer(optimizer, model, **how)
+    assert [len(group["params"]) for group in optimizer.param_groups] == [3, 5]
+    plain(model, optimizer, False, 0)
+    scheduler.step()
+    assert optimizer.param_groups[1]["transfer_step"] == 1
+    if "gamma" in how:
+        vectors = [p for n, p in reference.named_parameters() if p.dim() <= 1]
+        weights = [p for n, p in reference.named_parameters() if p.dim() > 1]
+        explicit = SGD([{"params": weights}, {"params": vectors, "lr": 0.01}], lr=0.1)
+        plain(reference, explicit, True, 0)
+        assert_same_weights(model, reference)
+
+
+def test_a_scheduler_that_was_created_before_still_works_where_no_group_is_added() -> None:
+    model = network("line")
+    optimizer = SGD(model.parameters(), lr=0.1)
+    scheduler = lr_scheduler.StepLR(optimizer, 1)
+    wrap_optimizer(optimizer, model, transfer=LENGTH)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        plain(model, optimizer, False, 0)
+        scheduler.step()
+
+
+def test_lbfgs_built_before_convert_takes_the_gates_into_its_group() -> None:
+    model = mixed_network()
+    others = [p for n, p in model.named_parameters() if "log_alpha" not in n]
+    optimizer = torch.optim.LBFGS(others, max_iter=2)
+    closure(model, optimizer, True, 0)
+    before = log_alphas(model)
+    wrap_optimizer(optimizer, model, gamma=GAMMA)
+    closure(model, optimizer, False, 0)
+    assert not torch.equal(log_alphas(model), before)

@@ -1,0 +1,134 @@
+"""`wrap_optimizer(transfer=...)`: gates follow the schedule, stop, resume, and stay at its end."""
+
+import io
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.optim import SGD, Adam, Optimizer, lr_scheduler
+
+from tests.helpers.wrapped import LENGTH, assert_same_weights, closure, network, plain
+from transfer_surgery import ScheduleEndedWarning, TransferSchedule, structural_risk, wrap_optimizer
+from transfer_surgery.units import gated_activations
+
+
+@pytest.mark.parametrize("lr", [0.1, 0.01])
+@pytest.mark.parametrize("make", [SGD, Adam])
+@pytest.mark.parametrize("width", [4, 64])
+def test_gates_follow_the_schedule(make: Any, lr: float, width: int) -> None:
+    model = network(width=width)
+    schedule = TransferSchedule(60)
+    optimizer = wrap_optimizer(make(model.parameters(), lr=lr), model, transfer=schedule)
+    for step in range(1, 61):
+        if step == 7:
+            before = structural_risk(model, "mean").item()
+            assert before > 0.999  # the start is at step 6
+        plain(model, optimizer, False, step)
+        budget = schedule.budget(step)
+        if 1e-3 < budget < 1 - 1e-3:
+            assert structural_risk(model, "mean").item() == pytest.approx(budget, abs=2e-4)
+    assert all((unit.gate.predict() == 0).all() for _, unit in gated_activations(model))
+
+
+def test_lbfgs_follows_the_schedule_too() -> None:
+    model = network()
+    schedule = TransferSchedule(10, start=0)
+    optimizer = torch.optim.LBFGS(model.parameters(), max_iter=3, line_search_fn="strong_wolfe")
+    wrap_optimizer(optimizer, model, transfer=schedule)
+    for step in range(1, 7):
+        closure(model, optimizer, False, 0)
+        risk = structural_risk(model, "mean").item()
+        assert risk == pytest.approx(schedule.budget(step), abs=1e-3)
+
+
+@pytest.mark.parametrize("fraction", [0.25, 0.5, 0.9])
+def test_exactly_the_asked_share_is_transferred_and_the_others_are_kept(fraction: float) -> None:
+    model = network(width=20)
+    optimizer = Adam(model.parameters(), lr=0.05)
+    wrap_optimizer(
+        optimizer, model, transfer=TransferSchedule(40, fraction=fraction), gate_weight_decay=0.1
+    )
+    for step in range(40):
+        plain(model, optimizer, False, step)
+    z = torch.cat([unit.gate.predict() for _, unit in gated_activations(model)])
+    assert int((z == 0).sum()) == round(40 * fraction)
+    assert int((z == 1).sum()) == 40 - round(40 * fraction)
+
+
+def test_gates_that_the_user_froze_stay() -> None:
+    model = network()
+    frozen, free = (unit.gate for _, unit in gated_activations(model))
+    frozen.log_alpha.requires_grad_(False)
+    before = frozen.log_alpha.clone()
+    optimizer = SGD(model.parameters(), lr=0.1)
+    wrap_optimizer(optimizer, model, transfer=TransferSchedule(4, end=0.5))
+    for seed in range(3):
+        plain(model, optimizer, False, seed)
+    assert torch.equal(frozen.log_alpha, before)
+    assert bool((free.predict() == 0).all())
+
+
+@pytest.mark.parametrize("kind", ["line", "copy"])
+def test_a_linear_schedule_gives_the_papers_line_and_copy(kind: str) -> None:
+    model = network(kind)
+    optimizer = SGD(model.parameters(), lr=0.1)
+    schedule = TransferSchedule(10, start=0, end=1.0, shape="linear")
+    wrap_optimizer(optimizer, model, transfer=schedule)
+    for step in range(1, 11):
+        plain(model, optimizer, False, step)
+        expected = 1 - step / 10 if kind == "line" else float(step < 5)
+        for _, unit in gated_activations(model):
+            torch.testing.assert_close(unit.gate.predict(), torch.full((6,), expected))
+
+
+@pytest.mark.parametrize("kind", ["hard_concrete", "line"])
+def test_resuming_equals_never_having_stopped(kind: str) -> None:
+    def start() -> tuple[nn.Module, Optimizer, lr_scheduler.LRScheduler]:
+        torch.manual_seed(0)
+        model = network(kind)
+        optimizer = Adam(model.parameters(), lr=0.05)
+        wrap_optimizer(optimizer, model, transfer=TransferSchedule(12))
+        return model, optimizer, lr_scheduler.CosineAnnealingLR(optimizer, 12)
+
+    model, optimizer, scheduler = start()
+    for step in range(12):
+        if step == 5:
+            file = io.BytesIO()
+            torch.save([part.state_dict() for part in (model, optimizer, scheduler)], file)
+        plain(model, optimizer, False, step)
+        scheduler.step()
+
+    resumed = start()
+    file.seek(0)
+    for part, state in zip(resumed, torch.load(file, weights_only=True), strict=True):
+        part.load_state_dict(state)
+    for step in range(5, 12):
+        plain(resumed[0], resumed[1], False, step)
+        resumed[2].step()
+    assert_same_weights(model, resumed[0], rtol=0, atol=0)
+
+
+def test_the_step_travels_in_a_distributed_checkpoint() -> None:
+    state_dict = pytest.importorskip("torch.distributed.checkpoint.state_dict")
+    model = network()
+    optimizer = wrap_optimizer(Adam(model.parameters()), model, transfer=LENGTH)
+    for seed in range(5):
+        plain(model, optimizer, False, seed)
+    saved = state_dict.get_optimizer_state_dict(model, optimizer)
+    fresh = network()
+    resumed = wrap_optimizer(Adam(fresh.parameters()), fresh, transfer=LENGTH)
+    state_dict.set_optimizer_state_dict(fresh, resumed, saved)
+    assert resumed.param_groups[-1]["transfer_step"] == 5
+
+
+def test_running_past_the_end_warns_once_and_keeps_the_gates() -> None:
+    model = network()
+    schedule = TransferSchedule(3)
+    optimizer = wrap_optimizer(SGD(model.parameters(), lr=0.1), model, transfer=schedule)
+    for seed in range(3):
+        plain(model, optimizer, False, seed)
+    with pytest.warns(ScheduleEndedWarning, match=r"step 4 .* of 3 steps.*total_steps counts"):
+        plain(model, optimizer, False, 3)
+    plain(model, optimizer, False, 4)
+    assert all((unit.gate.predict() == 0).all() for _, unit in gated_activations(model))

@@ -1,0 +1,244 @@
+"""`wrap_optimizer` on optimizers and models that others have had their hands on."""
+
+import copy
+import math
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed.checkpoint as dcp
+from torch import nn
+from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from torch.optim import SGD, Adafactor, AdamW, Optimizer, lr_scheduler
+
+from tests.helpers.wrapped import log_alphas, network, plain, refused, task
+from transfer_surgery import TransferSchedule, pause_transfer, structural_risk, wrap_optimizer
+from transfer_surgery.units import gated_activations
+
+SCHEDULE = TransferSchedule(10, start=0, end=1.0)
+
+
+class Derived(SGD):
+    """A subclass in the usual way, whose ``step`` calls that of its base class."""
+
+    def step(self, closure: Any = None) -> Any:
+        return super().step(closure)
+
+
+@pytest.mark.parametrize("way", ["plain", "closure"])
+def test_a_step_that_calls_the_one_of_its_base_class_counts_once(way: str) -> None:
+    SGD([torch.zeros(1)], lr=0.1)  # from here on SGD.step itself runs hooks
+    model = network()
+    optimizer = wrap_optimizer(Derived(model.parameters(), lr=0.01), model, transfer=SCHEDULE)
+    for step in range(1, 6):
+        if way == "closure":
+            optimizer.step(lambda: task(model, 0))
+        else:
+            plain(model, optimizer, False, step)
+    assert optimizer.param_groups[-1]["transfer_step"] == 5
+    assert structural_risk(model, "mean").item() == pytest.approx(SCHEDULE.budget(5), abs=1e-3)
+
+
+def test_steps_go_on_counting_after_one_that_failed() -> None:
+    model = network()
+    optimizer = wrap_optimizer(SGD(model.parameters(), lr=0.01), model, transfer=SCHEDULE)
+
+    def fail() -> Any:
+        raise MemoryError("as a GPU that is full")
+
+    with pytest.raises(MemoryError):
+        optimizer.step(fail)
+    plain(model, optimizer, False, 0)
+    assert optimizer.param_groups[-1]["transfer_step"] == 1
+
+
+def test_a_group_of_the_gates_alone_becomes_theirs_with_its_settings() -> None:
+    model = network()
+    gates = [unit.log_alpha for _, unit in gated_activations(model)]
+    weights = [p for n, p in model.named_parameters() if "log_alpha" not in n]
+    groups = [{"params": gates, "lr": 0.3, "weight_decay": 0.0}, {"params": weights}]
+    optimizer = AdamW(groups, lr=0.01)
+    wrap_optimizer(optimizer, model, transfer=SCHEDULE)
+    assert len(optimizer.param_groups) == 2
+    assert optimizer.param_groups[0]["lr"] == 0.3
+    assert optimizer.param_groups[0]["transfer_step"] == 0
+
+
+def test_groups_that_held_nothing_but_gates_are_gone() -> None:
+    model = network()
+    first, second = (unit.log_alpha for _, unit in gated_activations(model))
+    weights = [p for n, p in model.named_parameters() if "log_alpha" not in n]
+    optimizer = AdamW([{"params": [first]}, {"params": [*weights, second]}])
+    wrap_optimizer(optimizer, model, transfer=SCHEDULE)
+    assert [len(group["params"]) for group in optimizer.param_groups] == [6, 2]
+    plain(model, optimizer, False, 0)
+    get_state_dict(model, optimizer)
+
+
+class Demanding(SGD):
+    """Wants a key in each group, as Muon with an auxiliary Adam does."""
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        if "use_muon" not in param_group:
+            raise KeyError("use_muon")
+        super().add_param_group(param_group)
+
+
+def test_where_no_group_can_be_added_the_optimizer_is_as_it_was() -> None:
+    model = network()
+    groups = [{"params": list(model.parameters()), "use_muon": False}]
+    refused(KeyError, "use_muon", model, Demanding(groups, lr=0.1), transfer=SCHEDULE)
+
+
+def test_an_optimizer_without_step_hooks_is_refused() -> None:
+    class Foreign(Optimizer):
+        def __init__(self, params: Any) -> None:
+            self.param_groups = [{"params": list(params), "lr": 0.1}]
+            self.defaults = {"lr": 0.1}
+
+    model = network()
+    refused(ValueError, "runs no step hooks", model, Foreign(model.parameters()), gamma=1.0)
+
+
+class Outer(Optimizer):
+    """Keeps the optimizer that it wraps under a name of its own, as opacus does."""
+
+    def __init__(self, inner: Optimizer, name: str) -> None:
+        setattr(self, name, inner)
+        self.inner, self.param_groups, self.defaults = inner, inner.param_groups, inner.defaults
+
+    def step(self, closure: Any = None) -> Any:
+        return self.inner.step(closure)
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        self.inner.zero_grad(set_to_none)
+
+
+@pytest.mark.parametrize("name", ["optimizer", "base_optimizer", "original_optimizer"])
+def test_of_an_optimizer_around_another_the_inner_one_is_hooked(name: str) -> None:
+    model = network()
+    outer = Outer(SGD(model.parameters(), lr=0.1), name)
+    assert wrap_optimizer(outer, model, transfer=SCHEDULE) is outer
+    for step in range(10):
+        plain(model, outer, False, step)
+    pause_transfer(outer)
+    assert outer.param_groups[-1]["transfer_step"] == 10
+    assert all((unit.gate.predict() == 0).all() for _, unit in gated_activations(model))
+
+
+def test_frozen_and_flattened_gates_are_refused() -> None:
+    model = network()
+    optimizer = SGD(model.parameters(), lr=0.1)
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)  # as PEFT does
+    refused(ValueError, "every gate is frozen, as after", model, optimizer, transfer=SCHEDULE)
+    model = network()
+    model[3].gate.log_alpha = nn.Parameter(torch.zeros(0))  # a rank's part under FSDP 1
+    message = r"3: log_alpha has the shape \(0,\) instead of \(6,\).*use fully_shard"
+    refused(ValueError, message, model, SGD(model.parameters(), lr=0.1), transfer=SCHEDULE)
+
+
+def test_a_learning_rate_for_the_gates_does_not_become_that_of_the_weights() -> None:
+    model = network()
+    optimizer = AdamW(model.parameters(), lr=0.01)
+    lr_scheduler.StepLR(optimizer, 1)
+    wrap_optimizer(optimizer, model, gamma=0.5)  # the gates stay in the one group
+    other, again = copy.deepcopy((model, optimizer))
+    message = "gate_lr: the gates share a parameter group with weights"
+    refused(ValueError, message, other, again, gamma=0.5, gate_lr=0.7)
+
+
+def test_gates_of_another_conversion_are_refused() -> None:
+    model = network()
+    optimizer = copy.deepcopy(wrap_optimizer(SGD(model.parameters(), lr=0.1), model, gamma=1.0))
+    refused(ValueError, "holds no parameter", network(), optimizer, gamma=1.0)
+    other, again = copy.deepcopy((model, optimizer))
+    again.param_groups = copy.deepcopy(optimizer.param_groups)
+    again.param_groups[0]["params"] = list(other[0].parameters())
+    refused(ValueError, "wrapped for other gates than the model", other, again, gamma=1.0)
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+@pytest.mark.parametrize("gamma", [None, "auto"])
+def test_a_pause_and_the_automatic_gamma_are_part_of_a_distributed_checkpoint(
+    gamma: str | None, tmp_path: Any
+) -> None:
+    def start() -> tuple[nn.Module, Optimizer]:
+        model = network(width=20)
+        optimizer = SGD(model.parameters(), lr=0.1, momentum=0.9)
+        return model, wrap_optimizer(optimizer, model, transfer=SCHEDULE, gamma=gamma)
+
+    model, optimizer = start()
+    for step in range(6):
+        plain(model, optimizer, False, step)
+    pause_transfer(optimizer)
+    model_state, optimizer_state = get_state_dict(model, optimizer)
+    state = {"model": model_state, "optimizer": optimizer_state}
+    dcp.save(state, checkpoint_id=tmp_path, no_dist=True)
+
+    other, again = start()
+    model_state, optimizer_state = get_state_dict(other, again)
+    state = {"model": model_state, "optimizer": optimizer_state}
+    dcp.load(state, checkpoint_id=tmp_path, no_dist=True)
+    set_state_dict(
+        other, again, model_state_dict=state["model"], optim_state_dict=state["optimizer"]
+    )
+    assert again.param_groups[-1]["transfer_paused"] is True
+    for step in range(3):
+        plain(model, optimizer, False, step)
+        plain(other, again, False, step)
+    assert again.param_groups[-1]["transfer_step"] == 6
+    assert torch.equal(log_alphas(other), log_alphas(model))
+
+
+def test_gradients_that_a_fused_optimizer_unscaled_are_not_too_small() -> None:
+    model = network()
+    for _, unit in gated_activations(model):
+        nn.init.constant_(unit.log_alpha, 3.0)
+    optimizer = AdamW(model.parameters(), lr=1e-3, fused=True, eps=1e-4)
+    wrap_optimizer(optimizer, model, gamma=3.0)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**16)
+    for _ in range(200):  # a FrozenGatesWarning would be an error here
+        scaler.scale(task(model, 0)).backward()
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad()
+
+
+def test_adafactor_whose_eps_is_a_pair_passes_the_look_at_frozen_gates() -> None:
+    model = network()
+    for _, unit in gated_activations(model):
+        nn.init.constant_(unit.log_alpha, 1.0)
+    optimizer = wrap_optimizer(Adafactor(model.parameters(), lr=0.05), model, gamma=1.0)
+    for _ in range(200):
+        plain(model, optimizer, False, 0)
+
+
+def test_a_resumed_schedule_of_gates_that_are_close_together_does_not_count_as_restarted() -> None:
+    model = network(width=20)
+    for _, unit in gated_activations(model):
+        nn.init.constant_(unit.log_alpha, 8.0)
+    schedule = TransferSchedule(20)
+    optimizer = wrap_optimizer(SGD(model.parameters(), lr=0.0), model, transfer=schedule)
+    for _ in range(13):
+        plain(model, optimizer, False, 0)
+    assert all((unit.gate.predict() == 0).all() for _, unit in gated_activations(model))
+    other = copy.deepcopy(model)
+    again = wrap_optimizer(SGD(other.parameters(), lr=0.0), other, transfer=schedule)
+    again.load_state_dict(optimizer.state_dict())
+    plain(other, again, False, 0)
+    assert structural_risk(other, "mean").item() == pytest.approx(schedule.budget(14), abs=1e-3)
+
+
+def test_freezing_a_stage_that_is_done_does_not_hurry_the_next() -> None:
+    model = network(width=40)
+    schedule = TransferSchedule(40, start=0, end=1.0, shape="linear", order=["1", "3"])
+    optimizer = wrap_optimizer(SGD(model.parameters(), lr=0.1), model, transfer=schedule)
+    for step in range(1, 41):
+        plain(model, optimizer, False, step)
+        if step == 21:
+            assert bool((model[1].gate.predict() == 0).all())
+            model[1].log_alpha.requires_grad_(False)
+        asked = schedule.budget(step)
+        assert structural_risk(model, "mean").item() == pytest.approx(asked, abs=2e-3)
+    assert math.isclose(asked, 0)

@@ -1,0 +1,242 @@
+"""Targets ``a * f(w*x + c) + b``: arithmetic, units, baking, saving, optimizer groups."""
+
+import json
+
+import pytest
+import torch
+from torch import nn
+
+from transfer_surgery import (
+    TransferSchedule,
+    bake,
+    convert,
+    get_activation,
+    load_gates,
+    match_targets,
+    save_gates,
+    swap_targets,
+    wrap_optimizer,
+)
+from transfer_surgery.units import AffineActivation, gated, gated_activations
+from transfer_surgery.units.kernels.affine import affine
+from transfer_surgery.units.kernels.eager import gated_plain
+
+SIN = get_activation("sin")
+
+
+def base() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Conv2d(2, 3, 3), nn.ReLU(), nn.Flatten(), nn.Linear(27, 4), nn.GELU(), nn.Linear(4, 2)
+    )
+
+
+def network(granularity: str = "channel", **options) -> nn.Sequential:
+    example = torch.zeros(2, 2, 5, 5)
+    return convert(base(), granularity=granularity, example_input=example, seed=0, **options)
+
+
+def free(model: nn.Module) -> nn.Module:
+    """Targets with parameters that are not those of the plain target."""
+    generator = torch.Generator().manual_seed(3)
+    for _, unit in gated_activations(model):
+        for parameter in unit.free_target().parameters():
+            parameter.data.normal_(generator=generator)
+    return model
+
+
+X = torch.randn(6, 2, 5, 5, generator=torch.Generator().manual_seed(1))
+
+
+@pytest.mark.parametrize("name", ["sin", "silu", "square", "snake"])
+def test_value_and_gradients_are_those_of_the_formula(name):
+    f = get_activation(name)
+    shapes = [(4, 3, 5), (1, 3, 1), (1, 3, 1), (3, 1), (1,)]
+    inputs = [torch.randn(s, dtype=torch.float64, requires_grad=True) for s in shapes]
+    x, a, w, c, b = inputs
+    torch.testing.assert_close(affine(x, f, (a, w, c, b)), a * f(w * x + c) + b)
+    assert torch.autograd.gradcheck(lambda x, *p: affine(x, f, p), inputs)
+    assert torch.autograd.gradgradcheck(lambda x, *p: affine(x, f, p), inputs)
+
+
+def test_the_argument_of_the_sine_is_computed_in_float32():
+    x = torch.full((4,), 100.0, dtype=torch.bfloat16)
+    w = torch.tensor([1.0001, 1.003, 1.01, 1.1])
+    one, zero = torch.ones(1), torch.zeros(1)
+    y = affine(x, SIN, (one, w, zero, zero))
+    assert y.dtype == torch.bfloat16
+    torch.testing.assert_close(y.double(), (w.double() * 100).sin(), atol=0.005, rtol=0.01)
+
+
+@pytest.mark.parametrize("granularity", ["layer", "channel", "neuron"])
+@pytest.mark.parametrize("log_alpha", [-9.0, 0.3, 9.0])
+def test_a_unit_mixes_its_source_and_the_affine_target(granularity, log_alpha):
+    unit = free(network(granularity))[1].eval()
+    unit.log_alpha.data.fill_(log_alpha)
+    x = X[:, :1].expand(-1, 3, -1, -1)[..., :3, :3]
+    shape = {"layer": (1,), "channel": (1, 3, 1, 1), "neuron": (1, 3, 3, 3)}[granularity]
+    a, w, c, b = (getattr(unit.affine, name).reshape(shape) for name in "awcb")
+    z = unit.gate.predict().flatten()[0]
+    expected = z * x.relu() + (1 - z) * (a * torch.sin(w * x + c) + b)
+    torch.testing.assert_close(unit(x), expected)
+
+
+def test_outputs_do_not_change_while_gates_are_at_the_source():
+    plain, freed = network().eval(), free(network()).eval()
+    assert torch.equal(plain(X), freed(X))
+
+
+def test_at_the_source_parameters_of_the_target_get_the_gradient_0_and_nothing_becomes_nan():
+    unit = free(network())[1]
+    unit.log_alpha.data.fill_(20.0)
+    x = torch.tensor([[[-torch.inf, 1.0, 2.0]]] * 3)[None].requires_grad_()
+    unit(x).sum().backward()
+    assert all(p.grad.tolist() == [0.0] * 3 for p in unit.affine.parameters())
+    assert x.grad.tolist() == [[[[0.0, 1.0, 1.0]]] * 3]
+
+
+def test_a_channel_at_the_source_takes_nothing_from_the_target():
+    unit = free(network())[1]
+    unit.log_alpha.data.copy_(torch.tensor([20.0, -20.0, 0.0]))
+    x = torch.randn(2, 3, 2, 2)
+    x[:, 0] = -torch.inf
+    unit(x).sum().backward()
+    assert unit.affine.a.grad[0] == 0
+    assert all(p.grad.isfinite().all() and p.grad[1] != 0 for p in unit.affine.parameters())
+
+
+@pytest.mark.parametrize("source", ["relu", "gelu"])
+def test_mixed_gates_have_the_gradients_of_plain_code_and_keep_only_what_they_are_given(source):
+    x = torch.randn(5, 4, dtype=torch.float64, requires_grad=True)
+    z = torch.tensor([0.0, 0.3, 0.9, 1.0], dtype=torch.float64, requires_grad=True)
+    numbers = tuple(torch.randn(4, dtype=torch.float64, requires_grad=True) for _ in range(4))
+    pair, kept = (get_activation(source), SIN), []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        found = gated(x, z, *pair, parameters=numbers)
+    assert {t.data_ptr() for t in kept} <= {t.data_ptr() for t in (x, z, *numbers)}
+    expected = gated_plain(x, z, *pair, straight_through=True, parameters=numbers)
+    torch.testing.assert_close(found, expected)
+    grad = torch.randn_like(found)
+    leaves = (x, z, *numbers)
+    for one, other in zip(
+        torch.autograd.grad(found, leaves, grad),
+        torch.autograd.grad(expected, leaves, grad),
+        strict=True,
+    ):
+        torch.testing.assert_close(one, other)
+
+
+def test_mixed_gates_have_second_derivatives_and_can_be_mapped():
+    x = torch.randn(3, 2, dtype=torch.float64, requires_grad=True)
+    z = torch.tensor([0.3, 0.8], dtype=torch.float64, requires_grad=True)
+    numbers = tuple(torch.randn(2, dtype=torch.float64, requires_grad=True) for _ in range(4))
+    pair = (get_activation("gelu"), SIN)
+
+    def value(x, z, *numbers):
+        return gated(x, z, *pair, parameters=numbers)
+
+    assert torch.autograd.gradgradcheck(value, (x, z, *numbers))
+    mapped = torch.vmap(lambda row: value(row, z, *numbers))(x)
+    torch.testing.assert_close(mapped, value(x, z, *numbers))
+
+
+def test_parameters_stay_float32():
+    model = free(network()).to(torch.bfloat16)
+    assert all(p.dtype == torch.float32 for p in model[1].affine.parameters())
+    assert swap_targets(model)(X.bfloat16()).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("gates", ["target", "mixed"])
+def test_baked_outputs_are_those_of_the_gated_model(gates, tmp_path):
+    model = free(network())
+    swap_targets(model, include=None if gates == "target" else "4")
+    if gates == "mixed":
+        model[1].log_alpha.data.copy_(torch.tensor([9.0, -9.0, 0.5]))
+    before = model.eval()(X)
+    bake(model)
+    torch.testing.assert_close(model(X), before, rtol=0, atol=1e-6)
+    assert isinstance(model[4], AffineActivation)
+    exported = torch.export.export(model, (X,)).module()
+    torch.testing.assert_close(exported(X), before)
+    model(X).sum().backward()
+    assert model[4].affine.a.grad is not None
+
+
+@pytest.mark.parametrize("how", ["matched", "loaded"])
+def test_targets_that_an_optimizer_does_not_know_are_an_error(how):
+    model = network()
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    wrap_optimizer(optimizer, model, transfer=TransferSchedule(9))
+    model(X).sum().backward()
+    optimizer.step()
+    matched = model if how == "matched" else network()
+    match_targets(matched, [X.repeat(6, 1, 1, 1)], include="4")
+    model.load_state_dict(matched.state_dict())
+    before = [p.clone() for p in model.parameters()]
+    with pytest.raises(RuntimeError, match=r"^4: .*: call match_targets or load_state_dict first"):
+        optimizer.step()
+    assert all(map(torch.equal, before, model.parameters()))
+
+
+def test_matched_targets_are_saved_and_loaded(tmp_path):
+    model = swap_targets(free(network())).eval()
+    save_gates(model, tmp_path)
+    for other in (base(), free(network())):
+        loaded = load_gates(other, tmp_path, example_input=X).eval()
+        assert torch.equal(loaded(X), model(X))
+    with pytest.raises(ValueError, match="matched True in the checkpoint, False here"):
+        load_gates(network(), tmp_path)
+
+
+def test_checkpoints_of_version_1_have_no_matched_targets(tmp_path):
+    model = network()
+    save_gates(model, tmp_path)
+    file = tmp_path / "config.json"
+    config = json.loads(file.read_text())
+    config["version"] = 1
+    for site in config["sites"]:
+        del site["matched"]
+    file.write_text(json.dumps(config))
+    import safetensors.torch
+
+    from transfer_surgery.files.safetensors_file import _digest
+
+    tensors = safetensors.torch.load_file(tmp_path / "gates.safetensors")
+    metadata = {"format": "pt", "config": _digest(file.read_text())}
+    safetensors.torch.save_file(tensors, tmp_path / "gates.safetensors", metadata)
+    other = network(spread=2.0)
+    load_gates(other, tmp_path)
+    assert torch.equal(other[1].log_alpha, model[1].log_alpha)
+
+
+@pytest.mark.parametrize("first", ["optimizer", "targets"])
+def test_targets_have_an_optimizer_group_without_weight_decay(first):
+    model = network()
+    make = lambda: torch.optim.AdamW(model.parameters(), lr=0.1, weight_decay=0.5)  # noqa: E731
+    if first == "optimizer":
+        optimizer = make()
+        free(model)
+    else:
+        free(model)
+        optimizer = make()
+    wrap_optimizer(optimizer, model, gamma=1.0)
+    weights, targets, gates = optimizer.param_groups
+    assert {*targets["params"]} == {p for i in (1, 4) for p in model[i].affine.parameters()}
+    assert {*gates["params"]} == {model[1].log_alpha, model[4].log_alpha}
+    assert (weights["weight_decay"], targets["weight_decay"]) == (0.5, 0.0)
+    assert len(weights["params"]) == 6
+    model(X).sum().backward()
+    optimizer.step()
+    state = optimizer.state_dict()
+    again = wrap_optimizer(make(), model, gamma=1.0)
+    again.load_state_dict(state)
+    assert again.param_groups[2]["transfer_step"] == 1
+
+
+def test_an_optimizer_that_cannot_be_wrapped_keeps_its_groups():
+    model = free(network())
+    optimizer = torch.optim.SGD(model[0].parameters(), lr=0.1)
+    torch.optim.lr_scheduler.StepLR(optimizer, 1)
+    with pytest.raises(ValueError, match="scheduler was created"):
+        wrap_optimizer(optimizer, model, gamma=1.0)
+    assert [len(group["params"]) for group in optimizer.param_groups] == [2]

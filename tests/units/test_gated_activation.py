@@ -1,0 +1,354 @@
+import copy
+import io
+import pickle
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from transfer_surgery import GatedActivation, convert, get_activation
+from transfer_surgery.units import gated_activations, make_gate
+
+CERTAIN = 20.0  # log_alpha of gates that no noise moves
+
+
+def unit(
+    shape: tuple[int, ...] = (),
+    granularity: str = "layer",
+    *,
+    at: float | list | None = None,
+    gate: str = "hard_concrete",
+    noise: str = "batch",
+    source: str = "relu",
+    target: str = "sin",
+    **options,
+) -> GatedActivation:
+    module = make_gate(gate, shape, noise=noise)
+    if at is not None:
+        module.log_alpha.data.copy_(torch.tensor(at))
+    pair = get_activation(source), get_activation(target)
+    return GatedActivation(*pair, module, granularity=granularity, path="net.act", **options)
+
+
+# --- granularity -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("size", "axis"),
+    [
+        ((2, 3), 1),
+        ((2, 3), -1),
+        ((2, 3, 4, 5), 1),
+        ((2, 4, 5, 3), -1),
+        ((2, 4, 3), 2),
+        ((2, 3, 4), -2),
+    ],
+)
+def test_each_channel_has_a_gate_wherever_the_channel_axis_is(size, axis):
+    module = unit((3,), "channel", at=[9.0, -9.0, 0.0], channel_axis=axis).eval()
+    x = torch.randn(size)
+    parts = zip(module(x).unbind(axis), x.unbind(axis), strict=True)
+    (first, x0), (second, x1), (third, x2) = parts
+    assert torch.equal(first, x0.relu())
+    assert torch.equal(second, x1.sin())
+    torch.testing.assert_close(third, (x2.relu() + x2.sin()) / 2)
+
+
+def test_each_neuron_has_a_gate():
+    feature = (2, 3)
+    module = unit(feature, "neuron", at=[[9.0, -9.0, 9.0], [-9.0, -9.0, 9.0]]).eval()
+    x = torch.randn(4, *feature)
+    ones = torch.tensor([[True, False, True], [False, False, True]])
+    assert torch.equal(module(x), torch.where(ones, x.relu(), x.sin()))
+
+
+@pytest.mark.parametrize("size", [(2,), (2, 3), (2, 3, 4, 5)])
+def test_a_layer_has_one_gate_for_inputs_of_any_shape(size):
+    x = torch.randn(size)
+    assert torch.equal(unit(at=9.0).eval()(x), x.relu())
+    assert torch.equal(unit(at=-9.0).eval()(x), x.sin())
+
+
+@pytest.mark.parametrize(
+    ("shape", "granularity", "axis", "size"),
+    [
+        ((), "layer", 1, (6, 3, 4)),
+        ((3,), "channel", 1, (6, 3, 4)),
+        ((4,), "channel", -1, (6, 3, 4)),
+        ((3, 4), "neuron", 1, (6, 3, 4)),
+    ],
+)
+def test_noise_per_example_differs_between_examples_and_noise_per_batch_does_not(
+    shape, granularity, axis, size
+):
+    x = torch.full(size, -1.0)  # relu gives 0 and square 1: the output is 1 - z
+    options = {"at": torch.zeros(shape).tolist(), "target": "square", "channel_axis": axis}
+    same = unit(shape, granularity, **options)(x)
+    assert (same == same[:1]).all()
+    different = unit(shape, granularity, noise="example", **options)(x)
+    assert (different != different[:1]).any()
+    gates = {(): 1, (3,): 3, (4,): 4, (3, 4): 12}[shape]
+    assert all(len(example.unique()) <= gates for example in different)
+
+
+# --- training and prediction -------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("source", ["relu", "gelu", "silu", "tanh", "hardswish"])
+def test_a_new_unit_in_eval_mode_is_its_source_bit_for_bit(source, dtype):
+    module = unit((7,), "channel", source=source).to(dtype).eval()
+    x = (torch.randn(11, 7) * 4).to(dtype)
+    assert torch.equal(module(x), get_activation(source)(x))
+
+
+def test_a_unit_whose_gates_are_all_1_trains_like_its_source_with_the_same_random_numbers():
+    def step(activation: nn.Module) -> tuple[Tensor, ...]:
+        torch.manual_seed(1)
+        net = nn.Sequential(nn.Linear(5, 5), activation, nn.Dropout(), nn.Linear(5, 2))
+        torch.manual_seed(2)
+        net(torch.randn(8, 5)).square().sum().backward()
+        return tuple(p.grad for p in (*net[0].parameters(), *net[3].parameters()))
+
+    module = unit((5,), "channel", at=[CERTAIN] * 5)
+    assert all(torch.equal(a, b) for a, b in zip(step(module), step(nn.ReLU()), strict=True))
+    assert module.log_alpha.grad.tolist() == [0.0] * 5
+
+
+def test_training_samples_and_prediction_does_not():
+    module = unit((50,), "channel", at=[0.0] * 50)
+    x = torch.randn(2, 50)
+    assert not torch.equal(module.train()(x), module(x))
+    assert torch.equal(module.eval()(x), module(x))
+
+
+@pytest.mark.parametrize("gate", ["hard_concrete", "bernoulli"])
+def test_every_gate_gets_a_finite_gradient_in_training(gate):
+    for granularity, shape in (("layer", ()), ("channel", (3,)), ("neuron", (3, 2))):
+        module = unit(shape, granularity, gate=gate)
+        module(torch.randn(4, 3, 2)).sum().backward()
+        assert module.log_alpha.grad.isfinite().all()
+        assert module.log_alpha.grad.shape == shape
+
+
+def test_infinite_inputs_do_not_reach_the_gradients_of_gates_at_the_ends():
+    module = unit((3,), "channel", at=[CERTAIN, 0.0, -CERTAIN], target="tanh")
+    x = torch.tensor([[torch.inf, 0.5, torch.inf], [-torch.inf, 0.5, 1.0]], requires_grad=True)
+    module(x).sum().backward()
+    assert module.log_alpha.grad[[0, 2]].tolist() == [0.0, 0.0]
+    assert x.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("granularity", ["layer", "channel"])
+def test_autocast_and_half_models_give_their_dtype(granularity):
+    module = unit((4,) if granularity == "channel" else (), granularity)
+    module.log_alpha.data.zero_()
+    with torch.autocast("cpu", torch.bfloat16):
+        y = nn.Sequential(nn.Linear(4, 4), module)(torch.randn(2, 4))
+    assert y.dtype == torch.bfloat16
+    y.float().sum().backward()
+    assert module.log_alpha.grad.dtype == torch.float32
+    assert module.half()(torch.randn(2, 4).half()).dtype == torch.float16
+
+
+def test_channels_last_is_kept():
+    module = unit((3,), "channel", at=[9.0, 0.0, -9.0]).eval()
+    x = torch.randn(2, 3, 4, 5).to(memory_format=torch.channels_last)
+    assert module(x).is_contiguous(memory_format=torch.channels_last)
+
+
+def test_an_overwritten_input_holds_the_result_and_passes_its_gradient():
+    x = torch.randn(4, 3)
+    results = []
+    for function in (F.relu_, unit((3,), "channel", overwrites_input=True).eval()):
+        leaf = x.clone().requires_grad_()
+        hidden = leaf * 2
+        y = function(hidden)
+        (y.sum() + (hidden**2).sum()).backward()
+        assert y is hidden
+        results.append((y.detach(), leaf.grad))
+    torch.testing.assert_close(*results, rtol=0, atol=0)
+
+
+# --- messages ----------------------------------------------------------------------------------
+
+
+def test_a_wrong_number_of_channels_names_the_place_the_shapes_and_the_fix():
+    with pytest.raises(
+        ValueError,
+        match=r"net\.act: gates were made for channels \(3,\), the input has \(4,\)\. Fix: ",
+    ):
+        unit((3,), "channel")(torch.randn(2, 4))
+
+
+def test_a_missing_channel_axis_is_the_same_clear_error():
+    with pytest.raises(ValueError, match=r"net\.act: gates were made for channels"):
+        unit((3,), "channel", channel_axis=3)(torch.randn(2, 3))
+
+
+def test_another_input_size_with_neuron_gates_is_told_of_channel_gates():
+    with pytest.raises(ValueError, match=r"net\.act: .*neurons \(3, 4\).*\(3, 5\).*'channel'"):
+        unit((3, 4), "neuron")(torch.randn(2, 3, 5))
+
+
+def test_repr_says_what_the_unit_does():
+    assert "(relu -> sin, channel" in repr(unit((3,), "channel")).replace("\n  ", "")
+
+
+def test_gates_without_parameters_have_no_log_alpha():
+    module = unit((3,), "channel", gate="line")
+    assert not hasattr(module, "log_alpha")
+    module.gate.progress.fill_(1.0)
+    x = torch.randn(2, 3)
+    assert torch.equal(module(x), x.sin())
+
+
+def test_units_are_enumerated_in_order_and_once():
+    shared = unit()
+    model = nn.ModuleDict({"a": nn.Sequential(nn.Linear(1, 1), shared), "b": unit(), "c": shared})
+    assert [path for path, _ in gated_activations(model)] == ["a.1", "b"]
+    with pytest.raises(ValueError, match=r"Linear has no gated activations: call convert"):
+        list(gated_activations(nn.Linear(1, 1)))
+
+
+# --- what must go on working -------------------------------------------------------------------
+
+
+def _saved(module: nn.Module) -> nn.Module:
+    buffer = io.BytesIO()
+    torch.save(module, buffer)
+    buffer.seek(0)
+    return torch.load(buffer, weights_only=False)
+
+
+@pytest.mark.parametrize(
+    "clone",
+    [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m)), _saved],
+    ids=["deepcopy", "pickle", "save"],
+)
+@pytest.mark.parametrize("gate", ["hard_concrete", "bernoulli", "line", "copy"])
+def test_copies_compute_the_same_and_are_independent(gate, clone):
+    module = unit((3,), "channel", gate=gate, noise="example", source="leaky_relu")
+    other = clone(module)
+    x = torch.randn(5, 3)
+    samples = []
+    for each in (module, other):
+        torch.manual_seed(0)
+        samples.append(each(x))
+    assert torch.equal(*samples)
+    for mine, copied in zip(module.state_dict().values(), other.state_dict().values(), strict=True):
+        assert mine.data_ptr() != copied.data_ptr()
+
+
+def test_the_state_dict_holds_the_gates_alone_and_round_trips():
+    module, other = unit((3,), "channel"), unit((3,), "channel")
+    assert list(module.state_dict()) == ["gate.log_alpha"]
+    other.load_state_dict(module.state_dict())
+    assert torch.equal(other.log_alpha, module.log_alpha)
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True])
+@pytest.mark.parametrize("noise", ["batch", "example"])
+def test_gradient_checkpointing_repeats_the_noise(use_reentrant, noise):
+    block = nn.Sequential(nn.Linear(6, 6), unit((6,), "channel", at=[0.0] * 6, noise=noise))
+    x = torch.randn(4, 6)
+
+    def gradients(run) -> list[Tensor]:
+        block.zero_grad()
+        torch.manual_seed(3)
+        leaf = x.clone().requires_grad_()
+        y = run(leaf)
+        torch.rand(5)  # others draw between forward and recomputation
+        y.square().sum().backward()
+        return [leaf.grad, *(p.grad.clone() for p in block.parameters())]
+
+    plain = gradients(block)
+    again = gradients(lambda leaf: checkpoint(block, leaf, use_reentrant=use_reentrant))
+    assert all(torch.equal(a, b) for a, b in zip(plain, again, strict=True))
+
+
+def test_a_unit_in_eval_mode_exports_for_any_batch_size():
+    module = unit((3,), "channel", at=[9.0, 0.0, -9.0]).eval()
+    dynamic = ({0: torch.export.Dim.DYNAMIC},)
+    exported = torch.export.export(module, (torch.randn(2, 3),), dynamic_shapes=dynamic).module()
+    x = torch.randn(9, 3)
+    torch.testing.assert_close(exported(x), module(x))
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_a_unit_compiles_to_one_graph(training):
+    module = unit((3,), "channel", at=[0.5, CERTAIN, -CERTAIN]).train(training)
+    compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
+    x = torch.randn(4, 3)
+    found = []
+    for each in (module, compiled):
+        torch.manual_seed(0)
+        module.zero_grad()
+        y = each(x)
+        y.sum().backward()
+        found.append((y.detach(), module.log_alpha.grad.clone()))
+    torch.testing.assert_close(*found)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_stacked_units_run_under_vmap(training):
+    units = [
+        unit((3,), "channel", at=[CERTAIN, -CERTAIN, a]).train(training) for a in (25.0, -25.0)
+    ]
+    parameters, _ = torch.func.stack_module_state(units)
+    x = torch.randn(4, 3)
+
+    def run(p: dict[str, Tensor]) -> Tensor:
+        return torch.func.functional_call(units[0], p, (x,))
+
+    found = torch.vmap(run, randomness="different")(parameters)
+    torch.testing.assert_close(found, torch.stack([u(x) for u in units]))
+
+
+def test_per_example_gradients_run_through_a_unit():
+    module = unit((3,), "channel", at=[9.0, 0.0, -9.0]).eval()
+    x = torch.randn(5, 3)
+    each = torch.vmap(torch.func.grad(lambda row: module(row[None]).sum()))(x)
+    leaf = x.clone().requires_grad_()
+    module(leaf).sum().backward()
+    torch.testing.assert_close(each, leaf.grad)
+
+
+@pytest.mark.parametrize("source", ["relu", "relu6"])
+def test_while_all_gates_are_1_in_training_the_memory_is_that_of_the_original(source):
+    layers = [nn.Conv2d(2, 3, 3), nn.BatchNorm2d(3), nn.ReLU(True), nn.Conv2d(3, 2, 1)]
+    if source == "relu6":
+        layers[2] = nn.ReLU6(True)
+    x = torch.randn(4, 2, 6, 6)
+    model = nn.Sequential(*layers)
+    gated = convert(copy.deepcopy(model), example_input=x)
+    gated[2].log_alpha.data.fill_(20.0)
+    seen = []
+    gated[2].register_forward_hook(lambda m, args, y: seen.append((args[0], y)))
+    gradients = []
+    for network in (model, gated):
+        network(x).square().sum().backward()
+        gradients.append([p.grad for n, p in network.named_parameters() if "log_alpha" not in n])
+    assert all(map(torch.equal, *gradients))
+    assert torch.equal(gated[2].log_alpha.grad, torch.zeros(3))
+    ((given, result),) = seen
+    assert given.data_ptr() == result.data_ptr()
+    gated[2].log_alpha.data.fill_(0.0)
+    gated(x)
+    gated.eval()(x)
+    assert all(given.data_ptr() != result.data_ptr() for given, result in seen[1:])
+
+
+def test_an_input_of_the_network_and_a_view_are_not_overwritten():
+    x = torch.randn(4, 3)
+    unit = convert(nn.Sequential(nn.ReLU(True)), example_input=x)[0]
+    unit.log_alpha.data.fill_(20.0)
+    before = x.clone()
+    unit(x)
+    unit(x.requires_grad_())
+    assert torch.equal(x, before)
+    whole = x * 1
+    unit(whole[:2])
+    assert torch.equal(whole, before)

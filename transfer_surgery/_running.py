@@ -1,0 +1,107 @@
+"""Run a network on batches that a user gives, and read what it returns."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves, tree_map
+
+
+def logits_of(output: Any) -> Tensor:
+    """The first floating tensor of an output; of one that names ``logits``, these.
+
+    Raises:
+        TypeError: there is none.
+    """
+    named = output.get("logits") if isinstance(output, Mapping) else None
+    for tensor in [named, *tree_leaves(output)]:
+        if isinstance(tensor, Tensor) and tensor.is_floating_point():
+            return tensor
+    raise TypeError(f"the model returns {type(output).__name__} without a floating tensor in it.")
+
+
+def log_probabilities(logits: Tensor, temperature: float = 1.0) -> Tensor:
+    """Logarithms of the probabilities of the classes, one row per answer.
+
+    Args:
+        logits: ``(N, classes)``; ``(N, tokens, classes)``; ``(N, classes, height, width)``, and so
+            on. A single class, or ``(N,)``, is the logit of yes against no, in two columns then.
+        temperature: by which the logits are divided.
+
+    Returns:
+        ``(answers, classes)``, in float32 or, where the logits are in it, float64.
+
+    Examples:
+        >>> log_probabilities(torch.zeros(2, 3, 4)).shape
+        torch.Size([6, 4])
+        >>> log_probabilities(torch.zeros(5)).exp()[0]
+        tensor([0.5000, 0.5000])
+    """
+    if logits.dim() < 2:
+        logits = logits.reshape(-1, 1)
+    classes = -1 if logits.dim() == 3 else 1  # those of a text are last, as in transformers
+    rows = logits.movedim(classes, -1).flatten(0, -2)
+    rows = rows.to(torch.promote_types(rows.dtype, torch.float32))
+    if rows.shape[1] == 1:  # a softmax over one class would be 1 whatever the logit
+        rows = F.pad(rows, (1, 0))
+    return F.log_softmax(rows / temperature, -1)
+
+
+@contextmanager
+def prediction_mode(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode without gradients; then every module is in the mode in which it was.
+
+    Tensors that are made are ordinary ones also in `torch.inference_mode`, and compiled modules run
+    as written: compiled code may leave out hooks.
+    """
+    modes = {module: module.training for module in model.modules()}
+    try:
+        model.eval()
+        with torch.compiler.set_stance("force_eager"), torch.inference_mode(False), torch.no_grad():
+            yield
+    finally:
+        for module, training in modes.items():
+            module.training = training
+
+
+def as_batches(batches: Any, model: nn.Module) -> list[Any]:
+    """Batches on the device of the model.
+
+    Raises:
+        ValueError: there are none, or one is a list, as a DataLoader yields images and labels.
+    """
+    found = [batches] if isinstance(batches, Tensor) else list(batches)
+    if not found:
+        raise ValueError("batches: there are none; give some batches of the model's input.")
+    return [to_device_of(model, batch) for batch in found]
+
+
+def to_device_of(model: nn.Module, batch: Any) -> Any:
+    """A batch where the model's parameters are.
+
+    Raises:
+        ValueError: it is a list, as a DataLoader yields images and labels, or has no tensors, or
+            one without examples.
+    """
+    tensors = [x for x in tree_leaves(batch) if isinstance(x, Tensor)]
+    if isinstance(batch, list) or not tensors:
+        raise ValueError(
+            f"a batch is a {type(batch).__name__}; give tensors, tuples of arguments or dicts of "
+            "keyword arguments, without labels: [images for images, _ in loader]."
+        )
+    if all(x.numel() == 0 for x in tensors):
+        raise ValueError(f"a batch has no examples: shapes {[tuple(x.shape) for x in tensors]}.")
+    device = next(model.parameters(), torch.zeros(())).device
+    return tree_map(lambda x: x.to(device) if isinstance(x, Tensor) else x, batch)
+
+
+def call_model(model: nn.Module, batch: Any) -> Any:
+    """The output for a tensor, a tuple of arguments or a mapping of keyword arguments."""
+    if isinstance(batch, Mapping):
+        return model(**batch)
+    return model(*batch) if isinstance(batch, tuple) else model(batch)

@@ -1,0 +1,35 @@
+"""What an activation computes, its derivative, and which torch calls mean it."""
+
+import transfer_surgery.activations.builtin
+import transfer_surgery.activations.handwritten  # noqa: F401 - both register what they define
+from transfer_surgery.activations.formulas import (
+    Match,
+    Record,
+    Tracker,
+    overwrites,
+    register_formula,
+)
+from transfer_surgery.activations.registry import (
+    Activation,
+    ActivationModule,
+    Call,
+    get_activation,
+    recognise,
+    register_activation,
+    registered_activations,
+)
+
+__all__ = [
+    "Activation",
+    "ActivationModule",
+    "Call",
+    "Match",
+    "Record",
+    "Tracker",
+    "get_activation",
+    "overwrites",
+    "recognise",
+    "register_activation",
+    "register_formula",
+    "registered_activations",
+]

@@ -1,0 +1,96 @@
+"""Activations that networks write by hand, or that come with learned tensors.
+
+Importing the package registers them. Where a formula rounds differently from torch's function of
+that name, or differs in its derivative at a kink, it is kept as a form of its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from transfer_surgery.activations.formulas import register_formula
+from transfer_surgery.activations.registry import register_activation, register_form
+
+_CLAMPS: dict[Callable[..., Any], tuple[str, ...]] = {
+    getattr(owner, name): ("min",) if name.startswith("clamp_min") else ("min", "max")
+    for owner in (torch, Tensor)
+    for name in ("clamp", "clamp_", "clip", "clip_", "clamp_min", "clamp_min_")
+}
+
+
+@register_activation("clamp", calls=_CLAMPS)
+def _clamp(x: Tensor, min: float | None = None, max: float | None = None) -> Tensor:
+    return x.clone() if min is None and max is None else torch.clamp(x, min, max)
+
+
+# At a bound, clamp passes the gradient and ReLU does not.
+register_form("relu", "clamp(x, 0)", lambda x: torch.clamp(x, min=0))
+register_form("relu6", "clamp(x, 0, 6)", lambda x: torch.clamp(x, 0, 6))
+register_form("relu", "maximum(x, zero)", lambda x, zero: torch.maximum(x, zero), ("zero",))
+
+
+@register_activation("prelu", calls={F.prelu: ("weight",)}, operands=("weight",))
+def _prelu(x: Tensor, weight: Tensor) -> Tensor:
+    return F.prelu(x, weight)
+
+
+@register_activation("tlu", operands=("tau",))
+def _tlu(x: Tensor, tau: Tensor) -> Tensor:
+    """Thresholded linear unit of filter response normalisation (Singh and Krishnan 2020)."""
+    return torch.maximum(x, tau)
+
+
+def _quick_gelu_backward(g: Tensor, x: Tensor) -> Tensor:
+    s = torch.sigmoid(1.702 * x)
+    result: Tensor = g * s + torch.ops.aten.sigmoid_backward(g * x, s) * 1.702
+    return result
+
+
+@register_activation("quick_gelu", backward=_quick_gelu_backward)
+def _quick_gelu(x: Tensor) -> Tensor:
+    return x * torch.sigmoid(1.702 * x)
+
+
+@register_activation("swish")
+def _swish(x: Tensor, beta: float = 1.0) -> Tensor:
+    return x * torch.sigmoid(beta * x)
+
+
+@register_activation("parametric_swish", operands=("v",))
+def _parametric_swish(x: Tensor, v: Tensor) -> Tensor:
+    """The non-linearity of EvoNorm-S0 (Liu et al. 2020)."""
+    return x * torch.sigmoid(x * v)
+
+
+@register_activation("squared_relu")
+def _squared_relu(x: Tensor) -> Tensor:
+    return torch.relu(x) ** 2
+
+
+@register_activation("star_relu", operands=("scale", "bias"))
+def _star_relu(x: Tensor, scale: Tensor, bias: Tensor) -> Tensor:
+    """Squared ReLU with a learned scale and bias (Yu et al. 2022)."""
+    return scale * torch.relu(x) ** 2 + bias
+
+
+register_formula("tlu", "maximum(x, tau)", exact=True)
+register_formula("quick_gelu", "x * sigmoid(1.702 * x)", exact=True)
+register_formula("swish", "x * sigmoid(beta * x)", exact=True)
+register_formula("parametric_swish", "x * sigmoid(x * v)", exact=True)
+register_formula("squared_relu", "relu(x) ** 2", exact=True)
+register_formula("squared_relu", "relu(x) * relu(x)")
+register_formula("star_relu", "scale * relu(x) ** 2 + bias", exact=True)
+register_formula("silu", "x * sigmoid(x)")
+register_formula("mish", "x * tanh(softplus(x))")
+register_formula("hardsigmoid", "relu6(x + 3) / 6")
+register_formula("hardswish", "x * (relu6(x + 3) / 6)")
+register_formula("hardswish", "x * relu6(x + 3) / 6")
+register_formula("gelu", "x * 0.5 * (1 + erf(x / 1.4142135623730951))")
+for _root in ("0.7978845608028654", "0.7978845608", "0.79788456"):  # sqrt(2 / pi), as written
+    for _inner in (f"{_root} * (x + 0.044715 * x ** 3)", f"x * {_root} * (1 + 0.044715 * x * x)"):
+        register_formula("gelu(approximate='tanh')", f"0.5 * x * (1 + tanh({_inner}))")

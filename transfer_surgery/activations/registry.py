@@ -1,0 +1,283 @@
+"""Sources and targets: what an activation computes, its derivative, and how a call of it looks.
+
+An activation is one entry in a registry: a value, optionally the vector-Jacobian product of that
+value, and the torch calls that mean it. The built-in entries are in `builtin_activations`.
+"""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import handle_torch_function, has_torch_function_unary
+
+Value = Callable[..., Tensor]
+
+
+@dataclass(frozen=True)
+class _Entry:
+    value: Value
+    backward: Value | None
+    defaults: Mapping[str, Any]
+    operands: tuple[str, ...]
+
+
+_REGISTRY: dict[str, _Entry] = {}
+_CALLS: dict[Callable[..., Any], tuple[str, tuple[str, ...]]] = {}
+_SPELLINGS: dict[tuple[str, str], _Entry] = {}
+
+
+@dataclass(frozen=True)
+class Activation:
+    """An element-wise function with its parameters, e.g. ``leaky_relu(negative_slope=0.2)``.
+
+    It holds a registered name and parameter values only, so it is hashable and picklable, and
+    ``str(activation)`` is accepted wherever an activation is asked for. The parameter ``written``
+    marks a hand-written form, which rounds differently from the function of that name; see
+    `transfer_surgery.activations.formulas`.
+    """
+
+    name: str
+    parameters: tuple[tuple[str, Any], ...] = ()
+
+    def __call__(self, x: Tensor, *operands: Tensor) -> Tensor:
+        """Value at ``x``, any shape and floating dtype; the result has the same shape."""
+        return self._entry.value(x, *operands, **self._keywords)
+
+    @property
+    def operands(self) -> tuple[str, ...]:
+        """Names of the tensors that it takes besides its input, such as PReLU's ``weight``."""
+        return self._entry.operands
+
+    @property
+    def _entry(self) -> _Entry:
+        written = dict(self.parameters).get("written")
+        return _SPELLINGS[self.name, written] if written else _REGISTRY[self.name]
+
+    @property
+    def _keywords(self) -> dict[str, Any]:
+        return {k: v for k, v in self.parameters if k in self._entry.defaults}
+
+    def backward(self, grad: Tensor, x: Tensor) -> Tensor:
+        """Vector-Jacobian product ``grad * f'(x)``, of the shape of ``x``; without operands."""
+        if self._entry.backward is not None:
+            return self._entry.backward(grad, x, **self._keywords)
+        result: Tensor = torch.func.vjp(self.__call__, x)[1](grad)[0]
+        return result
+
+    def derivative(self, x: Tensor) -> Tensor:
+        """``f'(x)``, element by element; at kinks the value that torch's autograd uses."""
+        return self.backward(torch.ones_like(x), x)
+
+    def __str__(self) -> str:
+        changed = [f"{k}={_literal(v)}" for k, v in self.parameters if self._default(k) != v]
+        return f"{self.name}({', '.join(changed)})" if changed else self.name
+
+    def _default(self, key: str) -> Any:
+        return _REGISTRY[self.name].defaults.get(key)
+
+
+def _literal(value: Any) -> str:
+    """Text that `ast.literal_eval` reads back, which "inf" is not."""
+    return repr(value).replace("inf", "1e999") if isinstance(value, float) else repr(value)
+
+
+class ActivationModule(nn.Module):
+    """A plain module for one activation: what a fully transferred site is baked to.
+
+    Examples:
+        >>> ActivationModule("sin")(torch.zeros(2))
+        tensor([0., 0.])
+    """
+
+    def __init__(self, activation: str | Activation) -> None:
+        super().__init__()
+        self.activation = get_activation(activation)
+
+    def forward(self, x: Tensor, *operands: Tensor) -> Tensor:
+        # A call site passes what its source needs; a target that took its place needs nothing.
+        return _activate(x, self.activation, *operands[: len(self.activation.operands)])
+
+    def extra_repr(self) -> str:
+        return str(self.activation)
+
+
+def _activate(x: Tensor, activation: Activation, *operands: Tensor) -> Tensor:
+    """One torch call, as far as the finder can see, whatever the activation consists of."""
+    if has_torch_function_unary(x):
+        result: Tensor = handle_torch_function(_activate, (x,), x, activation, *operands)
+        return result
+    return activation(x, *operands)
+
+
+class Call(NamedTuple):
+    """A recognised call: the activation, its input, whether it overwrites that, its operands."""
+
+    activation: Activation
+    input: Any
+    inplace: bool
+    operands: tuple[Any, ...] = ()
+
+
+def register_activation(
+    name: str,
+    *,
+    backward: Value | None = None,
+    calls: Mapping[Callable[..., Any], tuple[str, ...]] | None = None,
+    operands: tuple[str, ...] = (),
+) -> Callable[[Value], Value]:
+    """Register ``value(x, *operands, **parameters)`` as an activation; a decorator.
+
+    Args:
+        name: the name used in ``convert(target=name)``, reports and checkpoints.
+        backward: ``backward(grad, x, **parameters)`` returning ``grad * f'(x)``; derived by
+            autodiff from the value where it is left out.
+        calls: torch functions or tensor methods that mean this activation when a model calls
+            them, each with the names of its positional arguments after the input.
+        operands: names of tensors that the value takes after ``x``, such as a learned slope; an
+            activation with operands can be a source, not a target.
+
+    Returns:
+        A decorator that returns the function unchanged.
+
+    Raises:
+        ValueError: the name is taken, or a parameter has no default.
+
+    Examples:
+        >>> @register_activation("docs_gaussian")
+        ... def gaussian(x, width=1.0):
+        ...     return torch.exp(-((x / width) ** 2))
+        >>> get_activation("docs_gaussian", width=2.0)(torch.zeros(1))
+        tensor([1.])
+    """
+    if name in _REGISTRY:
+        raise ValueError(f"activation {name!r} is already registered; choose another name.")
+
+    def decorate(value: Value) -> Value:
+        parameters = list(inspect.signature(value).parameters.values())[1 + len(operands) :]
+        missing = [p.name for p in parameters if p.default is inspect.Parameter.empty]
+        if missing:
+            raise ValueError(f"activation {name!r}: give parameter {missing[0]!r} a default value.")
+        defaults = {p.name: p.default for p in parameters}
+        _REGISTRY[name] = _Entry(value, backward, defaults, operands)
+        for function, positional in (calls or {}).items():
+            _CALLS[function] = (name, positional)
+        return value
+
+    return decorate
+
+
+def register_form(name: str, written: str, value: Value, operands: tuple[str, ...] = ()) -> None:
+    """Register a hand-written form of an activation: the same function, rounded differently.
+
+    Args:
+        name: a registered activation.
+        written: how the form is written, e.g. ``"x * sigmoid(x)"``; shown in plans and reports.
+        value: ``value(x, *operands, **parameters)``, with parameters of that activation.
+        operands: names of the tensors that it takes after ``x``.
+    """
+    known = _REGISTRY[name].defaults
+    used = [p for p in inspect.signature(value).parameters if p in known]
+    _SPELLINGS[name, written] = _Entry(value, None, {p: known[p] for p in used}, operands)
+
+
+def registered_activations() -> tuple[str, ...]:
+    """Names of all registered activations, sorted."""
+    return tuple(sorted(_REGISTRY))
+
+
+def get_activation(activation: str | Activation, **parameters: Any) -> Activation:
+    """Look an activation up by name, e.g. ``"sin"`` or ``"snake(a=0.5)"``; parameters override.
+
+    Raises:
+        ValueError: unknown name or parameter; the message lists what is known.
+    """
+    if isinstance(activation, Activation):
+        written = dict(activation.parameters) | parameters
+        return get_activation(activation.name, **written) if parameters else activation
+    match = re.fullmatch(r"\s*(\w+)\s*(\(.*\))?\s*", str(activation), flags=re.DOTALL)
+    name = match.group(1) if match else str(activation)
+    if name not in _REGISTRY:
+        raise ValueError(
+            f"unknown activation {activation!r}. Known: {', '.join(registered_activations())}. "
+            "Add your own with @register_activation(name)."
+        )
+    if match and match.group(2):
+        parameters = _read_parameters(name, match.group(2)) | parameters
+    defaults = _REGISTRY[name].defaults
+    unknown = sorted(parameters.keys() - defaults.keys() - {"written"})
+    if "written" in parameters and (name, parameters["written"]) not in _SPELLINGS:
+        forms = [text for known, text in _SPELLINGS if known == name]
+        raise ValueError(f"activation {name!r} has no form {parameters['written']!r}: {forms}.")
+    if unknown:
+        raise ValueError(
+            f"activation {name!r} has no parameter {unknown[0]!r}; it has: "
+            f"{', '.join(defaults) or 'none'}."
+        )
+    return Activation(name, tuple((dict(defaults) | parameters).items()))
+
+
+def _read_parameters(name: str, text: str) -> dict[str, Any]:
+    """The parameters in ``"(a=0.5)"``; only ``key=value`` with literal values is accepted."""
+    try:
+        call = ast.parse(f"f{text}", mode="eval").body
+        if isinstance(call, ast.Call) and not call.args:
+            return {str(k.arg): ast.literal_eval(k.value) for k in call.keywords}
+    except (SyntaxError, ValueError):
+        pass
+    raise ValueError(f"cannot read activation {name + text!r}: write '{name}(parameter=value)'.")
+
+
+def recognise(function: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Call | None:
+    """Read a torch call as an activation, or return None where it is none.
+
+    Args:
+        function: what was called, e.g. ``F.relu``, ``torch.tanh``, ``torch.Tensor.sigmoid_``.
+        args: its positional arguments; the first one is the input.
+        kwargs: its keyword arguments.
+    """
+    if function is _activate:
+        return Call(args[1], args[0], False, tuple(args[2:]))
+    try:
+        found = _CALLS.get(function)
+    except TypeError:  # an unhashable callable is none of ours
+        return None
+    if found is None:
+        return None
+    name, positional = found
+    given = dict(zip(positional, args[1:], strict=False)) | dict(kwargs)
+    x = args[0] if args else given.pop("input", given.pop("self", None))
+    inplace = bool(given.pop("inplace", False)) or function.__name__.endswith("_")
+    given.pop("out", None)
+    entry = _REGISTRY[name]
+    chosen = {k: v for k, v in given.items() if k in entry.defaults}
+    if any(not isinstance(v, (bool, int, float, str, type(None))) for v in chosen.values()):
+        return None  # bounds or slopes that are computed: no fixed function
+    activation = _common_name(get_activation(name, **chosen))
+    if activation is None:
+        return None
+    return Call(activation, x, inplace, tuple(given.get(name) for name in entry.operands))
+
+
+def _common_name(activation: Activation) -> Activation | None:
+    """ReLU and its like in the disguise of a clamp; None for clamps that are no activation."""
+    parameters = dict(activation.parameters)
+    if activation == get_activation("hardtanh", min_val=0.0, max_val=6.0):
+        return get_activation("relu6")  # nn.ReLU6 is a Hardtanh and calls F.hardtanh
+    if activation == get_activation("threshold", threshold=0.0, value=0.0):
+        return get_activation("relu")
+    if activation.name == "clamp":
+        bounds = parameters["min"], parameters["max"]
+        if bounds == (0, None):
+            return get_activation("relu", written="clamp(x, 0)")
+        if bounds == (0, 6):
+            return get_activation("relu6", written="clamp(x, 0, 6)")
+        if None in bounds:
+            return None
+    return activation

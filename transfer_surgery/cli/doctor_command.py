@@ -1,0 +1,90 @@
+"""``transfer-surgery doctor``: what is installed, and what runs on what."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import re
+import warnings
+from importlib.metadata import PackageNotFoundError, requires, version
+
+import torch
+import typer
+
+from transfer_surgery.cli.options import Json, show
+from transfer_surgery.units import VARIABLE, trusted_kernels
+
+_PACKAGES = (
+    *("transfer-surgery", "torch", "triton", "timm", "torchvision", "transformers", "accelerate"),
+    *("lightning", "safetensors", "onnx", "onnxscript", "onnxruntime", "matplotlib", "typer"),
+)
+
+
+def doctor(as_json: Json = False) -> None:
+    """Show versions, extras, devices, and which kernels compute gated activations on them.
+
+    Put its output into bug reports.
+
+    [bold]Example[/bold]
+
+    transfer-surgery doctor --json
+    """
+    versions = {"python": platform.python_version()} | {name: _version(name) for name in _PACKAGES}
+    extras = {
+        extra: [name for name in names if _version(name) is None]
+        for extra, names in _extras().items()
+    }
+    if as_json:
+        found = {"versions": versions, "missing": extras, "devices": _devices()}
+        typer.echo(json.dumps(found, indent=2))
+        return
+    show(("package", "version"), [(name, found or "-") for name, found in versions.items()])
+    typer.echo()
+    show(("extra", "state"), [(extra, _state(extra, lacks)) for extra, lacks in extras.items()])
+    typer.echo()
+    show(("device", "name", "kernels"), [tuple(device.values()) for device in _devices()])
+
+
+def _version(name: str) -> str | None:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None
+
+
+def _extras() -> dict[str, list[str]]:
+    """The packages that each extra asks for; none where this library is not installed itself."""
+    extras: dict[str, list[str]] = {}
+    if _version("transfer-surgery") is not None:
+        for line in requires("transfer-surgery") or ():
+            if match := re.match(r"([\w.-]+).*extra == ['\"](\w+)['\"]", line):
+                extras.setdefault(match[2], []).append(match[1])
+    return extras
+
+
+def _state(extra: str, missing: list[str]) -> str:
+    if not missing:
+        return "installed"
+    return f"lacks {', '.join(missing)}: pip install 'transfer-surgery[{extra}]'"
+
+
+def _devices() -> list[dict[str, str]]:
+    cpu = f"{platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads"
+    found = [{"device": "cpu", "name": cpu, "kernels": "eager"}]
+    for number in range(torch.cuda.device_count()):
+        properties = torch.cuda.get_device_properties(number)
+        device = torch.device("cuda", number)
+        name = f"{properties.name}, {properties.total_memory / 2**30:.0f} GiB"
+        found.append({"device": str(device), "name": name, "kernels": _kernels(device)})
+    return found
+
+
+def _kernels(device: torch.device) -> str:
+    """What units in training use there; baked modules and prediction are always eager."""
+    if os.environ.get(VARIABLE) == "eager":
+        return f"eager ({VARIABLE}=eager)"
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        trusted = trusted_kernels(device) is not None
+    return "triton" if trusted else " ".join(["eager", *(f"({w.message})" for w in caught)])

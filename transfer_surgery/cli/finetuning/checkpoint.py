@@ -1,0 +1,86 @@
+"""The state of a training after an epoch, from which it goes on bit for bit."""
+
+from __future__ import annotations
+
+import pickle
+from collections.abc import Callable, Mapping
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+
+from transfer_surgery.files import replace_file
+
+STATE = "training.pt"
+"""Its name beside the model that is trained."""
+
+
+class Checkpoint:
+    """A file with all that changes in training; it is replaced as a whole after each epoch.
+
+    Args:
+        file: where it is kept; restored from where there is one.
+        model: the model, converted and on its device.
+        settings: plain values that must be the same when the training goes on.
+        saved: called after each save, to do what else is due then.
+    """
+
+    def __init__(
+        self,
+        file: Path,
+        model: nn.Module,
+        settings: Mapping[str, Any],
+        saved: Callable[[], None] = lambda: None,
+    ) -> None:
+        self.file, self.model = file, model
+        self.settings, self.saved = dict(settings), saved
+
+    def save(self, epochs: int, optimizer: Optimizer, scheduler: LRScheduler) -> None:
+        """Keep the state after so many epochs."""
+        state = {
+            "epochs": epochs,
+            "settings": self.settings,
+            "model": self.model.state_dict(),
+            "optimizer": optimizer.state_dict(),
+            "scheduler": scheduler.state_dict(),
+            "random": [torch.get_rng_state(), *torch.cuda.get_rng_state_all()],
+        }
+        buffer = BytesIO()
+        torch.save(state, buffer)
+        replace_file(self.file, buffer.getvalue())
+        self.saved()
+
+    def restore(self, optimizer: Optimizer, scheduler: LRScheduler) -> int:
+        """Load the state, if there is one, and return how many epochs are done.
+
+        Raises:
+            ValueError: the file is damaged, or of a training with other settings.
+        """
+        if not self.file.exists():
+            return 0
+        try:
+            state = torch.load(self.file, map_location="cpu", weights_only=True)
+            there = state["settings"]
+        except (pickle.UnpicklingError, RuntimeError, EOFError, KeyError, TypeError) as error:
+            raise ValueError(f"{self.file} is damaged, or no state of a training.") from error
+        if there != self.settings:
+            different = [
+                f"{name} was {there.get(name)}, is {value} now"
+                for name, value in self.settings.items()
+                if there.get(name) != value
+            ]
+            raise ValueError(
+                f"{self.file}: {'; '.join(different)}. Go on with the same settings, or begin anew "
+                "in another folder."
+            )
+        self.model.load_state_dict(state["model"])
+        scheduler.load_state_dict(state["scheduler"])
+        optimizer.load_state_dict(state["optimizer"])
+        torch.set_rng_state(state["random"][0])
+        if state["random"][1:]:
+            torch.cuda.set_rng_state_all(state["random"][1:])
+        return int(state["epochs"])

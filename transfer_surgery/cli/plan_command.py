@@ -1,0 +1,152 @@
+"""``transfer-surgery plan``: what would be converted, and how."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from typing import Annotated, Any
+
+import typer
+
+from transfer_surgery.cli.options import (
+    InputSize,
+    Json,
+    Model,
+    Set,
+    asked,
+    build,
+    expected,
+    model_spec,
+    show,
+)
+from transfer_surgery.sites import Plan, Site, find_activations
+from transfer_surgery.units import GRANULARITIES
+
+Source = Annotated[
+    list[str] | None,
+    typer.Option(help="Only these activations, such as relu; repeat it. Default: every one."),
+]
+Include = Annotated[
+    list[str] | None,
+    typer.Option(metavar="GLOB", help="Only sites at these paths, such as 'layer1.*'; repeat it."),
+]
+Exclude = Annotated[
+    list[str] | None, typer.Option(metavar="GLOB", help="Not the sites at these paths; repeat it.")
+]
+Role = Annotated[
+    list[str] | None,
+    typer.Option(help="hidden, gating, output or bounding; repeat it. Default: hidden."),
+]
+
+
+def plan(
+    model: Model,
+    source: Source = None,
+    include: Include = None,
+    exclude: Exclude = None,
+    role: Role = None,
+    assignments: Set = None,
+    input_size: InputSize = None,
+    as_json: Json = False,
+) -> None:
+    """List the activations of a model, and which of them would be converted.
+
+    Without options all of them are listed, with options those that [b]convert[/b] would convert.
+    Nothing is computed or downloaded.
+
+    [bold]Examples[/bold]
+
+    transfer-surgery plan resnet50
+
+    transfer-surgery plan timm:efficientnet_b0 --source silu --exclude "*.se" --json
+
+    transfer-surgery plan nets.py:make_net --set width=64 --input-size 3x32x32
+    """
+    spec = model_spec(model, assignments, input_size)
+    network = build(spec)
+    with expected():
+        whole = find_activations(network, spec.example_input(network))
+    chosen = choose(whole, source, include, exclude, role)
+    filtered = any((source, include, exclude, role))
+    listed = chosen if filtered else whole
+    paths = {site.path for site in chosen}
+    if as_json:
+        typer.echo(json.dumps([_to_dict(site, paths) for site in listed], indent=2))
+        return
+    headings = ("path", "activation", "role", "kind", "shape", "axis", *GRANULARITIES, "way")
+    show(headings, [_row(site, paths) for site in listed], right=("axis", *GRANULARITIES))
+    for note in whole.notes:
+        typer.echo(f"note: {note}")
+    gates = ", ".join(f"{_count(chosen, name):,} per {name}" for name in GRANULARITIES)
+    typer.echo(f"\n{len(chosen)} of {len(whole)} sites would be converted; gates: {gates}")
+
+
+def choose(
+    whole: Plan,
+    source: list[str] | None,
+    include: list[str] | None,
+    exclude: list[str] | None,
+    role: list[str] | None,
+) -> Plan:
+    """The sites that would be converted; a model without any is no mistake of the options."""
+    if not any((source, include, exclude, role)):
+        with expected():
+            return whole.select()
+    with asked(ValueError):
+        return whole.select(
+            source=source or None,
+            include=include or None,
+            exclude=exclude or None,
+            roles=role or ("hidden",),
+        )
+
+
+def _row(site: Site, chosen: set[str]) -> Sequence[str]:
+    gates = (f"{number:,}" if number else "-" for number in _gates(site).values())
+    return (
+        site.path,
+        str(site.source),
+        site.role,
+        f"{site.kind}{' (in place)' if site.inplace else ''}",
+        "x".join(map(str, site.shape)),
+        str(site.channel_axis),
+        *gates,
+        _way(site, chosen),
+    )
+
+
+def _way(site: Site, chosen: set[str]) -> str:
+    if site.reason is not None:
+        return f"not converted: {site.reason}"
+    return site.way if site.path in chosen else f"not converted: role {site.role}"
+
+
+def _gates(site: Site) -> dict[str, int | None]:
+    """Number of gates at each granularity; None where the input has no such axis."""
+    counts: dict[str, int | None] = {"layer": 1, "channel": None, "neuron": None}
+    if len(site.shape) > 1:
+        counts |= {"channel": site.gate_shape("channel")[0], "neuron": site.neurons}
+    return counts
+
+
+def _count(sites: Plan, granularity: str) -> int:
+    return sum(_gates(site)[granularity] or 0 for site in sites)
+
+
+def _to_dict(site: Site, chosen: set[str]) -> dict[str, Any]:
+    return {
+        "path": site.path,
+        "owner": site.owner,
+        "activation": str(site.source),
+        "role": site.role,
+        "kind": site.kind,
+        "inplace": site.inplace,
+        "shape": site.shape,
+        "channel_axis": site.channel_axis,
+        "gates": _gates(site),
+        "calls": site.calls,
+        "modes": site.modes,
+        "way": site.way,
+        "reason": site.reason,
+        "converted": site.path in chosen,
+    }

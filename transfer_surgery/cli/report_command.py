@@ -1,0 +1,48 @@
+"""``transfer-surgery report``: what became of the gates."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+from transfer_surgery.cli.options import Json, expected, tell
+from transfer_surgery.files import read_gates
+from transfer_surgery.reports import figure_of
+from transfer_surgery.reports import report as report_of
+
+
+def report(
+    folder: Annotated[
+        Path,
+        typer.Argument(
+            metavar="DIR",
+            help="A folder of [b]convert[/b] or save_gates.",
+            exists=True,
+            file_okay=False,
+            show_default=False,
+        ),
+    ],
+    by: Annotated[Literal["site", "stage"], typer.Option(help="A row per what.")] = "site",
+    plot: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Draw it, too: .png, .pdf or .svg.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Count the gates that were transferred, kept or are mixed, site by site.
+
+    The model itself is not needed.
+
+    [bold]Examples[/bold]
+
+    transfer-surgery report run --by stage
+
+    transfer-surgery report run --plot gates.png --json
+    """
+    with expected():
+        found = report_of(read_gates(folder), by=by)
+        if plot is not None:
+            figure_of(found.plot()).savefig(plot, dpi=100)
+            tell(f"wrote {plot}")
+    typer.echo(found.to_json() if as_json else str(found))

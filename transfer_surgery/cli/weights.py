@@ -1,0 +1,54 @@
+"""A checkpoint of the weights, as training scripts leave them."""
+
+from __future__ import annotations
+
+import argparse
+import pickle
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from transfer_surgery.files import require_safetensors
+
+# Under which training scripts keep the weights; timm's keeps averaged ones, too, which are better.
+_KEYS = ("state_dict_ema", "model_ema", "state_dict", "model")
+# What DistributedDataParallel and torch.compile put before every name, in either order.
+_PREFIXES = re.compile(r"^(_orig_mod\.)?(module\.)?(_orig_mod\.)?")
+
+
+def read_weights(file: Path) -> dict[str, Tensor]:
+    """The state dict in a ``.safetensors`` file or one of `torch.save`; no code in it is run.
+
+    Raises:
+        ImportError: safetensors is needed and not installed.
+        ValueError: the file is damaged, or holds no tensors by name.
+    """
+    if file.suffix == ".safetensors":
+        safetensors = require_safetensors()
+        try:
+            return dict(safetensors.torch.load_file(file))
+        except safetensors.SafetensorError as error:
+            raise ValueError(f"{file} is damaged, or no safetensors file: {error}.") from error
+    try:
+        # timm's train.py keeps its arguments beside the weights; a Namespace runs no code
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            held = torch.load(file, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+        raise ValueError(
+            f"{file} cannot be read as a checkpoint of tensors alone "
+            f"({str(error).strip().partition(chr(10))[0]}). Save model.state_dict()."
+        ) from error
+    return _state(held, file)
+
+
+def _state(held: Any, file: Path) -> dict[str, Tensor]:
+    if isinstance(held, Mapping):
+        inner = next((held[key] for key in _KEYS if isinstance(held.get(key), Mapping)), held)
+        state = {_PREFIXES.sub("", str(key)): value for key, value in inner.items()}
+        if state and all(isinstance(value, Tensor) for value in state.values()):
+            return state
+    raise ValueError(f"{file} holds a {type(held).__name__}, no state dict: names and tensors.")

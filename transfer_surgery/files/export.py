@@ -1,0 +1,154 @@
+"""A baked network as a file that runs without this library: ONNX, or a torch.export program."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.export import Dim, ExportedProgram
+from torch.utils import _pytree as pytree
+
+from transfer_surgery._running import prediction_mode, to_device_of
+from transfer_surgery.sites import example_arguments, fake_arguments
+from transfer_surgery.units import GatedActivation
+
+_Arguments = tuple[tuple[Any, ...], dict[str, Any]]
+
+
+def export_program(
+    model: nn.Module, example_input: Any, path: str | os.PathLike[str]
+) -> ExportedProgram:
+    """Write a baked network with `torch.export.save`; ``torch.export.load(path).module()`` runs it.
+
+    It computes what the model does in eval mode, for batches of any size. Loading it needs torch,
+    neither this library nor the model's code.
+
+    Args:
+        model: a model after `transfer_surgery.bake`; it is not changed.
+        example_input: a batch of its input: a tensor, a tuple of arguments or a dict of keyword
+            arguments. All but the number of examples is fixed by it.
+        path: the file, by custom ``.pt2``.
+
+    Returns:
+        The program that was written.
+
+    Raises:
+        ValueError: the model still has gates, or there is no tensor in `example_input`.
+        RuntimeError: torch.export cannot follow the model, or the model fixes the batch size.
+
+    Examples:
+        >>> import tempfile
+        >>> from transfer_surgery import bake, convert, swap_targets
+        >>> x = torch.randn(2, 4)
+        >>> model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
+        >>> model = bake(swap_targets(convert(model, "sin", example_input=x)))
+        >>> with tempfile.NamedTemporaryFile(suffix=".pt2") as file:
+        ...     _ = export_program(model, x, file.name)
+        ...     program = torch.export.load(file.name).module()
+        >>> program(torch.randn(5, 4)).shape
+        torch.Size([5, 2])
+    """
+    program = _trace(model, *_arguments(model, example_input))
+    torch.export.save(program, path)
+    return program
+
+
+def export_onnx(
+    model: nn.Module, example_input: Any, path: str | os.PathLike[str]
+) -> torch.onnx.ONNXProgram:
+    """Write a baked network as ONNX, for onnxruntime and its like.
+
+    It computes what the model does in eval mode, for batches of any size. Weights of more than
+    about 2 GB go into a second file beside it, as the format asks for.
+
+    Args:
+        model: a model after `transfer_surgery.bake`; it is not changed.
+        example_input: as for `export_program`.
+        path: the file, by custom ``.onnx``.
+
+    Returns:
+        The program that was written.
+
+    Raises:
+        ImportError: onnx or onnxscript is not installed.
+        ValueError: the model still has gates, or there is no tensor in `example_input`.
+        RuntimeError: torch cannot export the model, or the model fixes the batch size.
+    """
+    _refuse_gates(model)
+    try:
+        import onnx  # noqa: F401 - torch imports both, and names neither when it cannot
+        import onnxscript  # noqa: F401
+    except ImportError as error:
+        raise ImportError(
+            "ONNX needs onnx and onnxscript: pip install 'transfer-surgery[onnx]'"
+        ) from error
+    arguments = _arguments(model, example_input)
+    traced = _trace(model, *arguments)
+    names = [shape for shape in _axes(arguments, "batch") if shape is not None]
+    with _explained(model), warnings.catch_warnings():
+        # Several inputs share the axis: torch says so for each, and calls all of them "batch".
+        warnings.filterwarnings("ignore", message=".*shares the same shape constraints")
+        program = torch.onnx.export(traced, dynamic_shapes=names, dynamo=True, verbose=False)
+    assert program is not None
+    program.save(path)
+    return program
+
+
+def _arguments(model: nn.Module, example_input: Any) -> _Arguments:
+    """Positional and keyword arguments, a single example as two.
+
+    For `torch.export` an axis of length 1 in the example has this length always.
+    """
+    _refuse_gates(model)
+    batch = to_device_of(model, example_input)
+    args, kwargs = fake_arguments(example_arguments(batch), None, True)
+    return args, kwargs
+
+
+def _refuse_gates(model: nn.Module) -> None:
+    gated = [path for path, m in model.named_modules() if isinstance(m, GatedActivation)]
+    if gated:
+        raise ValueError(
+            f"{type(model).__name__} still has gates at {len(gated)} sites, such as "
+            f"{gated[0]!r}: call bake(model) first."
+        )
+
+
+def _trace(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> ExportedProgram:
+    structure = pytree.tree_structure((*args, *kwargs.values()))
+    shapes = pytree.tree_unflatten(_axes((args, kwargs), Dim.DYNAMIC), structure)
+    with _explained(model), prediction_mode(model):
+        return torch.export.export(model, args, kwargs, dynamic_shapes=shapes)
+
+
+def _axes(arguments: _Arguments, axis: Any) -> list[dict[int, Any] | None]:
+    """What is said of the first axis of each tensor; None for what is no tensor."""
+    leaves = pytree.tree_leaves(arguments)
+    size = next(len(leaf) for leaf in leaves if isinstance(leaf, Tensor) and leaf.dim() > 0)
+
+    def say(leaf: Any) -> dict[int, Any] | None:
+        if not isinstance(leaf, Tensor):
+            return None
+        return {0: axis} if leaf.dim() > 0 and len(leaf) == size else {}
+
+    return [say(leaf) for leaf in leaves]
+
+
+@contextmanager
+def _explained(model: nn.Module) -> Iterator[None]:
+    """What torch says of a model that it cannot export, in a line and with what to do."""
+    try:
+        yield
+    except Exception as error:
+        first = str(error.__cause__ or error).strip().partition("\n")[0]
+        raise RuntimeError(
+            f"torch cannot export this {type(model).__name__} for batches of any size "
+            f"({type(error).__name__}: {first}). Where torch.export.export(model, (x,), "
+            "dynamic_shapes=({0: Dim.DYNAMIC},)) fails for the original model too, its own code "
+            "is the reason."
+        ) from error

@@ -1,0 +1,170 @@
+"""How a model is made, as text: a name that a zoo or a file knows, and arguments."""
+
+from __future__ import annotations
+
+import difflib
+import importlib.util
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from transfer_surgery.sites import find_example_input
+
+
+class UnknownModelError(ValueError):
+    """A name or an argument that no model goes by."""
+
+
+@dataclass(frozen=True)
+class ModelSpec:
+    """A model that can be made again.
+
+    Args:
+        name: as timm users write it, ``"resnet50.a1_in1k"``, or ``"timm:resnet50"``,
+            ``"torchvision:resnet50"``, ``"path/to/module.py:function"``. Without a prefix timm's
+            model of that name is meant, else torchvision's.
+        arguments: of the function that makes it, such as ``{"num_classes": 10}``.
+        input_size: shape of one example, such as ``(3, 64, 64)``; None: as the zoo's adapter says.
+
+    Examples:
+        >>> spec = ModelSpec("test_resnet", {"num_classes": 10}, (3, 64, 64))
+        >>> model = spec.build()
+        >>> type(model).__name__, model.num_classes, spec.example_input(model).shape
+        ('ResNet', 10, torch.Size([2, 3, 64, 64]))
+    """
+
+    name: str
+    arguments: Mapping[str, Any] = field(default_factory=dict)
+    input_size: tuple[int, ...] | None = None
+
+    def build(self, pretrained: bool = False) -> nn.Module:
+        """Make the model.
+
+        Args:
+            pretrained: with the weights that the zoo has for it, which are downloaded.
+
+        Raises:
+            UnknownModelError: there is no such model, or it does not take the arguments.
+            OSError: the weights cannot be had.
+        """
+        zoo, _, name = self.name.rpartition(":")
+        if zoo.endswith(".py"):
+            if pretrained:
+                raise UnknownModelError(
+                    f"{self.name} is a file, and a zoo's weights are for its own models. Load them "
+                    "in the function, or give a checkpoint."
+                )
+            return self._call(_function(Path(zoo), name))
+        makers = {"timm": _make_timm, "torchvision": _make_torchvision}
+        if zoo not in ("", *makers):
+            raise UnknownModelError(
+                f"{self.name!r}: write timm:NAME, torchvision:NAME or FILE.py:FUNCTION."
+            )
+        known = _zoo_names()
+        for each in [zoo] if zoo else known:
+            if name.partition(".")[0] in known.get(each, ()):
+                return self._call(makers[each], name, pretrained)
+        raise UnknownModelError(_unknown(name, known if not zoo else {zoo: known.get(zoo, [])}))
+
+    def example_input(self, model: nn.Module) -> Any:
+        """A batch of two for the model, where `input_size` or a zoo's adapter tells its shape.
+
+        Raises:
+            ValueError: neither does.
+        """
+        if self.input_size is None:
+            return find_example_input(model)
+        parameter = next(model.parameters(), torch.zeros(()))
+        return torch.zeros(2, *self.input_size, dtype=parameter.dtype, device=parameter.device)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, data: Any) -> ModelSpec:
+        """The inverse of `to_dict`, after JSON.
+
+        Raises:
+            ValueError: it is none.
+        """
+        match data:
+            case {"name": str(name), "arguments": dict(arguments), "input_size": None | list()}:
+                size = data["input_size"]
+                return cls(name, arguments, None if size is None else tuple(map(int, size)))
+        raise ValueError(f"{data!r} does not say how a model is made: name, arguments, input_size")
+
+    def _call(self, make: Callable[..., Any], *args: Any) -> nn.Module:
+        try:
+            model = make(*args, **self.arguments)
+        except TypeError as error:
+            if "argument" not in str(error):
+                raise
+            raise UnknownModelError(f"{self.name}: {error}.") from error
+        if not isinstance(model, nn.Module):
+            raise UnknownModelError(f"{self.name} returns a {type(model).__name__}, no nn.Module.")
+        return model
+
+
+def _function(file: Path, name: str) -> Callable[..., Any]:
+    """A function, or a class, of a Python file."""
+    spec = importlib.util.spec_from_file_location(file.stem, file)
+    if spec is None or spec.loader is None or not file.is_file():
+        raise UnknownModelError(f"there is no file {file}.")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    if not callable(getattr(module, name, None)):
+        known = [key for key, value in vars(module).items() if callable(value)]
+        raise UnknownModelError(f"{file} has no function {name!r}.{_close(name, known)}")
+    return getattr(module, name)  # type: ignore[no-any-return]
+
+
+def _make_timm(name: str, pretrained: bool, **arguments: Any) -> Any:
+    import timm
+
+    try:
+        return timm.create_model(name, pretrained=pretrained, **arguments)
+    except RuntimeError as error:
+        if "pretrained tag" not in str(error):
+            raise
+        weights = timm.list_pretrained(name.partition(".")[0])
+        raise UnknownModelError(f"{name}: there are the weights {', '.join(weights)}.") from error
+
+
+def _make_torchvision(name: str, pretrained: bool, **arguments: Any) -> Any:
+    from torchvision.models import get_model
+
+    return get_model(name, weights="DEFAULT" if pretrained else None, **arguments)
+
+
+def _zoo_names() -> dict[str, list[str]]:
+    """The models of each zoo that is installed; the first one goes first."""
+    names: dict[str, list[str]] = {}
+    try:
+        import timm
+
+        names["timm"] = timm.list_models()
+        from torchvision.models import list_models
+
+        names["torchvision"] = list_models()
+    except ImportError as error:
+        if not names:
+            raise ImportError(
+                "models by name need timm or torchvision: pip install 'transfer-surgery[timm]'"
+            ) from error
+    return names
+
+
+def _unknown(name: str, known: Mapping[str, list[str]]) -> str:
+    zoos = " and ".join(known)
+    every = dict.fromkeys(each for names in known.values() for each in names)
+    return f"{zoos}: there is no model {name!r}.{_close(name.partition('.')[0], list(every))}"
+
+
+def _close(name: str, known: list[str]) -> str:
+    close = difflib.get_close_matches(name, known, n=3)
+    return f" Did you mean {' or '.join(close)}?" if close else ""

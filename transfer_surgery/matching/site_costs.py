@@ -1,0 +1,130 @@
+"""sensitivity: what swapping each site alone costs, so that the cheap ones can go first."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from transfer_surgery._running import as_batches, prediction_mode
+from transfer_surgery._sharding import refuse_sharded
+from transfer_surgery.matching.two_networks import SideBySide
+from transfer_surgery.reports import columns
+from transfer_surgery.units import matching_units
+
+
+@dataclass(frozen=True)
+class SensitivityRow:
+    """One site, swapped alone.
+
+    Args:
+        path: where its unit lives in the model.
+        source: the activation that the network had.
+        target: the activation that it is swapped to.
+        divergence: mean KL divergence of the outputs, read as logits, from those of the original
+            network.
+        changed: share of the outputs whose largest logit is another one.
+    """
+
+    path: str
+    source: str
+    target: str
+    divergence: float
+    changed: float
+
+
+@dataclass(frozen=True)
+class Sensitivity:
+    """Rows from the site that costs least to the one that costs most; prints as a table."""
+
+    rows: tuple[SensitivityRow, ...]
+
+    def __iter__(self) -> Iterator[SensitivityRow]:
+        return iter(self.rows)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    @property
+    def order(self) -> tuple[str, ...]:
+        """Paths for ``TransferSchedule(order=...)``: one site after the other, cheapest first."""
+        return tuple(row.path for row in self.rows)
+
+    def __str__(self) -> str:
+        lines = [("path", "source", "target", "KL", "answers changed")]
+        for row in self.rows:
+            numbers = (f"{row.divergence:.5f}", f"{row.changed:.1%}")
+            lines.append((row.path, row.source, row.target, *numbers))
+        return columns(lines, left=3)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain numbers, strings, lists and dicts."""
+        return {"version": 1, "rows": [asdict(row) for row in self.rows]}
+
+
+def sensitivity(
+    model: nn.Module, batches: Iterable[Any], *, include: Any = None, exclude: Any = None
+) -> Sensitivity:
+    """Swap one site at a time to its target, and compare the outputs with the original ones.
+
+    Nothing is changed; the other sites are at their source meanwhile. It takes one run of the model
+    per site and batch.
+
+    Args:
+        model: a converted model, best after `match_targets`; it is run in evaluation mode.
+        batches: inputs without labels, as for `match_targets`.
+        include: sites to look at: globs on paths, units, or predicates on units; None: all.
+        exclude: sites to leave out, likewise.
+
+    Returns:
+        A row per site, the cheapest first.
+
+    Raises:
+        ValueError: the model is not converted, there are no batches, a pattern matches nothing, or
+            the outputs are not finite.
+        TypeError: the model is sharded by FSDP2, or returns no floating tensor.
+
+    Examples:
+        >>> from transfer_surgery import TransferSchedule, convert, match_targets
+        >>> _ = torch.manual_seed(0)
+        >>> layers = [nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 4), nn.GELU(), nn.Linear(4, 2)]
+        >>> x = torch.randn(256, 4)
+        >>> model = convert(nn.Sequential(*layers), example_input=x)
+        >>> _ = match_targets(model, [x])
+        >>> TransferSchedule(100, order=sensitivity(model, [x]).order).order
+        ('3', '1')
+    """
+    refuse_sharded(model)
+    units = matching_units(model, include, exclude)
+    networks = SideBySide(model, list(units.values()), as_batches(batches, model))
+    count = 0
+    with prediction_mode(model):
+        # The sum over outputs of the divergence, and how many of them are answered otherwise.
+        found = {path: torch.zeros(2, dtype=torch.float64) for path in units}
+        for batch in networks.batches:
+            with networks.original():
+                wanted = networks.log_probabilities(batch)
+            count += wanted.shape[0]
+            for path, unit in units.items():
+                networks.swapped = {unit}
+                with networks.original(), networks.matched():
+                    now = networks.log_probabilities(batch)
+                # Rounding can put it below zero, which no divergence is.
+                kl = F.kl_div(now, wanted, log_target=True, reduction="sum").clamp_min(0)
+                changed = (now.argmax(1) != wanted.argmax(1)).sum()
+                found[path] += torch.stack([kl.double(), changed.double()]).cpu()
+    rows = []
+    for path, unit in units.items():
+        divergence, changed = (found[path] / count).tolist()
+        if not math.isfinite(divergence):
+            raise ValueError(
+                f"{path}: the outputs, or those of the original network, are not finite. Look for "
+                "NaN in the batches; a network that overflows in half precision needs float32."
+            )
+        rows.append(SensitivityRow(path, str(unit.source), str(unit.target), divergence, changed))
+    return Sensitivity(tuple(sorted(rows, key=lambda row: row.divergence)))

@@ -1,0 +1,77 @@
+"""swap_targets: gates to the target at once, without training."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import nn
+
+from transfer_surgery._sharding import refuse_sharded
+from transfer_surgery.matching.relu_budget import choose_kept
+from transfer_surgery.transfer import project, settle
+from transfer_surgery.units import matching_units
+
+
+@torch.no_grad()
+def swap_targets(
+    model: nn.Module,
+    *,
+    include: Any = None,
+    exclude: Any = None,
+    keep: int | float | None = None,
+    batches: Iterable[Any] | None = None,
+) -> nn.Module:
+    """Transfer gates now: the hard swap, whose opposite is a `TransferSchedule`.
+
+    With plain targets it breaks a trained network. After `match_targets` it is where distillation,
+    or training, starts.
+
+    Args:
+        model: a converted model.
+        include: sites to swap: globs on paths, units, or predicates on units; None: all.
+        exclude: sites to leave, likewise.
+        keep: how many neurons of these sites keep their source at most: a number (int) or a share
+            (float). Those gates are kept whose swap would add most to the loss per neuron, by the
+            squared gradients of the network's answers; ``report(model).total.source_neurons`` says
+            how many neurons that are. A gate per neuron makes the finest choice, one per channel a
+            faster network. `match_targets` can be called once more then: it leaves these gates.
+        batches: with `keep`: inputs without labels, as for `match_targets`.
+
+    Returns:
+        The same model object.
+
+    Raises:
+        ValueError: the model is not converted, a pattern matches nothing, or ``keep`` is out of its
+            range, without ``batches``, or asked of gates that have no ``log_alpha``.
+        TypeError: the model is sharded by FSDP2.
+
+    Examples:
+        >>> from transfer_surgery import bake, convert
+        >>> model = convert(nn.Sequential(nn.ReLU()), example_input=torch.zeros(1, 4))
+        >>> bake(swap_targets(model))
+        Sequential(
+          (0): ActivationModule(sin)
+        )
+    """
+    refuse_sharded(model)
+    units = matching_units(model, include, exclude)
+    if (keep is None) != (batches is None):
+        raise ValueError("give keep= and batches= together: the batches say which gates to keep.")
+    if keep is not None and batches is not None:
+        scheduled = [path for path, unit in units.items() if not unit.gate.learned]
+        if scheduled:
+            raise ValueError(
+                f"{scheduled[0]}: gates of the kind {units[scheduled[0]].gate.name!r} move all at "
+                "once; convert with gate='hard_concrete' to keep some of them."
+            )
+        for unit, kept in choose_kept(model, units, batches, keep).items():
+            settle(unit.gate, kept.to(unit.log_alpha.device))
+        return model
+    for unit in units.values():
+        if unit.gate.learned:
+            project([unit.gate], 1.0)
+        else:
+            unit.gate.progress.fill_(1.0)
+    return model

@@ -1,0 +1,227 @@
+"""The transfer over time: what `report` says at one moment, recorded step after step."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, SupportsFloat
+
+from torch import Tensor, nn
+
+from transfer_surgery.reports.transfer_report import Report, data_frame, report
+from transfer_surgery.units import gated_activations, stage_of
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from matplotlib.axes import Axes
+
+_VERSION = 1
+
+
+@dataclass(frozen=True)
+class Record:
+    """One recorded step.
+
+    Args:
+        step: the step's number.
+        transferred: share of the gates that predict exactly 0, per site.
+        mean_gate: mean prediction, per site.
+        total_transferred: the same share of all gates of the model.
+        total_gate: the mean of all gates of the model, the E[z] of Figure 3.
+        values: what else was recorded, e.g. ``{"lr": 0.1}``.
+    """
+
+    step: float
+    transferred: tuple[float, ...]
+    mean_gate: tuple[float, ...]
+    total_transferred: float
+    total_gate: float
+    values: Mapping[str, float]
+
+    @classmethod
+    def of(cls, step: float, report: Report, values: Mapping[str, SupportsFloat]) -> Record:
+        """What a history keeps of a report."""
+        return cls(
+            step=step,
+            transferred=tuple(row.transferred for row in report),
+            mean_gate=tuple(row.mean_gate for row in report),
+            total_transferred=report.total.transferred,
+            total_gate=report.total.mean_gate,
+            values={name: _number(value) for name, value in values.items()},
+        )
+
+
+class History:
+    """Records the state of a converted model's gates over the steps of a training.
+
+    A pickled or copied history leaves its model behind (`model` is None): it can be read and
+    plotted anywhere, and goes on recording once `model` is set again.
+
+    Args:
+        model: a converted model.
+
+    Raises:
+        ValueError: the model was not converted.
+
+    Examples:
+        >>> import torch
+        >>> from transfer_surgery import get_activation
+        >>> from transfer_surgery.units import make_gate
+        >>> from transfer_surgery import GatedActivation
+        >>> gate = make_gate("hard_concrete", (2,))
+        >>> relu, sin = get_activation("relu"), get_activation("sin")
+        >>> unit = GatedActivation(relu, sin, gate, granularity="channel", neurons=2)
+        >>> history = History(nn.Sequential(unit))
+        >>> _ = history.record(lr=0.1)
+        >>> with torch.no_grad():
+        ...     _ = unit.log_alpha.copy_(torch.tensor([-9.0, 9.0]))
+        >>> _ = history.record(lr=0.05)
+        >>> history.flat()
+        {'transfer/total': 0.5, 'gate/total': 0.5, 'transfer/0': 0.5, 'gate/0': 0.5}
+
+        A line of JSON per record, in a file or as here on the screen:
+
+        >>> print(json.dumps({"step": history.records[-1].step, **history.flat()}))
+        {"step": 1, "transfer/total": 0.5, "gate/total": 0.5, "transfer/0": 0.5, "gate/0": 0.5}
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model: nn.Module | None = model
+        units = list(gated_activations(model))
+        self.paths = tuple(path for path, _ in units)
+        self.stages = tuple(stage_of(path, unit) for path, unit in units)
+        self.records: list[Record] = []
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+    def __repr__(self) -> str:
+        return f"History({len(self)} records of {len(self.paths)} sites)"
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"model": None}
+
+    def record(self, step: float | None = None, **values: SupportsFloat) -> Report:
+        """Record the model's gates as they are now; call it in the training loop.
+
+        Args:
+            step: number of the step, greater than the one before; by default one more than that,
+                starting at 0.
+            values: numbers to keep with the step, such as ``lr`` (drawn by `plot`) or ``loss``.
+                Different steps may have different ones.
+
+        Returns:
+            The report from which the record was made.
+
+        Raises:
+            ValueError: the step is not greater than the last one, or the model's sites have
+                changed since the history began.
+            RuntimeError: the history was loaded or copied without its model.
+        """
+        if self.model is None:
+            raise RuntimeError(
+                "this history was loaded without its model: set history.model first."
+            )
+        last = self.records[-1].step if self.records else -1
+        if step is None:
+            step = last + 1
+        if self.records and step <= last:
+            raise ValueError(f"step {step} was recorded after step {last}: steps must increase.")
+        now = report(self.model)
+        if tuple(row.path for row in now) != self.paths:
+            raise ValueError(
+                "the model's gated activations are not those that this history began with "
+                f"({len(now)} sites, before {len(self.paths)}): begin a new History(model)."
+            )
+        self.records.append(Record.of(step, now, values))
+        return now
+
+    def value_names(self) -> tuple[str, ...]:
+        """Names of the values given to `record`, in order of appearance."""
+        return tuple(dict.fromkeys(name for record in self.records for name in record.values))
+
+    def value(self, name: str) -> list[float | None]:
+        """A recorded value at each step; None where it was not given."""
+        return [record.values.get(name) for record in self.records]
+
+    def flat(self) -> dict[str, float]:
+        """The latest record as one flat dict, for loggers.
+
+        In TensorBoard's ``SummaryWriter`` each item is a scalar, wandb and JSON take all of them::
+
+            history.record(step)
+            for name, value in history.flat().items():
+                writer.add_scalar(name, value, step)
+            wandb.log(history.flat(), step)
+            print(json.dumps({"step": step, **history.flat()}), file=lines)
+
+        Returns:
+            ``"transfer/total"`` and ``"gate/total"``, then ``"transfer/<path>"`` and
+            ``"gate/<path>"`` for each site.
+
+        Raises:
+            ValueError: nothing was recorded yet.
+        """
+        if not self.records:
+            raise ValueError("nothing recorded yet: call history.record() first.")
+        return self._flat(self.records[-1])
+
+    def _flat(self, record: Record) -> dict[str, float]:
+        flat = {"transfer/total": record.total_transferred, "gate/total": record.total_gate}
+        for path, transferred, gate in zip(
+            self.paths, record.transferred, record.mean_gate, strict=True
+        ):
+            flat |= {f"transfer/{path}": transferred, f"gate/{path}": gate}
+        return flat
+
+    def to_dict(self) -> dict[str, Any]:
+        """Lists over steps, in plain numbers and strings, with the version of this layout."""
+        records = self.records
+        return {
+            "version": _VERSION,
+            "steps": [r.step for r in records],
+            "total": {
+                "transferred": [r.total_transferred for r in records],
+                "mean_gate": [r.total_gate for r in records],
+            },
+            "sites": [
+                {
+                    "path": path,
+                    "stage": stage,
+                    "transferred": [r.transferred[i] for r in records],
+                    "mean_gate": [r.mean_gate[i] for r in records],
+                }
+                for i, (path, stage) in enumerate(zip(self.paths, self.stages, strict=True))
+            ],
+            "values": {name: self.value(name) for name in self.value_names()},
+        }
+
+    def to_json(self) -> str:
+        """The text of `to_dict`."""
+        return json.dumps(self.to_dict())
+
+    def to_pandas(self) -> pd.DataFrame:
+        """A data frame with one line per step: the step, the values and the columns of `flat`.
+
+        Raises:
+            ImportError: pandas is not installed.
+        """
+        names = self.value_names()
+        return data_frame(
+            [
+                {"step": r.step, **{name: r.values.get(name) for name in names}, **self._flat(r)}
+                for r in self.records
+            ]
+        )
+
+    def plot(self, ax: Axes | None = None) -> Axes:
+        """`transfer_surgery.reports.plots.plot_history` of this history."""
+        from transfer_surgery.reports.plots import plot_history
+
+        return plot_history(self, ax)
+
+
+def _number(value: SupportsFloat) -> float:
+    """A plain number, also of a loss that still requires a gradient."""
+    return float(value.detach() if isinstance(value, Tensor) else value)

@@ -1,0 +1,161 @@
+"""Pictures of a converted model's units: where its gates are, and what one of them computes."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from transfer_surgery._running import as_batches, call_model, prediction_mode
+from transfer_surgery.reports.plots import COLOURS, new_axes
+from transfer_surgery.units import GatedActivation, affine_value, gated_activations, stage_of
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+_INCHES = 3.2
+
+
+def plot_gates(model: nn.Module, ax: Axes | None = None) -> Axes:
+    """Draw a histogram of ``log_alpha`` over all gates, stage by stage on top of each other.
+
+    Dashed lines mark where the prediction gate (Eq. 16) becomes exactly 0 and exactly 1.
+
+    Args:
+        model: a converted model with learned gates.
+        ax: where to draw; by default a new figure.
+
+    Returns:
+        The axes; ``ax.figure.savefig("gates.png")`` writes the picture.
+
+    Raises:
+        ImportError: matplotlib is not installed.
+        ValueError: the model is not converted, or none of its gates has a ``log_alpha``.
+
+    Examples:
+        >>> from transfer_surgery import convert
+        >>> model = convert(nn.Sequential(nn.ReLU()), example_input=torch.zeros(2, 64))
+        >>> plot_gates(model).get_xlabel()
+        'log_alpha'
+    """
+    stages: dict[str, list[Tensor]] = {}
+    for path, unit in gated_activations(model):
+        if unit.gate.learned:
+            location = unit.gate.location().detach().flatten().cpu()
+            stages.setdefault(stage_of(path, unit), []).append(location)
+            xi, zeta = unit.gate.stretch
+    if not stages:
+        raise ValueError(
+            "gates of the kinds line and copy have no log_alpha: plot report(model) instead."
+        )
+    ax = ax or new_axes(_INCHES)
+    values = [torch.cat(found).numpy() for found in stages.values()]
+    ax.hist(values, bins=60, stacked=True, color=_shades(len(values)), label=list(stages))
+    ends = math.log(-xi / zeta), math.log((1 - xi) / (zeta - 1))
+    for end, text, side in zip(ends, ("gate 0", "gate 1"), ("right", "left"), strict=True):
+        ax.axvline(end, color="black", linewidth=0.8, linestyle="--")
+        top = ax.get_xaxis_transform()
+        ax.text(end, 1.01, text, transform=top, fontsize=8, ha=side, va="bottom")
+    ax.set(xlabel="log_alpha", ylabel="gates")
+    ax.legend(fontsize=8, frameon=False, ncols=math.ceil(len(stages) / 10))
+    return ax
+
+
+@torch.no_grad()
+def plot_activation(
+    model: nn.Module, path: str, batches: Iterable[Any], *, curves: int = 5, ax: Axes | None = None
+) -> Axes:
+    """Draw what a site computes over the inputs that it gets: source, target and gated curves.
+
+    Args:
+        model: a converted model; it is run in evaluation mode.
+        path: of a unit in it.
+        batches: inputs without labels, as for `match_targets`.
+        curves: for how many of the site's gates, from the lowest to the highest.
+        ax: where to draw; by default a new figure.
+
+    Returns:
+        The axes; ``ax.figure.savefig("activation.png")`` writes the picture.
+
+    Raises:
+        ImportError: matplotlib is not installed.
+        ValueError: the model is not converted, has no such unit, the unit does not run, or its
+            source takes further tensors.
+
+    Examples:
+        >>> from transfer_surgery import convert
+        >>> x = torch.randn(64, 8)
+        >>> model = convert(nn.Sequential(nn.ReLU()), example_input=x)
+        >>> [line.get_label() for line in plot_activation(model, "0", [x]).lines]
+        ['relu', 'sin', 'z = 1.00']
+    """
+    unit = dict(gated_activations(model)).get(path)
+    if unit is None:
+        known = ", ".join(path for path, _ in gated_activations(model))
+        raise ValueError(f"no unit {path!r}; there are {known}.")
+    if unit.source.operands:
+        raise ValueError(f"{path}: {unit.source} takes tensors of the call: it is no single curve.")
+    inputs = _inputs(model, unit, batches)
+    if not inputs.numel():
+        raise ValueError(f"{path} does not run on these batches.")
+    ax = ax or new_axes(_INCHES)
+    counts = ax.twinx()
+    counts.hist(inputs.numpy(), bins=80, color="0.88")
+    counts.set(yticks=[], ylabel="inputs")
+    ax.set_zorder(counts.get_zorder() + 1)
+    ax.patch.set_visible(False)
+    x = torch.linspace(float(inputs.min()), float(inputs.max()), 400)
+    source = unit.source(x)
+    ax.plot(x, source, color=COLOURS["kept"], linewidth=2, label=str(unit.source))
+    if unit.affine is None:
+        ax.plot(
+            x, unit.target(x), color=COLOURS["transferred"], linewidth=2, label=str(unit.target)
+        )
+    z = unit.gate.predict().flatten().cpu()
+    order = z.argsort()
+    different = torch.unique(z).numel() if unit.affine is None else z.numel()
+    chosen = torch.linspace(0, len(z) - 1, min(curves, different)).round().int()
+    for shade, gate in zip(_shades(len(chosen)), order[chosen].tolist(), strict=True):
+        target = affine_value(x, unit.target, *_numbers(unit, gate))
+        curve = torch.lerp(target, source, z[gate])
+        ax.plot(x, curve, color=shade, linewidth=1, label=f"z = {z[gate]:.2f}")
+    ax.set(xlabel=f"input of {path}", ylabel="output")
+    ax.legend(fontsize=8, frameon=False)
+    return ax
+
+
+def _inputs(model: nn.Module, unit: GatedActivation, batches: Iterable[Any]) -> Tensor:
+    """Up to some thousand inputs of a unit, without the outermost 0.2 percent."""
+    seen: list[Tensor] = []
+
+    def keep(unit: nn.Module, args: tuple[Any, ...]) -> None:
+        seen.append(args[0].detach().float().flatten().cpu().clone())
+
+    handle = unit.register_forward_pre_hook(keep)
+    try:
+        with prediction_mode(model):
+            for batch in as_batches(batches, model):
+                call_model(model, batch)
+    finally:
+        handle.remove()
+    values = torch.cat(seen) if seen else torch.zeros(0)
+    values = values[:: math.ceil(len(values) / 20_000) or 1].sort().values
+    cut = len(values) // 1000
+    return values[cut : len(values) - cut]
+
+
+def _numbers(unit: GatedActivation, gate: int) -> tuple[Tensor | None, ...]:
+    """``(a, w, c, b)`` of one gate's target."""
+    if unit.affine is None:
+        return ()
+    return tuple(None if p is None else p.flatten()[gate].cpu() for p in unit.affine.whole())
+
+
+def _shades(number: int) -> list[Any]:
+    """So many colours, from dark to light."""
+    from matplotlib import colormaps
+
+    return [colormaps["viridis"](0.1 + 0.8 * i / max(number - 1, 1)) for i in range(number)]

@@ -1,0 +1,273 @@
+"""What became of the gates: a row per call site or stage, from the prediction gates of Eq. 16.
+
+A gate whose prediction is exactly 0 is *transferred* (pure target), exactly 1 *kept* (pure source),
+anything between *mixed*.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from transfer_surgery.units import GatedActivation, gated_activations, stage_of
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from matplotlib.axes import Axes
+
+_VERSION = 1
+_GROUPINGS = ("site", "stage")
+
+
+@dataclass(frozen=True)
+class Row:
+    """The gates of one call site, or of several together.
+
+    Args:
+        path: where the site's unit lives in the model; the name of a stage; ``"total"``.
+        source: the activation the network had; ``"various"`` for several sites that differ in it.
+        target: the activation it is transferred to, likewise.
+        granularity: ``"layer"``, ``"channel"`` or ``"neuron"``, likewise.
+        gates: number of gates.
+        neurons: elements of the feature shape that the gates share, per example.
+        source_neurons: how many of them still use the source: those of kept and of mixed gates.
+        transferred: share of the gates that predict exactly 0.
+        kept: share of the gates that predict exactly 1.
+        mixed: share of the others.
+        mean_gate: mean prediction, the E[z] of Figure 3.
+        mean_log_alpha: mean location; None for gates without one (line, copy).
+    """
+
+    path: str
+    source: str
+    target: str
+    granularity: str
+    gates: int
+    neurons: int
+    source_neurons: int
+    transferred: float
+    kept: float
+    mixed: float
+    mean_gate: float
+    mean_log_alpha: float | None
+
+
+@dataclass(frozen=True, repr=False)
+class Report:
+    """Rows in the order of the model's modules, iterated without their total; prints as a table."""
+
+    rows: tuple[Row, ...]
+    total: Row
+    by: str = "site"
+
+    def __iter__(self) -> Iterator[Row]:
+        return iter(self.rows)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __str__(self) -> str:
+        return _table((*self.rows, self.total))
+
+    def __repr__(self) -> str:
+        transferred = _percent(self.total.transferred)
+        return (
+            f"Report({len(self)} {self.by}s, {self.total.gates} gates, {transferred} transferred)"
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain numbers, strings, lists and dicts, with the version of this layout."""
+        rows = [asdict(row) for row in self.rows]
+        return {"version": _VERSION, "by": self.by, "rows": rows, "total": asdict(self.total)}
+
+    def to_json(self) -> str:
+        """The text of `to_dict`."""
+        return json.dumps(self.to_dict(), indent=2)
+
+    def to_pandas(self) -> pd.DataFrame:
+        """A data frame with one line per row.
+
+        Raises:
+            ImportError: pandas is not installed.
+        """
+        return data_frame([asdict(row) for row in self.rows])
+
+    def plot(self, ax: Axes | None = None) -> Axes:
+        """`transfer_surgery.reports.plots.plot_report` of this report."""
+        from transfer_surgery.reports.plots import plot_report
+
+        return plot_report(self, ax)
+
+
+def report(model: nn.Module, *, by: str = "site") -> Report:
+    """Count transferred, kept and mixed gates of a converted model, site by site.
+
+    The numbers of all sites travel to the host together: a report waits for a GPU only once. Where
+    FSDP2 shards the gates they are gathered first: call it on every rank, not on the first alone.
+
+    Args:
+        model: a converted model, in train or eval mode.
+        by: ``"site"``, or ``"stage"`` for sums over the stages that the model's adapter names
+            (``stem``, ``layer1``, ...); sites in none of them go by the model's child they are in.
+
+    Returns:
+        A `Report` with one row per call site or stage.
+
+    Raises:
+        ValueError: the model was not converted; ``by`` is neither.
+
+    Examples:
+        >>> from transfer_surgery import get_activation
+        >>> from transfer_surgery.units import make_gate
+        >>> unit = GatedActivation(
+        ...     get_activation("relu"),
+        ...     get_activation("sin"),
+        ...     make_gate("hard_concrete", (4,)),
+        ...     granularity="channel",
+        ...     neurons=64,
+        ... )
+        >>> with torch.no_grad():
+        ...     _ = unit.log_alpha.copy_(torch.tensor([-9.0, 0.0, 9.0, 9.0]))
+        >>> print(report(nn.Sequential(nn.Conv2d(3, 4, 1), unit)))
+        path   source  target  granularity  gates  neurons  at source  transferred    kept   mixed   E[z]  log_alpha
+        ------------------------------------------------------------------------------------------------------------
+        1      relu    sin     channel          4       64         48       25.0 %  50.0 %  25.0 %  0.625       2.25
+        ------------------------------------------------------------------------------------------------------------
+        total  relu    sin     channel          4       64         48       25.0 %  50.0 %  25.0 %  0.625       2.25
+    """  # noqa: E501
+    if by not in _GROUPINGS:
+        raise ValueError(f"by={by!r}: expected one of {', '.join(map(repr, _GROUPINGS))}.")
+    units = list(gated_activations(model))
+    with torch.no_grad():
+        statistics = [_statistics(unit) for _, unit in units]
+        # A model may be spread over several devices: gather on one of them first.
+        numbers = torch.stack([s.to(statistics[0].device) for s in statistics]).tolist()
+    rows = tuple(_row(path, unit, *n) for (path, unit), n in zip(units, numbers, strict=True))
+    total = _sum("total", rows)
+    if by == "stage":
+        rows = tuple(_sum(stage, members) for stage, members in _stages(units, rows).items())
+    return Report(rows, total, by)
+
+
+def data_frame(lines: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
+    """A pandas data frame with one line per mapping of column names to values.
+
+    Raises:
+        ImportError: pandas, which the core does without, is not installed.
+    """
+    try:
+        import pandas as pd
+    except ImportError as error:
+        raise ImportError("to_pandas() needs pandas: pip install pandas") from error
+    return pd.DataFrame(lines)
+
+
+def _statistics(unit: GatedActivation) -> Tensor:
+    """Transferred and kept gates, mean gate and mean ``log_alpha``, on the unit's device."""
+    z = unit.gate.predict()
+    location = unit.gate.location().mean() if unit.gate.learned else torch.zeros_like(z.mean())
+    return torch.stack([(z == 0).sum().float(), (z == 1).sum().float(), z.mean(), location])
+
+
+def _row(
+    path: str, unit: GatedActivation, zeros: float, ones: float, gate: float, location: float
+) -> Row:
+    gates = unit.gate.count
+    return Row(
+        path=path,
+        source=str(unit.source),
+        target=str(unit.target),
+        granularity=unit.granularity,
+        gates=gates,
+        neurons=unit.neurons,
+        source_neurons=round(unit.neurons * (1 - zeros / gates)),
+        transferred=zeros / gates,
+        kept=ones / gates,
+        mixed=(gates - zeros - ones) / gates,
+        mean_gate=gate,
+        mean_log_alpha=location if unit.gate.learned else None,
+    )
+
+
+def _stages(
+    units: Sequence[tuple[str, GatedActivation]], rows: Sequence[Row]
+) -> dict[str, list[Row]]:
+    """The rows of each stage, in the order in which the stages come up."""
+    members: dict[str, list[Row]] = {}
+    for (path, unit), row in zip(units, rows, strict=True):
+        members.setdefault(stage_of(path, unit), []).append(row)
+    return members
+
+
+def _sum(path: str, rows: Sequence[Row]) -> Row:
+    """The rows as one; shares and means are those of all their gates."""
+    gates = sum(row.gates for row in rows)
+    located = [(r.mean_log_alpha, r.gates) for r in rows if r.mean_log_alpha is not None]
+    return Row(
+        path=path,
+        source=_common(row.source for row in rows),
+        target=_common(row.target for row in rows),
+        granularity=_common(row.granularity for row in rows),
+        gates=gates,
+        neurons=sum(row.neurons for row in rows),
+        source_neurons=sum(row.source_neurons for row in rows),
+        # Counts again, so that the total is exact too: 49 * (1 / 49) is not 1.
+        transferred=sum(round(row.transferred * row.gates) for row in rows) / gates,
+        kept=sum(round(row.kept * row.gates) for row in rows) / gates,
+        mixed=sum(round(row.mixed * row.gates) for row in rows) / gates,
+        mean_gate=_mean([(row.mean_gate, row.gates) for row in rows]),
+        mean_log_alpha=_mean(located) if located else None,
+    )
+
+
+def _mean(weighted: Sequence[tuple[float, int]]) -> float:
+    return sum(v * n for v, n in weighted) / sum(n for _, n in weighted)
+
+
+def _common(names: Iterator[str]) -> str:
+    distinct = set(names)
+    return distinct.pop() if len(distinct) == 1 else "various"
+
+
+# --- the table ---------------------------------------------------------------------------------
+
+_HEADINGS = {"source_neurons": "at source", "mean_gate": "E[z]", "mean_log_alpha": "log_alpha"}
+_LEFT = ("path", "source", "target", "granularity")
+
+
+def _table(rows: Sequence[Row]) -> str:
+    """The rows under a heading, the last one set off as their total."""
+    names = [field.name for field in fields(Row)]
+    cells = [[_HEADINGS.get(name, name) for name in names]]
+    cells += [[_cell(name, getattr(row, name)) for name in names] for row in rows]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    lines = ["  ".join(map(_pad, names, line, widths)) for line in cells]
+    rule = "-" * len(lines[0])
+    return "\n".join([lines[0], rule, *lines[1:-1], rule, lines[-1]])
+
+
+def _pad(name: str, text: str, width: int) -> str:
+    return text.ljust(width) if name in _LEFT else text.rjust(width)
+
+
+def _cell(name: str, value: Any) -> str:
+    if name in ("transferred", "kept", "mixed"):
+        return _percent(value)
+    if value is None:
+        return "-"
+    if isinstance(value, float):
+        return f"{value:.3f}" if name == "mean_gate" else f"{value:.2f}"
+    return str(value)
+
+
+def _percent(share: float) -> str:
+    """One decimal; 0 % and 100 % are said of exact shares only."""
+    if share in (0.0, 1.0):
+        return f"{share:.0%}".replace("%", " %")
+    bound = "<" if share < 0.001 else ">" if share > 0.999 else ""
+    return f"{bound}{100 * min(max(share, 0.001), 0.999):.1f} %"

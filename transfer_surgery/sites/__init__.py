@@ -1,0 +1,30 @@
+"""Which activation calls a model makes, and the code that redirects each of them."""
+
+from transfer_surgery.sites.call_location import CallKey
+from transfer_surgery.sites.find import find_activations
+from transfer_surgery.sites.plan import Plan, Site
+from transfer_surgery.sites.rewrite import Recipe, prepare_rewrites, rewritten_class
+from transfer_surgery.sites.stand_in import (
+    example_arguments,
+    fake_arguments,
+    probe_copy,
+    undisturbed,
+)
+from transfer_surgery.sites.zoo import Adapter, find_example_input, stages_of
+
+__all__ = [
+    "Adapter",
+    "CallKey",
+    "Plan",
+    "Recipe",
+    "Site",
+    "example_arguments",
+    "fake_arguments",
+    "find_activations",
+    "find_example_input",
+    "prepare_rewrites",
+    "probe_copy",
+    "rewritten_class",
+    "stages_of",
+    "undisturbed",
+]

@@ -1,0 +1,92 @@
+"""Where in an owner's code a call happens: the identity of a call site.
+
+A call site is the chain of source positions from the owner's ``forward`` down to the call, and its
+count among calls from that chain. The same chain is read when the model runs (finder, dispatch)
+and when fx traces the owner, in either training mode, so all of them mean the same site.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+import sys
+from collections import Counter
+from pathlib import Path
+from types import CodeType, FrameType
+from typing import NamedTuple
+
+import torch
+import torch.utils.checkpoint
+from torch import fx, nn
+
+GENERATED = "<transfer_surgery"
+"""Start of the file name of generated code."""
+
+Location = tuple[tuple[str, int, int], ...]
+
+# With the separator: torchvision is none of torch's.
+_FOLDERS = (f"{Path(module).parent}{os.sep}" for module in (torch.__file__, __file__))
+_LIBRARY = (*_FOLDERS, GENERATED)
+_MODULE_CALL = nn.Module._call_impl.__code__
+_CHECKPOINT = torch.utils.checkpoint.__file__
+_TRACE = fx.Tracer.trace.__code__
+
+
+class CallKey(NamedTuple):
+    """One call site of an owner: where, and the how-manyth activation call from there."""
+
+    location: Location
+    number: int
+
+
+class KeyCounter:
+    """Numbers the activation calls of one call of an owner, location by location."""
+
+    def __init__(self) -> None:
+        self._seen: Counter[Location] = Counter()
+
+    def key(self, location: Location) -> CallKey:
+        self._seen[location] += 1
+        return CallKey(location, self._seen[location] - 1)
+
+
+def locate() -> list[tuple[Location, nn.Module | None]]:
+    """The current call seen from each module on the stack, the innermost module first.
+
+    Returns:
+        Pairs of the location within a module's own code and that module; the module is None for
+        the owner that fx is tracing.
+    """
+    found: list[tuple[Location, nn.Module | None]] = []
+    chain: list[tuple[str, int, int]] = []
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None:
+        code = frame.f_code
+        if code is _TRACE:
+            return [*found, (tuple(chain), None)]
+        if code is _MODULE_CALL:
+            found.append((tuple(chain), frame.f_locals["self"]))
+            chain = []
+        elif not code.co_filename.startswith(_LIBRARY):
+            chain.append(_position(code, frame.f_lasti))
+        frame = frame.f_back
+    return found
+
+
+def is_checkpointed(owner: nn.Module) -> bool:
+    """Whether the running call of ``owner`` is inside a ``torch.utils.checkpoint`` of its own."""
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None:
+        if frame.f_code is _MODULE_CALL and frame.f_locals["self"] is owner:
+            return False
+        if frame.f_code.co_filename == _CHECKPOINT:
+            return True
+        frame = frame.f_back
+    return False
+
+
+def _position(code: CodeType, instruction: int) -> tuple[str, int, int]:
+    """Name, line and column within the function: the same on another machine and Python version."""
+    positions = itertools.islice(code.co_positions(), instruction // 2, None)
+    line, _, column, _ = next(positions)
+    return code.co_qualname, (line or 0) - code.co_firstlineno, column or 0

@@ -1,0 +1,214 @@
+"""The finder: run a stand-in of the model once per training mode and write down its activations.
+
+A `TorchFunctionMode` sees every torch call, hooks keep the stack of modules. A module that does
+nothing but one activation (``nn.ReLU``, timm's own classes, anybody's) counts as a call of its
+caller. Nothing of the model is touched and, on fake tensors, nothing is computed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from transfer_surgery.sites.observation import Observation
+from transfer_surgery.sites.observer import Observer
+from transfer_surgery.sites.plan import OwnerCall, Plan, Site
+from transfer_surgery.sites.rewrite import generate_recipe
+from transfer_surgery.sites.stand_in import (
+    Uncopyable,
+    example_arguments,
+    fake_arguments,
+    probe_copy,
+    undisturbed,
+)
+from transfer_surgery.sites.trace import Untraceable
+from transfer_surgery.sites.zoo import adapt_sites, find_example_input
+
+
+def find_activations(
+    model: nn.Module, example_input: Any = None, *, modes: Sequence[str] = ("eval", "train")
+) -> Plan:
+    """List every activation call of a model, without touching or computing anything.
+
+    Args:
+        model: any module.
+        example_input: a tensor, a tuple of positional or a dict of keyword arguments. Only shapes,
+            dtypes and non-tensor values matter. By default the zoo's adapter supplies it.
+        modes: the training modes to examine; sites of auxiliary heads run in ``"train"`` only.
+
+    Returns:
+        The plan; print it to see a table.
+
+    Raises:
+        ValueError: there is no example input, or the model does not run on it.
+        TypeError: the model cannot be deep-copied.
+
+    Examples:
+        >>> import torch
+        >>> model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
+        >>> plan = find_activations(model, torch.zeros(1, 4))
+        >>> [(site.path, str(site.source), site.shape) for site in plan]
+        [('1', 'relu', (2, 8))]
+    """
+    arguments = example_arguments(
+        find_example_input(model) if example_input is None else example_input
+    )
+    observations, probe, notes = _observe(model, arguments, modes)
+    return _plan(model, probe, observations, notes)
+
+
+def _observe(
+    model: nn.Module, arguments: Any, modes: Sequence[str]
+) -> tuple[dict[str, Observation], nn.Module, list[str]]:
+    """Run the probe in each mode: on fake tensors, or for real where values steer the model."""
+    errors: list[Exception] = []
+    for fake, double in ((True, True), (True, False), (False, True), (False, False)):
+        mode = FakeTensorMode(allow_non_fake_inputs=True) if fake else None
+        try:
+            return _run(model, arguments, modes, mode, double)
+        except Uncopyable:
+            raise
+        except Exception as error:
+            errors.append(error)
+    raise ValueError(
+        f"{type(model).__name__} does not run on the example input "
+        f"({type(errors[-1]).__name__}: {errors[-1]}). Pass example_input=: a tensor, a tuple of "
+        "positional arguments or a dict of keyword arguments."
+    ) from errors[-1]
+
+
+def _run(
+    model: nn.Module,
+    arguments: Any,
+    modes: Sequence[str],
+    fake: FakeTensorMode | None,
+    double: bool,
+) -> tuple[dict[str, Observation], nn.Module, list[str]]:
+    observations: dict[str, Observation] = {}
+    notes = []
+    for mode in modes:
+        probe = probe_copy(model, fake).train(mode == "train")
+        args, kwargs = fake_arguments(arguments, fake, double)
+        try:
+            with undisturbed():
+                observations[mode] = Observer(probe).run(args, kwargs, fake)
+        except Exception as error:
+            if not observations:
+                raise
+            notes.append(f"{mode} mode was not examined: {type(error).__name__}: {error}")
+    return observations, probe_copy(model, fake), notes
+
+
+def _plan(
+    model: nn.Module, probe: nn.Module, observations: dict[str, Observation], notes: list[str]
+) -> Plan:
+    merged: dict[tuple[str, Any], dict[str, Any]] = {}
+    for mode, observation in observations.items():
+        for event in observation.sites():
+            fields = merged.setdefault((event.owner, event.key), event.fields() | {"modes": ()})
+            fields["modes"] += (mode,)
+            fields["calls"] = max(fields["calls"], event.calls)
+            fields["overwrites_input"] |= event.overwrites_input
+            fields["reason"] = fields["reason"] or event.reason
+    calls = _owner_calls(observations)
+    _assign_ways(model, merged)
+    sites = [
+        Site(
+            owner=owner,
+            key=key,
+            owner_type=type(model.get_submodule(owner)),
+            module_type=None if f["module"] is None else type(model.get_submodule(f["module"])),
+            **f,
+        )
+        for (owner, key), f in merged.items()
+    ]
+    sites = adapt_sites(model, sites)
+    return Plan(tuple(_check_traces(probe, sites, calls, notes)), tuple(notes), calls)
+
+
+def _owner_calls(observations: dict[str, Observation]) -> dict[str, OwnerCall]:
+    calls: dict[str, OwnerCall] = {}
+    for observation in observations.values():
+        for owner, (args, kwargs) in observation.arguments.items():
+            if owner in calls:
+                continue
+            seen = {m: o for m, o in observations.items() if owner in o.arguments}
+            calls[owner] = OwnerCall(
+                args,
+                kwargs,
+                children={mode: one.children[owner] for mode, one in seen.items()},
+                keys={mode: frozenset(one.keys[owner]) for mode, one in seen.items()},
+                modules={k: v for one in seen.values() for k, v in one.modules[owner].items()},
+            )
+    return calls
+
+
+def _assign_ways(model: nn.Module, merged: dict[tuple[str, Any], dict[str, Any]]) -> None:
+    """Decide how each site is rewritten and where its unit will live."""
+    callers: dict[str, list[tuple[str, Any]]] = {}
+    for (owner, key), f in merged.items():
+        if f["module"] is not None:
+            callers.setdefault(f["module"], []).append((owner, key))
+    for (owner, key), f in merged.items():
+        sites = callers.get(f["module"], [])
+        own = [site for site in sites if site[0] == owner]
+        if f["module"] is None:
+            f["way"], base = "fx", f["source"].name
+        elif len(sites) == 1:
+            f["way"], f["path"] = "child", f["module"]
+            continue
+        else:
+            names = _registered_names(model, owner, f["module"])
+            private = len(own) == len(names) and (len(own) == 1 or _runs_in_order(model, owner))
+            if private:
+                f["way"], f["path"] = "child", _join(owner, names[own.index((owner, key))])
+                continue
+            f["way"], base = "fx", names[0] if names else f["module"].rpartition(".")[2]
+        f["path"] = _free_name(model, owner, base, {g.get("path") for g in merged.values()})
+
+
+def _registered_names(model: nn.Module, owner: str, module: str) -> list[str]:
+    target = model.get_submodule(module)
+    return [n for n, child in model.get_submodule(owner)._modules.items() if child is target]
+
+
+def _runs_in_order(model: nn.Module, owner: str) -> bool:
+    return type(model.get_submodule(owner)).forward is nn.Sequential.forward
+
+
+def _free_name(model: nn.Module, owner: str, base: str, taken: set[str | None]) -> str:
+    module, number = model.get_submodule(owner), 0
+    # Not hasattr: a __getattr__ may answer to any name.
+    held = {*dir(type(module)), *vars(module), *module._modules}
+    held |= {*module._parameters, *module._buffers}
+    while f"{base}_{number}" in held or _join(owner, f"{base}_{number}") in taken:
+        number += 1
+    return _join(owner, f"{base}_{number}")
+
+
+def _join(owner: str, name: str) -> str:
+    return f"{owner}.{name}" if owner else name
+
+
+def _check_traces(
+    probe: nn.Module, sites: list[Site], calls: dict[str, OwnerCall], notes: list[str]
+) -> list[Site]:
+    """Try to rewrite each owner that has to be; dispatch where fx cannot trace it."""
+    dispatched = set()
+    for owner in dict.fromkeys(s.owner for s in sites if s.way == "fx" and s.reason is None):
+        try:
+            owned = [site for site in sites if site.owner == owner]
+            with undisturbed():
+                generate_recipe(probe, owner, calls[owner], owned, {s.path for s in owned})
+        except Untraceable as error:
+            dispatched.add(owner)
+            notes.append(
+                f"{owner or 'the model'}: dispatched by position, fx cannot trace it: {error}"
+            )
+    return [
+        replace(s, way="dispatch") if s.owner in dispatched and s.way == "fx" else s for s in sites
+    ]

@@ -1,0 +1,109 @@
+"""Gated units without rewriting: redirect an owner's activation calls while it runs.
+
+Used where torch.fx cannot trace an owner, or where a call differs from what was traced. Slower than
+generated code, and not for ``torch.compile(fullgraph=True)``.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
+
+from transfer_surgery.activations import Activation, Tracker, recognise
+from transfer_surgery.sites.call_location import CallKey, KeyCounter, is_checkpointed, locate
+
+
+class Entry(NamedTuple):
+    """A call site of an owner, the name of its unit, and whether it calls a module."""
+
+    key: CallKey
+    unit: str
+    is_module: bool
+
+
+def dispatched_forward(
+    base: type[nn.Module],
+    owner: nn.Module,
+    table: tuple[Entry, ...],
+    seen: frozenset[CallKey],
+    args: Any,
+    kwargs: Any,
+) -> Any:
+    """Run ``base.forward`` on the owner with its listed activation calls going to their units.
+
+    An activation call that is not among those `seen` at conversion stays what it is, with a
+    warning.
+    """
+    with _Dispatch(owner, table, seen):
+        return base.forward(owner, *args, **kwargs)
+
+
+def hidden_units(table: tuple[Entry, ...]) -> property:
+    """``_modules`` of an owner, without its units where the owner's own code may walk over them."""
+    units = {entry.unit for entry in table}
+
+    def read(self: nn.Module) -> dict[str, nn.Module | None]:
+        held: dict[str, nn.Module | None] = vars(self)["_modules"]
+        modes = _get_current_function_mode_stack()  # type: ignore[no-untyped-call]
+        if not any(isinstance(mode, _Dispatch) and mode.owner is self for mode in modes):
+            return held
+        return {name: child for name, child in held.items() if name not in units}
+
+    return property(read, lambda self, value: vars(self).update(_modules=value))
+
+
+class _Dispatch(TorchFunctionMode):
+    def __init__(
+        self, owner: nn.Module, table: tuple[Entry, ...], seen: frozenset[CallKey]
+    ) -> None:
+        super().__init__()
+        self._seen = seen
+        self.owner, self._counter, self._tracker = owner, KeyCounter(), Tracker()
+        self._units = {(entry.key, entry.is_module): entry.unit for entry in table}
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        record, match = self._tracker.call(func, args, kwargs)
+        call = match or recognise(func, args, kwargs)
+        unit = None if call is None else self._unit_here(call.activation)
+        if call is None or unit is None:
+            result = func(*args, **kwargs)
+        else:
+            if is_checkpointed(self.owner) and (self.owner.training or torch.is_grad_enabled()):
+                raise RuntimeError(
+                    f"{self.owner.get_submodule(unit).path}: its owner calls it inside "
+                    "torch.utils.checkpoint, whose recomputation would not see the gates. Call a "
+                    "child module inside checkpoint instead, or convert without this site "
+                    "(exclude=)."
+                )
+            result = self.owner.get_submodule(unit)(call.input, *call.operands)
+        self._tracker.made(record, func, args, result)
+        return result
+
+    def _unit_here(self, activation: Activation) -> str | None:
+        """The unit of the running call, if the owner itself or an activation module makes it."""
+        places = locate()
+        depth = next((i for i, (_, module) in enumerate(places) if module is self.owner), None)
+        if depth is None or depth > 1:
+            return None
+        inner = places[0][1]
+        if depth == 1 and (inner is None or any(True for _ in inner.children())):
+            return None
+        key = self._counter.key(places[depth][0])
+        if depth == 0 and key not in self._seen:
+            function, line, _ = key.location[0]
+            warnings.warn(
+                f"{type(self.owner).__name__} calls {activation} ({function}, line {line + 1} of "
+                "it) in a branch that did not run when the model was converted: it has no gates. "
+                "Revert, and convert in the state and with an example_input that take this branch.",
+                RuntimeWarning,
+                stacklevel=2,
+            )
+        return self._units.get((key, depth == 1))

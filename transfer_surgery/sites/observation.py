@@ -1,0 +1,118 @@
+"""What the finder writes down: activation calls, and the module calls that they happen in."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor, nn
+
+from transfer_surgery.activations import Activation
+from transfer_surgery.sites.call_location import CallKey, KeyCounter, Location
+from transfer_surgery.sites.plan import ActivationChild
+
+NOT_LIVE = "it does not depend on the input"
+
+
+@dataclass
+class Event:
+    """One activation call site as seen in one training mode.
+
+    `readers` are the calls that read the result, `absorbed` those of them that are part of a
+    formula; `repeats` are further calls from the same place.
+    """
+
+    owner: str
+    key: CallKey
+    source: Activation
+    kind: str
+    shape: tuple[int, ...]
+    channel_axis: int
+    inplace: bool
+    role: str
+    reason: str | None
+    order: int
+    module: str | None = None
+    overwrites_input: bool = False
+    calls: int = 0
+    input: Tensor | None = field(default=None, repr=False)
+    output: Tensor | None = field(default=None, repr=False)
+    readers: set[Any] = field(default_factory=set, repr=False)
+    absorbed: set[Any] = field(default_factory=set, repr=False)
+    repeats: list[Event] = field(default_factory=list, repr=False)
+
+    @property
+    def is_part(self) -> bool:
+        """Whether all that reads the result belongs to the formula of another activation."""
+        alone = bool(self.readers) and self.readers <= self.absorbed
+        return alone and all(event.is_part for event in self.repeats)
+
+    def fields(self) -> dict[str, Any]:
+        """The part of a `Site` that an event knows."""
+        names = ("source", "kind", "shape", "channel_axis", "inplace", "role", "reason", "module")
+        return {n: getattr(self, n) for n in (*names, "overwrites_input", "calls")}
+
+
+@dataclass
+class Observation:
+    """All sites of one run, the arguments of each owner and the children that it called."""
+
+    events: dict[tuple[str, CallKey], Event] = field(default_factory=dict)
+    arguments: dict[str, tuple[tuple[Any, ...], dict[str, Any]]] = field(default_factory=dict)
+    children: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    keys: dict[str, set[CallKey]] = field(default_factory=dict)
+    modules: dict[str, dict[str, ActivationChild]] = field(default_factory=dict)
+
+    def sites(self) -> list[Event]:
+        """The sites in the order of their first calls; owners are complete in another order."""
+        events = (event for event in self.events.values() if not event.is_part)
+        return sorted(events, key=lambda event: event.order)
+
+    def add(self, event: Event) -> None:
+        seen = self.events.setdefault((event.owner, event.key), event)
+        seen.calls += 1
+        if seen is not event:
+            seen.repeats.append(event)
+            event.input = event.output = None
+        if seen.reason == NOT_LIVE:  # the first of a loop may start from a constant
+            seen.reason = event.reason
+        seen.overwrites_input |= event.overwrites_input
+        channels = seen.shape[seen.channel_axis :][:1], event.shape[event.channel_axis :][:1]
+        if channels[0] != channels[1]:
+            seen.reason = f"its calls see {channels[0][0]} and {channels[1][0]} channels"
+
+
+@dataclass
+class Frame:
+    """One running call of a module."""
+
+    path: str
+    module: nn.Module
+    called_from: Location
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    counter: KeyCounter = field(default_factory=KeyCounter)
+    listed: KeyCounter = field(default_factory=KeyCounter)
+    events: list[Event] = field(default_factory=list)
+    children: list[nn.Module] = field(default_factory=list)
+    keys: list[CallKey] = field(default_factory=list)
+    modules: dict[str, ActivationChild] = field(default_factory=dict)
+
+    def draw_key(self, location: Location, calls: int = 1) -> CallKey:
+        """The key of an activation call of this module, the last of several at one place."""
+        self.keys.append([self.counter.key(location) for _ in range(calls)][-1])
+        return self.keys[-1]
+
+    def draw_listed_key(self, location: Location) -> CallKey:
+        """The key of a call that is listed only: not counted with those that can be converted."""
+        return CallKey(location, -1 - self.listed.key(location).number)
+
+    def is_one_activation(self, output: Any) -> bool:
+        """Whether the module did nothing but one activation of its input."""
+        events = [event for event in self.events if not event.is_part]
+        if len(events) != 1 or self.children or any(True for _ in self.module.children()):
+            return False
+        inputs = (*self.args, *self.kwargs.values())
+        stateless = not self.module._parameters and not self.module._buffers
+        (event,) = self.events = events
+        return stateless and bool(inputs) and inputs[0] is event.input and output is event.output

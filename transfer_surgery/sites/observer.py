@@ -1,0 +1,240 @@
+"""The observer: runs a stand-in of the model and sees every torch call and module call in it."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.overrides import TorchFunctionMode
+from torch.utils import _pytree as pytree
+
+from transfer_surgery.activations import (
+    Activation,
+    Call,
+    Match,
+    Record,
+    Tracker,
+    get_activation,
+    overwrites,
+    recognise,
+)
+from transfer_surgery.sites.call_location import Location, locate
+from transfer_surgery.sites.observation import NOT_LIVE, Event, Frame, Observation
+from transfer_surgery.sites.plan import ActivationChild, Leaf
+from transfer_surgery.sites.stand_in import is_packed
+from transfer_surgery.sites.tensor_facts import (
+    SQUASHING,
+    channel_axis,
+    follow,
+    is_live,
+    is_zero,
+    mark_constant,
+    mark_live,
+    role_of,
+)
+
+_FUSED = "it is inside a fused kernel, which takes no other activation"
+_LISTED = {
+    F.rrelu: ("rrelu", "its slope is random"),
+    F.glu: ("glu", "it multiplies two halves of its input"),
+    torch.lstm: ("lstm", _FUSED),
+    torch.gru: ("gru", _FUSED),
+    torch.rnn_tanh: ("rnn_tanh", _FUSED),
+    torch.rnn_relu: ("rnn_relu", _FUSED),
+    torch.lstm_cell: ("lstm_cell", _FUSED),
+    torch.gru_cell: ("gru_cell", _FUSED),
+    torch.rnn_tanh_cell: ("rnn_tanh_cell", _FUSED),
+    torch.rnn_relu_cell: ("rnn_relu_cell", _FUSED),
+}
+"""Calls that are listed with a reason and never converted."""
+_LISTED_NAMES = {name for name, _ in _LISTED.values()}
+
+
+class Observer(TorchFunctionMode):
+    """Runs a probe and records its activation calls."""
+
+    def __init__(self, probe: nn.Module) -> None:
+        super().__init__()
+        self.probe, self.observation = probe, Observation()
+        self._stack: list[Frame] = []
+        self._order = itertools.count()
+        self._tracker = Tracker()
+        self._overwritten: dict[int, tuple[Tensor, Event]] = {}
+        self._written: dict[int, Tensor] = {}
+        self._paths = {id(module): path for path, module in probe.named_modules()}
+        for module in probe.modules():
+            for tensor in pytree.tree_leaves(vars(module)):  # also those it keeps in plain lists
+                if isinstance(tensor, Tensor):
+                    mark_constant(tensor)
+            module.register_forward_pre_hook(self._enter, with_kwargs=True)
+            module.register_forward_hook(self._leave)
+
+    def run(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any], fake: FakeTensorMode | None
+    ) -> Observation:
+        with torch.no_grad(), fake or contextlib.nullcontext(), self:
+            output = self.probe(*args, **kwargs)
+        self._note_reads(output)
+        returned = {id(leaf) for leaf in pytree.tree_leaves(output)}
+        for event in self.observation.sites():
+            if id(event.output) in returned and event.source.name in SQUASHING:
+                event.role = "output"
+        return self.observation
+
+    def _enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        places = locate()
+        called_from: Location = places[1][0] if len(places) > 1 else ()
+        if self._stack:
+            self._stack[-1].children.append(module)
+        self._stack.append(Frame(self._paths[id(module)], module, called_from, args, kwargs))
+
+    def _leave(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        frame = self._stack.pop()
+        if self._stack and frame.is_one_activation(output) and self._is_untouched(frame.events[0]):
+            caller, event = self._stack[-1], frame.events[0]
+            event.owner, event.module, event.kind = caller.path, frame.path, "module"
+            if event.source.name in _LISTED_NAMES:
+                event.key = caller.draw_listed_key(frame.called_from)
+            else:
+                event.key = caller.draw_key(frame.called_from, len(frame.keys))
+                child = ActivationChild(event.source, len(frame.keys))
+                caller.modules[frame.path] = child
+            caller.events.append(event)
+            return
+        for event in frame.events:
+            self.observation.add(event)
+        if not frame.events:
+            return
+        observation = self.observation
+        observation.keys.setdefault(frame.path, set()).update(frame.keys)
+        observation.modules.setdefault(frame.path, {}).update(frame.modules)
+        if frame.path not in observation.arguments:
+            template = pytree.tree_map(_stand_in, (frame.args, frame.kwargs), is_leaf=is_packed)
+            names = {id(child): name for name, child in frame.module.named_modules()}
+            observation.arguments[frame.path] = template
+            observation.children[frame.path] = tuple(
+                names.get(id(child), "?") for child in frame.children
+            )
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        call, record, match = self._read(func, args, kwargs)
+        if call is not None and call.inplace:
+            # out of place, so that the input and the output can be told apart
+            out = call.activation(call.input, *call.operands)
+        else:
+            out = func(*args, **kwargs)
+        inputs = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+        outputs = [leaf for leaf in pytree.tree_leaves(out) if isinstance(leaf, Tensor)]
+        self._note_writes(func, inputs)
+        for x in inputs:
+            known = self._tracker.known(x)
+            if known is not None and known.event is not None and outputs:
+                known.event.readers.add(record or object())
+        for parent, inner in match.inner if match else ():
+            if inner.event is not None:
+                inner.event.absorbed.add(parent)
+        self._tracker.made(record, func, args, out)
+        event = None if call is None else self._record(func, call, match, out)
+        if record is not None:
+            record.event = event
+        if outputs:
+            self._note_reads(inputs)
+            gate = event if event is not None and event.role == "gating" else None
+            follow(getattr(func, "__name__", ""), inputs, outputs, gate)
+        if call is not None and event is not None and call.inplace:
+            self._overwritten[call.input.untyped_storage()._cdata] = (call.input, event)
+        return out
+
+    def _read(
+        self, func: Any, args: Any, kwargs: Any
+    ) -> tuple[Call | None, Record | None, Match | None]:
+        """What a torch call means: an activation, maybe, and maybe the end of a formula."""
+        if not self._stack:
+            return None, None, None
+        record, match = self._tracker.call(func, args, kwargs)
+        if match is not None:
+            if not is_live(match.input) or any(map(is_live, match.operands)):
+                # It looks like a formula, but what should be a learned tensor is not. The call
+                # counts all the same: the tracer and the dispatch do not know better.
+                self._stack[-1].draw_key(locate()[0][0])
+                return None, record, None
+            activation = match.activation
+            if any(map(is_zero, match.operands)):
+                activation = get_activation("relu", written="maximum(x, zero)")
+            return Call(activation, match.input, match.inplace, match.operands), record, match
+        if func in _LISTED:
+            call: Call | None = Call(Activation(_LISTED[func][0]), args[0] if args else None, False)
+        else:
+            call = recognise(func, args, kwargs)
+        return call if call and isinstance(call.input, Tensor) else None, record, None
+
+    def _record(self, func: Callable[..., Any], call: Call, match: Match | None, out: Any) -> Event:
+        frame, x = self._stack[-1], call.input
+        location, caller = locate()[0]
+        draw = frame.draw_listed_key if func in _LISTED else frame.draw_key
+        reason = _LISTED[func][1] if func in _LISTED else None
+        if not is_live(x):
+            reason = NOT_LIVE
+        elif not x.is_floating_point():
+            reason = f"its input is {x.dtype}"
+        elif caller is not frame.module:
+            reason = (
+                "the module that calls it is not registered in the model; keep it in an "
+                "nn.ModuleList or nn.ModuleDict"
+            )
+        elif "forward" in vars(frame.module):
+            reason = "its owner's forward is replaced on the instance"
+        kind = "method" if getattr(Tensor, func.__name__, None) is func else "function"
+        event = Event(
+            owner=frame.path,
+            key=draw(location),
+            source=call.activation,
+            kind="formula" if match else kind,
+            shape=tuple(x.shape),
+            channel_axis=channel_axis(x),
+            inplace=call.inplace,
+            role=role_of(call.activation, x),
+            reason=reason,
+            order=next(self._order),
+            input=x,
+            output=out,
+        )
+        frame.events.append(event)
+        return event
+
+    def _is_untouched(self, event: Event) -> bool:
+        """Whether the result of an activation has not been changed in place since."""
+        record = self._tracker.known(event.output)
+        return event.source.name in _LISTED_NAMES or (record is not None and record.event is event)
+
+    def _note_writes(self, func: Any, inputs: list[Tensor]) -> None:
+        """What something live is written into is live from then on, with all of its views."""
+        for x in inputs:
+            if self._written and x.untyped_storage()._cdata in self._written:
+                mark_live(x)
+        if overwrites(func) and any(map(is_live, inputs[1:])):
+            mark_live(inputs[0])
+            self._written[inputs[0].untyped_storage()._cdata] = inputs[0]
+
+    def _note_reads(self, value: Any) -> None:
+        """An input that was overwritten in place is read again: its new value matters."""
+        for leaf in pytree.tree_leaves(value):
+            if self._overwritten and isinstance(leaf, Tensor):
+                _, event = self._overwritten.get(leaf.untyped_storage()._cdata, (None, None))
+                if event is not None:
+                    event.overwrites_input = True
+
+
+def _stand_in(value: Any) -> Any:
+    if is_packed(value):
+        return Leaf.PACKED
+    return Leaf.TENSOR if isinstance(value, Tensor) else value

@@ -1,0 +1,233 @@
+"""What would be converted: one `Site` per activation call in the code, collected in a `Plan`."""
+
+from __future__ import annotations
+
+import enum
+import fnmatch
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Any, NamedTuple
+
+from torch import nn
+
+from transfer_surgery.activations import Activation, get_activation
+from transfer_surgery.sites.call_location import CallKey
+
+ROLES = ("hidden", "gating", "output", "bounding")
+"""``hidden`` feeds the next layer; ``gating`` multiplies another tensor; ``output`` is returned;
+``bounding`` keeps coordinates and the like within limits."""
+
+
+class Leaf(enum.Enum):
+    """Stands for a tensor, or a packed sequence, in the arguments of an `OwnerCall`."""
+
+    TENSOR = "tensor"
+    PACKED = "packed sequence"
+
+
+@dataclass(frozen=True)
+class OwnerCall:
+    """How an owner was called: its arguments, with `Leaf.TENSOR` in the place of each tensor."""
+
+    args: tuple[Any, ...]
+    kwargs: Mapping[str, Any]
+    children: Mapping[str, tuple[str, ...]]
+    """For each examined mode, the children that the owner called, in order."""
+    keys: Mapping[str, frozenset[CallKey]]
+    """For each examined mode, the activation calls in the owner's code, sites or not."""
+    modules: Mapping[str, ActivationChild]
+    """The activation modules that the owner called, by their paths in the model."""
+
+
+class ActivationChild(NamedTuple):
+    """A module that does nothing but one activation, and the number of known calls in it."""
+
+    activation: Activation
+    calls: int
+
+
+@dataclass(frozen=True)
+class Site:
+    """One activation call in the code of one module, its owner.
+
+    Attributes:
+        path: where its gated unit will live.
+        owner: path of the module whose ``forward`` makes the call; ``""`` is the model.
+        kind: ``"module"``, ``"function"``, ``"method"``, or ``"formula"``: several calls that
+            together are one activation.
+        source: the activation that is called.
+        role: one of `ROLES`.
+        shape: shape of its input in the example, batch first.
+        channel_axis: axis of the channels in that shape: 1 or -1, unless an adapter knows better.
+        inplace: whether the call overwrites its input.
+        overwrites_input: whether the overwritten input is read again later.
+        calls: how often it runs in one forward.
+        modes: the training modes in which it runs, of ``("eval", "train")``.
+        way: ``"child"`` (a child module is replaced), ``"fx"`` (the owner's forward is rewritten)
+            or ``"dispatch"`` (calls are redirected by position while the owner runs).
+        reason: why it cannot be converted; None where it can.
+        module: path of the activation module that is called, None for functions and methods.
+        owner_type: type of the owner.
+        module_type: type of the activation module, None for functions and methods.
+        key: its identity within the owner's code.
+    """
+
+    path: str
+    owner: str
+    kind: str
+    source: Activation
+    role: str
+    shape: tuple[int, ...]
+    channel_axis: int
+    inplace: bool
+    overwrites_input: bool
+    calls: int
+    modes: tuple[str, ...]
+    way: str
+    reason: str | None
+    module: str | None
+    owner_type: type[nn.Module]
+    module_type: type[nn.Module] | None
+    key: CallKey = field(repr=False)
+
+    def gate_shape(self, granularity: str) -> tuple[int, ...]:
+        """Shape of the gates: ``(1,)`` per layer, ``(C,)`` per channel, or the feature shape."""
+        if granularity == "layer":
+            return (1,)
+        return (self.shape[self.channel_axis],) if granularity == "channel" else self.shape[1:]
+
+    @property
+    def neurons(self) -> int:
+        """Number of elements of the feature shape."""
+        return math.prod(self.shape[1:])
+
+    def matches(self, pattern: Any) -> bool:
+        """Whether a glob on paths, a module type or a predicate selects this site."""
+        if isinstance(pattern, str):
+            return fnmatch.fnmatchcase(self.path, pattern) or fnmatch.fnmatchcase(
+                self.path, f"{pattern}.*"
+            )
+        if isinstance(pattern, type):
+            return issubclass(self.owner_type, pattern) or issubclass(
+                self.module_type or type(None), pattern
+            )
+        return bool(pattern(self))
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The sites of a model in the order in which they first run; prints as a table.
+
+    Attributes:
+        sites: all sites found, convertible or not; those that only run in training come last.
+        notes: what could not be examined, and why.
+        calls: for each owner, how it was called; needed to rewrite it.
+    """
+
+    sites: tuple[Site, ...]
+    notes: tuple[str, ...] = ()
+    calls: Mapping[str, OwnerCall] = field(default_factory=dict, repr=False)
+
+    def __iter__(self) -> Iterator[Site]:
+        return iter(self.sites)
+
+    def __len__(self) -> int:
+        return len(self.sites)
+
+    def __getitem__(self, path: str) -> Site:
+        for site in self.sites:
+            if site.path == path:
+                return site
+        raise KeyError(f"no site {path!r}; the plan has {', '.join(s.path for s in self.sites)}")
+
+    def filter(self, keep: Callable[[Site], bool]) -> Plan:
+        """A plan with the sites for which ``keep(site)`` is true."""
+        return replace(self, sites=tuple(site for site in self.sites if keep(site)))
+
+    def select(
+        self,
+        *,
+        source: str | Activation | Iterable[str | Activation] | None = None,
+        include: Any = None,
+        exclude: Any = None,
+        roles: Iterable[str] = ("hidden",),
+    ) -> Plan:
+        """The convertible sites that match; see `transfer_surgery.convert` for the arguments.
+
+        Raises:
+            ValueError: a source, pattern or role that matches nothing, or nothing is left.
+        """
+        roles = _as_tuple(roles)
+        unknown = [role for role in roles if role not in ROLES]
+        if unknown:
+            raise ValueError(f"unknown role {unknown[0]!r}; known: {', '.join(ROLES)}.")
+        plan = self.filter(lambda site: site.role in roles)
+        if source is not None:
+            sources = _as_tuple(source)
+            for one in sources:
+                self._must_match(f"source={str(one)!r}", partial(_is_source, source=one))
+            plan = plan.filter(lambda site: any(_is_source(site, s) for s in sources))
+        for name, patterns, wanted in (("include", include, True), ("exclude", exclude, False)):
+            if patterns is None:
+                continue
+            globs = _as_tuple(patterns)
+            for glob in globs:
+                self._must_match(f"{name}={glob!r}", partial(Site.matches, pattern=glob))
+            plan = plan.filter(partial(_matches_any, patterns=globs, wanted=wanted))
+        plan = plan.filter(lambda site: site.reason is None)
+        if not plan.sites:
+            raise ValueError(f"no activation left to convert.\n{self._why_nothing(roles)}")
+        return plan
+
+    def _must_match(self, what: str, matches: Callable[[Site], bool]) -> None:
+        if not any(matches(site) for site in self.sites):
+            known = ", ".join(f"{site.path} ({site.source})" for site in self.sites[:20])
+            raise ValueError(f"{what} matches none of the {len(self)} sites: {known}")
+
+    def _why_nothing(self, roles: tuple[str, ...]) -> str:
+        if not self.sites:
+            return (
+                "The forward pass called no known activation. Register yours with "
+                "@register_activation(name, calls=...)."
+            )
+        return f"Asked for roles={roles}; the sites found are:\n{self}"
+
+    def __str__(self) -> str:
+        header = ("path", "activation", "kind", "role", "shape", "axis", "calls", "way")
+        rows = [
+            (
+                site.path,
+                str(site.source),
+                f"{site.kind}{' (in place)' if site.inplace else ''}",
+                site.role,
+                "x".join(map(str, site.shape)),
+                str(site.channel_axis),
+                str(site.calls),
+                site.way if site.reason is None else f"not converted: {site.reason}",
+            )
+            for site in self.sites
+        ]
+        widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
+        lines = [
+            "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+            for row in (header, *rows)
+        ]
+        return "\n".join([*lines, *(f"note: {note}" for note in self.notes)])
+
+
+def _as_tuple(value: Any) -> tuple[Any, ...]:
+    single = isinstance(value, (str, type, Activation)) or not isinstance(value, Iterable)
+    return (value,) if single else tuple(value)
+
+
+def _is_source(site: Site, source: str | Activation) -> bool:
+    """A bare name means any parameters; ``"leaky_relu(negative_slope=0.2)"`` these ones."""
+    if isinstance(source, str) and "(" not in source:
+        return site.source.name == get_activation(source).name
+    return site.source == get_activation(source)
+
+
+def _matches_any(site: Site, patterns: tuple[Any, ...], wanted: bool) -> bool:
+    return any(site.matches(pattern) for pattern in patterns) == wanted

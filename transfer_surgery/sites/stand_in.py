@@ -1,0 +1,176 @@
+"""A stand-in of a model that can be run and traced without touching the model.
+
+The copy has the same module tree; its tensors are fake (shapes without memory), its hooks are gone,
+and whatever a forward pass changes (running statistics, caches, training flags) changes the copy.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import random
+import warnings
+from collections import OrderedDict
+from collections.abc import Iterator, Mapping
+from types import CellType, FunctionType, MethodType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn.modules import module as torch_module
+from torch.nn.utils.rnn import PackedSequence
+from torch.utils import _pytree as pytree
+
+_HOOKS = {name for name, value in vars(nn.Module()).items() if isinstance(value, OrderedDict)}
+_GLOBAL_HOOKS = ("_global_forward_hooks", "_global_forward_pre_hooks")
+
+
+class Uncopyable(TypeError):  # noqa: N818 - a quality of the model
+    """A model that cannot be deep-copied."""
+
+
+def probe_copy(model: nn.Module, fake: FakeTensorMode | None) -> nn.Module:
+    """Copy a model's modules; with ``fake``, without copying its tensors.
+
+    Raises:
+        Uncopyable: the model cannot be deep-copied.
+    """
+    memo: dict[int, Any] = {}
+    for module in model.modules():
+        for name in _HOOKS & vars(module).keys():
+            memo[id(vars(module)[name])] = OrderedDict()
+        held = (*module._parameters.values(), *module._buffers.values(), *vars(module).values())
+        for tensor in held:
+            if isinstance(tensor, Tensor) and fake is not None:
+                memo[id(tensor)] = fake.from_tensor(tensor)
+            elif isinstance(tensor, Tensor) and not tensor.is_leaf:  # as old weight_norm keeps
+                memo[id(tensor)] = tensor.detach().clone()
+    try:
+        probe = copy.deepcopy(model, memo)
+    except Exception as error:
+        raise Uncopyable(
+            f"{type(model).__name__} cannot be deep-copied ({error}), so it cannot be examined "
+            "without being changed. Make it deep-copyable, then convert it."
+        ) from error
+    for module in model.modules():
+        if id(module) in memo:
+            _copy_closures(vars(memo[id(module)]), memo)
+    _separate_names(probe)
+    for module in probe.modules():
+        for name in _HOOKS:  # of modules with a __deepcopy__ of their own
+            object.__setattr__(module, name, OrderedDict())
+    return probe
+
+
+def _copy_closures(attributes: dict[str, Any], memo: dict[int, Any]) -> None:
+    """Let functions kept on a module, such as a patched ``forward``, refer to the copies.
+
+    ``deepcopy`` takes functions as they are: the original modules would run.
+    """
+    for name, value in attributes.items():
+        if isinstance(value, FunctionType):
+            attributes[name] = _refer_to_copies(value, memo)
+
+
+def _refer_to_copies(value: Any, memo: dict[int, Any]) -> Any:
+    if id(value) in memo:
+        return memo[id(value)]
+    if isinstance(value, MethodType) and id(value.__self__) in memo:
+        return MethodType(value.__func__, memo[id(value.__self__)])
+    if not isinstance(value, FunctionType) or not value.__closure__:
+        return value
+    cells = tuple(CellType() for _ in value.__closure__)
+    function = FunctionType(
+        value.__code__, value.__globals__, value.__name__, value.__defaults__, cells
+    )
+    function.__kwdefaults__ = value.__kwdefaults__
+    function.__dict__.update(vars(value))
+    memo[id(value)] = function  # before its cells, which may hold the function itself
+    for cell, original in zip(cells, value.__closure__, strict=True):
+        with contextlib.suppress(ValueError):  # a cell may be empty
+            cell.cell_contents = _refer_to_copies(original.cell_contents, memo)
+    return function
+
+
+def _separate_names(probe: nn.Module) -> None:
+    """Give each name of a shared module without state a copy: calls then tell under which name."""
+    seen: set[nn.Module] = set()
+    for holder in list(probe.modules()):
+        for name, child in holder._modules.items():
+            if child in seen and not (child._modules or child._parameters or child._buffers):
+                holder._modules[name] = copy.copy(child)
+            elif child is not None:
+                seen.add(child)
+
+
+def example_arguments(example_input: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Read an example input: a tensor, a tuple of arguments or a dict of keyword arguments.
+
+    Anything else, such as a list, a named tuple or a packed sequence, is the only argument.
+
+    Raises:
+        ValueError: there is a nested tensor in it.
+    """
+    leaves = pytree.tree_leaves(example_input)
+    if any(isinstance(leaf, Tensor) and leaf.is_nested for leaf in leaves):
+        raise ValueError(
+            "example_input holds a nested tensor, whose shape gates cannot be made for. Pass a "
+            "padded one; gated activations do not work on nested tensors either."
+        )
+    if isinstance(example_input, Mapping):
+        return (), dict(example_input)
+    if type(example_input) is tuple:
+        return example_input, {}
+    return (example_input,), {}
+
+
+def fake_arguments(arguments: Any, fake: FakeTensorMode | None, double: bool) -> Any:
+    """Arguments for a probe: fake tensors, or clones; with `double`, a single example as two.
+
+    Batch normalisation refuses to train on one value per channel, hence two. An axis of length 1 is
+    one of examples where every tensor starts with one; that of a packed sequence never is.
+    """
+    leaves = pytree.tree_leaves(arguments, is_leaf=is_packed)
+    tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor) and leaf.dim() > 1]
+    single = double and all(tensor.shape[0] == 1 for tensor in tensors)
+
+    def copy_leaf(leaf: Any) -> Any:
+        if is_packed(leaf):
+            return pytree.tree_map_only(Tensor, copy_tensor, leaf)
+        if not isinstance(leaf, Tensor):
+            return leaf
+        if single and leaf.dim() > 1:
+            leaf = leaf.expand(2, *leaf.shape[1:])
+        return copy_tensor(leaf)
+
+    def copy_tensor(tensor: Tensor) -> Tensor:
+        tensor = tensor.detach()
+        return tensor.clone() if fake is None else fake.from_tensor(tensor)
+
+    return pytree.tree_map(copy_leaf, arguments, is_leaf=is_packed)
+
+
+def is_packed(value: Any) -> bool:
+    """Whether a value is a packed sequence: a tuple that checks what it holds, hence no tree."""
+    return isinstance(value, PackedSequence)
+
+
+@contextlib.contextmanager
+def undisturbed() -> Iterator[None]:
+    """Examine in silence: random streams stay, global hooks and warnings wait for real runs."""
+    state = random.getstate()
+    hooks = {name: getattr(torch_module, name).copy() for name in _GLOBAL_HOOKS}
+    try:
+        for name in hooks:
+            getattr(torch_module, name).clear()
+        with (
+            torch.random.fork_rng(devices=range(torch.cuda.device_count())),
+            warnings.catch_warnings(),
+        ):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        for name, held in hooks.items():
+            getattr(torch_module, name).update(held)
+        random.setstate(state)

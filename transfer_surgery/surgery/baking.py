@@ -1,0 +1,138 @@
+"""bake: freeze the eval gates into plain modules, without gates and ready to export."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from transfer_surgery._running import to_device_of
+from transfer_surgery._sharding import refuse_sharded
+from transfer_surgery.activations import Activation, ActivationModule
+from transfer_surgery.surgery.folding import fold_targets
+from transfer_surgery.surgery.insertion import share_hooks, swap_children
+from transfer_surgery.units import (
+    AffineActivation,
+    AffineParameters,
+    GatedActivation,
+    gated,
+    gated_activations,
+    recompute_activations,
+    spread,
+)
+
+
+class MixedActivation(nn.Module):
+    """Source where the fixed mask ``z`` is 1, target where it is 0, Eq. 1 between.
+
+    Args:
+        source: activation where ``z`` is 1.
+        target: activation where ``z`` is 0.
+        z: gates in [0, 1], float32, of the shape that the granularity asks for.
+        granularity: ``"layer"``, ``"channel"`` or ``"neuron"``.
+        channel_axis: axis of the channels in the input.
+        parameters: of a target ``a * target(w*x + c) + b``; None: as it is.
+    """
+
+    z: Tensor
+
+    def __init__(
+        self,
+        source: Activation,
+        target: Activation,
+        z: Tensor,
+        granularity: str,
+        channel_axis: int,
+        parameters: AffineParameters | None = None,
+    ) -> None:
+        super().__init__()
+        self.source, self.target = source, target
+        self.granularity, self.channel_axis = granularity, channel_axis
+        self.register_buffer("z", z)
+        self.affine = parameters
+
+    def forward(self, x: Tensor, *operands: Tensor) -> Tensor:
+        z = spread(self.z, x, self.granularity, self.channel_axis)
+        parameters = None if self.affine is None else self.affine.of(x)
+        return gated(x, z, self.source, self.target, operands=operands, parameters=parameters)
+
+    def extra_repr(self) -> str:
+        return f"{self.source} -> {self.target}, {float(self.z.mean()):.0%} {self.source}"
+
+
+class _Overwriting(nn.Module):
+    """Writes an activation's result back to its input, as the original in-place call did."""
+
+    def __init__(self, activation: nn.Module) -> None:
+        super().__init__()
+        self.activation = activation
+
+    def forward(self, x: Tensor, *operands: Tensor) -> Tensor:
+        return x.copy_(self.activation(x.clone(), *operands))
+
+
+@torch.no_grad()
+def bake(model: nn.Module, harden: bool = False, fold: Any = None) -> nn.Module:
+    """Replace every gated unit by what it computes in eval mode, in place.
+
+    A site whose gates are all 1 gets its original activation back, one whose gates are all 0
+    becomes the target activation (with its parameters, where it was matched), any other a
+    `MixedActivation`. Outputs equal the eval outputs of
+    the gated model: bit for bit where all gates are 0 or 1, to rounding otherwise. The baked
+    model computes the same in training mode: nothing is sampled any more.
+
+    Args:
+        model: a converted model.
+        harden: round gates between 0 and 1 first (0.5 becomes 0); this changes the outputs.
+        fold: an example input; the numbers of matched targets then go into the layers around them
+            where that is exact, see `fold_targets`, which reports it.
+
+    Returns:
+        The same model object.
+
+    Raises:
+        ValueError: the model is not converted, or `fold` is no batch; it is then unchanged.
+        RuntimeError: folding would change outputs; the model is then baked, but not folded.
+        TypeError: the model is sharded by FSDP2; the message says what to do.
+
+    Examples:
+        >>> from transfer_surgery import convert
+        >>> model = convert(nn.Sequential(nn.ReLU()), example_input=torch.zeros(1, 4))
+        >>> _ = model[0].log_alpha.data.fill_(-8.0)
+        >>> bake(model)
+        Sequential(
+          (0): ActivationModule(sin)
+        )
+    """
+    refuse_sharded(model)
+    fold = None if fold is None else to_device_of(model, fold)
+    baked: dict[nn.Module, nn.Module] = {
+        unit: _bake_unit(unit, harden) for _, unit in gated_activations(model)
+    }
+    for unit, module in baked.items():
+        module.train(unit.training)
+        share_hooks(unit, module)
+    swap_children(model, baked)
+    recompute_activations(model, enabled=False)
+    if fold is not None:
+        fold_targets(model, fold)
+    return model
+
+
+def _bake_unit(unit: GatedActivation, harden: bool) -> nn.Module:
+    z = unit.gate.predict().detach()
+    if harden:
+        z = (z > 0.5).to(z.dtype)
+    if bool((z == 1).all()):
+        if unit.replaced:
+            return unit.replaced[0]
+        plain: nn.Module = ActivationModule(unit.source)
+    elif bool((z == 0).all()):
+        fitted = unit.affine
+        plain = AffineActivation(unit.target, fitted) if fitted else ActivationModule(unit.target)
+    else:
+        plain = MixedActivation(
+            *(unit.source, unit.target, z.clone(), unit.granularity, unit.channel_axis, unit.affine)
+        )
+    return _Overwriting(plain) if unit.overwrites_input else plain

@@ -1,0 +1,207 @@
+"""convert and revert: put gated units into a trained network, and take them out again."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from transfer_surgery._sharding import refuse_sharded
+from transfer_surgery.activations import Activation, get_activation
+from transfer_surgery.matching import match_targets
+from transfer_surgery.sites import (
+    Plan,
+    Site,
+    find_activations,
+    prepare_rewrites,
+    stages_of,
+    undisturbed,
+)
+from transfer_surgery.surgery.encoder_fast_path import reopen_fused_paths
+from transfer_surgery.surgery.insertion import (
+    insert_units,
+    restore_owner,
+    share_hooks,
+    swap_children,
+)
+from transfer_surgery.surgery.refuse import refuse_unfit
+from transfer_surgery.units import (
+    GRANULARITIES,
+    GatedActivation,
+    gated_activations,
+    make_gate,
+    recompute_activations,
+)
+
+
+def convert(
+    model: nn.Module,
+    target: str | Activation = "sin",
+    *,
+    source: str | Activation | Iterable[str | Activation] | None = None,
+    granularity: str | Mapping[str, str] = "channel",
+    include: Any = None,
+    exclude: Any = None,
+    roles: Iterable[str] = ("hidden",),
+    example_input: Any = None,
+    gate: str = "hard_concrete",
+    init: str = "log_alpha",
+    noise: str = "batch",
+    spread: float = 1.0,
+    temperature: float = 2 / 3,
+    stretch: tuple[float, float] = (-0.1, 1.1),
+    seed: int | None = None,
+    plan: Plan | None = None,
+    match: Iterable[Any] | None = None,
+    recompute: bool = False,
+) -> nn.Module:
+    """Replace the activations of a model by gated units (Eq. 1), in place and all or nothing.
+
+    With ``init="log_alpha"`` the outputs in eval mode stay the same bit for bit. Class, attributes,
+    methods, hooks, training flags and the entries of ``state_dict()`` stay; gates are added.
+
+    Args:
+        model: any module; zoo models need no ``example_input``.
+        target: activation to transfer to, such as ``"sin"`` or ``"snake(a=0.5)"``.
+        source: convert these activations only, by name; None: whatever the model has.
+        granularity: one gate per ``"layer"``, ``"channel"`` or ``"neuron"``, or a mapping from
+            globs on site paths to these; the first glob that matches counts.
+        include: convert only matching sites: a glob on paths (``"layer1"`` includes all below
+            it), a module type (of the owner or the activation), a predicate on `Site`, or several.
+        exclude: leave matching sites alone; the same forms.
+        roles: roles to convert; see `transfer_surgery.sites.plan.ROLES`.
+        example_input: a tensor, a tuple of arguments or a dict of keyword arguments.
+        gate: ``"hard_concrete"``, or the paper's baselines ``"bernoulli"``, ``"line"``, ``"copy"``.
+        init: ``"log_alpha"``: ``log_alpha ~ N(8, 1)``; ``"alpha"``: ``alpha ~ N(8, 1)``, which
+            changes outputs and is meant for training from scratch.
+        noise: one draw per gate and forward (``"batch"``), per gate and example (``"example"``), or
+            none: then training uses the gates of prediction. The noise of half-open gates hurts
+            deep pretrained networks in the middle of the transfer.
+        spread: standard deviation of the initial ``log_alpha``. The wider, the fewer gates are
+            half-open at the same time under a `TransferSchedule`; its mean is then ``8 * spread``.
+        temperature: beta of Eq. 10.
+        stretch: (xi, zeta) of Eq. 12.
+        seed: seed of the initial ``log_alpha``; None: torch's current seed. The global random state
+            is not advanced.
+        plan: a plan from `find_activations`, possibly filtered; it is not searched for again.
+        match: batches without labels: the targets are fitted to the sources, as `match_targets`
+            does, which returns how well it went.
+        recompute: keep peak memory at that of the original network, see `recompute_activations`.
+
+    Returns:
+        The same model object.
+
+    Raises:
+        ValueError: nothing to convert, an unknown name, a pattern that matches nothing, a model
+            that is already converted. The model is then unchanged.
+        TypeError: a model that cannot be examined.
+
+    Source: Eq. 1 and section 3.4 of the paper.
+
+    Examples:
+        >>> model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
+        >>> x = torch.randn(3, 4)
+        >>> before = model.eval()(x)
+        >>> torch.equal(convert(model, target="sin", example_input=x)(x), before)
+        True
+    """
+    refuse_unfit(model)
+    target = get_activation(target)
+    whole = plan if plan is not None else find_activations(model, example_input)
+    chosen = whole.select(source=source, include=include, exclude=exclude, roles=roles)
+    chosen = chosen.filter(lambda site: site.source != target)
+    if not chosen.sites:
+        raise ValueError(f"every activation selected is {target} already; choose another target.")
+    granularities = _granularities(chosen, granularity)
+    stages = stages_of(model, [site.path for site in chosen])
+    generator = torch.Generator().manual_seed(torch.initial_seed() if seed is None else seed)
+    options: dict[str, Any] = {"init": init, "noise": noise, "spread": spread}
+    options |= {"temperature": temperature, "stretch": stretch}
+    units = {
+        site.path: GatedActivation(
+            site.source,
+            target,
+            make_gate(gate, site.gate_shape(g), generator=generator, **options),
+            granularity=g,
+            channel_axis=site.channel_axis,
+            neurons=site.neurons,
+            path=site.path,
+            overwrites_input=site.overwrites_input,
+            inplace=site.inplace,
+            depth=depth,
+            stage=stages[site.path],
+        )
+        for depth, (site, g) in enumerate(zip(chosen, granularities, strict=True))
+    }
+    with undisturbed():
+        recipes = prepare_rewrites(model, whole, {site.path for site in chosen})
+    insert_units(model, whole, units, recipes)
+    if match is not None:
+        try:
+            match_targets(model, match)
+        except BaseException:
+            revert(model)
+            raise
+    return recompute_activations(model) if recompute else model
+
+
+def revert(model: nn.Module) -> nn.Module:
+    """Undo `convert`: the original modules, classes and ``state_dict`` keys are back, gates gone.
+
+    Returns:
+        The same model object.
+
+    Raises:
+        ValueError: the model is not converted.
+        TypeError: it is sharded by FSDP2; the message says what to do.
+
+    Examples:
+        >>> model = nn.Sequential(nn.Linear(4, 8), nn.ReLU())
+        >>> revert(convert(model, example_input=torch.zeros(1, 4)))
+        Sequential(
+          (0): Linear(in_features=4, out_features=8, bias=True)
+          (1): ReLU()
+        )
+    """
+    refuse_sharded(model)
+    originals: dict[nn.Module, nn.Module] = {
+        unit: unit.replaced[0] for _, unit in gated_activations(model) if unit.replaced
+    }
+    for unit, original in originals.items():
+        original.train(unit.training)
+        share_hooks(unit, original)
+    swap_children(model, originals)
+    for module in list(model.modules()):
+        restore_owner(module)
+    reopen_fused_paths(model)
+    return recompute_activations(model, enabled=False)
+
+
+def _granularities(plan: Plan, granularity: str | Mapping[str, str]) -> list[str]:
+    """The granularity of each site.
+
+    Raises:
+        ValueError: an unknown name, a glob that matches nothing, a site that no glob matches.
+    """
+    table = {"*": granularity} if isinstance(granularity, str) else dict(granularity)
+    for glob, name in table.items():
+        if name not in GRANULARITIES:
+            raise ValueError(f"unknown granularity {name!r}; known: {', '.join(GRANULARITIES)}.")
+        if not any(site.matches(glob) for site in plan):
+            raise ValueError(f"granularity pattern {glob!r} matches none of the sites:\n{plan}")
+    return [_first_match(site, table) for site in plan]
+
+
+def _first_match(site: Site, table: Mapping[str, str]) -> str:
+    for glob, name in table.items():
+        if site.matches(glob):
+            if len(site.shape) < 2 and name != "layer":
+                raise ValueError(
+                    f"{site.path}: its input {site.shape} has no {name} axis; use 'layer' there."
+                )
+            return name
+    raise ValueError(
+        f"{site.path}: no granularity pattern matches it; add '*': 'channel' as the last one."
+    )

@@ -1,0 +1,140 @@
+"""The cuts themselves: putting units in and taking them out."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.utils.parametrize import type_before_parametrizations
+
+from transfer_surgery.sites import Plan, Recipe, rewritten_class
+from transfer_surgery.surgery.encoder_fast_path import close_fused_paths
+from transfer_surgery.units import GatedActivation
+
+_MODULE_STATE = frozenset(vars(nn.Module()))
+_HOOKS = (
+    *("_forward_hooks", "_forward_hooks_with_kwargs", "_forward_hooks_always_called"),
+    *("_forward_pre_hooks", "_forward_pre_hooks_with_kwargs"),
+    *("_backward_hooks", "_backward_pre_hooks", "_is_full_backward_hook"),
+)
+
+
+def insert_units(
+    model: nn.Module,
+    plan: Plan,
+    units: Mapping[str, GatedActivation],
+    recipes: Mapping[str, Recipe],
+) -> None:
+    """Put units in their places and give rewritten owners their class.
+
+    All that can fail comes first; then only names and classes are assigned, past any
+    ``__setattr__`` of the modules.
+
+    Args:
+        model: the model.
+        plan: all of its sites.
+        units: the units to put in, by site path.
+        recipes: the generated code, by owner path.
+    """
+    owners = {path: model.get_submodule(path) for path in recipes}
+    classes = {path: _rewritten_type(owners[path], recipe) for path, recipe in recipes.items()}
+    default = next(model.parameters(), torch.zeros(())).device
+    callers = _callers(model, plan)
+    places = []
+    for site in plan:
+        if site.path not in units:
+            continue
+        holder_path, _, name = site.path.rpartition(".")
+        holder, unit = model.get_submodule(holder_path), units[site.path]
+        unit.to(_device(model.get_submodule(site.owner), default)).train(holder.training)
+        original = holder._modules[name] if site.way == "child" else None
+        if original is not None:
+            unit.replaced = (original,)
+            unit.train(original.training)
+            share_hooks(original, unit)
+        places.append((holder, name, unit, original))
+    # A module with one caller is that site under each of its names.
+    everywhere = {old: unit for _, _, unit, old in places if old is not None and callers[old] == 1}
+    for holder, name, unit, _ in places:
+        holder._modules[name] = unit
+    swap_children(model, everywhere)
+    close_fused_paths(model, [model.get_submodule(s.owner) for s in plan if s.path in units])
+    for path, owner in owners.items():
+        object.__setattr__(owner, "__class__", classes[path])
+
+
+def _callers(model: nn.Module, plan: Plan) -> Counter[nn.Module]:
+    """At how many places each activation module is called, also where a filtered plan is silent."""
+    sites = Counter(model.get_submodule(s.module) for s in plan if s.module is not None)
+    owners: Counter[nn.Module] = Counter()
+    for call in plan.calls.values():
+        owners.update({model.get_submodule(path) for path in call.modules})
+    return sites | owners
+
+
+def swap_children(model: nn.Module, swaps: Mapping[nn.Module, nn.Module]) -> None:
+    """Put each new module wherever the old one is: registered, or in an attribute of a module."""
+    seen: set[int] = set()
+    for module in list(model.modules()):
+        if isinstance(module, GatedActivation):
+            continue  # it keeps the module that it stands in for
+        for name, child in module._modules.items():
+            if child is not None and child in swaps:
+                module._modules[name] = swaps[child]
+        for name in vars(module).keys() - _MODULE_STATE:
+            vars(module)[name] = _swap_inside(vars(module)[name], swaps, seen)
+
+
+def _swap_inside(value: Any, swaps: Mapping[nn.Module, nn.Module], seen: set[int]) -> Any:
+    """Swap modules in plain lists, tuples and dicts; lists and dicts stay the same objects."""
+    if isinstance(value, nn.Module):
+        return swaps.get(value, value)
+    if type(value) not in (list, tuple, dict) or id(value) in seen:
+        return value
+    seen.add(id(value))  # containers may contain themselves
+    if isinstance(value, list):
+        value[:] = [_swap_inside(item, swaps, seen) for item in value]
+    elif isinstance(value, dict):
+        value.update({key: _swap_inside(item, swaps, seen) for key, item in value.items()})
+    else:
+        items = tuple(_swap_inside(item, swaps, seen) for item in value)
+        return value if all(a is b for a, b in zip(items, value, strict=True)) else items
+    return value
+
+
+def share_hooks(old: nn.Module, new: nn.Module) -> None:
+    """Let ``new`` run the hooks of ``old``; the same tables, so that handles still remove them."""
+    for name in _HOOKS:
+        object.__setattr__(new, name, getattr(old, name))
+
+
+def restore_owner(owner: nn.Module) -> None:
+    """Give a rewritten owner its class back and drop its units; other modules are left alone."""
+    for cls in type(owner).__mro__:
+        recipe = vars(cls).get("_transfer_surgery_recipe")
+        if recipe is not None:
+            for entry in recipe.table:
+                owner._modules.pop(entry.unit, None)
+            restored = _with_ancestor(type(owner), cls, cls.__bases__[0])
+            object.__setattr__(owner, "__class__", restored)
+
+
+def _rewritten_type(owner: nn.Module, recipe: Recipe) -> type[nn.Module]:
+    """The class of a rewritten owner: `parametrize` expects its own class to stay on top."""
+    base = type_before_parametrizations(owner)
+    return _with_ancestor(type(owner), base, rewritten_class(base, recipe))
+
+
+def _with_ancestor(cls: type[Any], old: type[Any], new: type[Any]) -> type[Any]:
+    """A class like ``cls``, made at run time over ``old``, over ``new`` instead."""
+    if cls is old:
+        return new
+    members = {k: v for k, v in vars(cls).items() if k not in ("__dict__", "__weakref__")}
+    return type(cls.__name__, (_with_ancestor(cls.__bases__[0], old, new),), members)
+
+
+def _device(owner: nn.Module, default: torch.device) -> torch.device:
+    return next(owner.parameters(), torch.empty(0, device=default)).device

@@ -1,0 +1,64 @@
+"""Models unfit for surgery, refused with the fix before anything is changed."""
+
+from __future__ import annotations
+
+import itertools
+
+from torch import nn
+from torch.nn.parameter import is_lazy
+
+from transfer_surgery.units import GatedActivation
+
+# By name: importing torch.distributed.fsdp to compare classes would take longer than `convert`.
+_WRAPPERS = {
+    "ScriptModule": "convert the model before torch.jit.script or torch.jit.trace",
+    "OptimizedModule": "convert the model before torch.compile",
+    "DistributedDataParallel": "convert the model before wrapping it in DistributedDataParallel",
+    "DataParallel": "convert the model before wrapping it in DataParallel",
+    "FullyShardedDataParallel": "convert the model before wrapping it in FSDP",
+    "FSDPModule": "convert the model before fully_shard",
+}
+
+
+def refuse_unfit(model: nn.Module) -> None:
+    """Raise where surgery would do harm, or would have no effect.
+
+    Raises:
+        TypeError: no eager module: scripted, compiled, traced or wrapped for distribution.
+        ValueError: converted before, or with parameters that have no values yet.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"convert takes a torch.nn.Module, not {type(model).__name__}.")
+    for path, module in model.named_modules():
+        where = path or "the model"
+        for cls in type(module).__mro__:
+            if cls.__name__ in _WRAPPERS and cls.__module__.startswith("torch."):
+                raise TypeError(f"{where} is a {type(module).__name__}: {_WRAPPERS[cls.__name__]}.")
+        if module._compiled_call_impl is not None:
+            raise TypeError(
+                f"{where} is compiled in place: convert the model before calling compile() on it."
+            )
+        if isinstance(module, GatedActivation):
+            raise ValueError(
+                f"{where} is gated already: the model was converted before. Call revert(model) "
+                "first, or convert once with all sites."
+            )
+        _refuse_without_values(where, module)
+
+
+def _refuse_without_values(where: str, module: nn.Module) -> None:
+    """Gates made now would be wiped out when the parameters get their values."""
+    own = itertools.chain(
+        module.named_parameters(recurse=False), module.named_buffers(recurse=False)
+    )
+    for name, tensor in own:
+        if is_lazy(tensor):
+            raise ValueError(
+                f"{where}: {name} has no shape yet. Run the model once on real input (that "
+                "initialises lazy modules), then convert it."
+            )
+        if tensor.is_meta:
+            raise ValueError(
+                f"{where}: {name} is on the meta device and has no values. Materialise the model "
+                "first (to_empty, then load its weights), then convert it."
+            )

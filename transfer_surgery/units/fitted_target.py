@@ -1,0 +1,84 @@
+"""The learned numbers of a target ``a * f(w*x + c) + b``, and what such a site is baked to."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from transfer_surgery._float32 import Float32Module
+from transfer_surgery._sharding import whole
+from transfer_surgery.activations import Activation
+from transfer_surgery.units.granularity import spread
+from transfer_surgery.units.kernels.affine import Affine, affine
+
+
+class AffineParameters(Float32Module):
+    """Amplitude ``a``, frequency ``w``, phase ``c`` and offset ``b`` of a target, one per gate.
+
+    Args:
+        shape: of each: ``(1,)`` per layer, ``(C,)`` per channel, the feature shape per neuron.
+        granularity: which of these.
+        channel_axis: axis of the channels in the input; used with ``"channel"`` only.
+
+    They start at 1, 1, 0 and 0, the target as it is. One that `fold_targets` moved into a
+    neighbouring layer is None.
+
+    Examples:
+        >>> parameters = AffineParameters((3,), "channel", 1)
+        >>> [tuple(p.shape) for p in parameters.of(torch.zeros(2, 3, 4, 4))]
+        [(1, 3, 1, 1), (1, 3, 1, 1), (1, 3, 1, 1), (1, 3, 1, 1)]
+    """
+
+    a: nn.Parameter | None
+    w: nn.Parameter | None
+    c: nn.Parameter | None
+    b: nn.Parameter | None
+
+    def __init__(self, shape: Sequence[int], granularity: str, channel_axis: int) -> None:
+        super().__init__()
+        self.granularity, self.channel_axis = granularity, channel_axis
+        for name, start in (("a", 1.0), ("w", 1.0), ("c", 0.0), ("b", 0.0)):
+            value = torch.full(tuple(shape), start, dtype=torch.float32)
+            self.register_parameter(name, nn.Parameter(value))
+
+    def whole(self) -> Affine:
+        """``(a, w, c, b)`` in float32, gathered where FSDP2 shards them; None: folded away."""
+        a, w, c, b = (
+            None if p is None else whole(p).float() for p in (self.a, self.w, self.c, self.b)
+        )
+        return a, w, c, b
+
+    def of(self, x: Tensor) -> Affine:
+        """The same as they broadcast to an input."""
+        a, w, c, b = (
+            None if p is None else spread(p, x, self.granularity, self.channel_axis)
+            for p in self.whole()
+        )
+        return a, w, c, b
+
+    def extra_repr(self) -> str:
+        scale, offset = "" if self.a is None else "a * ", "" if self.b is None else " + b"
+        inner = ("x" if self.w is None else "w*x") + ("" if self.c is None else " + c")
+        shapes = {tuple(p.shape) for p in self.parameters()}
+        return f"{scale}f({inner}){offset}, shape={', '.join(map(str, shapes))}"
+
+
+class AffineActivation(nn.Module):
+    """``a * f(w*x + c) + b`` as a plain module; its parameters can be trained further.
+
+    Args:
+        activation: ``f``.
+        parameters: the others.
+    """
+
+    def __init__(self, activation: Activation, parameters: AffineParameters) -> None:
+        super().__init__()
+        self.activation, self.affine = activation, parameters
+
+    def forward(self, x: Tensor, *operands: Tensor) -> Tensor:
+        return affine(x, self.activation, self.affine.of(x))
+
+    def extra_repr(self) -> str:
+        return str(self.activation)

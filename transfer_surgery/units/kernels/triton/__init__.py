@@ -1,0 +1,1 @@
+"""The gated unit as one Triton kernel each way, for a GPU."""
