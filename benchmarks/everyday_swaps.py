@@ -4,7 +4,8 @@
     python benchmarks/everyday_swaps.py table
 
 `run` trains a small network on MNIST, swaps its activations in several ways, fine-tunes each, and
-writes a JSON file; `table` puts the tables into docs/everyday.md. $TRANSFER_SURGERY_DATA has MNIST.
+writes a JSON file to benchmarks/results/everyday. `table` puts the tables into docs/everyday.md.
+The folder named by TRANSFER_SURGERY_DATA must have MNIST.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ import timm
 import torch
 import torch.nn.functional as F
 import typer
-from everyday_table import PAGE, STARTS, Result, Row, fill, read_results
+from everyday_table import PAGE, RESULTS, STARTS, Result, Row, fill, read_results
 from rich.console import Console
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import OneCycleLR
@@ -41,7 +42,6 @@ from transfer_surgery.cli.finetuning.training import Machine, predict
 from transfer_surgery.reproduce.images import load_mnist
 
 BATCH = 128
-RESULTS = PAGE.with_suffix("")
 TRAIN_LR, TUNE_LR = 4e-3, 2e-4
 console = Console()
 app = typer.Typer(help=__doc__.split("\n")[0], add_completion=False)
@@ -125,10 +125,11 @@ def run(
 
 @app.command()
 def table(
-    page: Annotated[Path, typer.Option(help="Markdown with a folder beside it.")] = PAGE,
+    page: Annotated[Path, typer.Option(help="Markdown page whose tables are made anew.")] = PAGE,
+    folder: Folder = RESULTS,
 ) -> None:
-    """The tables of docs/everyday.md, from the results."""
-    page.write_text(fill(page.read_text(), read_results(page.with_suffix(""))))
+    """Make the tables of docs/everyday.md from the results."""
+    page.write_text(fill(page.read_text(), read_results(folder)))
 
 
 def mnist(machine: Machine, limit: int | None) -> tuple[MemoryLoader, MemoryLoader]:

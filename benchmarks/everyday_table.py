@@ -9,9 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean, stdev
 
-__all__ = ["PAGE", "STARTS", "Result", "Row", "fill", "read_results"]
-
 PAGE = Path(__file__).parents[1] / "docs" / "everyday.md"
+RESULTS = Path(__file__).with_name("results") / "everyday"
 STARTS = ("original", "plain", "matched", "refitted")
 _BLOCK = re.compile(r"(<!-- begin ([\w-]+) -->\n).*?(<!-- end \2 -->)", re.DOTALL)
 _HEAD = (

@@ -31,8 +31,8 @@ speed() { # NAME SECONDS MODEL OPTIONS...
     --table "$folder/gpu-$name.md" "$@"
 }
 
-part tests 90 "$python" -m pytest -q -n 0 tests/test_triton.py tests/test_triton_op.py \
-  tests/test_kernel_choice.py tests/test_no_sync.py
+part tests 90 "$python" -m pytest -q -n 0 tests/units/test_triton.py tests/units/test_triton_op.py \
+  tests/units/test_kernel_choice.py tests/transfer/test_no_sync.py
 part kernel 60 "$python" benchmarks/kernel.py --table "$folder/gpu-kernel.md"
 part overhead 40 "$python" benchmarks/overhead.py --amp --batch-size 128 --table "$folder/gpu-overhead.md"
 speed resnet50 120 resnet50 --batch-size 128 --compile

@@ -7,9 +7,10 @@
     python benchmarks/pretrained.py swaps --epochs 1 | xargs -P2 -I{} sh -c '{}'
 
 `run` is one recipe and one seed, and writes a JSON file; `grid` prints the commands of those that
-have no file yet, `swaps` those of other targets than sinusoids; `table` writes docs/pretrained.md,
-or docs/swaps.md with `--folder docs/swaps`, from the files. $TRANSFER_SURGERY_DATA has CIFAR-10 and
-the trained ResNets.
+have no file yet, `swaps` those of other targets than sinusoids. The files are in
+benchmarks/results/pretrained and benchmarks/results/swaps. `table` writes docs/pretrained.md from
+them, `table --page docs/swaps.md` the other page. The folder named by TRANSFER_SURGERY_DATA must
+have CIFAR-10 and the trained ResNets.
 """
 
 from __future__ import annotations
@@ -43,8 +44,8 @@ from transfer_surgery.cli.finetuning.images import ImageData, MemoryLoader, load
 from transfer_surgery.cli.finetuning.training import Machine, predict
 
 BATCH = 128
-RESULTS = Path(__file__).parents[1] / "docs" / "pretrained"
-SWAPS = RESULTS.with_name("swaps")
+PAGE = Path(__file__).parents[1] / "docs" / "pretrained.md"
+RESULTS = Path(__file__).with_name("results")
 console = Console()
 app = typer.Typer(help=__doc__.split("\n")[0], add_completion=False)
 Folder = Annotated[Path, typer.Option(help="Where the JSON files are.")]
@@ -54,7 +55,7 @@ Folder = Annotated[Path, typer.Option(help="Where the JSON files are.")]
 def run(
     depth: Annotated[int, typer.Option(help="20, 32, 44 or 56.")] = 20,
     start: Annotated[
-        str, typer.Option(help="relu (not converted), plain, symmetric, matched, refitted.")
+        str, typer.Option(help="relu (not converted), plain, matched, refitted.")
     ] = "matched",
     weights: Annotated[str, typer.Option(help="Of the fits: none, gradient.")] = "none",
     images: Annotated[int, typer.Option(min=1, help="Unlabelled ones for matching.")] = 1024,
@@ -71,7 +72,7 @@ def run(
     threads: Annotated[int, typer.Option(help="Of the CPU.")] = 2,
     compiled: Annotated[bool, typer.Option(help="Train with torch.compile.")] = False,
     cache: Annotated[Path | None, typer.Option(help="Keep and re-use matched networks.")] = None,
-    folder: Folder = RESULTS,
+    folder: Folder = RESULTS / "pretrained",
 ) -> None:
     """One recipe."""
     recipe = Recipe(
@@ -92,7 +93,7 @@ def grid(
     seeds: Annotated[int, typer.Option(help="Of each recipe.")] = 1,
     depth: int = 20,
     best: Annotated[bool, typer.Option("--best", help="Only the best, and the baseline.")] = False,
-    folder: Folder = RESULTS,
+    folder: Folder = RESULTS / "pretrained",
 ) -> None:
     """Print the commands of recipes without a file, for ``xargs -P2 -I{} sh -c '{}'``.
 
@@ -106,7 +107,7 @@ def grid(
 def swaps(
     context: typer.Context,
     epochs: Annotated[int, typer.Option(help="0 or 1.")] = 1,
-    folder: Folder = SWAPS,
+    folder: Folder = RESULTS / "swaps",
 ) -> None:
     """The same for other targets: snake, and polynomials with budgets of ReLUs."""
     print_commands(swap_recipes(epochs), folder, context.args)
@@ -122,9 +123,15 @@ def print_commands(recipes: Iterable[Recipe], folder: Path, options: Sequence[st
 
 
 @app.command()
-def table(folder: Folder = RESULTS) -> None:
-    """docs/pretrained.md, or FOLDER.md, from the results."""
-    folder.with_suffix(".md").write_text(write_table(read_results(folder), folder.name))
+def table(
+    page: Annotated[Path, typer.Option(help="docs/pretrained.md or docs/swaps.md.")] = PAGE,
+    folder: Annotated[
+        Path | None, typer.Option(help="Where the JSON files are; by default results/NAME of PAGE.")
+    ] = None,
+) -> None:
+    """Write a page of the documentation from the results."""
+    results = read_results(folder or RESULTS / page.stem)
+    page.write_text(write_table(results, page.stem))
 
 
 def study(recipe: Recipe, threads: int, compiled: bool, cache: Path | None) -> Result:
@@ -189,7 +196,6 @@ def prepare(recipe: Recipe, teacher: nn.Module, batches: list[Tensor]) -> nn.Mod
         gates["noise"] = recipe.noise
     convert(model, recipe.target, example_input=batches[0][:2], **gates)
     matching: dict[str, Any] = {
-        "symmetric": recipe.start == "symmetric",
         "weights": None if recipe.weights == "none" else recipe.weights,
     }
     if recipe.keep:

@@ -4,7 +4,7 @@
 #     TRANSFER_SURGERY_DATA=... bash benchmarks/pretrained_gpu.sh [FOLDER]
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
-folder=${1:-docs/pretrained}
+folder=${1:-benchmarks/results/pretrained}
 export PYTHONPATH="$PWD"
 study() { "${PYTHON:-python3}" benchmarks/pretrained.py "$@" --folder "$folder"; }
 commands() { study grid --epochs 30 "$@" --compiled --cache "${TMPDIR:-/tmp}/matched"; }

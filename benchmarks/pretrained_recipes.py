@@ -6,8 +6,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-__all__ = ["EPOCH", "Recipe", "best_recipes", "recipes", "swap_recipes"]
-
 EPOCH = 390  # steps of 128 images
 
 
@@ -57,7 +55,6 @@ def recipes(depth: int, epochs: int, seeds: int) -> Iterator[Recipe]:
         for start in ("plain", "matched", "refitted"):
             yield Recipe(**common, start=start)
         if not epochs:
-            yield Recipe(**common, start="symmetric")
             for start in ("matched", "refitted"):
                 yield Recipe(**common, start=start, weights="gradient")
             continue

@@ -11,38 +11,45 @@ from typing import Any
 
 from pretrained_recipes import EPOCH, Recipe
 
-__all__ = ["Result", "read_results", "write_table"]
-
 SINUSOIDS = """# Sinusoidal networks from trained ones
 
-CIFAR-10 ResNets (He et al. 2016, `../shared/data`) with every activation replaced by a sinusoid,
-baked.
+Every activation of trained CIFAR-10 ResNets (He et al. 2016) is replaced by a sinusoid. The
+networks that are tested are baked.
 """
 SWAPS = """# Other swaps
 
-The CIFAR-10 ResNet-20 with its ReLUs replaced by other functions than sinusoids, baked: as in
-[pretrained.md](pretrained.md), by the same program with `--target` and `--keep`. *keep*: share of
-the neurons that stay ReLUs, chosen by `swap_targets(keep=...)`; the others are matched again around
-them. A polynomial is one of degree 2.
+The ReLUs of the CIFAR-10 ResNet-20 are replaced by functions other than sinusoids. The program is
+the one of [pretrained.md](pretrained.md), with `--target` and `--keep`. *keep* is the share of the
+neurons that stay ReLUs; `swap_targets(keep=...)` chooses them, and the other neurons are matched
+again around them. A polynomial here has degree 2.
 """
 ABOUT = """
-Written by `python benchmarks/pretrained.py table --folder {folder}` from the files in
-`docs/{name}/`, one per run of `python benchmarks/pretrained.py run ...`.
+This page is written by `python benchmarks/pretrained.py table --page docs/{name}.md` from the files
+in `benchmarks/results/{name}/`. Each file is one run of `python benchmarks/pretrained.py run ...`.
+A run needs `cifar10.npz` and `weights/` in the data folder named by TRANSFER_SURGERY_DATA.
 
-Starts: *plain*, the target as it is; *symmetric*, `a*f(w*x + c) + b` fitted to what the source
-makes of the same inputs; *matched*, fitted to the original network; *refitted*, matched and the
-layers behind each site refitted; *relu*, the original network, fine-tuned with the same settings.
-Lessons: *labels*; *teacher*, the original network's answers and features and no labels (`distill`);
-*both*, labels and answers. Batches of 128 with crops and flips, cosine schedule, gradient norm
-clipped at 2; weight decay 1e-4 where there are labels. Settings: optimizer and highest learning
-rate. Errors are those of the 10,000 test images at the end, whose standard error is about 0.3
-points; with several seeds mean and standard deviation, and each below. Recipes and their settings
-were compared on these images, no others were held out: the best of many rows is a little too good.
-Highest loss: of the twentieth of the training in which the cross entropy is worst; it says how deep
-the valley is through which a transfer goes; *diverged*: the loss was not finite, which ended the
-training.
-Minutes are of a machine that did other work at the same time, often; those of
-matching are of the run that put the network into `--cache`, maybe with another number of threads.
+*Start* says what the network was before any training:
+
+- *plain*: the target as it is.
+- *matched*: `a*f(w*x + c) + b`, fitted to what the original network computes.
+- *refitted*: matched, and the layers behind each site are refitted.
+- *symmetric*: like matched, but fitted to what the source makes of the same inputs. It was measured
+  with an earlier version of the library, which then lost this option.
+- *relu*: the original network, trained with the same settings.
+
+*Lesson* says what the training used: *labels*; *teacher* is `distill`, which uses the original
+network's outputs and features but no labels; *both* uses labels and the original's outputs.
+Training uses batches of 128 images with crops and flips, a cosine schedule, and gradients clipped
+at norm 2. Weight decay is 1e-4 where there are labels. *Settings* names the optimizer and the
+highest learning rate.
+
+Errors are those of the 10,000 test images after the last step. Their standard error is about 0.3
+points. Rows of several seeds give mean and standard deviation, and the single values are listed
+below the table. Recipes were compared on these same test images, so the best of many rows looks a
+little too good. *Highest loss* is the largest of 20 averages over the training: it shows how deep
+the valley is that a transfer passes through. *diverged* means that the loss became infinite,
+which ended the training. Minutes were often measured on a busy machine. The minutes of matching
+are those of the run that filled `--cache`, which may have used another number of threads.
 """
 
 
@@ -73,7 +80,7 @@ def write_table(results: Iterable[Result], name: str = "pretrained") -> str:
 
     Args:
         results: of all runs.
-        name: of their folder in docs.
+        name: of their folder in benchmarks/results, and of the page.
     """
     sections: dict[tuple[int, str, int], dict[Recipe, list[Result]]] = {}
     for result in results:
@@ -81,7 +88,7 @@ def write_table(results: Iterable[Result], name: str = "pretrained") -> str:
         section = sections.setdefault((recipe.depth, recipe.target, recipe.steps), {})
         section.setdefault(Recipe(**{**vars(recipe), "seed": 0}), []).append(result)
     head = SINUSOIDS if name == "pretrained" else SWAPS
-    parts = [head + ABOUT.format(folder=f"docs/{name}", name=name)]
+    parts = [head + ABOUT.format(name=name)]
     for (depth, target, steps), rows in sorted(sections.items()):
         what = "" if target == "sin" else f", {target}"
         parts.append(f"## ResNet-{depth}{what}, {_budget(steps)}\n")

@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from everyday_table import PAGE, STARTS, Result, Row, fill, read_results
+from everyday_table import PAGE, RESULTS, STARTS, Result, Row, fill, read_results
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 SWAPS = [
@@ -22,13 +22,13 @@ def result(seed: int, error: float) -> Result:
 
 def test_the_tables_of_the_page_are_made_of_the_files():
     page = PAGE.read_text()
-    assert fill(page, read_results(PAGE.with_suffix(""))) == page
+    assert fill(page, read_results(RESULTS)) == page
     assert re.findall(r"<!-- begin (\S+) -->", page) == SWAPS
 
 
 def test_files_are_named_after_what_they_hold():
-    files = sorted(PAGE.with_suffix("").glob("*.json"))
-    for file, found in zip(files, read_results(PAGE.with_suffix("")), strict=True):
+    files = sorted(RESULTS.glob("*.json"))
+    for file, found in zip(files, read_results(RESULTS), strict=True):
         assert file.stem == f"{found.swap}-seed{found.seed}"
 
 

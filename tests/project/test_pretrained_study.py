@@ -12,6 +12,7 @@ from pretrained_table import Result, read_results, write_table
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 DOCS = Path(__file__).parents[2] / "docs"
+RESULTS = BENCHMARKS / "results"
 
 
 def result(error: float, **recipe) -> Result:
@@ -21,12 +22,12 @@ def result(error: float, **recipe) -> Result:
 
 @pytest.mark.parametrize("name", ["pretrained", "swaps"])
 def test_the_page_is_made_of_the_files(name):
-    assert (DOCS / f"{name}.md").read_text() == write_table(read_results(DOCS / name), name)
+    assert (DOCS / f"{name}.md").read_text() == write_table(read_results(RESULTS / name), name)
 
 
 @pytest.mark.parametrize("name", ["pretrained", "swaps"])
 def test_files_are_named_after_what_they_hold(name):
-    for file in (DOCS / name).glob("*.json"):
+    for file in (RESULTS / name).glob("*.json"):
         assert Recipe(**json.loads(file.read_text())["recipe"]).name == file.stem
 
 

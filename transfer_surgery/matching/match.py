@@ -87,7 +87,7 @@ def match_targets(
             matches nothing, or an argument is none of these.
         TypeError: the model is sharded by FSDP2. After any error the model is unchanged.
 
-    Source: DESIGN section 5.
+    Source: docs/design.md, "Matched targets".
 
     Examples:
         >>> from transfer_surgery import convert

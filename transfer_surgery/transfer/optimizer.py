@@ -94,7 +94,7 @@ def wrap_optimizer(
             is wrapped already or is of another model. The optimizer is then unchanged.
 
     Source:
-        Eq. 13 for `gamma`; DESIGN section 4 for `transfer`.
+        Eq. 13 for `gamma`; docs/design.md, "Training", for `transfer`.
 
     Examples:
         >>> import torch

@@ -35,7 +35,7 @@ class TransferSchedule:
         ValueError: an argument is out of its range.
 
     Source:
-        section 4.1 for *Line* and *Copy*; the budget itself is ours, see DESIGN section 4.
+        section 4.1 for *Line* and *Copy*; for the budget see docs/design.md, "Training".
 
     Examples:
         >>> schedule = TransferSchedule(100, start=0.1, end=0.5)
