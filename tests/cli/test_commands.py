@@ -11,7 +11,7 @@ import timm
 import torch
 
 from tests.helpers.kinds import KINDS, become
-from tests.helpers.shell import invoke, shell
+from tests.helpers.shell import in_process, invoke, shell
 from transfer_surgery import bake, load_baked, load_model, save_gates, save_model
 
 NETS = Path(__file__).parents[1] / "helpers" / "compiled.py"
@@ -36,8 +36,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_from_a_checkpoint_to_files_that_run_elsewhere(tmp_path: Path) -> None:
-    printed, _ = shell("plan", "test_resnet", folder=tmp_path)
-    lines = printed.splitlines()
+    lines = in_process("plan", "test_resnet").stdout.splitlines()
     assert " ".join(lines[1].split()) == (
         "conv1.2 relu hidden module (in place) 2x16x80x80 1 1 16 102,400 child"
     )
@@ -47,35 +46,37 @@ def test_from_a_checkpoint_to_files_that_run_elsewhere(tmp_path: Path) -> None:
     torch.save({"epoch": 3, "state_dict": model.state_dict()}, tmp_path / "best.pth")
     options = ("--set", "num_classes=10", "--set", "in_chans=1", "--input-size", "1x24x24")
     options += ("--weights", "best.pth")
-    _, said = shell("convert", "test_resnet", *options, "-o", "run", folder=tmp_path)
+    said = in_process("convert", "test_resnet", *options, "-o", "run").stderr
     assert said == "run: 12 sites, 704 gates, relu -> sin\n"
     x = torch.randn(5, 1, 24, 24)
     converted = load_model(tmp_path / "run").eval()
     assert torch.equal(converted(x), model(x))
 
-    printed, _ = shell("finetune", "run", "--data", "digits", "--epochs", 2, folder=tmp_path)
+    printed = in_process("finetune", "run", "--data", "digits", "--epochs", 1).stdout
     assert "transferred, test accuracy" in printed
     assert printed.splitlines()[-1].endswith("%, 100.0% transferred")
     converted = become(load_model(tmp_path / "run").eval(), *KINDS)
     save_model(converted, tmp_path / "run")
-    printed, said = shell(
-        *("report", "run", "--by", "stage", "--plot", "gates.png"), folder=tmp_path
-    )
-    assert printed.splitlines()[2].startswith("stem   ")
-    assert said == "wrote gates.png\n"
+    told = in_process("report", "run", "--by", "stage", "--plot", "gates.png")
+    assert told.stdout.splitlines()[2].startswith("stem   ")
+    assert told.stderr == "wrote gates.png\n"
     assert (tmp_path / "gates.png").read_bytes().startswith(b"\x89PNG")
 
-    shell("bake", "run", "-o", "model.safetensors", folder=tmp_path)
+    in_process("bake", "run", "-o", "model.safetensors")
     with torch.no_grad():
         expected = bake(converted)(x)
         assert torch.equal(load_baked(tmp_path / "model.safetensors").eval()(x), expected)
-        shell("export", "run", "-o", "model.onnx", folder=tmp_path)
+        in_process("export", "run", "-o", "model.onnx")
         session = onnxruntime.InferenceSession(tmp_path / "model.onnx")
         (found,) = session.run(None, {"x": x.numpy()})
         torch.testing.assert_close(torch.from_numpy(found), expected, rtol=1e-4, atol=1e-5)
 
 
-def test_mistakes_and_failures_have_a_line_and_a_status_of_their_own(tmp_path: Path) -> None:
+def test_the_installed_command_has_a_line_and_a_status_for_success_mistakes_and_failures(
+    tmp_path: Path,
+) -> None:
+    printed, _ = shell("doctor", folder=tmp_path)
+    assert "transfer-surgery" in printed
     _, said = shell("plan", "resnt50", folder=tmp_path, fails=2)
     assert "there is no model 'resnt50'. Did you mean resnet50 or" in said
     (tmp_path / "config.json").write_text('{"model_type": "bert"}')
@@ -84,8 +85,6 @@ def test_mistakes_and_failures_have_a_line_and_a_status_of_their_own(tmp_path: P
     assert not printed
     assert said.startswith("Error: config.json is no checkpoint of gates: it was written by anothe")
     assert said.count("\n") == 1
-    printed, _ = shell("doctor", folder=tmp_path)
-    assert "transfer-surgery" in printed
 
 
 # --- plan and convert ----------------------------------------------------------------------------

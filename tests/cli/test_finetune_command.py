@@ -14,7 +14,7 @@ from PIL import Image
 from timm.utils import CheckpointSaver
 from torch import nn
 
-from tests.helpers.shell import invoke, shell
+from tests.helpers.shell import in_process, invoke
 from transfer_surgery import ModelSpec, convert, load_baked, load_model, save_model
 from transfer_surgery.cli.finetuning.checkpoint import Checkpoint
 from transfer_surgery.units import gated_activations
@@ -80,11 +80,11 @@ def test_from_a_checkpoint_of_timm_to_a_baked_network_in_two_lines(tmp_path: Pat
     saver.save_checkpoint(0, metric=50.0)
     command = ("finetune", "timm:test_resnet", *DIGITS, "--weights", "last.pth.tar")
     command += ("--target", "snake(a=0.5)", "--granularity", "layer", "--lr", 0, *TRAINING)
-    printed, said = shell(*command, "-o", "run", folder=tmp_path)
-    assert said == "run: 12 sites, 12 gates, relu -> snake(a=0.5)\n"
-    assert printed.splitlines()[-1].startswith("run: test accuracy ")
-    assert printed.splitlines()[-1].endswith("%, 100.0% transferred")
-    shell("bake", "run", "-o", "model.safetensors", folder=tmp_path)
+    told = in_process(*command, "-o", "run")
+    assert told.stderr == "run: 12 sites, 12 gates, relu -> snake(a=0.5)\n"
+    assert told.stdout.splitlines()[-1].startswith("run: test accuracy ")
+    assert told.stdout.splitlines()[-1].endswith("%, 100.0% transferred")
+    in_process("bake", "run", "-o", "model.safetensors")
     assert torch.equal(load_baked("model.safetensors").fc.bias, model.fc.bias)
 
 
@@ -184,6 +184,7 @@ def test_a_folder_of_mixed_sites_does_not_go_on_as_one_that_has_one_kind() -> No
     ("arguments", "message"),
     [
         (["rum"], "there is no folder rum. If it is a model, say with -o DIR where it goes."),
+        (["test_resnet"], "there is no folder test_resnet. If it is a model, say with -o DIR"),
         (["resnet18", "--pretrained"], "If it is a model, say with -o DIR where it goes."),
         (["resnt50", "-o", "new"], "there is no model 'resnt50'. Did you mean resnet50 or"),
         (["test_resnet", "-o", "new", "--target", "sine"], "unknown activation 'sine'"),
@@ -200,13 +201,6 @@ def test_what_there_is_not_ends_with_status_2(arguments: list[str], message: str
     assert message in invoke("finetune", *arguments, "--data", "digits", fails=2)
     assert [path.name for path in Path().iterdir()] == ["run"]
     assert not Path("run/training.pt").exists()
-
-
-def test_mistakes_have_a_line_in_a_shell_too(tmp_path: Path) -> None:
-    command = ("finetune", "test_resnet", "--data", "digits")
-    printed, said = shell(*command, folder=tmp_path, fails=2)
-    assert not printed
-    assert "there is no folder test_resnet. If it is a model, say with -o DIR where it" in said
 
 
 def test_a_folder_may_have_the_name_of_a_model() -> None:

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+from click.testing import Result
 from typer.testing import CliRunner
 
 from transfer_surgery.cli.app import app
@@ -30,9 +31,14 @@ def shell(*arguments: object, folder: Path, fails: int = 0) -> tuple[str, str]:
     return result.stdout, result.stderr
 
 
-def invoke(*arguments: object, fails: int = 0) -> str:
-    """The same in this process: everything that is printed, in one line."""
+def in_process(*arguments: object, fails: int = 0) -> Result:
+    """The same in this process, where a warning is an error: what is printed, and how it ends."""
     result = CliRunner(env=PLAIN).invoke(app, list(map(str, arguments)))
     assert result.exit_code == fails, result.output
     assert result.exception is None or isinstance(result.exception, SystemExit)
-    return " ".join(result.output.replace("│", " ").split())
+    return result
+
+
+def invoke(*arguments: object, fails: int = 0) -> str:
+    """Everything that is printed in this process, in one line."""
+    return " ".join(in_process(*arguments, fails=fails).output.replace("│", " ").split())
