@@ -22,8 +22,7 @@ from transfer_surgery import (
     match_targets,
 )
 from transfer_surgery.activations import Activation
-from transfer_surgery.reports.plot_activation import plot_activation
-from transfer_surgery.reports.plots import COLOURS
+from transfer_surgery.reports import COLOURS, plot_activation
 from transfer_surgery.units import make_gate
 
 SHADES = ("#440154", "#31688e", "#35b779")

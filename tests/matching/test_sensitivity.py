@@ -43,7 +43,6 @@ def test_a_row_is_what_the_swap_of_that_site_alone_does():
         )
         assert row.divergence == pytest.approx(kl.item(), rel=1e-3)
         assert row.changed == pytest.approx((one.argmax(1) != wanted.argmax(1)).float().mean())
-    assert len(str(found).splitlines()) == 1 + len(found) == 1 + len(found.to_dict()["rows"])
 
 
 def test_sites_that_were_transferred_already_count_as_original():

@@ -9,10 +9,8 @@ from matplotlib.figure import Figure
 from torch import nn
 
 from transfer_surgery import GatedActivation, History, get_activation, report
-from transfer_surgery.matching import MatchReport
-from transfer_surgery.matching.match_report import MatchRow
-from transfer_surgery.reports import plot_match
-from transfer_surgery.reports.plots import plot_history, plot_report
+from transfer_surgery.matching import MatchReport, MatchRow
+from transfer_surgery.reports import plot_history, plot_match, plot_report
 from transfer_surgery.units import make_gate
 
 

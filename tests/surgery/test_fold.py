@@ -312,6 +312,6 @@ def test_the_report_counts_parameters():
     assert (report.parameters_before, report.parameters_after) == (count, count - 24)
     lines = str(report).splitlines()
     assert lines[0].split() == ["path", "w,", "c", "went", "to", "a,", "b", "went", "to", "left"]
-    assert lines[1].split() == ["1", "0", "2", "-"]
+    assert lines[2].split() == ["1", "0", "2", "-"]
     assert lines[-1] == f"{count:,} parameters before, {count - 24:,} after"
     assert report.to_dict()["rows"][0] == {"path": "1", "before": "0", "after": "2", "left": ""}

@@ -125,7 +125,7 @@ def test_a_site_that_does_not_run_has_no_share():
     found = activation_sparsity(model, [X])
     assert {row.path: row.share for row in found}["aside"] is None
     assert "not run" in str(found)
-    assert len(str(found).splitlines()) == 2 + len(found) == 2 + len(found.to_dict()["rows"])
+    assert str(found).splitlines()[-1].startswith("total")
 
 
 def test_nothing_to_count_is_an_error():

@@ -2,13 +2,14 @@
 
 from transfer_surgery.matching.distillation import distill
 from transfer_surgery.matching.match import match_targets
-from transfer_surgery.matching.match_report import MatchReport, MatchWarning
+from transfer_surgery.matching.match_report import MatchReport, MatchRow, MatchWarning
 from transfer_surgery.matching.site_costs import sensitivity
 from transfer_surgery.matching.swap import swap_targets
 from transfer_surgery.matching.two_networks import SideBySide
 
 __all__ = [
     "MatchReport",
+    "MatchRow",
     "MatchWarning",
     "SideBySide",
     "distill",

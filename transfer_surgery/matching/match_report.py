@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-from transfer_surgery.reports import columns
+from transfer_surgery.reports import Column, Table
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -42,37 +41,21 @@ class MatchRow:
     values: int | None
 
 
-@dataclass(frozen=True)
-class MatchReport:
-    """Rows in the order in which the sites run; prints as a table."""
+@dataclass(frozen=True, repr=False)
+class MatchReport(Table[MatchRow]):
+    """What `match_targets` found: a table whose rows are in the order in which the sites run."""
 
-    rows: tuple[MatchRow, ...]
-
-    def __iter__(self) -> Iterator[MatchRow]:
-        return iter(self.rows)
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def __str__(self) -> str:
-        head = ("path", "source", "target", "R2", "periods", "KL")
-        lines = [head, *(_cells(row) for row in self.rows)]
-        return columns(lines, left=3)
+    columns = (
+        Column("path"),
+        Column("source"),
+        Column("target"),
+        Column("r2", "R2", lambda r2: "not run" if r2 is None else f"{r2:.3f}"),
+        Column("periods", text=".2f"),
+        Column("divergence", "KL", ".4f"),
+    )
 
     def plot(self, ax: Axes | None = None) -> Axes:
         """`transfer_surgery.reports.plot_match` of this report."""
         from transfer_surgery.reports import plot_match
 
         return plot_match(self, ax)
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain numbers, strings, lists and dicts."""
-        return {"version": 1, "rows": [asdict(row) for row in self.rows]}
-
-
-def _cells(row: MatchRow) -> tuple[str, ...]:
-    if row.r2 is None:
-        return (row.path, row.source, row.target, "not run", "", "")
-    periods = "-" if row.periods is None else f"{row.periods:.2f}"
-    divergence = "-" if row.divergence is None else f"{row.divergence:.4f}"
-    return (row.path, row.source, row.target, f"{row.r2:.3f}", periods, divergence)

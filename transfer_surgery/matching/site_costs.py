@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -14,7 +14,7 @@ from torch import nn
 from transfer_surgery._running import as_batches, prediction_mode
 from transfer_surgery._sharding import refuse_sharded
 from transfer_surgery.matching.two_networks import SideBySide
-from transfer_surgery.reports import columns
+from transfer_surgery.reports import Column, Table
 from transfer_surgery.units import matching_units
 
 
@@ -38,33 +38,22 @@ class SensitivityRow:
     changed: float
 
 
-@dataclass(frozen=True)
-class Sensitivity:
-    """Rows from the site that costs least to the one that costs most; prints as a table."""
+@dataclass(frozen=True, repr=False)
+class Sensitivity(Table[SensitivityRow]):
+    """What each site costs: a table from the site that costs least to the one that costs most."""
 
-    rows: tuple[SensitivityRow, ...]
-
-    def __iter__(self) -> Iterator[SensitivityRow]:
-        return iter(self.rows)
-
-    def __len__(self) -> int:
-        return len(self.rows)
+    columns = (
+        Column("path"),
+        Column("source"),
+        Column("target"),
+        Column("divergence", "KL", ".5f"),
+        Column("changed", "answers changed", ".1%"),
+    )
 
     @property
     def order(self) -> tuple[str, ...]:
         """Paths for ``TransferSchedule(order=...)``: one site after the other, cheapest first."""
         return tuple(row.path for row in self.rows)
-
-    def __str__(self) -> str:
-        lines = [("path", "source", "target", "KL", "answers changed")]
-        for row in self.rows:
-            numbers = (f"{row.divergence:.5f}", f"{row.changed:.1%}")
-            lines.append((row.path, row.source, row.target, *numbers))
-        return columns(lines, left=3)
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain numbers, strings, lists and dicts."""
-        return {"version": 1, "rows": [asdict(row) for row in self.rows]}
 
 
 def sensitivity(

@@ -1,8 +1,24 @@
 """What has been transferred, as tables, histories and pictures."""
 
+from transfer_surgery.reports.activation_plot import plot_activation
+from transfer_surgery.reports.axes import COLOURS, figure_of
 from transfer_surgery.reports.history import History
-from transfer_surgery.reports.plots import figure_of, plot_match
-from transfer_surgery.reports.table import columns
-from transfer_surgery.reports.transfer_report import report
+from transfer_surgery.reports.plots import plot_gates, plot_history, plot_match, plot_report
+from transfer_surgery.reports.table import Column, Table
+from transfer_surgery.reports.transfer_report import Report, ReportRow, report
 
-__all__ = ["History", "columns", "figure_of", "plot_match", "report"]
+__all__ = [
+    "COLOURS",
+    "Column",
+    "History",
+    "Report",
+    "ReportRow",
+    "Table",
+    "figure_of",
+    "plot_activation",
+    "plot_gates",
+    "plot_history",
+    "plot_match",
+    "plot_report",
+    "report",
+]

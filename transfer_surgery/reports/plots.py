@@ -1,4 +1,4 @@
-"""Pictures of the transfer: reports as bars, a history as a heat map.
+"""Pictures of the transfer: reports as bars, a history as a heat map, gates as a histogram.
 
 Figures are made without pyplot, so that drawing needs no display, chooses no backend and leaves no
 figure open. Each function returns the axes that it drew in; ``ax.figure`` holds them.
@@ -8,25 +8,36 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from itertools import pairwise
 from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from transfer_surgery.reports.axes import (
+    COLOURS,
+    LABEL_INCHES,
+    axes_for_lines,
+    column_edges,
+    figure_of,
+    height_of,
+    new_axes,
+    row_labels,
+    shades,
+)
+from transfer_surgery.units import gated_activations, stage_of
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.collections import QuadMesh
-    from matplotlib.figure import Figure
 
     from transfer_surgery.matching import MatchReport
     from transfer_surgery.reports.history import History
     from transfer_surgery.reports.transfer_report import Report
 
-# Okabe and Ito's palette, which colour-blind readers tell apart.
-COLOURS = {"kept": "#0072B2", "mixed": "#C8C8C8", "transferred": "#E69F00"}
-_LABEL_INCHES = 0.16  # one line of 8 point text and its spacing
 _STRIP_INCHES = 0.7
 _GAP_INCHES = 0.12
 _STAGE_INCHES = 0.75
-_LONGEST_LABEL = 40
+_HISTOGRAM_INCHES = 3.2
 
 
 def plot_report(report: Report, ax: Axes | None = None) -> Axes:
@@ -34,7 +45,7 @@ def plot_report(report: Report, ax: Axes | None = None) -> Axes:
 
     Args:
         report: what `transfer_surgery.report` returned.
-        ax: where to draw; by default a new figure, as high as the number of sites asks for.
+        ax: where to draw; by default a new figure, whose height depends on the number of sites.
 
     Returns:
         The axes; ``ax.figure.savefig("report.png")`` writes the picture.
@@ -43,21 +54,21 @@ def plot_report(report: Report, ax: Axes | None = None) -> Axes:
         ImportError: matplotlib is not installed.
 
     Examples:
-        >>> from transfer_surgery.reports.transfer_report import Row
-        >>> row = Row("act", "relu", "sin", "channel", 8, 8, 6, 0.25, 0.5, 0.25, 0.6, 2.0)
+        >>> from transfer_surgery.reports import Report, ReportRow
+        >>> row = ReportRow("act", "relu", "sin", "channel", 8, 8, 6, 0.25, 0.5, 0.25, 0.6, 2.0)
         >>> ax = plot_report(Report((row,), row))
         >>> [bar.get_label() for bar in ax.containers]
         ['kept', 'mixed', 'transferred']
     """
     rows = (*report.rows, report.total)
-    ax = ax or _axes_for(len(rows), above=0.6)
+    ax = ax or axes_for_lines(len(rows), above=0.6)
     positions = [*range(len(report)), len(report) + 0.5]  # the total stands a little apart
     left = [0.0] * len(rows)
     for name, colour in COLOURS.items():
         widths = [100 * getattr(row, name) for row in rows]
         ax.barh(positions, widths, height=0.8, left=left, color=colour, label=name)
         left = [start + width for start, width in zip(left, widths, strict=True)]
-    places, names = _labels([row.path for row in report], room=_inches(ax) - _LABEL_INCHES)
+    places, names = row_labels([row.path for row in report], room=height_of(ax) - LABEL_INCHES)
     ax.set_yticks([*places, positions[-1]], [*names, "total"], fontsize=8)
     ax.set(xlim=(0, 100), ylim=(positions[-1] + 0.6, -0.6), xlabel="share of the gates (%)")
     ax.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=3, frameon=False)
@@ -70,9 +81,10 @@ def plot_history(history: History, ax: Axes | None = None) -> Axes:
     Sites of one stage stand together, with a line between stages and their names at the side.
 
     Args:
-        history: at least one record; its value ``"lr"``, where recorded, gets a strip.
-        ax: where to draw the heat map; the strips stand above it. By default a new figure, as high
-            as the number of sites asks for.
+        history: a history with at least one record; the value ``"lr"``, if it was recorded, gets
+            a strip.
+        ax: where to draw the heat map; the strips stand above it. By default a new figure, whose
+            height depends on the number of sites.
 
     Returns:
         The axes of the heat map; ``ax.figure.savefig("transfer.png")`` writes the picture.
@@ -85,7 +97,9 @@ def plot_history(history: History, ax: Axes | None = None) -> Axes:
         The strips at the top of Figure 3.
     """
     if not history.records:
-        raise ValueError("nothing recorded yet: call history.record() in the training loop first.")
+        raise ValueError(
+            "nothing was recorded yet: call history.record() in the training loop first."
+        )
     strips: dict[str, Sequence[float | None]] = {"E[z]": [r.total_gate for r in history.records]}
     if "lr" in history.value_names():
         strips["lr"] = history.value("lr")
@@ -93,13 +107,13 @@ def plot_history(history: History, ax: Axes | None = None) -> Axes:
     stages = _stages(history)
     rows = [i for members in stages.values() for i in members]
     above = (_STRIP_INCHES + _GAP_INCHES) * len(strips)
-    ax = ax or _axes_for(sites, above)
+    ax = ax or axes_for_lines(sites, above)
     paths = [history.paths[i] for i in rows]
-    ax.set_yticks(*_labels(paths, room=_inches(ax) - above), fontsize=8)
+    ax.set_yticks(*row_labels(paths, room=height_of(ax) - above), fontsize=8)
     steps = [record.step for record in history.records]
     shares = [[100 * record.transferred[i] for record in history.records] for i in rows]
     borders = [i - 0.5 for i in range(sites + 1)]
-    mesh = ax.pcolormesh(_edges(steps), borders, shares, vmin=0, vmax=100, cmap="viridis")
+    mesh = ax.pcolormesh(column_edges(steps), borders, shares, vmin=0, vmax=100, cmap="viridis")
     ax.set(ylim=(sites - 0.5, -0.5), xlabel="step")
     _draw_around(ax, mesh, steps, strips, stages)
     return ax
@@ -110,8 +124,8 @@ def plot_match(report: MatchReport, ax: Axes | None = None) -> Axes:
 
     Args:
         report: what `transfer_surgery.match_targets` returned.
-        ax: where to draw R2; the others are cut out of its room. By default a new figure, as high
-            as the number of sites asks for.
+        ax: where to draw R2; the other two take a part of its room. By default a new figure, whose
+            height depends on the number of sites.
 
     Returns:
         The axes of R2; ``ax.figure.savefig("match.png")`` writes the picture.
@@ -120,16 +134,16 @@ def plot_match(report: MatchReport, ax: Axes | None = None) -> Axes:
         ImportError: matplotlib is not installed.
 
     Examples:
-        >>> from transfer_surgery.matching.match_report import MatchRow
+        >>> from transfer_surgery.matching import MatchReport, MatchRow
         >>> ax = plot_match(MatchReport((MatchRow("act", "relu", "sin", 0.97, 0.8, 0.01, 512),)))
         >>> [ax.get_xlabel() for ax in ax.figure.axes]
         ['R2', 'periods', 'KL']
     """
     rows = report.rows
-    ax = ax or _axes_for(len(rows), above=0.1)
+    ax = ax or axes_for_lines(len(rows), above=0.1)
     from mpl_toolkits.axes_grid1 import make_axes_locatable  # type: ignore[import-untyped]
 
-    ax.set_yticks(*_labels([row.path for row in rows], room=_inches(ax)), fontsize=8)
+    ax.set_yticks(*row_labels([row.path for row in rows], room=height_of(ax)), fontsize=8)
     divider = make_axes_locatable(ax)
     for name, values in (
         ("R2", [row.r2 for row in rows]),
@@ -150,8 +164,53 @@ def plot_match(report: MatchReport, ax: Axes | None = None) -> Axes:
     return ax
 
 
+def plot_gates(model: nn.Module, ax: Axes | None = None) -> Axes:
+    """Draw a histogram of ``log_alpha`` over all gates, stage by stage on top of each other.
+
+    Dashed lines mark where the prediction gate (Eq. 16) becomes exactly 0 and exactly 1.
+
+    Args:
+        model: a converted model with learned gates.
+        ax: where to draw; by default a new figure.
+
+    Returns:
+        The axes; ``ax.figure.savefig("gates.png")`` writes the picture.
+
+    Raises:
+        ImportError: matplotlib is not installed.
+        ValueError: the model is not converted, or none of its gates has a ``log_alpha``.
+
+    Examples:
+        >>> from transfer_surgery import convert
+        >>> model = convert(nn.Sequential(nn.ReLU()), example_input=torch.zeros(2, 64))
+        >>> plot_gates(model).get_xlabel()
+        'log_alpha'
+    """
+    stages: dict[str, list[Tensor]] = {}
+    for path, unit in gated_activations(model):
+        if unit.gate.learned:
+            location = unit.gate.location().detach().flatten().cpu()
+            stages.setdefault(stage_of(path, unit), []).append(location)
+            xi, zeta = unit.gate.stretch
+    if not stages:
+        raise ValueError(
+            "gates of the kinds line and copy have no log_alpha; use report(model).plot() instead."
+        )
+    ax = ax or new_axes(_HISTOGRAM_INCHES)
+    values = [torch.cat(found).numpy() for found in stages.values()]
+    ax.hist(values, bins=60, stacked=True, color=shades(len(values)), label=list(stages))
+    ends = math.log(-xi / zeta), math.log((1 - xi) / (zeta - 1))
+    for end, text, side in zip(ends, ("gate 0", "gate 1"), ("right", "left"), strict=True):
+        ax.axvline(end, color="black", linewidth=0.8, linestyle="--")
+        top = ax.get_xaxis_transform()
+        ax.text(end, 1.01, text, transform=top, fontsize=8, ha=side, va="bottom")
+    ax.set(xlabel="log_alpha", ylabel="gates")
+    ax.legend(fontsize=8, frameon=False, ncols=math.ceil(len(stages) / 10))
+    return ax
+
+
 def _stages(history: History) -> dict[str, list[int]]:
-    """The sites of each stage, by number, stages in the order in which they come up."""
+    """The numbers of the sites of each stage, in the order in which the stages appear."""
     stages: dict[str, list[int]] = {}
     for i, stage in enumerate(history.stages):
         stages.setdefault(stage, []).append(i)
@@ -165,7 +224,7 @@ def _draw_around(
     strips: Mapping[str, Sequence[float | None]],
     stages: Mapping[str, Sequence[int]],
 ) -> None:
-    """Cut what stands around the heat map out of its room: strips, stages and a colour bar."""
+    """Draw strips, names of stages and a colour bar around the heat map, within its room."""
     from mpl_toolkits.axes_grid1 import make_axes_locatable
 
     divider = make_axes_locatable(ax)
@@ -186,7 +245,7 @@ def _draw_around(
 
 
 def _draw_stages(ax: Axes, side: Axes, stages: Mapping[str, Sequence[int]]) -> None:
-    """A white line under each stage but the last, and its name at the side, where there is room."""
+    """A white line between stages, and the name of each one at the side."""
     side.set(ylim=ax.get_ylim(), xlim=(0, 1))
     side.set_axis_off()
     first = 0
@@ -197,55 +256,3 @@ def _draw_stages(ax: Axes, side: Axes, stages: Mapping[str, Sequence[int]]) -> N
         middle = first + (len(members) - 1) / 2
         side.text(0.16, middle, stage, fontsize=8, va="center", clip_on=False)
         first += len(members)
-
-
-def _axes_for(lines: int, above: float) -> Axes:
-    """Axes of a new figure with room for so many lines of labels, and inches above them."""
-    return new_axes(min(max(lines * (_LABEL_INCHES + 0.04), 1.2), 14) + above)
-
-
-def new_axes(inches: float) -> Axes:
-    """Axes of a new figure, so high.
-
-    Raises:
-        ImportError: matplotlib is not installed.
-    """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ImportError("plots need matplotlib: pip install 'transfer-surgery[plots]'") from error
-    height = inches + 0.8
-    figure = Figure(figsize=(8, height), layout="tight")
-    figure.subplots_adjust(bottom=0.7 / height, top=1 - 0.1 / height)  # about what "tight" will do
-    return figure.add_subplot()
-
-
-def figure_of(ax: Axes) -> Figure:
-    """The figure that axes are in."""
-    figure = ax.get_figure(root=True)
-    assert figure is not None
-    return figure
-
-
-def _inches(ax: Axes) -> float:
-    return float(ax.get_position().height * figure_of(ax).get_figheight())
-
-
-def _labels(paths: Sequence[str], room: float) -> tuple[list[float], list[str]]:
-    """Places and names of the rows 0, 1, ...; every n-th where all would overlap in the inches."""
-    every = math.ceil(len(paths) / max(int(room / _LABEL_INCHES), 1))
-    chosen = range(0, len(paths), every)
-    return list(chosen), [_shorten(paths[i]) for i in chosen]
-
-
-def _shorten(path: str) -> str:
-    """Keep the end of a long path, which tells sites apart."""
-    return path if len(path) <= _LONGEST_LABEL else "…" + path[1 - _LONGEST_LABEL :]
-
-
-def _edges(steps: Sequence[float]) -> list[float]:
-    """Borders of the columns: half-way between steps, the outer ones symmetric."""
-    inner = [(a + b) / 2 for a, b in pairwise(steps)]
-    if not inner:
-        return [steps[0] - 0.5, steps[0] + 0.5]
-    return [2 * steps[0] - inner[0], *inner, 2 * steps[-1] - inner[-1]]

@@ -1,23 +1,153 @@
-"""Tables as plain text."""
+"""One table under all reports: rows of one kind, as text, HTML, JSON or a data frame."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from html import escape
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, NamedTuple, TypeVar
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+Row = TypeVar("Row")
 
 
-def columns(lines: Sequence[Sequence[str]], left: int) -> str:
-    """Lines of cells under each other, the first ``left`` columns to the left, others to the right.
+class Column(NamedTuple):
+    """A column of a printed table.
+
+    Args:
+        field: name of the row's field that it shows.
+        heading: what stands above it; the field's name by default.
+        text: how a value is written: a format specification, or a function of the value.
+    """
+
+    field: str
+    heading: str = ""
+    text: str | Callable[[Any], str] = ""
+
+    def cell(self, row: Any) -> str:
+        """The text of one row's value; a dash for None."""
+        value = getattr(row, self.field)
+        if callable(self.text):
+            return self.text(value)
+        return "-" if value is None else format(value, self.text)
+
+
+@dataclass(frozen=True, repr=False)
+class Table(Generic[Row]):
+    """What all reports have in common.
+
+    A subclass is a dataclass itself: it says which `columns` are printed, and may have further
+    fields, which `to_dict` and `to_json` include. Notebooks show it as an HTML table.
+
+    Args:
+        rows: frozen dataclasses of one class.
 
     Examples:
-        >>> print(columns([("path", "KL"), ("layer1.relu", "0.5")], left=1))
-        path          KL
-        layer1.relu  0.5
+        >>> @dataclass(frozen=True)
+        ... class Cost:
+        ...     path: str
+        ...     cost: float | None
+        >>> class Costs(Table[Cost]):
+        ...     columns = (Column("path"), Column("cost", "KL", ".2f"))
+        >>> costs = Costs((Cost("stem", 0.5), Cost("layer1.relu", None)))
+        >>> print(costs)
+        path           KL
+        -----------------
+        stem         0.50
+        layer1.relu     -
+        >>> [row.path for row in costs]
+        ['stem', 'layer1.relu']
+        >>> costs.to_dict()["rows"][0]
+        {'path': 'stem', 'cost': 0.5}
     """
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    return "\n".join(
-        "  ".join(
-            cell.ljust(width) if place < left else cell.rjust(width)
-            for place, (cell, width) in enumerate(zip(line, widths, strict=True))
-        ).rstrip()
-        for line in lines
-    )
+
+    columns: ClassVar[tuple[Column, ...]]
+    version: ClassVar[int] = 1
+    """Of the layout of `to_dict`."""
+
+    rows: tuple[Row, ...]
+
+    def total_row(self) -> Row | None:
+        """The last line of the printed table, which is none of its `rows`; None: there is none."""
+        return None
+
+    def notes(self) -> tuple[str, ...]:
+        """Sentences that are printed below the table."""
+        return ()
+
+    def __iter__(self) -> Iterator[Row]:
+        return iter(self.rows)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({len(self)} rows)"
+
+    def __str__(self) -> str:
+        cells = self._cells()
+        widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+        # Words stand at the left of their column, numbers at the right.
+        left = [
+            all(isinstance(getattr(row, column.field), str) for row in self.rows)
+            for column in self.columns
+        ]
+        lines = [
+            "  ".join(
+                cell.ljust(width) if is_left else cell.rjust(width)
+                for cell, width, is_left in zip(line, widths, left, strict=True)
+            ).rstrip()
+            for line in cells
+        ]
+        rule = "-" * max(map(len, lines))
+        lines.insert(1, rule)
+        if self.total_row() is not None:
+            lines.insert(-1, rule)
+        return "\n".join([*lines, *self.notes()])
+
+    def _repr_html_(self) -> str:
+        headings, *rows = self._cells()
+        head = "".join(f"<th>{escape(cell)}</th>" for cell in headings)
+        body = ["".join(f"<td>{escape(cell)}</td>" for cell in row) for row in rows]
+        lines = "".join(f"<tr>{line}</tr>" for line in (head, *body))
+        return f"<table>{lines}</table>" + "".join(f"<p>{escape(n)}</p>" for n in self.notes())
+
+    def _cells(self) -> list[list[str]]:
+        """The text of the headings, of each row and of the total."""
+        total = self.total_row()
+        rows = self.rows if total is None else (*self.rows, total)
+        headings = [column.heading or column.field for column in self.columns]
+        return [headings, *([column.cell(row) for column in self.columns] for row in rows)]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain numbers, strings, lists and dicts, with the version of this layout."""
+        fields = asdict(self)
+        return {"version": self.version, **fields, "rows": list(fields["rows"])}
+
+    def to_json(self) -> str:
+        """The text of `to_dict`."""
+        return json.dumps(self.to_dict(), indent=2)
+
+    def to_pandas(self) -> pd.DataFrame:
+        """A data frame with one line per row.
+
+        Raises:
+            ImportError: pandas is not installed.
+        """
+        return data_frame(self.to_dict()["rows"])
+
+
+def data_frame(lines: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
+    """A pandas data frame with one line per mapping of column names to values.
+
+    Raises:
+        ImportError: pandas is not installed.
+    """
+    try:
+        import pandas as pd
+    except ImportError as error:
+        raise ImportError("to_pandas() needs pandas: pip install pandas") from error
+    return pd.DataFrame(lines)

@@ -6,26 +6,24 @@ anything between *mixed*.
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
+from transfer_surgery.reports.table import Column, Table
 from transfer_surgery.units import GatedActivation, gated_activations, stage_of
 
 if TYPE_CHECKING:
-    import pandas as pd
     from matplotlib.axes import Axes
 
-_VERSION = 1
 _GROUPINGS = ("site", "stage")
 
 
 @dataclass(frozen=True)
-class Row:
+class ReportRow:
     """The gates of one call site, or of several together.
 
     Args:
@@ -57,22 +55,43 @@ class Row:
     mean_log_alpha: float | None
 
 
-@dataclass(frozen=True, repr=False)
-class Report:
-    """Rows in the order of the model's modules, iterated without their total; prints as a table."""
+def _percent(share: float) -> str:
+    """One decimal; 0 % and 100 % are said of exact shares only."""
+    if share in (0.0, 1.0):
+        return f"{share:.0%}".replace("%", " %")
+    bound = "<" if share < 0.001 else ">" if share > 0.999 else ""
+    return f"{bound}{100 * min(max(share, 0.001), 0.999):.1f} %"
 
-    rows: tuple[Row, ...]
-    total: Row
+
+@dataclass(frozen=True, repr=False)
+class Report(Table[ReportRow]):
+    """What became of the gates: a table whose rows are in the order of the model's modules.
+
+    Args:
+        rows: one per call site or stage.
+        total: all gates together; not one of the rows.
+        by: ``"site"`` or ``"stage"``.
+    """
+
+    columns = (
+        Column("path"),
+        Column("source"),
+        Column("target"),
+        Column("granularity"),
+        Column("gates"),
+        Column("neurons"),
+        Column("source_neurons", "at source"),
+        Column("transferred", text=_percent),
+        Column("kept", text=_percent),
+        Column("mixed", text=_percent),
+        Column("mean_gate", "E[z]", ".3f"),
+        Column("mean_log_alpha", "log_alpha", ".2f"),
+    )
+    total: ReportRow
     by: str = "site"
 
-    def __iter__(self) -> Iterator[Row]:
-        return iter(self.rows)
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def __str__(self) -> str:
-        return _table((*self.rows, self.total))
+    def total_row(self) -> ReportRow:
+        return self.total
 
     def __repr__(self) -> str:
         transferred = _percent(self.total.transferred)
@@ -80,25 +99,8 @@ class Report:
             f"Report({len(self)} {self.by}s, {self.total.gates} gates, {transferred} transferred)"
         )
 
-    def to_dict(self) -> dict[str, Any]:
-        """Plain numbers, strings, lists and dicts, with the version of this layout."""
-        rows = [asdict(row) for row in self.rows]
-        return {"version": _VERSION, "by": self.by, "rows": rows, "total": asdict(self.total)}
-
-    def to_json(self) -> str:
-        """The text of `to_dict`."""
-        return json.dumps(self.to_dict(), indent=2)
-
-    def to_pandas(self) -> pd.DataFrame:
-        """A data frame with one line per row.
-
-        Raises:
-            ImportError: pandas is not installed.
-        """
-        return data_frame([asdict(row) for row in self.rows])
-
     def plot(self, ax: Axes | None = None) -> Axes:
-        """`transfer_surgery.reports.plots.plot_report` of this report."""
+        """`transfer_surgery.reports.plot_report` of this report."""
         from transfer_surgery.reports.plots import plot_report
 
         return plot_report(self, ax)
@@ -154,19 +156,6 @@ def report(model: nn.Module, *, by: str = "site") -> Report:
     return Report(rows, total, by)
 
 
-def data_frame(lines: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
-    """A pandas data frame with one line per mapping of column names to values.
-
-    Raises:
-        ImportError: pandas, which the core does without, is not installed.
-    """
-    try:
-        import pandas as pd
-    except ImportError as error:
-        raise ImportError("to_pandas() needs pandas: pip install pandas") from error
-    return pd.DataFrame(lines)
-
-
 def _statistics(unit: GatedActivation) -> Tensor:
     """Transferred and kept gates, mean gate and mean ``log_alpha``, on the unit's device."""
     z = unit.gate.predict()
@@ -176,9 +165,9 @@ def _statistics(unit: GatedActivation) -> Tensor:
 
 def _row(
     path: str, unit: GatedActivation, zeros: float, ones: float, gate: float, location: float
-) -> Row:
+) -> ReportRow:
     gates = unit.gate.count
-    return Row(
+    return ReportRow(
         path=path,
         source=str(unit.source),
         target=str(unit.target),
@@ -195,20 +184,20 @@ def _row(
 
 
 def _stages(
-    units: Sequence[tuple[str, GatedActivation]], rows: Sequence[Row]
-) -> dict[str, list[Row]]:
+    units: Sequence[tuple[str, GatedActivation]], rows: Sequence[ReportRow]
+) -> dict[str, list[ReportRow]]:
     """The rows of each stage, in the order in which the stages come up."""
-    members: dict[str, list[Row]] = {}
+    members: dict[str, list[ReportRow]] = {}
     for (path, unit), row in zip(units, rows, strict=True):
         members.setdefault(stage_of(path, unit), []).append(row)
     return members
 
 
-def _sum(path: str, rows: Sequence[Row]) -> Row:
+def _sum(path: str, rows: Sequence[ReportRow]) -> ReportRow:
     """The rows as one; shares and means are those of all their gates."""
     gates = sum(row.gates for row in rows)
     located = [(r.mean_log_alpha, r.gates) for r in rows if r.mean_log_alpha is not None]
-    return Row(
+    return ReportRow(
         path=path,
         source=_common(row.source for row in rows),
         target=_common(row.target for row in rows),
@@ -232,42 +221,3 @@ def _mean(weighted: Sequence[tuple[float, int]]) -> float:
 def _common(names: Iterator[str]) -> str:
     distinct = set(names)
     return distinct.pop() if len(distinct) == 1 else "various"
-
-
-# --- the table ---------------------------------------------------------------------------------
-
-_HEADINGS = {"source_neurons": "at source", "mean_gate": "E[z]", "mean_log_alpha": "log_alpha"}
-_LEFT = ("path", "source", "target", "granularity")
-
-
-def _table(rows: Sequence[Row]) -> str:
-    """The rows under a heading, the last one set off as their total."""
-    names = [field.name for field in fields(Row)]
-    cells = [[_HEADINGS.get(name, name) for name in names]]
-    cells += [[_cell(name, getattr(row, name)) for name in names] for row in rows]
-    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    lines = ["  ".join(map(_pad, names, line, widths)) for line in cells]
-    rule = "-" * len(lines[0])
-    return "\n".join([lines[0], rule, *lines[1:-1], rule, lines[-1]])
-
-
-def _pad(name: str, text: str, width: int) -> str:
-    return text.ljust(width) if name in _LEFT else text.rjust(width)
-
-
-def _cell(name: str, value: Any) -> str:
-    if name in ("transferred", "kept", "mixed"):
-        return _percent(value)
-    if value is None:
-        return "-"
-    if isinstance(value, float):
-        return f"{value:.3f}" if name == "mean_gate" else f"{value:.2f}"
-    return str(value)
-
-
-def _percent(share: float) -> str:
-    """One decimal; 0 % and 100 % are said of exact shares only."""
-    if share in (0.0, 1.0):
-        return f"{share:.0%}".replace("%", " %")
-    bound = "<" if share < 0.001 else ">" if share > 0.999 else ""
-    return f"{bound}{100 * min(max(share, 0.001), 0.999):.1f} %"

@@ -6,7 +6,7 @@ one with ``w*W`` and ``w*d + c``; a layer that reads it can take ``a`` and, with
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from transfer_surgery._running import call_model, logits_of, prediction_mode, to_device_of
 from transfer_surgery.activations import ActivationModule
-from transfer_surgery.reports import columns
+from transfer_surgery.reports import Column, Table
 from transfer_surgery.surgery.fold_neighbours import CONVOLUTIONS, Neighbours, find_neighbours
 from transfer_surgery.surgery.insertion import share_hooks, swap_children
 from transfer_surgery.units import AffineActivation, GatedActivation
@@ -37,31 +37,33 @@ class FoldRow:
     left: str
 
 
-@dataclass(frozen=True)
-class FoldReport:
-    """What went where; prints as a table.
+@dataclass(frozen=True, repr=False)
+class FoldReport(Table[FoldRow]):
+    """What went where: a table.
 
     Args:
         rows: a row per site.
-        parameters_before: of the whole model.
-        parameters_after: likewise.
+        parameters_before: number of parameters of the whole model.
+        parameters_after: the same after folding.
     """
 
-    rows: tuple[FoldRow, ...]
+    columns = (
+        Column("path"),
+        Column("before", "w, c went to"),
+        Column("after", "a, b went to"),
+        Column("left", text=lambda left: left or "-"),
+    )
     parameters_before: int
     parameters_after: int
 
     def __str__(self) -> str:
         if not self.rows:
             return "no site has a matched target alone: there is nothing to fold"
-        head = ("path", "w, c went to", "a, b went to", "left")
-        lines = [head, *((r.path, r.before, r.after, r.left or "-") for r in self.rows)]
-        count = f"{self.parameters_before:,} parameters before, {self.parameters_after:,} after"
-        return f"{columns(lines, left=4)}\n{count}"
+        return super().__str__()
 
-    def to_dict(self) -> dict[str, Any]:
-        """Plain numbers, strings, lists and dicts."""
-        return {"version": 1, **asdict(self)}
+    def notes(self) -> tuple[str, ...]:
+        count = f"{self.parameters_before:,} parameters before, {self.parameters_after:,} after"
+        return (count,)
 
 
 @torch.no_grad()
@@ -97,6 +99,7 @@ def fold_targets(model: nn.Module, example_input: Any) -> FoldReport:
         >>> _ = match_targets(convert(model, "sin", example_input=x), [x])
         >>> print(fold_targets(bake(swap_targets(model)), x))
         path  w, c went to  a, b went to  left
+        --------------------------------------
         1     0             2             -
         90 parameters before, 58 after
         >>> model

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
 
 from transfer_surgery._running import as_batches, call_model, prediction_mode
-from transfer_surgery.reports import columns
+from transfer_surgery.reports import Column, Table
 from transfer_surgery.sites import find_activations
 from transfer_surgery.surgery.baking import MixedActivation
 from transfer_surgery.surgery.conversion import convert
@@ -40,17 +40,15 @@ class SparsityRow:
         return self.zeros / self.elements if self.elements else None
 
 
-@dataclass(frozen=True)
-class Sparsity:
-    """Rows in the order of the model's modules, iterated without their total; prints as a table."""
+@dataclass(frozen=True, repr=False)
+class Sparsity(Table[SparsityRow]):
+    """Exact zeros site by site: a table whose rows are in the order of the model's modules."""
 
-    rows: tuple[SparsityRow, ...]
-
-    def __iter__(self) -> Iterator[SparsityRow]:
-        return iter(self.rows)
-
-    def __len__(self) -> int:
-        return len(self.rows)
+    columns = (
+        Column("path"),
+        Column("elements", text=","),
+        Column("share", "zeros", lambda share: "not run" if share is None else f"{share:.1%}"),
+    )
 
     @property
     def total(self) -> SparsityRow:
@@ -60,17 +58,8 @@ class Sparsity:
         )
         return SparsityRow("total", zeros, elements)
 
-    def __str__(self) -> str:
-        lines = [("path", "elements", "zeros")]
-        for row in (*self.rows, self.total):
-            share = "not run" if row.share is None else f"{row.share:.1%}"
-            lines.append((row.path, f"{row.elements:,}", share))
-        return columns(lines, left=1)
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain numbers, strings, lists and dicts."""
-        rows = [{**vars(row), "share": row.share} for row in (*self.rows, self.total)]
-        return {"version": 1, "rows": rows[:-1], "total": rows[-1]}
+    def total_row(self) -> SparsityRow:
+        return self.total
 
 
 def activation_sparsity(model: nn.Module, batches: Iterable[Any]) -> Sparsity:
@@ -104,7 +93,9 @@ def activation_sparsity(model: nn.Module, batches: Iterable[Any]) -> Sparsity:
         0.0
         >>> print(activation_sparsity(bake(swap_targets(convert(model, "relu"))), [x]))
         path   elements  zeros
+        ----------------------
         1         1,024  53.7%
+        ----------------------
         total     1,024  53.7%
     """
     batches = as_batches(batches, model)

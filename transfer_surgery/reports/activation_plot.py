@@ -1,4 +1,4 @@
-"""Pictures of a converted model's units: where its gates are, and what one of them computes."""
+"""A picture of what one site computes over the inputs that it gets."""
 
 from __future__ import annotations
 
@@ -10,58 +10,13 @@ import torch
 from torch import Tensor, nn
 
 from transfer_surgery._running import as_batches, call_model, prediction_mode
-from transfer_surgery.reports.plots import COLOURS, new_axes
-from transfer_surgery.units import GatedActivation, affine_value, gated_activations, stage_of
+from transfer_surgery.reports.axes import COLOURS, new_axes, shades
+from transfer_surgery.units import GatedActivation, affine_value, gated_activations
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 _INCHES = 3.2
-
-
-def plot_gates(model: nn.Module, ax: Axes | None = None) -> Axes:
-    """Draw a histogram of ``log_alpha`` over all gates, stage by stage on top of each other.
-
-    Dashed lines mark where the prediction gate (Eq. 16) becomes exactly 0 and exactly 1.
-
-    Args:
-        model: a converted model with learned gates.
-        ax: where to draw; by default a new figure.
-
-    Returns:
-        The axes; ``ax.figure.savefig("gates.png")`` writes the picture.
-
-    Raises:
-        ImportError: matplotlib is not installed.
-        ValueError: the model is not converted, or none of its gates has a ``log_alpha``.
-
-    Examples:
-        >>> from transfer_surgery import convert
-        >>> model = convert(nn.Sequential(nn.ReLU()), example_input=torch.zeros(2, 64))
-        >>> plot_gates(model).get_xlabel()
-        'log_alpha'
-    """
-    stages: dict[str, list[Tensor]] = {}
-    for path, unit in gated_activations(model):
-        if unit.gate.learned:
-            location = unit.gate.location().detach().flatten().cpu()
-            stages.setdefault(stage_of(path, unit), []).append(location)
-            xi, zeta = unit.gate.stretch
-    if not stages:
-        raise ValueError(
-            "gates of the kinds line and copy have no log_alpha: plot report(model) instead."
-        )
-    ax = ax or new_axes(_INCHES)
-    values = [torch.cat(found).numpy() for found in stages.values()]
-    ax.hist(values, bins=60, stacked=True, color=_shades(len(values)), label=list(stages))
-    ends = math.log(-xi / zeta), math.log((1 - xi) / (zeta - 1))
-    for end, text, side in zip(ends, ("gate 0", "gate 1"), ("right", "left"), strict=True):
-        ax.axvline(end, color="black", linewidth=0.8, linestyle="--")
-        top = ax.get_xaxis_transform()
-        ax.text(end, 1.01, text, transform=top, fontsize=8, ha=side, va="bottom")
-    ax.set(xlabel="log_alpha", ylabel="gates")
-    ax.legend(fontsize=8, frameon=False, ncols=math.ceil(len(stages) / 10))
-    return ax
 
 
 @torch.no_grad()
@@ -72,9 +27,9 @@ def plot_activation(
 
     Args:
         model: a converted model; it is run in evaluation mode.
-        path: of a unit in it.
+        path: the path of a unit in the model.
         batches: inputs without labels, as for `match_targets`.
-        curves: for how many of the site's gates, from the lowest to the highest.
+        curves: number of gates that get a curve, spaced evenly from the lowest to the highest one.
         ax: where to draw; by default a new figure.
 
     Returns:
@@ -82,8 +37,8 @@ def plot_activation(
 
     Raises:
         ImportError: matplotlib is not installed.
-        ValueError: the model is not converted, has no such unit, the unit does not run, or its
-            source takes further tensors.
+        ValueError: the model is not converted, it has no such unit, the unit does not run, or the
+            unit's source takes further tensors.
 
     Examples:
         >>> from transfer_surgery import convert
@@ -95,12 +50,14 @@ def plot_activation(
     unit = dict(gated_activations(model)).get(path)
     if unit is None:
         known = ", ".join(path for path, _ in gated_activations(model))
-        raise ValueError(f"no unit {path!r}; there are {known}.")
+        raise ValueError(f"the model has no unit {path!r}; its units are {known}.")
     if unit.source.operands:
-        raise ValueError(f"{path}: {unit.source} takes tensors of the call: it is no single curve.")
+        raise ValueError(
+            f"{path}: {unit.source} takes further tensors, so it is not a single curve."
+        )
     inputs = _inputs(model, unit, batches)
     if not inputs.numel():
-        raise ValueError(f"{path} does not run on these batches.")
+        raise ValueError(f"{path}: the unit does not run on these batches.")
     ax = ax or new_axes(_INCHES)
     counts = ax.twinx()
     counts.hist(inputs.numpy(), bins=80, color="0.88")
@@ -118,7 +75,7 @@ def plot_activation(
     order = z.argsort()
     different = torch.unique(z).numel() if unit.affine is None else z.numel()
     chosen = torch.linspace(0, len(z) - 1, min(curves, different)).round().int()
-    for shade, gate in zip(_shades(len(chosen)), order[chosen].tolist(), strict=True):
+    for shade, gate in zip(shades(len(chosen)), order[chosen].tolist(), strict=True):
         target = affine_value(x, unit.target, *_numbers(unit, gate))
         curve = torch.lerp(target, source, z[gate])
         ax.plot(x, curve, color=shade, linewidth=1, label=f"z = {z[gate]:.2f}")
@@ -128,7 +85,7 @@ def plot_activation(
 
 
 def _inputs(model: nn.Module, unit: GatedActivation, batches: Iterable[Any]) -> Tensor:
-    """Up to some thousand inputs of a unit, without the outermost 0.2 percent."""
+    """Up to 20,000 inputs of a unit, without the outermost 0.2 percent."""
     seen: list[Tensor] = []
 
     def keep(unit: nn.Module, args: tuple[Any, ...]) -> None:
@@ -152,10 +109,3 @@ def _numbers(unit: GatedActivation, gate: int) -> tuple[Tensor | None, ...]:
     if unit.affine is None:
         return ()
     return tuple(None if p is None else p.flatten()[gate].cpu() for p in unit.affine.whole())
-
-
-def _shades(number: int) -> list[Any]:
-    """So many colours, from dark to light."""
-    from matplotlib import colormaps
-
-    return [colormaps["viridis"](0.1 + 0.8 * i / max(number - 1, 1)) for i in range(number)]
