@@ -39,7 +39,7 @@ from pretrained_recipes import Recipe, best_recipes, recipes, swap_recipes
 from pretrained_table import Result, read_results, write_table
 from pretrained_training import train
 
-from transfer_surgery import convert, match_targets, swap_targets
+from transfer_surgery import HardConcrete, Line, convert, match_targets, swap_targets
 from transfer_surgery.cli.finetuning.images import ImageData, MemoryLoader, load_cifar10
 from transfer_surgery.cli.finetuning.training import Machine, predict
 
@@ -191,10 +191,8 @@ def prepare(recipe: Recipe, teacher: nn.Module, batches: list[Tensor]) -> nn.Mod
     model = copy.deepcopy(teacher)
     if recipe.start == "relu":
         return model
-    gates: dict[str, Any] = {"gate": "line"} if recipe.transfer == "line" else {}
-    if recipe.transfer == "soft":
-        gates["noise"] = recipe.noise
-    convert(model, recipe.target, example_input=batches[0][:2], **gates)
+    gate = Line() if recipe.transfer == "line" else HardConcrete(noise=recipe.noise)
+    convert(model, recipe.target, example_input=batches[0][:2], gate=gate)
     matching: dict[str, Any] = {
         "weights": None if recipe.weights == "none" else recipe.weights,
     }

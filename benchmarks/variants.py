@@ -6,7 +6,6 @@ import copy
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import timm
 import torch
@@ -15,7 +14,13 @@ from torch import Tensor, nn
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 from cifar_resnet import ResNet
 
-from transfer_surgery import GatedActivation, bake, convert, swap_targets
+from transfer_surgery import (
+    GatedActivation,
+    bake,
+    convert,
+    recompute_activations,
+    swap_targets,
+)
 from transfer_surgery.surgery.insertion import swap_children
 from transfer_surgery.units import gated_activations
 
@@ -42,7 +47,7 @@ def training_networks(model: nn.Module, images: Tensor, compiled: bool) -> Netwo
     for phase in PHASES:
         baseline = "plain sine" if phase == "all gates 0" else "original"
         yield f"gated, {phase}", _converted(model, images, phase), baseline
-        recomputing = _converted(model, images, phase, recompute=True)
+        recomputing = recompute_activations(_converted(model, images, phase))
         yield f"gated, {phase}, recompute", recomputing, baseline
     mixed = _converted(model, images, "mixed gates")
     if compiled:
@@ -70,8 +75,8 @@ def inference_networks(model: nn.Module, images: Tensor, compiled: bool) -> Netw
     yield "baked, matched and folded", bake(matched, fold=images[:2]), "plain sine"
 
 
-def _converted(model: nn.Module, images: Tensor, phase: str, **options: Any) -> nn.Module:
-    result = convert(copy.deepcopy(model), "sin", example_input=images[:2], **options)
+def _converted(model: nn.Module, images: Tensor, phase: str) -> nn.Module:
+    result = convert(copy.deepcopy(model), "sin", example_input=images[:2])
     mean, spread = PHASES[phase]
     for _, unit in gated_activations(result):
         unit.log_alpha.data.normal_(mean, spread) if spread else unit.log_alpha.data.fill_(mean)

@@ -17,7 +17,15 @@ from safetensors.torch import load_file
 from summary import Summary, console, describe_change
 from torch import Tensor, nn
 
-from transfer_surgery import History, TransferSchedule, bake, convert, report, wrap_optimizer
+from transfer_surgery import (
+    HardConcrete,
+    History,
+    TransferSchedule,
+    bake,
+    convert,
+    report,
+    wrap_optimizer,
+)
 from transfer_surgery.cli.finetuning.images import load_cifar10
 from transfer_surgery.cli.finetuning.training import Machine, fit, predict
 
@@ -76,7 +84,6 @@ def main(
     target: Annotated[str, typer.Option(help="Activation to transfer to.")] = "sin",
     granularity: Annotated[str, typer.Option(help="layer, channel or neuron.")] = "channel",
     noise: Annotated[str, typer.Option(help="A draw per batch, per example, or none.")] = "batch",
-    spread: Annotated[float, typer.Option(help="Of the gates' start.")] = 1.0,
     order: Annotated[str, typer.Option(help="joint, front_to_back or back_to_front.")] = "joint",
     fraction: Annotated[float, typer.Option(help="Share of the gates to transfer.")] = 1.0,
     epochs: Annotated[int, typer.Option(min=1, help="Of the transfer.")] = 3,
@@ -99,9 +106,8 @@ def main(
     console.print(f"ResNet-{depth} as trained: test error {1 - before.accuracy:.2%}")
 
     example = next(iter(data.test))[0][:2]
-    convert(
-        model, target, granularity=granularity, noise=noise, spread=spread, example_input=example
-    )
+    gate = HardConcrete(noise=noise)
+    convert(model, target, granularity=granularity, gate=gate, example_input=example)
     converted = predict(model, data.test, machine)
     summary.add("converted", converted.accuracy, change=converted.change_from(before))
     console.print(f"converted: test error {1 - converted.accuracy:.2%}")

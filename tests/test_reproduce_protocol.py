@@ -120,5 +120,5 @@ def test_a_network_has_its_own_source_and_the_gates_of_the_protocol(row):
     assert row.source == (row.name.split("->")[0] if "->" in row.name else "resin")
     for site in report(model):
         assert (site.source, site.target, site.granularity) == (row.source, "sin", "layer")
-    assert (model[1].gate.name, model[1].gate.noise) == (row.gate, "example")
+    assert (model[1].gate.settings.name, model[1].gate.settings.noise) == (row.gate, "example")
     assert row.learned == hasattr(model[1].gate, "log_alpha")

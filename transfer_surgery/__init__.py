@@ -32,12 +32,24 @@ from transfer_surgery.transfer import (
     structural_risk,
     wrap_optimizer,
 )
-from transfer_surgery.units import GatedActivation, recompute_activations, register_gate
+from transfer_surgery.units import (
+    Bernoulli,
+    Copy,
+    GatedActivation,
+    HardConcrete,
+    Line,
+    recompute_activations,
+    register_gate,
+)
 
 __all__ = [
+    "Bernoulli",
+    "Copy",
     "FrozenGatesWarning",
     "GatedActivation",
+    "HardConcrete",
     "History",
+    "Line",
     "MatchWarning",
     "ModelSpec",
     "ScheduleEndedWarning",

@@ -129,11 +129,8 @@ def test_options_of_convert_reach_the_gates_and_folders_are_not_replaced() -> No
     assert "run holds a model already" in invoke(*convert, fails=2)
     invoke(*convert, "--force")
     config = json.loads(Path("run/config.json").read_text())["sites"][0]
-    assert (config["granularity"], config["gate"], config["noise"]) == (
-        "layer",
-        "bernoulli",
-        "none",
-    )
+    assert config["granularity"] == "layer"
+    assert (config["gate"]["name"], config["gate"]["noise"]) == ("bernoulli", "none")
 
 
 @pytest.mark.parametrize(

@@ -22,6 +22,7 @@ from tests.helpers.checkpoints import (
     saved,
 )
 from transfer_surgery import (
+    HardConcrete,
     convert,
     find_activations,
     load_gates,
@@ -108,9 +109,9 @@ def test_names_given_in_another_order_of_modes_are_refused(tmp_path):
         ({"target": "cos"}, "1: target sin in the checkpoint, cos here"),
         ({"gate": "bernoulli"}, "1: gate hard_concrete in the checkpoint, bernoulli here"),
         ({"granularity": "layer"}, r"granularity channel .*; shape \(6,\) .*, \(1,\) here"),
-        ({"noise": "example"}, "1: noise batch in the checkpoint, example here"),
-        ({"temperature": 0.5}, "1: temperature 0.666.* 0.5 here"),
-        ({"stretch": (-0.2, 1.2)}, "1: stretch .* here"),
+        ({"gate": HardConcrete(noise="example")}, "1: noise batch in the checkpoint, example here"),
+        ({"gate": HardConcrete(temperature=0.5)}, "1: temperature 0.666.* 0.5 here"),
+        ({"gate": HardConcrete(stretch=(-0.2, 1.2))}, "1: stretch .* here"),
     ],
 )
 def test_a_model_converted_in_another_way_is_refused(options, message, tmp_path):
@@ -242,7 +243,11 @@ def test_activations_and_gates_that_are_not_registered_are_named(
     register_bump()
     monkeypatch.setattr(gates, "_REGISTRY", dict(gates._REGISTRY))
 
-    @register_gate("checkpoint_gate")
+    @dataclasses.dataclass(frozen=True)
+    class MySettings(HardConcrete):
+        pass
+
+    @register_gate("checkpoint_gate", MySettings)
     class Mine(gates.HardConcreteGate):
         pass
 

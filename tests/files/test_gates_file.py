@@ -25,6 +25,10 @@ from tests.helpers.checkpoints import (
 )
 from tests.helpers.promises import Body, units
 from transfer_surgery import (
+    Bernoulli,
+    Copy,
+    HardConcrete,
+    Line,
     TransferSchedule,
     convert,
     find_activations,
@@ -111,15 +115,22 @@ def test_zoo_models_need_no_example_input(tmp_path):
         assert torch.equal(units(loaded)[path].log_alpha, unit.log_alpha)
 
 
-@pytest.mark.parametrize("kind", ["hard_concrete", "bernoulli", "line", "copy"])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        HardConcrete(noise="example", temperature=0.3, stretch=(-0.25, 1.5)),
+        Bernoulli(noise="none"),
+        Line(),
+        Copy(),
+    ],
+    ids=str,
+)
 @pytest.mark.parametrize("granularity", ["layer", "channel", "neuron"])
-def test_every_kind_of_gate_comes_back_with_its_settings(kind, granularity, tmp_path):
-    settings = {"noise": "example", "temperature": 0.3, "stretch": (-0.25, 1.5)}
-    model = saved(tmp_path, gate=kind, granularity=granularity, **settings)
+def test_every_kind_of_gate_comes_back_with_its_settings(settings, granularity, tmp_path):
+    model = saved(tmp_path, gate=settings, granularity=granularity)
     gate, again = model[1].gate, load_gates(chain(), tmp_path, example_input=X)[1].gate
     assert type(again) is type(gate)
-    assert (again.shape, again.noise) == (gate.shape, "example")
-    assert (again.temperature, again.stretch) == (0.3, (-0.25, 1.5))
+    assert (again.shape, again.settings) == (gate.shape, settings)
     assert again.state_dict().keys() == gate.state_dict().keys()
     for name, value in gate.state_dict().items():
         assert torch.equal(again.state_dict()[name], value)
@@ -207,8 +218,7 @@ def test_the_file_has_the_names_of_the_state_dict(tmp_path):
         granularity=st.sampled_from(["layer", "channel", "neuron"]),
         shape=st.lists(st.integers(1)).map(tuple),
         call=st.none() | st.tuples(st.integers(), st.integers()),
-        temperature=st.floats(0, 1),
-        stretch=st.tuples(st.floats(-9, 0), st.floats(1, 9)),
+        gate=st.floats(0.1, 0.9).map(lambda t: HardConcrete(temperature=t).to_dict()),
     )
 )
 def test_configs_turn_to_json_and_back(site):

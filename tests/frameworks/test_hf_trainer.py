@@ -18,7 +18,14 @@ from transformers import (
     ViTForImageClassification,
 )
 
-from transfer_surgery import TransferSchedule, bake, convert, report, wrap_optimizer
+from transfer_surgery import (
+    HardConcrete,
+    TransferSchedule,
+    bake,
+    convert,
+    report,
+    wrap_optimizer,
+)
 from transfer_surgery.frameworks.transformers import TransferCallback
 
 BATCH = 4
@@ -71,7 +78,7 @@ def plain_bert(dropout=0.0):
 
 def bert():
     """Without dropout and noise, so that no other use of the generator changes the training."""
-    return convert(plain_bert(), "sin", noise="none")
+    return convert(plain_bert(), "sin", gate=HardConcrete(noise="none"))
 
 
 def random_bert():

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tests.helpers.loops import task
-from transfer_surgery import convert
+from transfer_surgery import HardConcrete, convert
 from transfer_surgery.units import gated_activations
 
 
@@ -63,9 +63,9 @@ WAYS: dict[str, dict[str, Any]] = {
     "channel": {},
     "layer": {"granularity": "layer"},
     "neuron": {"granularity": "neuron"},
-    "example": {"noise": "example"},
-    "neuron-example": {"granularity": "neuron", "noise": "example"},
-    "none": {"noise": "none"},
+    "example": {"gate": HardConcrete(noise="example")},
+    "neuron-example": {"granularity": "neuron", "gate": HardConcrete(noise="example")},
+    "none": {"gate": HardConcrete(noise="none")},
     "bernoulli": {"gate": "bernoulli"},
     "snake": {"target": "snake(a=0.5)"},
 }

@@ -17,7 +17,14 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from transfer_surgery import TransferSchedule, convert, load_gates, save_gates, wrap_optimizer
+from transfer_surgery import (
+    HardConcrete,
+    TransferSchedule,
+    convert,
+    load_gates,
+    save_gates,
+    wrap_optimizer,
+)
 
 STEPS, EVERY = 18, 4
 KILLED_AFTER = 10  # two steps after the second checkpoint
@@ -55,7 +62,11 @@ def start(setting, seed, model=None):
     """Model, optimizer and scheduler as before the first step."""
     torch.manual_seed(seed)
     kind, how = SETTINGS[setting]
-    model = convert(Net(), noise="example", example_input=X) if model is None else model
+    model = (
+        convert(Net(), gate=HardConcrete(noise="example"), example_input=X)
+        if model is None
+        else model
+    )
     optimizer = (
         torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, weight_decay=1e-3)
         if kind == "sgd"

@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from tests.helpers.loops import GAMMA, batch, gates, mean_probability, network, plain
-from transfer_surgery import TransferSchedule, convert, wrap_optimizer
+from transfer_surgery import HardConcrete, TransferSchedule, convert, wrap_optimizer
 from transfer_surgery.transfer.auto_gamma import AutoGamma
 from transfer_surgery.transfer.controllers import ConstantGamma, Controller, Projection
 from transfer_surgery.transfer.optimizer import _WRAPPED
@@ -23,7 +23,7 @@ from transfer_surgery.transfer.risk import REDUCTIONS, add_risk_gradient
 from transfer_surgery.units import gated_activations
 
 WAYS: list[dict[str, Any]] = [
-    {"granularity": granularity, "noise": noise}
+    {"granularity": granularity, "gate": HardConcrete(noise=noise)}
     for granularity in ("layer", "channel", "neuron")
     for noise in ("batch", "example", "none")
 ]

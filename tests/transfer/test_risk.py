@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from transfer_surgery import GatedActivation, get_activation, structural_risk
+from transfer_surgery import GatedActivation, HardConcrete, get_activation, structural_risk
 from transfer_surgery.transfer.risk import add_risk_gradient
 from transfer_surgery.units import make_gate
 
@@ -15,7 +15,8 @@ TEMPERATURE, XI, ZETA = 0.5, -0.2, 1.3
 
 
 def unit_of(kind: str, log_alpha: Tensor, neurons: int) -> GatedActivation:
-    gate = make_gate(kind, tuple(log_alpha.shape), temperature=TEMPERATURE, stretch=(XI, ZETA))
+    hard_concrete = HardConcrete(temperature=TEMPERATURE, stretch=(XI, ZETA))
+    gate = make_gate(hard_concrete if kind == "hard_concrete" else kind, tuple(log_alpha.shape))
     gate.log_alpha.data.copy_(log_alpha)
     relu, sin = get_activation("relu"), get_activation("sin")
     return GatedActivation(relu, sin, gate, granularity="channel", neurons=neurons)

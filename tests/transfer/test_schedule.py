@@ -11,7 +11,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from transfer_surgery import TransferSchedule
+from transfer_surgery import HardConcrete, TransferSchedule
 from transfer_surgery.transfer import project
 from transfer_surgery.units import Gate, make_gate
 from transfer_surgery.units.gates import HardConcreteGate
@@ -171,7 +171,7 @@ def test_nothing_moves_before_the_start() -> None:
 def test_gates_of_any_kind_and_shape_share_one_offset() -> None:
     gates = [
         HardConcreteGate(()),
-        HardConcreteGate((5, 2, 3), temperature=0.4, stretch=(-0.3, 1.2)),
+        HardConcreteGate((5, 2, 3), HardConcrete(temperature=0.4, stretch=(-0.3, 1.2))),
         make_gate("bernoulli", (7,)),
     ]
     before = [gate.log_alpha.detach().clone() for gate in gates]

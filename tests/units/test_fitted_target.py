@@ -1,7 +1,5 @@
 """Targets ``a * f(w*x + c) + b``: arithmetic, units, baking, saving, optimizer groups."""
 
-import json
-
 import pytest
 import torch
 from torch import nn
@@ -186,27 +184,6 @@ def test_matched_targets_are_saved_and_loaded(tmp_path):
         assert torch.equal(loaded(X), model(X))
     with pytest.raises(ValueError, match="matched True in the checkpoint, False here"):
         load_gates(network(), tmp_path)
-
-
-def test_checkpoints_of_version_1_have_no_matched_targets(tmp_path):
-    model = network()
-    save_gates(model, tmp_path)
-    file = tmp_path / "config.json"
-    config = json.loads(file.read_text())
-    config["version"] = 1
-    for site in config["sites"]:
-        del site["matched"]
-    file.write_text(json.dumps(config))
-    import safetensors.torch
-
-    from transfer_surgery.files.safetensors_file import _digest
-
-    tensors = safetensors.torch.load_file(tmp_path / "gates.safetensors")
-    metadata = {"format": "pt", "config": _digest(file.read_text())}
-    safetensors.torch.save_file(tensors, tmp_path / "gates.safetensors", metadata)
-    other = network(spread=2.0)
-    load_gates(other, tmp_path)
-    assert torch.equal(other[1].log_alpha, model[1].log_alpha)
 
 
 @pytest.mark.parametrize("first", ["optimizer", "targets"])

@@ -8,8 +8,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from transfer_surgery import GatedActivation, convert, get_activation
-from transfer_surgery.units import gated_activations, make_gate
+from transfer_surgery import (
+    Bernoulli,
+    GatedActivation,
+    HardConcrete,
+    convert,
+    get_activation,
+)
+from transfer_surgery.units import GateSettings, gated_activations, make_gate
 
 CERTAIN = 20.0  # log_alpha of gates that no noise moves
 
@@ -19,13 +25,12 @@ def unit(
     granularity: str = "layer",
     *,
     at: float | list | None = None,
-    gate: str = "hard_concrete",
-    noise: str = "batch",
+    gate: str | GateSettings = "hard_concrete",
     source: str = "relu",
     target: str = "sin",
     **options,
 ) -> GatedActivation:
-    module = make_gate(gate, shape, noise=noise)
+    module = make_gate(gate, shape)
     if at is not None:
         module.log_alpha.data.copy_(torch.tensor(at))
     pair = get_activation(source), get_activation(target)
@@ -87,7 +92,7 @@ def test_noise_per_example_differs_between_examples_and_noise_per_batch_does_not
     options = {"at": torch.zeros(shape).tolist(), "target": "square", "channel_axis": axis}
     same = unit(shape, granularity, **options)(x)
     assert (same == same[:1]).all()
-    different = unit(shape, granularity, noise="example", **options)(x)
+    different = unit(shape, granularity, gate=HardConcrete(noise="example"), **options)(x)
     assert (different != different[:1]).any()
     gates = {(): 1, (3,): 3, (4,): 4, (3, 4): 12}[shape]
     assert all(len(example.unique()) <= gates for example in different)
@@ -228,9 +233,13 @@ def _saved(module: nn.Module) -> nn.Module:
     [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m)), _saved],
     ids=["deepcopy", "pickle", "save"],
 )
-@pytest.mark.parametrize("gate", ["hard_concrete", "bernoulli", "line", "copy"])
+@pytest.mark.parametrize(
+    "gate",
+    [HardConcrete(noise="example"), Bernoulli(noise="example"), "line", "copy"],
+    ids=str,
+)
 def test_copies_compute_the_same_and_are_independent(gate, clone):
-    module = unit((3,), "channel", gate=gate, noise="example", source="leaky_relu")
+    module = unit((3,), "channel", gate=gate, source="leaky_relu")
     other = clone(module)
     x = torch.randn(5, 3)
     samples = []
@@ -252,7 +261,8 @@ def test_the_state_dict_holds_the_gates_alone_and_round_trips():
 @pytest.mark.parametrize("use_reentrant", [False, True])
 @pytest.mark.parametrize("noise", ["batch", "example"])
 def test_gradient_checkpointing_repeats_the_noise(use_reentrant, noise):
-    block = nn.Sequential(nn.Linear(6, 6), unit((6,), "channel", at=[0.0] * 6, noise=noise))
+    gate = HardConcrete(noise=noise)
+    block = nn.Sequential(nn.Linear(6, 6), unit((6,), "channel", at=[0.0] * 6, gate=gate))
     x = torch.randn(4, 6)
 
     def gradients(run) -> list[Tensor]:

@@ -1,4 +1,6 @@
 import copy
+import dataclasses
+import json
 import math
 import pickle
 
@@ -8,8 +10,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from transfer_surgery import register_gate
-from transfer_surgery.units import Gate, gates, make_gate, registered_gates
+from transfer_surgery import Bernoulli, Copy, HardConcrete, Line, convert, register_gate
+from transfer_surgery.units import (
+    Gate,
+    GateSettings,
+    gate_settings,
+    gates,
+    make_gate,
+    registered_gates,
+)
 from transfer_surgery.units.gates import HardConcreteGate
 
 BETA, XI, ZETA = 2 / 3, -0.1, 1.1  # section 4.2
@@ -18,8 +27,8 @@ BETA, XI, ZETA = 2 / 3, -0.1, 1.1  # section 4.2
 locations = st.floats(-30, 30, width=32)
 
 
-def gate_at(*log_alpha: float, name: str = "hard_concrete", **options) -> Gate:
-    gate = make_gate(name, (len(log_alpha),), **options)
+def gate_at(*log_alpha: float, gate: str | GateSettings = "hard_concrete") -> Gate:
+    gate = make_gate(gate, (len(log_alpha),))
     gate.log_alpha.data = torch.tensor(log_alpha)
     return gate
 
@@ -129,7 +138,7 @@ def test_samples_stay_in_0_to_1_and_gradients_finite(log_alpha, seed):
 
 
 def test_temperature_and_stretch_enter_all_three_equations():
-    gate = gate_at(0.7, temperature=0.4, stretch=(-0.3, 1.2))
+    gate = gate_at(0.7, gate=HardConcrete(temperature=0.4, stretch=(-0.3, 1.2)))
     assert gate.probability().item() == pytest.approx(sigmoid(0.7 - 0.4 * math.log(0.3 / 1.2)))
     assert gate.predict().item() == pytest.approx(sigmoid(0.7) * 1.5 - 0.3)
     torch.manual_seed(3)
@@ -162,7 +171,7 @@ def test_a_new_gate_predicts_1_and_samples_1_with_probability_0_998():
 
 
 def test_the_papers_wording_starts_at_a_prediction_of_0_967():
-    gate = make_gate("hard_concrete", (100_000,), init="alpha")
+    gate = make_gate(HardConcrete(init="alpha"), (100_000,))
     alpha = gate.log_alpha.exp()
     assert abs(alpha.mean().item() - 8) < 5 / math.sqrt(100_000)
     assert gate.predict().median().item() == pytest.approx(8 / 9 * 1.2 - 0.1, abs=1e-3)  # 0.967
@@ -171,8 +180,7 @@ def test_the_papers_wording_starts_at_a_prediction_of_0_967():
 def test_a_generator_decides_the_start_and_leaves_the_global_random_state():
     state = torch.get_rng_state()
     first, second = (
-        make_gate("hard_concrete", (5,), generator=torch.Generator().manual_seed(1))
-        for _ in range(2)
+        make_gate("hard_concrete", (5,), torch.Generator().manual_seed(1)) for _ in range(2)
     )
     assert torch.equal(first.log_alpha, second.log_alpha)
     assert torch.equal(torch.get_rng_state(), state)
@@ -181,11 +189,11 @@ def test_a_generator_decides_the_start_and_leaves_the_global_random_state():
 # --- noise -------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["hard_concrete", "bernoulli"])
+@pytest.mark.parametrize("settings", [HardConcrete, Bernoulli])
 @pytest.mark.parametrize("shape", [(), (3,), (3, 4, 5)])
 @pytest.mark.parametrize(("noise", "lead"), [("batch", ()), ("example", (8,))])
-def test_noise_per_batch_or_example_decides_the_shape_of_a_sample(name, shape, noise, lead):
-    gate = make_gate(name, shape, noise=noise)
+def test_noise_per_batch_or_example_decides_the_shape_of_a_sample(settings, shape, noise, lead):
+    gate = make_gate(settings(noise=noise), shape)
     gate.log_alpha.data.zero_()
     assert gate.sample(8).shape == (*lead, *shape)
     assert gate.predict().shape == gate.probability().shape == shape
@@ -194,7 +202,7 @@ def test_noise_per_batch_or_example_decides_the_shape_of_a_sample(name, shape, n
 @pytest.mark.parametrize("shape", [(), (4,)])
 @pytest.mark.parametrize("noise", ["batch", "example"])
 def test_certain_gates_draw_no_random_number_but_have_the_shape_of_a_sample(shape, noise):
-    gate = make_gate("hard_concrete", shape, noise=noise)
+    gate = make_gate(HardConcrete(noise=noise), shape)
     gate.log_alpha.data.fill_(19.0)
     certain = gate.sample(8)
     state = torch.get_rng_state()
@@ -208,8 +216,8 @@ def test_certain_gates_draw_no_random_number_but_have_the_shape_of_a_sample(shap
 @pytest.mark.parametrize("name", ["hard_concrete", "bernoulli"])
 @pytest.mark.parametrize("eps", [2.0**-25, 1 - 2.0**-24])
 def test_no_draw_moves_a_certain_gate(name, eps, monkeypatch):
-    gate = gate_at(19.0, -19.0, name=name)
-    monkeypatch.setattr(gate, "_noise", lambda batch: torch.full((2,), eps))
+    gate = gate_at(19.0, -19.0, gate=name)
+    monkeypatch.setattr(gate, "draw_noise", lambda batch: torch.full((2,), eps))
     assert gate.sample(1).tolist() == [1.0, 0.0]
 
 
@@ -324,7 +332,7 @@ class _Sampler(nn.Module):
 
 def test_bernoulli_samples_are_0_or_1_with_probability_sigmoid():
     for log_alpha in (-2.0, 0.0, 1.5):
-        gate = gate_at(*[log_alpha] * 100_000, name="bernoulli")
+        gate = gate_at(*[log_alpha] * 100_000, gate="bernoulli")
         z = gate.sample(1)
         p = sigmoid(log_alpha)
         assert set(z.tolist()) == {0.0, 1.0}
@@ -333,14 +341,14 @@ def test_bernoulli_samples_are_0_or_1_with_probability_sigmoid():
 
 
 def test_bernoulli_gradients_pass_straight_through_the_probability():
-    gate = gate_at(-1.0, 0.5, name="bernoulli")
+    gate = gate_at(-1.0, 0.5, gate="bernoulli")
     gate.sample(1).sum().backward()
     expected = [sigmoid(a) * sigmoid(-a) for a in (-1.0, 0.5)]
     torch.testing.assert_close(gate.log_alpha.grad.tolist(), expected, rtol=1e-5, atol=0)
 
 
 def test_bernoulli_predicts_the_likelier_value():
-    assert gate_at(-0.1, 0.1, name="bernoulli").predict().tolist() == [0.0, 1.0]
+    assert gate_at(-0.1, 0.1, gate="bernoulli").predict().tolist() == [0.0, 1.0]
     assert (make_gate("bernoulli", (50,)).predict() == 1).all()
 
 
@@ -357,7 +365,7 @@ def test_bernoulli_predicts_the_likelier_value():
     ],
 )
 def test_line_and_copy_follow_the_schedule_without_parameters(name, progress, z):
-    gate = make_gate(name, (2, 3), noise="example")
+    gate = make_gate(name, (2, 3))
     gate.progress.fill_(progress)
     for value in (gate.sample(4), gate.predict()):
         assert torch.equal(value, torch.full((2, 3), z))
@@ -384,32 +392,74 @@ def test_the_papers_four_gates_are_registered():
 def test_a_third_party_registers_a_gate_of_its_own(monkeypatch):
     monkeypatch.setattr(gates, "_REGISTRY", dict(gates._REGISTRY))
 
-    @register_gate("hard_sigmoid")
+    @dataclasses.dataclass(frozen=True)
+    class HardSigmoid(GateSettings):
+        width: float = 6.0
+
+    @register_gate("hard_sigmoid", HardSigmoid)
     class HardSigmoidGate(Gate):
         def sample(self, batch):
             return self.predict()
 
         def predict(self):
-            return (self.log_alpha / 6 + 0.5).clamp(0, 1)
+            return (self.log_alpha / self.settings.width + 0.5).clamp(0, 1)
 
         def probability(self):
             return self.predict()
 
     assert "hard_sigmoid" in registered_gates()
-    gate = make_gate("hard_sigmoid", (3,), init="log_alpha")
+    gate = make_gate("hard_sigmoid", (3,))
     assert (gate.predict() == 1).all()
-    assert (gate.name, gate.half().log_alpha.dtype) == ("hard_sigmoid", torch.float32)
+    assert (gate.settings, gate.half().log_alpha.dtype) == (HardSigmoid(6.0), torch.float32)
     assert repr(gate) == "HardSigmoidGate(hard_sigmoid, shape=(3,))"
+    model = nn.Sequential(nn.Linear(2, 3), nn.ReLU())
+    convert(model, gate=HardSigmoid(width=100.0), example_input=torch.zeros(1, 2))
+    assert type(model[1].gate) is HardSigmoidGate
+    assert ((model[1].gate.predict() > 0.5) & (model[1].gate.predict() < 0.7)).all()
+
+
+def test_settings_have_one_gate_and_need_one():
+    with pytest.raises(ValueError, match="Line has the gate 'line' already"):
+        register_gate("another", Line)
+
+    class Mine(Line):
+        pass
+
+    with pytest.raises(ValueError, match=r"Mine has no gate: put @register_gate\(name, Mine\)"):
+        make_gate(Mine(), (3,))
 
 
 def test_a_name_is_registered_once():
     with pytest.raises(ValueError, match="'line' is already registered; choose another name"):
-        register_gate("line")
+        register_gate("line", Line)
 
 
 def test_an_unknown_name_is_answered_with_the_known_ones():
     with pytest.raises(ValueError, match=r"unknown gate 'soft'\. Known: bernoulli, .*line.*Add"):
         make_gate("soft", ())
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"name": "line", "noise": "none"}, "gate 'line': .*unexpected keyword argument 'noise'"),
+        ({"name": "hard_concrete", "temperature": "x"}, "gate 'hard_concrete': "),
+        ({"name": "hard_concrete", "stretch": [0]}, "not enough values"),
+        ({}, "unknown gate None"),
+    ],
+)
+def test_settings_that_a_gate_does_not_have_are_refused(given, message):
+    with pytest.raises(ValueError, match=message):
+        gate_settings(given)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [HardConcrete("alpha", "example", 0.4, (-0.3, 1.2)), Bernoulli(noise="none"), Line(), Copy()],
+    ids=str,
+)
+def test_settings_turn_to_json_and_back(settings):
+    assert gate_settings(json.loads(json.dumps(settings.to_dict()))) == settings
 
 
 @pytest.mark.parametrize(
@@ -424,14 +474,14 @@ def test_an_unknown_name_is_answered_with_the_known_ones():
         ({"stretch": (-0.1, 1.0)}, "needs xi < 0 and zeta > 1"),
     ],
 )
-def test_bad_arguments_are_refused_with_what_is_right(options, message):
+def test_bad_settings_are_refused_with_what_is_right(options, message):
     with pytest.raises(ValueError, match=message):
-        make_gate("hard_concrete", (3,), **options)
+        HardConcrete(**options)
 
 
-@pytest.mark.parametrize("name", ["hard_concrete", "bernoulli", "line", "copy"])
-def test_gates_survive_deepcopy_and_pickle(name):
-    gate = make_gate(name, (3,), noise="example", temperature=0.5)
+@pytest.mark.parametrize("settings", [HardConcrete("alpha"), Bernoulli("alpha"), Line(), Copy()])
+def test_gates_survive_deepcopy_and_pickle(settings):
+    gate = make_gate(settings, (3,))
     for other in (copy.deepcopy(gate), pickle.loads(pickle.dumps(gate))):
         assert torch.equal(other.predict(), gate.predict())
-        assert (other.noise, other.temperature, other.shape) == ("example", 0.5, (3,))
+        assert (other.settings, other.shape) == (settings, (3,))

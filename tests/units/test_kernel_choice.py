@@ -9,7 +9,13 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from transfer_surgery import convert, match_targets, wrap_optimizer
+from transfer_surgery import (
+    HardConcrete,
+    convert,
+    match_targets,
+    recompute_activations,
+    wrap_optimizer,
+)
 from transfer_surgery.units import gated_activation as unit_module
 from transfer_surgery.units import trusted_kernels
 from transfer_surgery.units.kernels.triton import choice
@@ -80,15 +86,15 @@ def step(model: nn.Module) -> list[Tensor]:
 @pytest.mark.parametrize(
     "how",
     [
-        {"granularity": granularity, "noise": noise}
+        {"granularity": granularity, "gate": HardConcrete(noise=noise)}
         for granularity in ("layer", "channel", "neuron")
         for noise in ("batch", "example", "none")
     ]
     + [{"gate": "line"}],
-    ids=lambda how: "-".join(how.values()),
+    ids=lambda how: "-".join(map(str, how.values())),
 )
 def test_a_training_step_is_that_of_the_eager_kernels(on_triton, monkeypatch, how, recompute):
-    model = network(**how, recompute=recompute)
+    model = recompute_activations(network(**how), enabled=recompute)
     other = copy.deepcopy(model)
     found = step(model)
     assert len(on_triton) == (3 if recompute else 2)

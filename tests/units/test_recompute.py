@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint, checkpoint_sequential
 
-from transfer_surgery import convert
+from transfer_surgery import HardConcrete, convert
 
 X = torch.linspace(-3, 3, 4 * 6).reshape(4, 6)
 
@@ -72,7 +72,7 @@ def assert_same(expected, actual):
 @pytest.mark.parametrize("noise", ["batch", "example"])
 @pytest.mark.parametrize("how", ["reentrant", "not reentrant", "sequential"])
 def test_a_checkpointed_block_recomputes_with_the_same_gates(how, noise):
-    model = mid_transfer(convert(Stack(), example_input=X, noise=noise))
+    model = mid_transfer(convert(Stack(), example_input=X, gate=HardConcrete(noise=noise)))
     expected = gradients(model, X)
     model.how = how
     assert_same(expected, gradients(model, X))
@@ -111,9 +111,9 @@ def test_timm_grad_checkpointing_recomputes_with_the_same_gates(name, noise):
     model = timm.create_model(name, num_classes=10, **ZOO[name])
     early = copy.deepcopy(model)
     early.set_grad_checkpointing(True)
-    mid_transfer(convert(model, example_input=x, noise=noise, seed=1))
+    mid_transfer(convert(model, example_input=x, gate=HardConcrete(noise=noise), seed=1))
     expected = gradients(model, x)
-    mid_transfer(convert(early, example_input=x, noise=noise, seed=1))
+    mid_transfer(convert(early, example_input=x, gate=HardConcrete(noise=noise), seed=1))
     assert_same(expected, gradients(early, x))
     model.set_grad_checkpointing(True)
     assert_same(expected, gradients(model, x))

@@ -11,7 +11,7 @@ from memory import waiting_bytes
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from transfer_surgery import bake, convert, recompute_activations, revert
+from transfer_surgery import HardConcrete, bake, convert, recompute_activations, revert
 from transfer_surgery.units import gated_activations
 
 IMAGES = torch.randn(4, 3, 64, 64, generator=torch.Generator().manual_seed(0))
@@ -38,7 +38,7 @@ def test_what_waits_for_backward_is_what_the_original_keeps(name, without, log_a
     plain = at(convert(copy.deepcopy(model), "sin", example_input=IMAGES[:2]), log_alpha)
     if log_alpha < 20:
         assert held(plain, IMAGES) > without * original
-    recomputing = convert(model, "sin", example_input=IMAGES[:2], recompute=True)
+    recomputing = recompute_activations(convert(model, "sin", example_input=IMAGES[:2]))
     assert held(at(recomputing, log_alpha), IMAGES) < 1.02 * original
 
 
@@ -60,8 +60,9 @@ class Everything(nn.Module):
 
 def gradients(recompute: bool, change=None, **options):
     torch.manual_seed(0)
-    model = convert(Everything().double(), "sin", recompute=recompute, seed=0,
-                    example_input=IMAGES[:2, :, :8, :8].double(), **options)  # fmt: skip
+    x = IMAGES[:2, :, :8, :8].double()
+    model = convert(Everything().double(), "sin", seed=0, example_input=x, **options)
+    recompute_activations(model, enabled=recompute)
     for _, unit in gated_activations(model):
         unit.log_alpha.data.normal_(generator=torch.Generator().manual_seed(2))
     if change:
@@ -85,8 +86,8 @@ def norm_in_eval(model: nn.Module) -> None:
 @pytest.mark.parametrize("change", [None, frozen_norm, norm_in_eval])
 @pytest.mark.parametrize("noise", ["batch", "example"])
 def test_gradients_are_those_without_it(change, noise):
-    expected, _ = gradients(False, change, noise=noise)
-    found, _ = gradients(True, change, noise=noise)
+    expected, _ = gradients(False, change, gate=HardConcrete(noise=noise))
+    found, _ = gradients(True, change, gate=HardConcrete(noise=noise))
     assert found.keys() == expected.keys()
     for name, grad in expected.items():
         if grad is None:
@@ -120,7 +121,8 @@ def test_an_output_that_is_changed_in_place_is_kept_as_it_is():
     for recompute in (False, True):
         torch.manual_seed(0)
         x = torch.randn(8, 4)
-        model = at(convert(Changed(), "sin", example_input=x, recompute=recompute), -20.0)
+        model = at(convert(Changed(), "sin", example_input=x), -20.0)
+        recompute_activations(model, enabled=recompute)
         model(x).square().sum().backward()
         found.append(model.two.weight.grad)
     assert torch.equal(*found)
@@ -139,7 +141,7 @@ def test_changing_in_place_what_backward_needs_is_an_error_as_ever(recompute):
             return z.exp() + z.mul_(2)
 
     x = torch.randn(3, 4)
-    model = convert(Wrong(), "sin", example_input=x, recompute=recompute)
+    model = recompute_activations(convert(Wrong(), "sin", example_input=x), enabled=recompute)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         model(x).sum().backward()
 
@@ -150,7 +152,8 @@ def test_second_derivatives_go_through():
     model = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4), nn.GELU(), nn.Linear(4, 1))
     found = []
     for recompute in (False, True):
-        converted = convert(copy.deepcopy(model), "sin", example_input=x, recompute=recompute)
+        converted = convert(copy.deepcopy(model), "sin", example_input=x)
+        recompute_activations(converted, enabled=recompute)
         loss = at(converted, -20.0)(x).square().sum()
         (grad,) = torch.autograd.grad(loss, converted[0].weight, create_graph=True)
         found.append(torch.autograd.grad(grad.square().sum(), converted[0].weight)[0])
@@ -163,8 +166,8 @@ def hooks(model: nn.Module) -> list[object]:
 
 def test_it_is_switched_off_by_revert_and_bake_and_by_hand():
     def model() -> nn.Module:
-        return convert(nn.Sequential(nn.Linear(3, 3), nn.ReLU()), example_input=torch.zeros(2, 3),
-                       recompute=True)  # fmt: skip
+        layers = nn.Sequential(nn.Linear(3, 3), nn.ReLU())
+        return recompute_activations(convert(layers, example_input=torch.zeros(2, 3)))
 
     on = model()
     assert len(hooks(on)) == 2
@@ -175,8 +178,8 @@ def test_it_is_switched_off_by_revert_and_bake_and_by_hand():
 
 
 def test_copies_and_pickles_recompute_too():
-    model = at(convert(copy.deepcopy(Everything()), "sin", recompute=True,
-                       example_input=IMAGES[:2, :, :8, :8]), 0.0)  # fmt: skip
+    model = at(convert(Everything(), "sin", example_input=IMAGES[:2, :, :8, :8]), 0.0)
+    recompute_activations(model)
     x = IMAGES[..., :8, :8]
     plain = held(recompute_activations(copy.deepcopy(model), enabled=False), x)
     for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
@@ -186,7 +189,8 @@ def test_copies_and_pickles_recompute_too():
 
 def test_an_error_inside_the_model_leaves_nothing_behind():
     x = torch.zeros(2, 3)
-    model = convert(nn.Sequential(nn.Linear(3, 3), nn.ReLU()), example_input=x, recompute=True)
+    model = convert(nn.Sequential(nn.Linear(3, 3), nn.ReLU()), example_input=x)
+    recompute_activations(model)
     with pytest.raises(RuntimeError):
         model(torch.zeros(2, 5))
     saved = []
@@ -210,7 +214,8 @@ def test_checkpoints_inside_work_as_before():
     for recompute in (False, True):
         torch.manual_seed(0)
         x = torch.randn(8, 4)
-        model = at(convert(Checkpointed(), "sin", example_input=x, recompute=recompute), 0.0)
+        model = at(convert(Checkpointed(), "sin", example_input=x), 0.0)
+        recompute_activations(model, enabled=recompute)
         torch.manual_seed(1)
         model(x).square().sum().backward()
         found.append(torch.cat([p.grad.flatten() for p in model.parameters()]))
@@ -221,7 +226,8 @@ def test_compiled_models_ignore_it():
     torch.manual_seed(0)
     x = torch.randn(8, 4)
     layers = [nn.Linear(4, 4), nn.BatchNorm1d(4), nn.ReLU(), nn.Linear(4, 2)]
-    model = at(convert(nn.Sequential(*layers), "sin", example_input=x, recompute=True), -20.0)
+    model = at(convert(nn.Sequential(*layers), "sin", example_input=x), -20.0)
+    recompute_activations(model)
     compiled = torch.compile(copy.deepcopy(model), backend="aot_eager", fullgraph=True)
     for network in (model, compiled):
         network(x).square().sum().backward()

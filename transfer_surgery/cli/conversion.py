@@ -20,7 +20,7 @@ from transfer_surgery.files import ModelSpec, load_weights, read_files, read_spe
 from transfer_surgery.reports import report
 from transfer_surgery.sites import find_activations
 from transfer_surgery.surgery import convert
-from transfer_surgery.units import gate_class
+from transfer_surgery.units import GateSettings, gate_settings
 
 Target = Annotated[str, typer.Option(help="What to transfer to, such as 'snake(a=0.5)'.")]
 Granularity = Annotated[
@@ -44,7 +44,7 @@ class Conversion:
     granularity: Literal["layer", "channel", "neuron"]
     seed: int
     gate: str = "hard_concrete"
-    noise: Literal["batch", "example", "none"] = "batch"
+    noise: Literal["batch", "example", "none"] | None = None
     source: list[str] | None = None
     include: list[str] | None = None
     exclude: list[str] | None = None
@@ -55,7 +55,16 @@ class Conversion:
             raise typer.BadParameter("give --weights or --pretrained, not both.")
         with asked(ValueError):
             get_activation(self.target)
-            gate_class(self.gate)
+            self.gate_settings()
+
+    def gate_settings(self) -> GateSettings:
+        """The gates that ``--gate`` and ``--noise`` ask for.
+
+        Raises:
+            ValueError: there is no such gate, or it draws nothing.
+        """
+        noise = {} if self.noise is None else {"noise": self.noise}
+        return gate_settings({"name": self.gate, **noise})
 
     def run(self) -> nn.Module:
         """Make the model, load its weights and convert it."""
@@ -75,8 +84,7 @@ class Conversion:
                 plan=plan,
                 roles=self.role or ("hidden",),
                 granularity=self.granularity,
-                gate=self.gate,
-                noise=self.noise,
+                gate=self.gate_settings(),
                 seed=self.seed,
             )
 

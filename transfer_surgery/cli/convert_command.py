@@ -32,8 +32,11 @@ def convert(
         str, typer.Option(help="hard_concrete, or the paper's bernoulli, line, copy.")
     ] = "hard_concrete",
     noise: Annotated[
-        Literal["batch", "example", "none"], typer.Option(help="Of the gates, in training.")
-    ] = "batch",
+        Literal["batch", "example", "none"] | None,
+        typer.Option(
+            help="Draw gates in training once per batch (the default), per example, or not at all."
+        ),
+    ] = None,
     weights: Weights = None,
     pretrained: Pretrained = False,
     source: Source = None,

@@ -98,7 +98,9 @@ def read_baked(file: Path) -> tuple[nn.Module, ModelSpec]:
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{file} is no baked network of this library: {error}.") from error
     config.refuse_unknown()
-    config = replace(config, sites=tuple(replace(s, gate="hard_concrete") for s in config.sites))
+    config = replace(
+        config, sites=tuple(replace(s, gate={"name": "hard_concrete"}) for s in config.sites)
+    )
     starts = [_start(site, outcomes[site.path]) for site in config.sites]
     values = {key: value for each in starts for key, value in each.items()}
     model = spec.build()

@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, replace
 from transfer_surgery.activations import get_activation, registered_activations
 from transfer_surgery.files.site_config import SiteConfig, call_of_site
 from transfer_surgery.sites import Plan
-from transfer_surgery.units import registered_gates
+from transfer_surgery.units import gate_settings, registered_gates
 
 _FORMAT = "transfer_surgery gates"
 _VERSION = 2
@@ -70,7 +70,7 @@ class GateConfig:
         Raises:
             ValueError: naming them.
         """
-        gates = {site.gate for site in self.sites} - set(registered_gates())
+        gates = {site.gate["name"] for site in self.sites} - set(registered_gates())
         texts = {text for site in self.sites for text in (site.source, site.target)}
         names = {text.partition("(")[0] for text in texts} - set(registered_activations())
         for what, register, missing in (
@@ -85,6 +85,8 @@ class GateConfig:
                 )
         for text in texts:
             get_activation(text)
+        for site in self.sites:
+            gate_settings(site.gate)
 
     def at(self, plan: Plan) -> dict[str, SiteConfig | str]:
         """The sites as a plan of a model has them, or why it cannot have them."""

@@ -23,7 +23,7 @@ from transfer_surgery.files.safetensors_file import (
 from transfer_surgery.files.site_config import SiteConfig
 from transfer_surgery.sites import Plan, Site, find_activations, prepare_rewrites, undisturbed
 from transfer_surgery.surgery import insert_units, refuse_unfit
-from transfer_surgery.units import GatedActivation, gated_activations, make_gate
+from transfer_surgery.units import GatedActivation, gate_settings, gated_activations, make_gate
 
 # Attributes under which wrappers hold the model they wrap. By name, as in `unfit`.
 _WRAPPERS = {
@@ -189,14 +189,8 @@ def _with_listed_names(model: nn.Module, plan: Plan) -> Plan:
 
 def build_unit(site: SiteConfig, found: Site | None = None) -> GatedActivation:
     """The unit of a saved site, before its values are loaded; for the place where it was found."""
-    gate = make_gate(
-        site.gate,
-        site.shape,
-        noise=site.noise,
-        temperature=site.temperature,
-        stretch=site.stretch,
-        generator=torch.Generator(),  # its values are overwritten; torch's own stream stays
-    )
+    # Its values are overwritten; torch's own stream stays.
+    gate = make_gate(gate_settings(site.gate), site.shape, torch.Generator())
     unit = GatedActivation(
         get_activation(site.source),
         get_activation(site.target),

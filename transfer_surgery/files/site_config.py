@@ -21,12 +21,11 @@ class SiteConfig:
         path: where it lives in the model.
         source: the activation that the network had, as `get_activation` reads it.
         target: the activation it is transferred to, likewise.
-        gate: registered name of the gate.
+        gate: name and settings of the gate, as `GateSettings.to_dict` gives them.
         granularity: ``"layer"``, ``"channel"`` or ``"neuron"``.
         shape: of the gates.
         channel_axis: axis of the channels in the input.
         neurons: elements of the feature shape, per example.
-        noise: of the gate, as are `temperature` and `stretch`.
         depth: its place in the order in which the model's activations run.
         stage: the part of the model that it belongs to.
         matched: whether the target has parameters, see `match_targets`.
@@ -38,14 +37,11 @@ class SiteConfig:
     path: str
     source: str
     target: str
-    gate: str
+    gate: dict[str, Any]
     granularity: str
     shape: tuple[int, ...]
     channel_axis: int
     neurons: int
-    noise: str
-    temperature: float
-    stretch: tuple[float, float]
     depth: int
     stage: str
     matched: bool
@@ -68,14 +64,11 @@ class SiteConfig:
             path=path,
             source=_as_text(path, unit.source),
             target=_as_text(path, unit.target),
-            gate=gate.name,
+            gate=gate.settings.to_dict(),
             granularity=unit.granularity,
             shape=gate.shape,
             channel_axis=unit.channel_axis,
             neurons=unit.neurons,
-            noise=gate.noise,
-            temperature=gate.temperature,
-            stretch=gate.stretch,
             depth=unit.depth,
             stage=unit.stage,
             matched=unit.affine is not None,
@@ -89,8 +82,6 @@ class SiteConfig:
         Raises:
             ValueError: a field is missing, unknown or of another type.
         """
-        if isinstance(data, dict):
-            data = {"matched": False, **data}  # which version 1 does not know
         if not isinstance(data, dict) or data.keys() != _CHECKS.keys():
             raise ValueError(f"a site is {data!r}; expected the fields {', '.join(_CHECKS)}")
         for name, is_valid in _CHECKS.items():
@@ -101,11 +92,13 @@ class SiteConfig:
 
     def difference(self, here: SiteConfig) -> str:
         """In words, how the site of a model differs from this one; empty where it does not."""
-        names = ["source", "target", "gate", "granularity", "shape", "noise", "temperature"]
-        names += ["stretch", "matched", "call"]
+        names = ["source", "target", "granularity", "shape", "matched", "call"]
         if self.granularity == "channel":
             names.append("channel_axis")
         pairs = [(name, getattr(self, name), getattr(here, name)) for name in names]
+        for key in {**self.gate, **here.gate}.keys() - {"init"}:  # how gates once began
+            name = "gate" if key == "name" else key
+            pairs.append((name, self.gate.get(key), here.gate.get(key)))
         return "; ".join(
             f"{name} {_words(saved)} in the checkpoint, {_words(found)} here"
             for name, saved, found in pairs
@@ -164,10 +157,6 @@ def _is_whole(value: Any) -> bool:
     return type(value) is int
 
 
-def _is_number(value: Any) -> bool:
-    return type(value) in (int, float)
-
-
 _CHECKS: dict[str, Callable[[Any], bool]] = {
     field.name: _is_text for field in fields(SiteConfig)
 } | {
@@ -175,7 +164,6 @@ _CHECKS: dict[str, Callable[[Any], bool]] = {
     **dict.fromkeys(("channel_axis", "neurons", "depth"), _is_whole),
     "shape": lambda value: isinstance(value, list) and all(map(_is_whole, value)),
     "matched": lambda value: type(value) is bool,
-    "temperature": _is_number,
-    "stretch": lambda v: isinstance(v, list) and len(v) == 2 and all(map(_is_number, v)),
+    "gate": lambda value: isinstance(value, dict) and _is_text(value.get("name")),
     "call": lambda v: v is None or (isinstance(v, list) and len(v) == 2 and all(map(_is_whole, v))),
 }

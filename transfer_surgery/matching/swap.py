@@ -63,7 +63,7 @@ def swap_targets(
         scheduled = [path for path, unit in units.items() if not unit.gate.learned]
         if scheduled:
             raise ValueError(
-                f"{scheduled[0]}: gates of the kind {units[scheduled[0]].gate.name!r} move all at "
+                f"{scheduled[0]}: gates of the kind {units[scheduled[0]].gate.settings.name!r} move all at "
                 "once; convert with gate='hard_concrete' to keep some of them."
             )
         for unit, kept in choose_kept(model, units, batches, keep).items():

@@ -189,9 +189,9 @@ def plot_gates(model: nn.Module, ax: Axes | None = None) -> Axes:
     stages: dict[str, list[Tensor]] = {}
     for path, unit in gated_activations(model):
         if unit.gate.learned:
-            location = unit.gate.location().detach().flatten().cpu()
+            location = unit.gate.full_log_alpha().detach().flatten().cpu()
             stages.setdefault(stage_of(path, unit), []).append(location)
-            xi, zeta = unit.gate.stretch
+            xi, zeta = getattr(unit.gate.settings, "stretch", (-0.1, 1.1))
     if not stages:
         raise ValueError(
             "gates of the kinds line and copy have no log_alpha; use report(model).plot() instead."

@@ -159,7 +159,9 @@ def report(model: nn.Module, *, by: str = "site") -> Report:
 def _statistics(unit: GatedActivation) -> Tensor:
     """Transferred and kept gates, mean gate and mean ``log_alpha``, on the unit's device."""
     z = unit.gate.predict()
-    location = unit.gate.location().mean() if unit.gate.learned else torch.zeros_like(z.mean())
+    location = (
+        unit.gate.full_log_alpha().mean() if unit.gate.learned else torch.zeros_like(z.mean())
+    )
     return torch.stack([(z == 0).sum().float(), (z == 1).sum().float(), z.mean(), location])
 
 

@@ -17,7 +17,7 @@ from torch.optim import Optimizer
 
 from transfer_surgery import GatedActivation, convert, get_activation, wrap_optimizer
 from transfer_surgery.activations import ActivationModule
-from transfer_surgery.reproduce.rows import TARGET, find_row
+from transfer_surgery.reproduce.rows import TARGET, find_row, gate_of
 from transfer_surgery.reproduce.settings import Settings
 
 __all__ = ["NETWORKS", "Fit", "Outcome", "fit", "grid", "loss", "neuron", "run_figure1"]
@@ -163,9 +163,8 @@ def fit(network: str, settings: Fit) -> Outcome:
         everything = grid(settings.points).float()
         inputs = everything[:, None].expand(-1, settings.seeds)
         if row.gate is not None:
-            start: dict[str, Any] = {"init": settings.init, "seed": settings.seed}
-            noise = settings.noise
-            convert(model, TARGET, gate=row.gate, noise=noise, example_input=inputs, **start)
+            gate = gate_of(row.gate, init=settings.init, noise=settings.noise)
+            convert(model, TARGET, gate=gate, seed=settings.seed, example_input=inputs)
         optimizer = _optimizer(model, settings)
         for step in range(settings.steps):
             if step in steps:

@@ -7,12 +7,18 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from transfer_surgery import TransferSchedule, convert, wrap_optimizer
+from transfer_surgery import Bernoulli, HardConcrete, TransferSchedule, convert, wrap_optimizer
 from transfer_surgery.reproduce.protocol import Protocol
 
 __all__ = ["ROWS", "Row", "find_row"]
 
 TARGET = "sin"
+_SAMPLED = {"hard_concrete": HardConcrete, "bernoulli": Bernoulli}
+
+
+def gate_of(kind: str, init: str, noise: str) -> str | HardConcrete | Bernoulli:
+    """The gates of a kind, with these settings where they are sampled; line and copy are not."""
+    return _SAMPLED[kind](init=init, noise=noise) if kind in _SAMPLED else kind
 
 
 @dataclass(frozen=True)
@@ -52,10 +58,8 @@ class Row:
         return convert(
             model,
             TARGET,
-            gate=self.gate,
+            gate=gate_of(self.gate, init=protocol.init, noise=protocol.noise),
             granularity=protocol.granularity,
-            noise=protocol.noise,
-            init=protocol.init,
             example_input=example,
         )
 

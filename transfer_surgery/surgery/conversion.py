@@ -10,7 +10,6 @@ from torch import nn
 
 from transfer_surgery._sharding import refuse_sharded
 from transfer_surgery.activations import Activation, get_activation
-from transfer_surgery.matching import match_targets
 from transfer_surgery.sites import (
     Plan,
     Site,
@@ -30,6 +29,8 @@ from transfer_surgery.surgery.refuse import refuse_unfit
 from transfer_surgery.units import (
     GRANULARITIES,
     GatedActivation,
+    GateSettings,
+    gate_settings,
     gated_activations,
     make_gate,
     recompute_activations,
@@ -46,21 +47,16 @@ def convert(
     exclude: Any = None,
     roles: Iterable[str] = ("hidden",),
     example_input: Any = None,
-    gate: str = "hard_concrete",
-    init: str = "log_alpha",
-    noise: str = "batch",
-    spread: float = 1.0,
-    temperature: float = 2 / 3,
-    stretch: tuple[float, float] = (-0.1, 1.1),
+    gate: str | GateSettings = "hard_concrete",
     seed: int | None = None,
     plan: Plan | None = None,
-    match: Iterable[Any] | None = None,
-    recompute: bool = False,
 ) -> nn.Module:
     """Replace the activations of a model by gated units (Eq. 1), in place and all or nothing.
 
-    With ``init="log_alpha"`` the outputs in eval mode stay the same bit for bit. Class, attributes,
-    methods, hooks, training flags and the entries of ``state_dict()`` stay; gates are added.
+    The outputs in eval mode stay the same bit for bit, unless the gates' ``init`` is ``"alpha"``.
+    Class, attributes, methods, hooks, training flags and the entries of ``state_dict()`` stay; the
+    gates are added. `match_targets` fits the targets afterwards, `recompute_activations` saves
+    memory.
 
     Args:
         model: any module; zoo models need no ``example_input``.
@@ -73,22 +69,11 @@ def convert(
         exclude: leave matching sites alone; the same forms.
         roles: roles to convert; see `transfer_surgery.sites.plan.ROLES`.
         example_input: a tensor, a tuple of arguments or a dict of keyword arguments.
-        gate: ``"hard_concrete"``, or the paper's baselines ``"bernoulli"``, ``"line"``, ``"copy"``.
-        init: ``"log_alpha"``: ``log_alpha ~ N(8, 1)``; ``"alpha"``: ``alpha ~ N(8, 1)``, which
-            changes outputs and is meant for training from scratch.
-        noise: one draw per gate and forward (``"batch"``), per gate and example (``"example"``), or
-            none: then training uses the gates of prediction. The noise of half-open gates hurts
-            deep pretrained networks in the middle of the transfer.
-        spread: standard deviation of the initial ``log_alpha``. The wider, the fewer gates are
-            half-open at the same time under a `TransferSchedule`; its mean is then ``8 * spread``.
-        temperature: beta of Eq. 10.
-        stretch: (xi, zeta) of Eq. 12.
+        gate: how gates are drawn and learned: `HardConcrete`, or a baseline of the paper:
+            `Bernoulli`, `Line`, `Copy`. A name such as ``"line"`` stands for the default settings.
         seed: seed of the initial ``log_alpha``; None: torch's current seed. The global random state
             is not advanced.
         plan: a plan from `find_activations`, possibly filtered; it is not searched for again.
-        match: batches without labels: the targets are fitted to the sources, as `match_targets`
-            does, which returns how well it went.
-        recompute: keep peak memory at that of the original network, see `recompute_activations`.
 
     Returns:
         The same model object.
@@ -108,7 +93,7 @@ def convert(
         True
     """
     refuse_unfit(model)
-    target = get_activation(target)
+    target, settings = get_activation(target), gate_settings(gate)
     whole = plan if plan is not None else find_activations(model, example_input)
     chosen = whole.select(source=source, include=include, exclude=exclude, roles=roles)
     chosen = chosen.filter(lambda site: site.source != target)
@@ -117,13 +102,11 @@ def convert(
     granularities = _granularities(chosen, granularity)
     stages = stages_of(model, [site.path for site in chosen])
     generator = torch.Generator().manual_seed(torch.initial_seed() if seed is None else seed)
-    options: dict[str, Any] = {"init": init, "noise": noise, "spread": spread}
-    options |= {"temperature": temperature, "stretch": stretch}
     units = {
         site.path: GatedActivation(
             site.source,
             target,
-            make_gate(gate, site.gate_shape(g), generator=generator, **options),
+            make_gate(settings, site.gate_shape(g), generator),
             granularity=g,
             channel_axis=site.channel_axis,
             neurons=site.neurons,
@@ -138,13 +121,7 @@ def convert(
     with undisturbed():
         recipes = prepare_rewrites(model, whole, {site.path for site in chosen})
     insert_units(model, whole, units, recipes)
-    if match is not None:
-        try:
-            match_targets(model, match)
-        except BaseException:
-            revert(model)
-            raise
-    return recompute_activations(model) if recompute else model
+    return model
 
 
 def revert(model: nn.Module) -> nn.Module:

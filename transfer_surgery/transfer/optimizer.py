@@ -233,7 +233,7 @@ def _check_training(
     check_reduction(reduction)
     if gamma is not None and not any(unit.gate.learned for unit in units):
         raise ValueError(
-            f"gates of the kind {units[0].gate.name!r} have no parameters that gamma could "
+            f"gates of the kind {units[0].gate.settings.name!r} have no parameters that gamma could "
             "move; use transfer=TransferSchedule(total_steps)."
         )
     if constant and not (isinstance(gamma, (int, float)) and 0 <= gamma < math.inf):
@@ -264,7 +264,7 @@ def _check_schedule(
         raise ValueError(
             f"order={transfer.order!r}: gamma='auto' is one weight for all gates. Leave gamma out."
         )
-    scheduled = [unit.gate.name for unit in units if not unit.gate.learned]
+    scheduled = [unit.gate.settings.name for unit in units if not unit.gate.learned]
     if scheduled and transfer.fraction < 1:
         raise ValueError(
             f"gates of the kind {scheduled[0]!r} all go together: use fraction=1, or convert "

@@ -1,6 +1,14 @@
 """What stands at a call site: gates, and ``z * source + (1 - z) * target``."""
 
 from transfer_surgery.units.fitted_target import AffineActivation, AffineParameters
+from transfer_surgery.units.gate_settings import (
+    Bernoulli,
+    Copy,
+    GateSettings,
+    HardConcrete,
+    Line,
+    SampledSettings,
+)
 from transfer_surgery.units.gated_activation import (
     GRANULARITIES,
     GatedActivation,
@@ -10,7 +18,8 @@ from transfer_surgery.units.gated_activation import (
 )
 from transfer_surgery.units.gates import (
     Gate,
-    gate_class,
+    SampledGate,
+    gate_settings,
     make_gate,
     probability_of,
     register_gate,
@@ -27,10 +36,17 @@ __all__ = [
     "VARIABLE",
     "AffineActivation",
     "AffineParameters",
+    "Bernoulli",
+    "Copy",
     "Gate",
+    "GateSettings",
     "GatedActivation",
+    "HardConcrete",
+    "Line",
+    "SampledGate",
+    "SampledSettings",
     "affine_value",
-    "gate_class",
+    "gate_settings",
     "gated",
     "gated_activations",
     "make_gate",

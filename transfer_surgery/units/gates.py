@@ -1,14 +1,14 @@
 """Gates: the random variables ``z`` that choose between source (1) and target (0), section 3.3.
 
 A gate module holds one number per gate and answers three questions: a sample for training, the
-value for prediction, and ``P(z != 0)`` for the structural risk. `hard_concrete` is the paper's
-proposal; `bernoulli`, `line` and `copy` are the baselines of section 4.1.
+value for prediction, and ``P(z != 0)`` for the structural risk. `HardConcreteGate` is the paper's
+proposal; the others are the baselines of section 4.1.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -17,6 +17,14 @@ from torch import Tensor, nn
 
 from transfer_surgery._float32 import Float32Module
 from transfer_surgery._sharding import whole
+from transfer_surgery.units.gate_settings import (
+    Bernoulli,
+    Copy,
+    GateSettings,
+    HardConcrete,
+    Line,
+    SampledSettings,
+)
 from transfer_surgery.units.hard_concrete import hard_concrete
 from transfer_surgery.units.kernels.pieces import may_look
 
@@ -24,24 +32,37 @@ GateShape = tuple[int, ...]
 Ingredients = tuple[Tensor, Tensor | None, tuple[float, float, float] | None]
 """``log_alpha``, noise and ``(temperature, xi, zeta)`` of Eq. 15; or ``z``, None and None."""
 
-# With eps in [2**-25, 1 - 2**-24] no draw moves a gate that is this far out: see `_noise`.
+# With eps in [2**-25, 1 - 2**-24] no draw moves a gate that is this far out: see `draw_noise`.
 _CERTAIN = 19.0
 
 _REGISTRY: dict[str, type[Gate]] = {}
 
 
-def register_gate(name: str) -> Callable[[type[Gate]], type[Gate]]:
-    """Register a `Gate` subclass under the name used in ``convert(gate=name)``; a class decorator.
+def register_gate(name: str, settings: type[GateSettings]) -> Callable[[type[Gate]], type[Gate]]:
+    """Register a kind of gate: its name, its settings and its module; a class decorator.
+
+    ``convert(gate=settings(...))`` then builds the decorated `Gate` module at each site, and
+    ``convert(gate=name)`` is short for ``convert(gate=settings())``.
+
+    Args:
+        name: the short form, also the name in files.
+        settings: a frozen dataclass, derived from `GateSettings`, with defaults.
 
     Raises:
-        ValueError: the name is taken.
+        ValueError: the name, or the settings class, is taken.
     """
     if name in _REGISTRY:
         raise ValueError(f"gate {name!r} is already registered; choose another name.")
+    if vars(settings).get("name"):
+        raise ValueError(
+            f"{settings.__name__} has the gate {settings.name!r} already; each gate needs a "
+            "settings class of its own."
+        )
 
     def decorate(cls: type[Gate]) -> type[Gate]:
         _REGISTRY[name] = cls
-        cls.name = name
+        settings.name = name
+        cls.settings_type = settings
         return cls
 
     return decorate
@@ -52,27 +73,57 @@ def registered_gates() -> tuple[str, ...]:
     return tuple(sorted(_REGISTRY))
 
 
-def gate_class(name: str) -> type[Gate]:
-    """A registered gate.
+def gate_settings(gate: str | GateSettings | Mapping[str, Any]) -> GateSettings:
+    """The settings that a short form, or `GateSettings.to_dict`, stands for.
+
+    Args:
+        gate: settings, which are returned as they are; a registered name; or a dict with the
+            name and settings.
 
     Raises:
-        ValueError: the name is unknown; the message lists the known ones.
+        ValueError: the name is unknown (the message lists the known ones), or a setting is.
+
+    Examples:
+        >>> gate_settings("line")
+        Line()
+        >>> gate_settings({"name": "bernoulli", "noise": "none"})
+        Bernoulli(init='log_alpha', noise='none')
     """
+    if isinstance(gate, GateSettings):
+        kind = _REGISTRY.get(gate.name)
+        if kind is None or kind.settings_type is not type(gate):
+            cls = type(gate).__name__
+            raise ValueError(f"{cls} has no gate: put @register_gate(name, {cls}) above its class.")
+        return gate
+    values = dict(gate) if isinstance(gate, Mapping) else {"name": gate}
+    name = values.pop("name", None)
     if name not in _REGISTRY:
         raise ValueError(
             f"unknown gate {name!r}. Known: {', '.join(registered_gates())}. "
-            "Add your own with @register_gate(name)."
+            "Add your own with @register_gate(name, settings)."
         )
-    return _REGISTRY[name]
+    settings = _REGISTRY[name].settings_type
+    try:
+        return settings(**values)
+    except TypeError as error:
+        raise ValueError(f"gate {name!r}: {error}.") from error
 
 
-def make_gate(name: str, shape: GateShape, **options: Any) -> Gate:
-    """Build a registered gate.
+def make_gate(
+    gate: str | GateSettings, shape: GateShape, generator: torch.Generator | None = None
+) -> Gate:
+    """Build the gates of one site.
+
+    Args:
+        gate: their settings, or a registered name.
+        shape: as for `Gate`.
+        generator: source of the initial values; None: torch's global one.
 
     Raises:
         ValueError: the name is unknown; the message lists the known ones.
     """
-    return gate_class(name)(shape, **options)
+    settings = gate_settings(gate)
+    return _REGISTRY[settings.name](shape, settings, generator=generator)
 
 
 def probability_of(logit: Tensor) -> Tensor:
@@ -90,64 +141,37 @@ class Gate(Float32Module):
     Args:
         shape: shape of the gates of one call site: ``(1,)`` per layer (FSDP2 takes no scalars),
             ``(C,)`` per channel, the feature shape per neuron.
-        init: ``"log_alpha"``: ``log_alpha ~ N(8, 1)``, a converted network is unchanged;
-            ``"alpha"``: ``alpha ~ N(8, 1)``, the paper's wording, for training from scratch.
-        noise: ``"batch"``: one draw per gate and forward; ``"example"``: one per gate and example;
-            ``"none"``: no sampling, training uses the prediction of Eq. 16 too.
-        spread: standard deviation of the initial ``log_alpha``. Above 1 their mean is
-            ``8 * spread``, so that no gate starts below 1; with a transfer schedule, the wider the
-            spread, the fewer gates are between 0 and 1 at the same time.
-        temperature: ``beta`` of Eq. 10, in (0, 1).
-        stretch: ``(xi, zeta)`` of Eq. 12, ``xi < 0`` and ``zeta > 1``.
-        generator: source of the initial values; the global random state stays untouched.
-
-    Raises:
-        ValueError: an argument is out of its range.
+        settings: of the class that the gate is registered with; None: its defaults.
+        generator: source of the initial values, ``log_alpha ~ N(8, 1)``; with a generator the
+            global random state stays untouched.
     """
 
-    name = "gate"
+    settings_type: type[GateSettings]
+    """What the gate is registered with."""
     learned = True
     """Whether the gate has a ``log_alpha``; otherwise `progress` is set by the schedule."""
     straight_through = False
     """Whether the gradient with respect to ``z`` counts where ``z`` is exactly 0 or 1."""
 
+    settings: GateSettings
     log_alpha: nn.Parameter
     progress: Tensor
 
     def __init__(
         self,
         shape: GateShape,
+        settings: GateSettings | None = None,
         *,
-        init: str = "log_alpha",
-        noise: str = "batch",
-        spread: float = 1.0,
-        temperature: float = 2 / 3,
-        stretch: tuple[float, float] = (-0.1, 1.1),
         generator: torch.Generator | None = None,
     ) -> None:
         super().__init__()
-        if init not in ("log_alpha", "alpha"):
-            raise ValueError(f"init={init!r}: use 'log_alpha' (keeps outputs) or 'alpha'.")
-        if noise not in ("batch", "example", "none"):
-            raise ValueError(f"noise={noise!r}: use 'batch', 'example' or 'none'.")
-        if not (0 <= spread < math.inf):
-            raise ValueError(f"spread={spread}: a standard deviation, give a number from 0 on.")
-        if spread != 1 and init == "alpha":
-            raise ValueError("spread is that of log_alpha; leave it out with init='alpha'.")
-        if not 0 < temperature < 1:
-            raise ValueError(f"temperature={temperature}: it must lie between 0 and 1 (Eq. 10).")
-        if not (stretch[0] < 0 and stretch[1] > 1):
-            raise ValueError(f"stretch={stretch}: needs xi < 0 and zeta > 1 (Eq. 12).")
-        self.shape, self.noise = tuple(shape), noise
-        self.temperature, self.stretch = temperature, (stretch[0], stretch[1])
+        self.shape = tuple(shape)
+        self.settings = self.settings_type() if settings is None else settings
         if self.learned:
             # Float32 on the generator's device, whatever torch's defaults are.
             place = None if generator is None else generator.device
             start = torch.randn(self.shape, generator=generator, dtype=torch.float32, device=place)
-            start = start * spread + 8.0 * max(1.0, spread)
-            if init == "alpha":
-                start = start.clamp_min(1e-3).log()
-            self.log_alpha = nn.Parameter(start)
+            self.log_alpha = nn.Parameter(start + 8.0)
         else:
             self.register_buffer("progress", torch.zeros((), dtype=torch.float32))
 
@@ -168,7 +192,7 @@ class Gate(Float32Module):
         """Prediction value of ``z``, of the gates' shape, float32."""
         raise NotImplementedError
 
-    def location(self) -> Tensor:
+    def full_log_alpha(self) -> Tensor:
         """``log_alpha`` in float32 and whole, where FSDP2 shards it or its policy casts it."""
         return whole(self.log_alpha).float()
 
@@ -177,33 +201,51 @@ class Gate(Float32Module):
 
         The transfer schedule relies on that form: a number added to ``log_alpha`` adds to ``s``.
         """
-        return self.location()
+        return self.full_log_alpha()
 
     def probability(self) -> Tensor:
         """``P(z != 0)`` per gate, of the gates' shape, differentiable where `learned`."""
         return probability_of(self.logit())
 
-    def _noise(self, batch: int) -> Tensor:
+    def extra_repr(self) -> str:
+        return f"{self.settings.name}, shape={self.shape}"
+
+
+class SampledGate(Gate):
+    """Base class of gates that are learned and drawn at random; see `SampledSettings`."""
+
+    settings: SampledSettings
+
+    def __init__(
+        self,
+        shape: GateShape,
+        settings: GateSettings | None = None,
+        *,
+        generator: torch.Generator | None = None,
+    ) -> None:
+        super().__init__(shape, settings, generator=generator)
+        if self.settings.init == "alpha":
+            self.log_alpha.data.clamp_min_(1e-3).log_()
+
+    def draw_noise(self, batch: int) -> Tensor:
         """``eps ~ U(0, 1)`` of Eq. 15, never exactly 0 or 1.
 
         No random number is drawn where none can matter (every ``|log_alpha|`` beyond 19, seen on
         CPU only, where looking costs no synchronisation): a network whose gates are all at 1 then
         trains with the random stream, hence the dropout masks, of the original.
         """
-        shape = (batch, *self.shape) if self.noise == "example" else self.shape
+        noise = self.settings.noise
+        shape = (batch, *self.shape) if noise == "example" else self.shape
         like: dict[str, Any] = {"dtype": torch.float32, "device": self.log_alpha.device}
-        if self.noise == "none":
+        if noise == "none":
             return torch.full(shape, 0.5, **like)
         if may_look(self.log_alpha) and self.log_alpha.detach().abs().min().item() >= _CERTAIN:
             return torch.full(shape, 0.5, **like)
         return torch.rand(shape, **like).clamp(2.0**-25, 1 - 2.0**-24)
 
-    def extra_repr(self) -> str:
-        return f"{self.name}, shape={self.shape}"
 
-
-@register_gate("hard_concrete")
-class HardConcreteGate(Gate):
+@register_gate("hard_concrete", HardConcrete)
+class HardConcreteGate(SampledGate):
     """Rectified binary concrete gate, Eq. 10-16 (Louizos et al. 2018).
 
     Examples:
@@ -212,27 +254,34 @@ class HardConcreteGate(Gate):
         tensor([1., 1., 1.], grad_fn=<ClampBackward1>)
     """
 
+    settings: HardConcrete
+
     def sample(self, batch: int) -> Tensor:
-        if self.noise == "none":
+        if self.settings.noise == "none":
             return self.predict()
-        return hard_concrete(self.location(), self._noise(batch), self.temperature, self.stretch)
+        return self._value(self.draw_noise(batch))
 
     def predict(self) -> Tensor:
-        return hard_concrete(self.location(), None, self.temperature, self.stretch)
+        return self._value(None)
+
+    def _value(self, eps: Tensor | None) -> Tensor:
+        return hard_concrete(
+            self.full_log_alpha(), eps, self.settings.temperature, self.settings.stretch
+        )
 
     def ingredients(self, batch: int) -> Ingredients:
         if type(self).sample is not HardConcreteGate.sample:
             return super().ingredients(batch)
-        eps = None if self.noise == "none" else self._noise(batch)
-        return self.location(), eps, (self.temperature, *self.stretch)
+        eps = None if self.settings.noise == "none" else self.draw_noise(batch)
+        return self.full_log_alpha(), eps, (self.settings.temperature, *self.settings.stretch)
 
     def logit(self) -> Tensor:
-        xi, zeta = self.stretch
-        return self.location() - self.temperature * math.log(-xi / zeta)  # Eq. 14
+        xi, zeta = self.settings.stretch
+        return self.full_log_alpha() - self.settings.temperature * math.log(-xi / zeta)  # Eq. 14
 
 
-@register_gate("bernoulli")
-class BernoulliGate(Gate):
+@register_gate("bernoulli", Bernoulli)
+class BernoulliGate(SampledGate):
     """``z ~ Bernoulli(sigmoid(log_alpha))``, the paper's `Bern`, with straight-through gradients.
 
     The prediction is the likelier of 0 and 1, so that conversion changes nothing.
@@ -241,11 +290,11 @@ class BernoulliGate(Gate):
     straight_through = True
 
     def sample(self, batch: int) -> Tensor:
-        p = torch.sigmoid(self.location())
-        return (self._noise(batch) < p).to(p.dtype) + (p - p.detach())
+        p = torch.sigmoid(self.full_log_alpha())
+        return (self.draw_noise(batch) < p).to(p.dtype) + (p - p.detach())
 
     def predict(self) -> Tensor:
-        return (self.location() > 0).float()
+        return (self.full_log_alpha() > 0).float()
 
 
 class _ScheduledGate(Gate):
@@ -260,7 +309,7 @@ class _ScheduledGate(Gate):
         return (self.predict() != 0).to(self.progress.dtype)
 
 
-@register_gate("line")
+@register_gate("line", Line)
 class LineGate(_ScheduledGate):
     """``z`` falls linearly from 1 to 0 with the schedule: the paper's `Line`."""
 
@@ -268,7 +317,7 @@ class LineGate(_ScheduledGate):
         return (1 - self.progress).expand(self.shape)
 
 
-@register_gate("copy")
+@register_gate("copy", Copy)
 class CopyGate(_ScheduledGate):
     """``z`` is 1 in the first half of the schedule and 0 from then on: the paper's `Copy`."""
 
