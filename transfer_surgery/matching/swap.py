@@ -62,9 +62,10 @@ def swap_targets(
     if keep is not None and batches is not None:
         scheduled = [path for path, unit in units.items() if not unit.gate.learned]
         if scheduled:
+            kind = units[scheduled[0]].gate.settings.name
             raise ValueError(
-                f"{scheduled[0]}: gates of the kind {units[scheduled[0]].gate.settings.name!r} move all at "
-                "once; convert with gate='hard_concrete' to keep some of them."
+                f"{scheduled[0]}: gates of the kind {kind!r} move all at once; convert "
+                "with gate='hard_concrete' to keep some of them."
             )
         for unit, kept in choose_kept(model, units, batches, keep).items():
             settle(unit.gate, kept.to(unit.log_alpha.device))

@@ -233,8 +233,8 @@ def _check_training(
     check_reduction(reduction)
     if gamma is not None and not any(unit.gate.learned for unit in units):
         raise ValueError(
-            f"gates of the kind {units[0].gate.settings.name!r} have no parameters that gamma could "
-            "move; use transfer=TransferSchedule(total_steps)."
+            f"gates of the kind {units[0].gate.settings.name!r} have no parameters for gamma "
+            "to move; use transfer=TransferSchedule(total_steps)."
         )
     if constant and not (isinstance(gamma, (int, float)) and 0 <= gamma < math.inf):
         raise ValueError(f"gamma={gamma}: give a finite number that is not negative, or 'auto'.")

@@ -106,4 +106,4 @@ class Line(GateSettings):
 
 @dataclass(frozen=True)
 class Copy(GateSettings):
-    """``z`` is 1 in the first half of the `TransferSchedule`, 0 from then on: the paper's `Copy`."""
+    """``z`` is 1 in the first half of the `TransferSchedule`, then 0: the paper's `Copy`."""
