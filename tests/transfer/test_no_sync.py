@@ -43,7 +43,7 @@ def sites(model: nn.Module) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("training", [True, False])
-@pytest.mark.parametrize("how", WAYS, ids=lambda how: "-".join(how.values()))
+@pytest.mark.parametrize("how", WAYS, ids=lambda how: "-".join(map(str, how.values())))
 def test_forward_and_backward_never_look_at_the_gates(how: dict[str, Any], training: bool) -> None:
     model = on_meta(**how).train(training)
     model(X.to("meta")).sum().backward()

@@ -96,9 +96,10 @@ class SiteConfig:
         if self.granularity == "channel":
             names.append("channel_axis")
         pairs = [(name, getattr(self, name), getattr(here, name)) for name in names]
-        for key in {**self.gate, **here.gate}.keys() - {"init"}:  # how gates once began
-            name = "gate" if key == "name" else key
-            pairs.append((name, self.gate.get(key), here.gate.get(key)))
+        if self.gate["name"] != here.gate["name"]:
+            pairs.append(("gate", self.gate["name"], here.gate["name"]))
+        else:
+            pairs += [(k, v, here.gate.get(k)) for k, v in self.gate.items() if k != "init"]
         return "; ".join(
             f"{name} {_words(saved)} in the checkpoint, {_words(found)} here"
             for name, saved, found in pairs
