@@ -63,6 +63,16 @@ CASES = OTHERS | {
     for name, (size, sites, _) in HARD.items()
 }
 
+# They take 5 to 15 seconds each; what is hard about them is in smaller networks of these tests too.
+SLOW = {
+    "hrnet_w18",
+    "dm_nfnet_f0",
+    "resnetv2_50d_evos",
+    "resnetv2_50d_frn",
+    "sequencer2d_s",
+    "torchvision fasterrcnn_resnet50_fpn",
+}
+
 
 @torch.no_grad()
 def _wake(model):
@@ -87,7 +97,9 @@ def _same(first, second):
     return len(first) == len(second) and all(map(torch.equal, first, second))
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=[pytest.mark.slow] if n in SLOW else []) for n in CASES]
+)
 def test_a_hard_model_converts_unchanged_trains_and_bakes(name):
     build, arguments, sites = CASES[name]
     model, arguments = _wake(build()), arguments()

@@ -1,6 +1,7 @@
 """Activation recomputation draws the same gates again: the gradients stay bit for bit."""
 
 import copy
+from itertools import cycle
 
 import pytest
 import timm
@@ -102,8 +103,7 @@ ZOO = {
 }
 
 
-@pytest.mark.parametrize("noise", ["batch", "example"])
-@pytest.mark.parametrize("name", ZOO)
+@pytest.mark.parametrize(("name", "noise"), [*zip(ZOO, cycle(("batch", "example")))])
 def test_timm_grad_checkpointing_recomputes_with_the_same_gates(name, noise):
     """Set before the conversion or after it: one result, that without checkpointing."""
     size = ZOO[name].get("img_size", 32)

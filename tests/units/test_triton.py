@@ -1,6 +1,7 @@
 """The Triton kernels: on a GPU where there is one, else in Triton's interpreter (see conftest)."""
 
 import math
+from itertools import cycle, product
 
 import pytest
 import torch
@@ -104,16 +105,21 @@ def compare(leaves, constants, granularity, axis, pair=(RELU, SIN)):
         torch.testing.assert_close(one.double(), other, rtol=rtol, atol=atol, msg=f"argument {i}")
 
 
-@pytest.mark.parametrize("noise", ["none", "batch", "example", "z batch", "z example"])
-@pytest.mark.parametrize("granularity", ["layer", "channel", "neuron"])
-@pytest.mark.parametrize("memory", MEMORY)
+GRANULARITIES = ("layer", "channel", "neuron")
+NOISES = ("none", "batch", "example", "z batch", "z example")
+
+
+@pytest.mark.parametrize(
+    ("memory", "granularity", "noise"),
+    [(m, g, n) for m, (g, n) in zip(cycle(MEMORY), product(GRANULARITIES, NOISES), strict=False)],
+)
 def test_values_and_all_gradients_are_those_of_float64(memory, granularity, noise):
     shape, axis, memory_format = MEMORY[memory]
     leaves, constants = arguments(shape, axis, memory_format, granularity, noise)
     compare(leaves, constants, granularity, axis)
 
 
-@settings(max_examples=40)
+@settings(max_examples=15)
 @given(
     st.lists(st.integers(1, 9), min_size=1, max_size=4),
     st.integers(-4, 3),
@@ -130,9 +136,14 @@ def test_any_shape_and_axis_will_do(shape, axis, granularity, noise, matched):
     compare(leaves, constants, granularity, axis)
 
 
-@pytest.mark.parametrize("matched", [False, True])
-@pytest.mark.parametrize("dtype", EPSILON)
-@pytest.mark.parametrize("memory", ["channels first", "channels last"])
+@pytest.mark.parametrize(
+    ("dtype", "memory", "matched"),
+    [
+        (torch.float32, "channels first", False),
+        (torch.bfloat16, "channels last", True),
+        (torch.float16, "channels first", True),
+    ],
+)
 def test_each_dtype_is_right_to_its_rounding(memory, dtype, matched):
     shape, axis, memory_format = MEMORY[memory]
     leaves, constants = arguments(shape, axis, memory_format, "channel", "batch", matched, dtype)
@@ -140,7 +151,7 @@ def test_each_dtype_is_right_to_its_rounding(memory, dtype, matched):
     compare(leaves, constants, "channel", axis, pair)
 
 
-@pytest.mark.parametrize("folded", ["a", "w", "c", "b", "ab", "wc"])
+@pytest.mark.parametrize("folded", ["a", "b", "wc"])
 def test_parameters_may_be_folded_away_and_frozen(folded):
     leaves, constants = arguments((2, 3, 4, 4), 1, torch.contiguous_format, "channel", "batch")
     for i, name in enumerate("awcb"):
@@ -157,9 +168,6 @@ def test_parameters_may_be_folded_away_and_frozen(folded):
     )
 
 
-@pytest.mark.parametrize("sums", [1, 5])
-@pytest.mark.parametrize("itemsize", [2, 4])
-@pytest.mark.parametrize("granularity", ["layer", "channel", "neuron"])
 @pytest.mark.parametrize(
     ("shape", "axis", "order"),
     [
@@ -169,17 +177,16 @@ def test_parameters_may_be_folded_away_and_frozen(folded):
         ((512, 197, 3072), 2, "first"),
     ],
 )
-def test_partial_sums_of_big_tensors_take_a_64th_of_their_memory(
-    shape, axis, order, granularity, itemsize, sums
-):
+def test_partial_sums_of_big_tensors_take_a_64th_of_their_memory(shape, axis, order):
     memory = torch.channels_last if order == "last" else torch.contiguous_format
     x = torch.empty(shape, device="meta").contiguous(memory_format=memory)
-    layout = layout_of(x, granularity, axis)
-    tiles = tiles_of(layout, itemsize, sums=sums)
-    covered = tiles.tiles_per_program * tiles.block_count
-    if layout.outer * layout.count >= 2 * covered:  # else one program sums all there is
-        padded = 1.5  # a tile may reach over the end of its row
-        assert 64 * tiles.rows * layout.gates * 4 * sums <= padded * x.numel() * itemsize
+    for granularity, itemsize, sums in product(GRANULARITIES, (2, 4), (1, 5)):
+        layout = layout_of(x, granularity, axis)
+        tiles = tiles_of(layout, itemsize, sums=sums)
+        covered = tiles.tiles_per_program * tiles.block_count
+        if layout.outer * layout.count >= 2 * covered:  # else one program sums all there is
+            padded = 1.5  # a tile may reach over the end of its row
+            assert 64 * tiles.rows * layout.gates * 4 * sums <= padded * x.numel() * itemsize
 
 
 def many(gates: list[float], rows: int = 4) -> tuple[Tensor, Tensor]:
