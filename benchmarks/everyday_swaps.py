@@ -25,12 +25,12 @@ import torch.nn.functional as F
 import typer
 from everyday_table import PAGE, RESULTS, STARTS, Result, Row, fill, read_results
 from rich.console import Console
+from sparsity import share_of_zeros
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import OneCycleLR
 
 from transfer_surgery import (
     MatchWarning,
-    activation_sparsity,
     bake,
     convert,
     fold_targets,
@@ -100,7 +100,7 @@ def run(
         model, left = swapped(teacher, swap, start, batches)
         seconds = time.perf_counter() - begun
         before = predict(model, test_images, machine)
-        zeros = activation_sparsity(model, some).total.share
+        zeros = share_of_zeros(model, some)
         torch.manual_seed(seed)  # the same batches for each start
         train(model, train_images, tune_steps, TUNE_LR)
         after = predict(model, test_images, machine)
@@ -110,7 +110,7 @@ def run(
             changed=(before.logits.argmax(1) != original.logits.argmax(1)).double().mean().item(),
             zeros=zeros,
             tuned_error=1 - after.accuracy,
-            tuned_zeros=activation_sparsity(model, some).total.share,
+            tuned_zeros=share_of_zeros(model, some),
             left=left,
             seconds=round(seconds, 1),
         )

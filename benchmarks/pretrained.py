@@ -6,11 +6,11 @@
     python benchmarks/pretrained.py table
     python benchmarks/pretrained.py swaps --epochs 1 | xargs -P2 -I{} sh -c '{}'
 
-`run` is one recipe and one seed, and writes a JSON file; `grid` prints the commands of those that
-have no file yet, `swaps` those of other targets than sinusoids. The files are in
-benchmarks/results/pretrained and benchmarks/results/swaps. `table` writes docs/pretrained.md from
-them, `table --page docs/swaps.md` the other page. The folder named by TRANSFER_SURGERY_DATA must
-have CIFAR-10 and the trained ResNets.
+`run` measures one recipe with one seed and writes a JSON file. `grid` prints the commands of the
+recipes that have no file yet, `swaps` those of targets other than sinusoids. The files are in
+benchmarks/results/pretrained and benchmarks/results/swaps. `table` makes the tables of
+docs/pretrained.md from them, and `table --page docs/swaps.md` those of the other page. The folder
+named by TRANSFER_SURGERY_DATA must have CIFAR-10 and the trained ResNets.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from torch import Tensor, nn
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 from cifar_resnet import ResNet
 from pretrained_recipes import Recipe, best_recipes, recipes, swap_recipes
-from pretrained_table import Result, read_results, write_table
+from pretrained_table import Result, fill, read_results
 from pretrained_training import train
 
 from transfer_surgery import HardConcrete, Line, convert, match_targets, swap_targets
@@ -129,9 +129,9 @@ def table(
         Path | None, typer.Option(help="Where the JSON files are; by default results/NAME of PAGE.")
     ] = None,
 ) -> None:
-    """Write a page of the documentation from the results."""
+    """Make the tables of a page of the documentation from the results."""
     results = read_results(folder or RESULTS / page.stem)
-    page.write_text(write_table(results, page.stem))
+    page.write_text(fill(page.read_text(), results))
 
 
 def study(recipe: Recipe, threads: int, compiled: bool, cache: Path | None) -> Result:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,46 +12,7 @@ from typing import Any
 
 from pretrained_recipes import EPOCH, Recipe
 
-SINUSOIDS = """# Sinusoidal networks from trained ones
-
-Every activation of trained CIFAR-10 ResNets (He et al. 2016) is replaced by a sinusoid. The
-networks that are tested are baked.
-"""
-SWAPS = """# Other swaps
-
-The ReLUs of the CIFAR-10 ResNet-20 are replaced by functions other than sinusoids. The program is
-the one of [pretrained.md](pretrained.md), with `--target` and `--keep`. *keep* is the share of the
-neurons that stay ReLUs; `swap_targets(keep=...)` chooses them, and the other neurons are matched
-again around them. A polynomial here has degree 2.
-"""
-ABOUT = """
-This page is written by `python benchmarks/pretrained.py table --page docs/{name}.md` from the files
-in `benchmarks/results/{name}/`. Each file is one run of `python benchmarks/pretrained.py run ...`.
-A run needs `cifar10.npz` and `weights/` in the data folder named by TRANSFER_SURGERY_DATA.
-
-*Start* says what the network was before any training:
-
-- *plain*: the target as it is.
-- *matched*: `a*f(w*x + c) + b`, fitted to what the original network computes.
-- *refitted*: matched, and the layers behind each site are refitted.
-- *symmetric*: like matched, but fitted to what the source makes of the same inputs. It was measured
-  with an earlier version of the library, which then lost this option.
-- *relu*: the original network, trained with the same settings.
-
-*Lesson* says what the training used: *labels*; *teacher* is `distill`, which uses the original
-network's outputs and features but no labels; *both* uses labels and the original's outputs.
-Training uses batches of 128 images with crops and flips, a cosine schedule, and gradients clipped
-at norm 2. Weight decay is 1e-4 where there are labels. *Settings* names the optimizer and the
-highest learning rate.
-
-Errors are those of the 10,000 test images after the last step. Their standard error is about 0.3
-points. Rows of several seeds give mean and standard deviation, and the single values are listed
-below the table. Recipes were compared on these same test images, so the best of many rows looks a
-little too good. *Highest loss* is the largest of 20 averages over the training: it shows how deep
-the valley is that a transfer passes through. *diverged* means that the loss became infinite,
-which ended the training. Minutes were often measured on a busy machine. The minutes of matching
-are those of the run that filled `--cache`, which may have used another number of threads.
-"""
+_BLOCK = re.compile(r"(<!-- begin results -->\n).*(<!-- end results -->)", re.DOTALL)
 
 
 @dataclass(frozen=True)
@@ -75,20 +37,20 @@ def read_results(folder: Path) -> list[Result]:
     return [Result(**{**values, "recipe": Recipe(**values["recipe"])}) for values in found]
 
 
-def write_table(results: Iterable[Result], name: str = "pretrained") -> str:
-    """The page: a section per network and number of steps, the seeds of a recipe in one row.
+def fill(page: str, results: Iterable[Result]) -> str:
+    """A page whose tables, between ``<!-- begin results -->`` and end, are made anew."""
+    tables = write_tables(results)
+    return _BLOCK.sub(lambda block: f"{block[1]}\n{tables}\n{block[2]}", page)
 
-    Args:
-        results: of all runs.
-        name: of their folder in benchmarks/results, and of the page.
-    """
+
+def write_tables(results: Iterable[Result]) -> str:
+    """A section for each network and number of steps, with the seeds of a recipe in one row."""
     sections: dict[tuple[int, str, int], dict[Recipe, list[Result]]] = {}
     for result in results:
         recipe = result.recipe
         section = sections.setdefault((recipe.depth, recipe.target, recipe.steps), {})
         section.setdefault(Recipe(**{**vars(recipe), "seed": 0}), []).append(result)
-    head = SINUSOIDS if name == "pretrained" else SWAPS
-    parts = [head + ABOUT.format(name=name)]
+    parts = []
     for (depth, target, steps), rows in sorted(sections.items()):
         what = "" if target == "sin" else f", {target}"
         parts.append(f"## ResNet-{depth}{what}, {_budget(steps)}\n")
