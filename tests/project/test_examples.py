@@ -1,17 +1,21 @@
-"""The examples run as users start them, in tiny settings, and print what they promise."""
+"""The examples run in tiny settings and print what they promise."""
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import typer
 from cifar_resnet import ResNet
+from typer.testing import CliRunner
 
 from transfer_surgery import find_activations
 from transfer_surgery.cli.finetuning.images import Look, MemoryLoader, crop_and_flip
@@ -20,24 +24,30 @@ EXAMPLES = Path(__file__).parents[2] / "examples"
 CPU = torch.device("cpu")
 
 
-def run_example(name: str, *arguments: object) -> str:
-    """What the example prints; it must end well and warn of nothing."""
-    command = [sys.executable, str(EXAMPLES / name), *map(str, arguments)]
-    result = subprocess.run(
-        command, capture_output=True, text=True, env=os.environ | {"COLUMNS": "120"}
-    )
-    assert result.returncode == 0, result.stderr
-    assert "Warning" not in result.stderr
-    return result.stdout
+@pytest.fixture
+def run_example(monkeypatch: pytest.MonkeyPatch) -> Callable[..., str]:
+    """Runs an example in this process, where a warning is an error; returns what it prints."""
+    monkeypatch.setenv("COLUMNS", "120")
+
+    def run(name: str, *arguments: object) -> str:
+        app = typer.Typer()
+        app.command()(importlib.import_module(name).main)
+        result = CliRunner().invoke(app, list(map(str, arguments)), catch_exceptions=False)
+        assert result.exit_code == 0, result.output
+        return result.stdout
+
+    return run
 
 
 def stages(figures: dict[str, Any]) -> dict[str, dict[str, Any]]:
     return {stage["name"]: stage for stage in figures["stages"]}
 
 
-def test_the_demo_matches_swaps_distils_bakes_and_folds(tmp_path: Path) -> None:
+def test_the_demo_matches_swaps_distils_bakes_and_folds(
+    run_example: Callable[..., str], tmp_path: Path
+) -> None:
     printed = run_example(
-        *("finetune_timm.py", "--pretrain-epochs", 1, "--epochs", 1),
+        *("finetune_timm", "--pretrain-epochs", 1, "--epochs", 1),
         *("--batch-size", 240, "--image-size", 24, "--output", tmp_path),
     )
     assert "convert: outputs bit-identical" in printed
@@ -57,9 +67,11 @@ def test_the_demo_matches_swaps_distils_bakes_and_folds(tmp_path: Path) -> None:
     assert not [name for name, _ in baked.named_parameters() if "log_alpha" in name]
 
 
-def test_the_paper_s_method_is_one_argument_away(tmp_path: Path) -> None:
+def test_the_paper_s_method_is_one_argument_away(
+    run_example: Callable[..., str], tmp_path: Path
+) -> None:
     printed = run_example(
-        *("finetune_timm.py", "--no-match", "--pretrain-epochs", 1, "--epochs", 1),
+        *("finetune_timm", "--no-match", "--pretrain-epochs", 1, "--epochs", 1),
         *("--batch-size", 240, "--image-size", 24, "--output", tmp_path),
     )
     assert "periods" not in printed
@@ -71,7 +83,9 @@ def test_the_paper_s_method_is_one_argument_away(tmp_path: Path) -> None:
     assert not [name for name, _ in baked.named_parameters() if "affine" in name]
 
 
-def test_an_image_folder_and_a_checkpoint_with_other_classes(tmp_path: Path) -> None:
+def test_an_image_folder_and_a_checkpoint_with_other_classes(
+    run_example: Callable[..., str], tmp_path: Path
+) -> None:
     import timm
     from PIL import Image
 
@@ -85,7 +99,7 @@ def test_an_image_folder_and_a_checkpoint_with_other_classes(tmp_path: Path) -> 
     checkpoint = tmp_path / "weights.pth"
     torch.save(timm.create_model("test_resnet", num_classes=5).state_dict(), checkpoint)
     printed = run_example(
-        *("finetune_timm.py", "--data", tmp_path, "--weights", checkpoint, "--opt", "adamw"),
+        *("finetune_timm", "--data", tmp_path, "--weights", checkpoint, "--opt", "adamw"),
         *("--pretrain-epochs", 1, "--epochs", 1, "--batch-size", 4, "--amp", "--gamma", 0.1),
         *("--granularity", "layer", "--target", "snake", "--output", tmp_path / "out"),
         "--no-match",
@@ -99,10 +113,10 @@ def test_an_image_folder_and_a_checkpoint_with_other_classes(tmp_path: Path) -> 
 
 @pytest.mark.slow
 def test_the_trained_cifar_resnet_keeps_its_error_and_transfers_all(
-    data_folder: Path, tmp_path: Path
+    run_example: Callable[..., str], data_folder: Path, tmp_path: Path
 ) -> None:
     output = tmp_path / "figures.json"
-    printed = run_example("cifar_resnet.py", *("--epochs", 1, "--images", 1024, "--output", output))
+    printed = run_example("cifar_resnet", *("--epochs", 1, "--images", 1024, "--output", output))
     assert "ResNet-20 as trained: test error 8.27%" in printed
     assert "converted: test error 8.27%" in printed
     assert "convert: outputs bit-identical" in printed
@@ -145,7 +159,13 @@ def test_loaders_show_every_image_once_and_only_training_changes_the_order() -> 
     assert torch.equal(x, torch.full_like(x, -1))
 
 
-@pytest.mark.parametrize("options", [[], ["--fsdp", "--order", "front_to_back"]])
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["--fsdp", "--order", "front_to_back"],
+        pytest.param([], marks=pytest.mark.slow),  # DDP, as in tests/transfer/test_distributed.py
+    ],
+)
 def test_two_processes_transfer_everything_and_go_on_where_they_were(
     options: list[str], tmp_path: Path
 ) -> None:
