@@ -12,7 +12,8 @@ PYTEST := $(PY) -m pytest -n 2 --dist worksteal
 help:
 	@echo 'make demo    turn a small ReLU ResNet into a sinusoidal one (ARGS="--help" shows the options)'
 	@echo 'make test    all tests that take seconds, and the examples in the docstrings'
-	@echo 'make slow    the tests that take minutes'
+	@echo 'make slow    the tests that take minutes, also those that CI has no time for'
+	@echo '             (marked long: two thirds of the model families; CI checks the others)'
 	@echo 'make docs    the documentation as pages in site/; a warning is an error'
 	@echo 'make lint    ruff: rules and format'
 	@echo 'make types   mypy'
@@ -37,6 +38,7 @@ docs: $(STAMP)
 lint: $(STAMP)
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
+	$(VENV)/bin/lint-imports
 
 types: $(STAMP)
 	$(PY) -m mypy

@@ -1,0 +1,84 @@
+"""Each benchmark that makes a page of the docs runs, at toy size; no time is asserted."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import everyday_table
+import pretrained_table
+import pytest
+
+pytestmark = pytest.mark.slow
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
+
+
+def run(program: str, *options: object) -> None:
+    command = [sys.executable, str(BENCHMARKS / program), *map(str, options)]
+    subprocess.run(command, check=True)
+
+
+def rows(page: Path) -> dict[str, list[str]]:
+    """The rows of all tables of a page, by their first cell; the last of a name counts."""
+    lines = [line for line in page.read_text().splitlines() if line.startswith("| ")]
+    cells = [line.strip("| ").split(" | ") for line in lines]
+    return {first: rest for first, *rest in cells}
+
+
+@pytest.mark.parametrize("program", ["speed.py", "overhead.py"])
+def test_a_training_step_is_measured(program: str, tmp_path: Path) -> None:
+    page = tmp_path / "page.md"
+    options = ("--model", "test_resnet", "--batch-size", 2, "--image-size", 64, "--rounds", 3)
+    run(program, *options, "--threads", 1, "--table", page)
+    found = rows(page)
+    if program == "speed.py":
+        assert float(found["gated, mixed gates, recompute"][3]) < 1.05  # of the original's memory
+        assert float(found["naive code, mixed gates"][3]) > float(found["gated, mixed gates"][3])
+        assert found["baked, mixed gates"][0] == "original"
+    else:
+        launches = {name: sum(map(int, found[name])) for name in ("original", "gamma", "schedule")}
+        assert launches["original"] < launches["gamma"] < 5 * launches["original"]
+
+
+def test_every_optimizer_and_learning_rate_keeps_to_the_schedule(tmp_path: Path) -> None:
+    page = tmp_path / "controller.md"
+    run("controller.py", *("--steps", 10, "--models", "resnet10t", "--threads", 1), "--table", page)
+    text = page.read_text()
+    found = [line.split(" | ") for line in text.splitlines() if line.startswith("| resnet10t")]
+    assert len(found) == 15  # five optimizers, three learning rates
+    assert all(float(row[3]) <= 0.01 for row in found)
+    assert all(row[4] == "100.0%" for row in found)
+    (worst,) = re.findall(r"projection ([\d.]+)", text)
+    assert float(worst) == max(float(row[3]) for row in found)
+
+
+@pytest.mark.parametrize("swap", ["gelu-relu", "gelu-sin-vit"])
+def test_an_everyday_swap_runs(swap: str, data_folder: Path, tmp_path: Path) -> None:
+    options = ("--steps", 20, "--tune-steps", 2, "--images", 128, "--limit", 512)
+    run("everyday_swaps.py", "run", swap, *options, "--folder", tmp_path)
+    (found,) = everyday_table.read_results(tmp_path)
+    assert [row.start for row in found.rows] == list(everyday_table.STARTS)
+    if swap == "gelu-relu":
+        assert all(row.zeros > 0.2 and row.left == 0 for row in found.rows[1:])
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["--lesson", "teacher", "--opt", "adamw", "--lr", "0.001"],
+        ["--target", "polynomial", "--keep", "0.5", "--lr", "0.001"],
+    ],
+    ids=" ".join,
+)
+def test_a_recipe_for_pretrained_networks_runs(
+    options: list[str], data_folder: Path, tmp_path: Path
+) -> None:
+    small = ("--images", 128, "--steps", 3, "--threads", 1, "--folder", tmp_path)
+    run("pretrained.py", "run", "--start", "refitted", *options, *small)
+    (found,) = pretrained_table.read_results(tmp_path)
+    assert len(found.losses) == 3
+    assert found.error < 0.2
+    if "--keep" in options:  # of the gates: half the neurons are another share
+        assert 0.1 < found.transferred < 0.9
+    else:
+        assert found.transferred == 1

@@ -1,0 +1,45 @@
+"""Pages that are made of results say what is in the files that are committed."""
+
+import json
+import shutil
+from pathlib import Path
+
+import everyday_table
+import performance_table
+import pretrained_table
+import pytest
+from pretrained_recipes import Recipe
+
+ROOT = Path(__file__).parents[2]
+DOCS, RESULTS = ROOT / "docs", ROOT / "benchmarks" / "results"
+
+
+@pytest.mark.parametrize(
+    ("page", "table"),
+    [
+        ("pretrained", pretrained_table),
+        ("swaps", pretrained_table),
+        ("everyday", everyday_table),
+    ],
+)
+def test_the_page_is_made_of_the_files(page, table):
+    text = (DOCS / f"{page}.md").read_text()
+    results = table.read_results(RESULTS / page)
+    assert len(results) > 3
+    assert table.fill(text, results) == text
+
+
+def test_the_page_on_performance_is_made_of_the_tables(tmp_path):
+    folder = tmp_path / "performance"
+    shutil.copytree(DOCS / "performance", folder)
+    performance_table.main(folder)
+    assert folder.with_suffix(".md").read_text() == (DOCS / "performance.md").read_text()
+
+
+def test_result_files_are_named_after_what_they_hold():
+    for study in ("pretrained", "swaps"):
+        for file in (RESULTS / study).glob("*.json"):
+            assert Recipe(**json.loads(file.read_text())["recipe"]).name == file.stem
+    for file in (RESULTS / "everyday").glob("*.json"):
+        found = json.loads(file.read_text())
+        assert file.stem == f"{found['swap']}-seed{found['seed']}"
