@@ -55,7 +55,6 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "gamma": {"gamma": GAMMA},
     "schedule": {"transfer": TransferSchedule(8, start=0)},
     "part by part": {"transfer": TransferSchedule(8, start=0, order="back_to_front", fraction=0.8)},
-    "auto": {"gamma": "auto", "transfer": TransferSchedule(8, start=0)},
 }
 
 

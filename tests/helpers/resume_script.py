@@ -38,7 +38,6 @@ SETTINGS = {
     "adamw in order": ("adamw", {"transfer": TransferSchedule(STEPS, order="back_to_front")}),
     "sgd gamma": ("sgd", {"gamma": 30.0, "gamma_warmup": 14, "gate_lr": 5.0}),
     "adamw gamma": ("adamw", {"gamma": 30.0, "gamma_warmup": 14, "gate_lr": 0.5}),
-    "adamw auto": ("adamw", {"gamma": "auto", "gate_lr": 0.5} | PROJECTION),
 }
 
 

@@ -9,13 +9,20 @@ from collections.abc import Callable
 
 import pytest
 import torch
-import torch.nn.functional as F
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 from torch.optim import SGD
 from torch.optim.swa_utils import SWALR, AveragedModel, get_ema_multi_avg_fn, update_bn
 
-from tests.helpers.loops import batch, gates, mean_probability, mid_transfer, network, plain
+from tests.helpers.explicit_loss import (
+    batch,
+    gated_cnn,
+    gates,
+    mean_probability,
+    mid_transfer,
+    plain,
+)
+from tests.helpers.networks import functional
 from transfer_surgery import (
     GatedActivation,
     TransferSchedule,
@@ -29,21 +36,8 @@ from transfer_surgery import (
 STEPS = 12  # the transfer ends at step 6
 
 
-class Functional(nn.Module):
-    """Calls functions, so that `convert` rewrites its forward."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.conv, self.norm = nn.Conv2d(2, 6, 3), nn.BatchNorm2d(6)
-        self.head = nn.Linear(6 * 3 * 3, 2)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.head(F.gelu(F.relu(self.norm(self.conv(x)), inplace=True) - 0.1).flatten(1))
-
-
-def functional() -> nn.Module:
-    torch.manual_seed(0)
-    return convert(Functional(), example_input=torch.zeros(2, 2, 5, 5), seed=1)
+def gated_functional() -> nn.Module:
+    return convert(functional(), example_input=torch.zeros(2, 2, 5, 5), seed=1)
 
 
 Average = Callable[[nn.Module], nn.Module]
@@ -55,7 +49,7 @@ AVERAGES: dict[str, Average] = {
     "timm-one-by-one": lambda m: ModelEmaV3(m, decay=0.5, foreach=False, use_warmup=True),
     "timm-no-buffers": lambda m: ModelEmaV3(m, decay=0.5, exclude_buffers=True),
 }
-models = pytest.mark.parametrize("make", [network, functional])
+models = pytest.mark.parametrize("make", [gated_cnn, gated_functional])
 averages = pytest.mark.parametrize("name", AVERAGES)
 
 
@@ -108,7 +102,7 @@ def test_an_exponential_average_of_the_gates_follows(
 
 @averages
 def test_averaging_does_not_disturb_the_training(name: str) -> None:
-    model, alone = network(), network()
+    model, alone = gated_cnn(), gated_cnn()
     train(model, AVERAGES[name](model), start=1)
     train(alone, nn.Module(), start=STEPS + 1)
     torch.testing.assert_close(model.state_dict(), alone.state_dict(), rtol=0, atol=0)
@@ -175,23 +169,23 @@ def test_update_bn_sees_the_gates_of_the_average(make: Callable[[], nn.Module]) 
     assert statistics["n_averaged"] == 6
     for name, expected in baked.named_buffers():
         torch.testing.assert_close(statistics[name], expected)
-    before = model.get_buffer("1.running_var" if make is network else "norm.running_var")
+    before = model.get_buffer("1.running_var" if make is gated_cnn else "norm.running_var")
     name = next(name for name in statistics if name.endswith("running_var"))
     assert not torch.equal(statistics[name], before)
 
 
 def test_an_average_is_saved_and_loaded_with_its_gates() -> None:
-    model = network()
+    model = gated_cnn()
     average = AveragedModel(model)
     train(model, average, start=3)
-    again = AveragedModel(network())
+    again = AveragedModel(gated_cnn())
     again.load_state_dict(average.state_dict())
     torch.testing.assert_close(gates(again), gates(average), rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("kind", ["torch", "timm"])
 def test_gates_of_a_bfloat16_model_are_averaged_in_float32(kind: str) -> None:
-    model = mid_transfer(network()).to(torch.bfloat16)
+    model = mid_transfer(gated_cnn()).to(torch.bfloat16)
     ema = AVERAGES["ema" if kind == "torch" else kind](model)
     start = [gate.detach().clone() for gate in gates(model)]
     follow(ema, model)
@@ -222,7 +216,7 @@ def test_the_place_of_gates_without_parameters_is_that_of_the_model(kind: str) -
 
 @pytest.mark.parametrize("given", [0.02, [0.02, 0.004]])
 def test_swalr_anneals_the_learning_rate_of_the_gates_too(given: float | list[float]) -> None:
-    model = network()
+    model = gated_cnn()
     optimizer = SGD(model.parameters(), lr=0.1, momentum=0.9)
     schedule = TransferSchedule(12, start=0, end=1.0)
     wrap_optimizer(optimizer, model, transfer=schedule)
@@ -237,7 +231,7 @@ def test_swalr_anneals_the_learning_rate_of_the_gates_too(given: float | list[fl
 
 
 def test_with_swalr_from_before_the_gates_stay_in_their_group() -> None:
-    model = network()
+    model = gated_cnn()
     optimizer = SGD(model.parameters(), lr=0.1)
     scheduler = SWALR(optimizer, swa_lr=0.02, anneal_epochs=2)
     wrap_optimizer(optimizer, model, transfer=TransferSchedule(4, start=0, end=0.5))

@@ -12,9 +12,17 @@ from torch._dynamo.utils import counters
 from torch.optim import SGD, Adam, AdamW
 
 from tests.helpers.compiled import compiled, converted
-from tests.helpers.loops import GAMMA, batch, mean_probability, mid_transfer, network, plain, task
+from tests.helpers.explicit_loss import (
+    GAMMA,
+    assert_transferred,
+    batch,
+    gated_cnn,
+    mean_probability,
+    mid_transfer,
+    plain,
+    task,
+)
 from transfer_surgery import TransferSchedule, wrap_optimizer
-from transfer_surgery.units import gated_activations
 
 
 @pytest.fixture(autouse=True)
@@ -31,7 +39,6 @@ HOW: dict[str, dict[str, Any]] = {
     "schedule": {"transfer": TransferSchedule(20, start=0.1, end=0.7)},
     "share in order": {"transfer": TransferSchedule(20, fraction=0.5, order="front_to_back")},
     "gamma": {"gamma": GAMMA},
-    "auto": {"gamma": "auto", "transfer": TransferSchedule(20)},
 }
 
 
@@ -51,7 +58,7 @@ def test_nothing_is_compiled_again_while_gates_move(name: str, how: str) -> None
     assert counters["stats"]["unique_graphs"] == 1
     if how == "schedule":
         assert mean_probability(model) < 1e-4
-        assert all((unit.gate.predict() == 0).all() for _, unit in gated_activations(model))
+        assert_transferred(model)
 
 
 @pytest.mark.skipif(shutil.which("c++") is None, reason="inductor needs a compiler")
@@ -99,7 +106,7 @@ def compile_in_place(model: nn.Module, optimizer: Any) -> Any:
 def test_steps_of_a_compiled_model_equal_those_of_the_explicit_loss(
     way: Callable[[nn.Module, Any], Any],
 ) -> None:
-    model = mid_transfer(network())
+    model = mid_transfer(gated_cnn())
     reference = copy.deepcopy(model)
     optimizer, explicit = (SGD(m.parameters(), lr=0.05, momentum=0.9) for m in (model, reference))
     run = way(model, optimizer)
@@ -121,7 +128,7 @@ STEPS: dict[str, Callable[[nn.Module], torch.optim.Optimizer]] = {
 
 def steps(make: Any, compile_step: bool) -> tuple[nn.Module, list[int]]:
     """Train with a step that is compiled or not; the model and the number of graphs by step."""
-    model, graphs = network(), []
+    model, graphs = gated_cnn(), []
     optimizer = wrap_optimizer(make(model), model, transfer=SHORT)
     step = torch.compile(optimizer.step, backend="aot_eager") if compile_step else optimizer.step
     for seed in range(6):
@@ -148,7 +155,7 @@ def test_a_compiled_step_runs_the_hooks_and_is_not_compiled_again_for_them(name:
 
 
 def test_a_step_compiled_as_one_graph_is_refused_with_the_reason() -> None:
-    model = network()
+    model = gated_cnn()
     optimizer = wrap_optimizer(SGD(model.parameters(), lr=0.1), model, gamma=GAMMA)
     task(model, 0).backward()
     step = torch.compile(optimizer.step, backend="eager", fullgraph=True)

@@ -1,19 +1,18 @@
-"""Pauses, warm-up and the automatic gamma."""
+"""Pauses of a schedule, warnings about it, and the warm-up of gamma."""
 
 import copy
 from typing import Any
 
 import pytest
 import torch
-from torch import nn
-from torch.optim import LBFGS, SGD, Adam, Optimizer, lr_scheduler
+from torch.optim import SGD, Adam, lr_scheduler
 
-from tests.helpers.wrapped import (
+from tests.helpers.explicit_loss import (
     GAMMA,
     assert_same_weights,
+    gated_mlp,
     log_alphas,
-    mixed_network,
-    network,
+    mid_transfer,
     plain,
     task,
 )
@@ -26,13 +25,12 @@ from transfer_surgery import (
     structural_risk,
     wrap_optimizer,
 )
-from transfer_surgery.units import gated_activations
 
 # ---- pauses
 
 
 def test_in_a_pause_the_budget_is_held_while_the_weights_train_on() -> None:
-    model = network(width=20)
+    model = gated_mlp(width=20)
     schedule = TransferSchedule(20, start=0, end=1.0)
     optimizer = wrap_optimizer(SGD(model.parameters(), lr=0.1), model, transfer=schedule)
     for step in range(8):
@@ -54,7 +52,7 @@ def test_in_a_pause_the_budget_is_held_while_the_weights_train_on() -> None:
 
 
 def test_a_pause_survives_a_checkpoint() -> None:
-    model = network()
+    model = gated_mlp()
     make = {"transfer": TransferSchedule(10, start=0)}
     optimizer = wrap_optimizer(Adam(model.parameters()), model, **make)
     plain(model, optimizer, False, 0)
@@ -67,7 +65,7 @@ def test_a_pause_survives_a_checkpoint() -> None:
 
 
 def test_only_schedules_can_be_paused() -> None:
-    model = network()
+    model = gated_mlp()
     optimizer = SGD(model.parameters(), lr=0.1)
     with pytest.raises(ValueError, match="only a transfer schedule can be paused"):
         pause_transfer(optimizer)
@@ -77,7 +75,7 @@ def test_only_schedules_can_be_paused() -> None:
 
 
 def test_a_schedule_that_begins_anew_on_transferred_gates_says_so_once() -> None:
-    model = network(width=20)
+    model = gated_mlp(width=20)
     schedule = TransferSchedule(10, start=0)
     optimizer = wrap_optimizer(SGD(model.parameters(), lr=0.1), model, transfer=schedule)
     for step in range(8):
@@ -96,11 +94,10 @@ def test_a_schedule_that_begins_anew_on_transferred_gates_says_so_once() -> None
 
 
 @pytest.mark.parametrize("scheduler", [False, True])
-@pytest.mark.parametrize("gamma", [None, "auto"])
-def test_warnings_point_to_the_line_that_called_step(gamma: Any, scheduler: bool) -> None:
-    model = network()
+def test_warnings_point_to_the_line_that_called_step(scheduler: bool) -> None:
+    model = gated_mlp()
     optimizer = SGD(model.parameters(), lr=0.1)
-    wrap_optimizer(optimizer, model, transfer=TransferSchedule(2, start=0), gamma=gamma)
+    wrap_optimizer(optimizer, model, transfer=TransferSchedule(2, start=0))
     if scheduler:
         lr_scheduler.StepLR(optimizer, 1)
     optimizer.step()
@@ -114,7 +111,7 @@ def test_warnings_point_to_the_line_that_called_step(gamma: Any, scheduler: bool
 
 
 def test_gamma_rises_linearly_over_the_warm_up() -> None:
-    model = mixed_network()
+    model = mid_transfer(gated_mlp())
     reference = copy.deepcopy(model)
     wrapped = wrap_optimizer(SGD(model.parameters(), lr=0.1), model, gamma=GAMMA, gamma_warmup=4)
     explicit = SGD(reference.parameters(), lr=0.1)
@@ -133,117 +130,14 @@ def test_gamma_rises_linearly_over_the_warm_up() -> None:
     [
         ({"gamma": 1.0, "gamma_warmup": -1}, "gamma_warmup=-1: steps over which"),
         ({"transfer": TransferSchedule(9), "gamma_warmup": 3}, "has its own start="),
-        ({"gamma": "auto"}, "give exactly one of"),
         ({"gamma": "often"}, "gamma=often: give a finite number"),
-        (
-            {"gamma": "auto", "transfer": TransferSchedule(9, order="front_to_back")},
-            "order='front_to_back': gamma='auto' is one weight",
-        ),
     ],
 )
 def test_arguments_of_gamma_that_do_not_fit_are_errors(
     arguments: dict[str, Any], message: str
 ) -> None:
-    model = network()
+    model = gated_mlp()
     optimizer = SGD(model.parameters(), lr=0.1)
     with pytest.raises(ValueError, match=message):
         wrap_optimizer(optimizer, model, **arguments)
     assert len(optimizer.param_groups) == 1
-
-
-@pytest.mark.parametrize("lr", [0.001, 0.1])
-@pytest.mark.parametrize("momentum", [0.0, 0.9])
-def test_the_automatic_gamma_comes_near_the_schedule_at_any_learning_rate(
-    lr: float, momentum: float
-) -> None:
-    model = network(width=64)
-    schedule = TransferSchedule(300)
-    optimizer = SGD(model.parameters(), lr=lr, momentum=momentum)
-    wrap_optimizer(optimizer, model, gamma="auto", transfer=schedule)
-    distances = []
-    for step in range(1, 301):
-        plain(model, optimizer, False, step)
-        distances.append(abs(structural_risk(model, "mean").item() - schedule.budget(step)))
-    assert max(distances) < 0.25
-    assert all((unit.gate.predict() == 0).all() for _, unit in gated_activations(model))
-
-
-def test_the_automatic_gamma_survives_a_warm_up_of_the_learning_rate_from_0() -> None:
-    model = network(width=64)
-    schedule = TransferSchedule(300, start=0)
-    optimizer = SGD(model.parameters(), lr=0.1, momentum=0.9)
-    wrap_optimizer(optimizer, model, gamma="auto", transfer=schedule)
-    scheduler = lr_scheduler.LambdaLR(optimizer, lambda step: min(1.0, step / 10))
-    for step in range(1, 301):
-        plain(model, optimizer, False, step)
-        scheduler.step()
-        distance = structural_risk(model, "mean").item() - schedule.budget(step)
-        assert abs(distance) < 0.3
-
-
-@pytest.mark.parametrize("make", [SGD, Adam])
-def test_steps_of_the_automatic_gamma_equal_those_of_the_explicit_loss(make: Any) -> None:
-    model = mixed_network()
-    reference = copy.deepcopy(model)
-    wrapped = make(model.parameters(), lr=0.01)
-    wrap_optimizer(wrapped, model, gamma="auto", transfer=TransferSchedule(10, start=0))
-    explicit = make(reference.parameters(), lr=0.01)
-    seen = []
-
-    def closure() -> Any:
-        wrapped.zero_grad()
-        loss = task(model, step)
-        loss.backward()
-        return loss
-
-    for step in range(4):
-        risk = structural_risk(model).item()
-        with_risk: Any = wrapped.step(closure)  # the loss with the risk tells which gamma it was
-        gamma = (with_risk.item() - task(reference, step).item()) / risk
-        seen.append(gamma)
-        explicit.zero_grad()
-        (task(reference, step) + gamma * structural_risk(reference)).backward()
-        explicit.step()
-    assert_same_weights(model, reference, rtol=1e-3, atol=1e-5)
-    assert len({round(gamma, 3) for gamma in seen}) == 4
-
-
-def test_the_automatic_gamma_is_part_of_the_checkpoint() -> None:
-    def start() -> tuple[nn.Module, Optimizer]:
-        model = mixed_network()
-        optimizer = SGD(model.parameters(), lr=0.1, momentum=0.9)
-        schedule = TransferSchedule(10, start=0)
-        return model, wrap_optimizer(optimizer, model, gamma="auto", transfer=schedule)
-
-    torch.manual_seed(0)
-    model, optimizer = start()
-    for step in range(3):
-        plain(model, optimizer, False, step)
-    other, again = start()
-    other.load_state_dict(model.state_dict())
-    again.load_state_dict(copy.deepcopy(optimizer.state_dict()))
-    for step in range(3, 6):
-        plain(model, optimizer, False, step)
-        plain(other, again, False, step)
-    assert_same_weights(model, other, rtol=0, atol=0)
-
-
-def test_lbfgs_takes_an_automatic_gamma() -> None:
-    ends = []
-    for gamma in (True, False):
-        torch.manual_seed(0)
-        model = mixed_network()
-        optimizer = LBFGS(model.parameters(), lr=0.1, max_iter=2)
-        if gamma:
-            wrap_optimizer(optimizer, model, gamma="auto", transfer=TransferSchedule(10, start=0))
-
-        def closure(model: nn.Module = model, optimizer: LBFGS = optimizer) -> torch.Tensor:
-            optimizer.zero_grad()
-            loss = task(model, 0)
-            loss.backward()
-            return loss
-
-        for _ in range(4):
-            optimizer.step(closure)
-        ends.append(structural_risk(model, "mean").item())
-    assert ends[0] < ends[1]

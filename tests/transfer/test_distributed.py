@@ -41,7 +41,6 @@ CASES = [
     ("momentum", "gamma"),
     ("adamw", "schedule"),
     ("momentum", "part by part"),
-    ("sgd", "auto"),
 ]
 
 

@@ -1,103 +1,32 @@
-"""`wrap_optimizer`: a step equals a step of the explicit loss, however the loop is written.
+"""`wrap_optimizer`: the gradient of the risk, and an optimizer that stays the user's.
 
-The reference is the same model, trained by ``task + gamma * structural_risk`` with autograd.
+That steps equal those of the explicit loss is tested by `test_loops`.
 """
 
 import copy
 import inspect
-import math
 import pickle
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
-from torch.optim import SGD, Adam, AdamW, Optimizer, RMSprop, lr_scheduler
+from torch import Tensor
+from torch.optim import SGD, Adam, Optimizer, lr_scheduler
 
-from tests.helpers.wrapped import (
+from tests.helpers.explicit_loss import (
     GAMMA,
-    LENGTH,
+    SCHEDULE,
     assert_same_weights,
-    closure,
     closure_of,
-    log_alphas,
-    mixed_network,
-    network,
+    gated_mlp,
+    gates,
+    mid_transfer,
     plain,
     task,
 )
 from transfer_surgery import TransferSchedule, structural_risk, wrap_optimizer
 from transfer_surgery.units import gated_activations
-
-Make = Callable[[Any], Optimizer]
-
-OPTIMIZERS: dict[str, Make] = {
-    "sgd": lambda p: SGD(p, lr=0.1),
-    "sgd-momentum": lambda p: SGD(p, lr=0.1, momentum=0.9, weight_decay=0.01),
-    "sgd-nesterov": lambda p: SGD(p, lr=0.1, momentum=0.9, nesterov=True, foreach=True),
-    "sgd-fused": lambda p: SGD(p, lr=0.1, momentum=0.9, fused=True),
-    "adam": lambda p: Adam(p, lr=0.01, weight_decay=0.01),
-    "adam-fused": lambda p: Adam(p, lr=0.01, fused=True),
-    "adamw": lambda p: AdamW(p, lr=0.01, weight_decay=0.1),
-    "adamw-fused": lambda p: AdamW(p, lr=0.01, weight_decay=0.1, fused=True),
-    "rmsprop": lambda p: RMSprop(p, lr=0.01),
-}
-
-
-# ---- one step of the wrapped optimizer against one step of the explicit loss
-
-Step = Callable[[nn.Module, Optimizer, bool, int], None]
-
-
-def accumulated(model: nn.Module, optimizer: Optimizer, explicit: bool, seed: int) -> None:
-    for part in range(4):
-        (task(model, 10 * seed + part) / 4).backward()
-    if explicit:
-        (GAMMA * structural_risk(model)).backward()
-    optimizer.step()
-    optimizer.zero_grad(set_to_none=False)
-
-
-def keyword_closure(model: nn.Module, optimizer: Optimizer, explicit: bool, seed: int) -> None:
-    optimizer.step(closure=closure_of(model, optimizer, explicit, seed))
-
-
-def scaled(model: nn.Module, optimizer: Optimizer, explicit: bool, seed: int) -> None:
-    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
-    loss = task(model, seed)
-    scaler.scale(loss + GAMMA * structural_risk(model) if explicit else loss).backward()
-    scaler.step(optimizer)
-    scaler.update()
-    optimizer.zero_grad()
-
-
-def unscaled_by_hand(model: nn.Module, optimizer: Optimizer, explicit: bool, seed: int) -> None:
-    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
-    loss = task(model, seed)
-    scaler.scale(loss + GAMMA * structural_risk(model) if explicit else loss).backward()
-    scaler.unscale_(optimizer)
-    scaler.step(optimizer)
-    scaler.update()
-    optimizer.zero_grad()
-
-
-STEPS: list[Step] = [plain, accumulated, closure, keyword_closure, scaled, unscaled_by_hand]
-
-
-@pytest.mark.parametrize("step", STEPS, ids=lambda step: step.__name__)
-@pytest.mark.parametrize("name", OPTIMIZERS)
-def test_steps_equal_those_of_the_explicit_loss(name: str, step: Step) -> None:
-    model = mixed_network()
-    reference = copy.deepcopy(model)
-    start = log_alphas(model)
-    wrapped = wrap_optimizer(OPTIMIZERS[name](model.parameters()), model, gamma=GAMMA)
-    explicit = OPTIMIZERS[name](reference.parameters())
-    for seed in range(3):
-        step(model, wrapped, False, seed)
-        step(reference, explicit, True, seed)
-    assert_same_weights(model, reference)
-    assert not torch.equal(log_alphas(model), start)
 
 
 @pytest.mark.parametrize("line_search", [None, "strong_wolfe"])
@@ -105,7 +34,7 @@ def test_lbfgs_steps_equal_those_of_the_explicit_loss(line_search: str | None) -
     def make(params: Any) -> Optimizer:
         return torch.optim.LBFGS(params, lr=0.5, max_iter=5, line_search_fn=line_search)
 
-    model = mixed_network()
+    model = mid_transfer(gated_mlp())
     reference = copy.deepcopy(model)
     wrapped = wrap_optimizer(make(model.parameters()), model, gamma=GAMMA)
     explicit = make(reference.parameters())
@@ -120,7 +49,7 @@ def test_lbfgs_steps_equal_those_of_the_explicit_loss(line_search: str | None) -
 
 @pytest.mark.parametrize("reduction", ["mean", "neurons"])
 def test_reduction_is_that_of_structural_risk(reduction: str) -> None:
-    model = mixed_network()
+    model = mid_transfer(gated_mlp())
     reference = copy.deepcopy(model)
     wrapped = wrap_optimizer(SGD(model.parameters(), lr=1), model, gamma=2, reduction=reduction)
     task(model, 0).backward()
@@ -132,7 +61,7 @@ def test_reduction_is_that_of_structural_risk(reduction: str) -> None:
 
 
 def test_an_optimizer_that_maximizes_gets_the_risk_with_the_other_sign() -> None:
-    model = mixed_network()
+    model = mid_transfer(gated_mlp())
     reference = copy.deepcopy(model)
     wrapped = wrap_optimizer(SGD(model.parameters(), lr=0.1, maximize=True), model, gamma=GAMMA)
     (-task(model, 0)).backward()
@@ -142,32 +71,17 @@ def test_an_optimizer_that_maximizes_gets_the_risk_with_the_other_sign() -> None
 
 
 def test_gradient_of_the_risk_is_that_of_autograd() -> None:
-    model = mixed_network()
-    expected = torch.autograd.grad(
-        GAMMA * structural_risk(model), [u.log_alpha for _, u in gated_activations(model)]
-    )
+    model = mid_transfer(gated_mlp())
+    expected = torch.autograd.grad(GAMMA * structural_risk(model), gates(model))
     wrap_optimizer(SGD(model.parameters(), lr=0.1), model, gamma=GAMMA).step()
     added = [u.log_alpha.grad for _, u in gated_activations(model)]
     torch.testing.assert_close(added, list(expected))
     assert all(p.grad is None for n, p in model.named_parameters() if "log_alpha" not in n)
 
 
-def test_clipping_before_the_step_does_not_see_the_risk() -> None:
-    model = mixed_network()
-    optimizer = wrap_optimizer(SGD(model.parameters(), lr=1.0), model, gamma=GAMMA)
-    before = log_alphas(model)
-    risk = torch.autograd.grad(
-        GAMMA * structural_risk(model), [u.log_alpha for _, u in gated_activations(model)]
-    )
-    task(model, 0).backward()
-    nn.utils.clip_grad_norm_(model.parameters(), 1e-9)
-    optimizer.step()
-    torch.testing.assert_close(before - log_alphas(model), torch.cat(risk), rtol=1e-4, atol=1e-6)
-
-
 @pytest.mark.parametrize("returned", ["tensor", "float", "none"])
 def test_closure_returns_the_loss_with_the_risk(returned: str) -> None:
-    model = mixed_network()
+    model = mid_transfer(gated_mlp())
     optimizer = wrap_optimizer(SGD(model.parameters(), lr=0.1), model, gamma=GAMMA)
     expected = (task(model, 0) + GAMMA * structural_risk(model)).item()
 
@@ -185,26 +99,12 @@ def test_closure_returns_the_loss_with_the_risk(returned: str) -> None:
         assert float(result) == pytest.approx(expected)
 
 
-@pytest.mark.parametrize("how", [{"gamma": GAMMA}, {"transfer": TransferSchedule(3, start=0)}])
-@pytest.mark.parametrize("name", ["sgd-momentum", "sgd-fused", "adam", "adamw-fused"])
-def test_a_step_that_the_grad_scaler_skips_changes_nothing(name: str, how: dict[str, Any]) -> None:
-    model = mixed_network()
-    optimizer = wrap_optimizer(OPTIMIZERS[name](model.parameters()), model, **how)
-    before = copy.deepcopy(model)
-    scaler = torch.amp.GradScaler("cpu")
-    scaler.scale(task(model, 0) * math.inf).backward()
-    scaler.step(optimizer)
-    scaler.update()
-    assert_same_weights(model, before, rtol=0, atol=0)
-
-
 # ---- the optimizer stays the user's
 
 
 @pytest.mark.parametrize("when", ["before convert", "after convert"])
 def test_gates_get_the_last_group_and_the_state_of_their_parameters_stays(when: str) -> None:
-    model = mixed_network()
-    gates = [u.log_alpha for _, u in gated_activations(model)]
+    model = mid_transfer(gated_mlp())
     others = [p for n, p in model.named_parameters() if "log_alpha" not in n]
     params = others if when == "before convert" else list(model.parameters())
     optimizer = Adam(
@@ -221,7 +121,7 @@ def test_gates_get_the_last_group_and_the_state_of_their_parameters_stays(when: 
     assert isinstance(wrapped, torch.optim.Optimizer)
     assert type(wrapped) is Adam
     *rest, own = wrapped.param_groups
-    assert own["params"] == gates
+    assert own["params"] == gates(model)
     assert own["lr"] == 0.02
     assert own["weight_decay"] == 0.1
     assert own["betas"] == (0.9, 0.999)
@@ -235,13 +135,13 @@ def test_gates_get_the_last_group_and_the_state_of_their_parameters_stays(when: 
     ("how", "weight_decay"),
     [
         ({"gamma": 1.0}, 0.1),
-        ({"transfer": LENGTH}, 0.0),
+        ({"transfer": SCHEDULE}, 0.0),
         ({"gamma": 1.0, "gate_weight_decay": 0.5}, 0.5),
-        ({"transfer": LENGTH, "gate_weight_decay": 0.5}, 0.5),
+        ({"transfer": SCHEDULE, "gate_weight_decay": 0.5}, 0.5),
     ],
 )
 def test_weight_decay_of_the_gates(how: dict[str, Any], weight_decay: float) -> None:
-    model = network()
+    model = gated_mlp()
     optimizer = SGD(model.parameters(), lr=0.1, weight_decay=0.1)
     wrap_optimizer(optimizer, model, gate_lr=0.7, **how)
     assert optimizer.param_groups[-1]["weight_decay"] == weight_decay
@@ -250,9 +150,9 @@ def test_weight_decay_of_the_gates(how: dict[str, Any], weight_decay: float) -> 
 
 
 def test_optimizers_with_named_parameters_stay_named() -> None:
-    model = network()
+    model = gated_mlp()
     optimizer = SGD(model.named_parameters(), lr=0.1)
-    wrap_optimizer(optimizer, model, transfer=LENGTH)
+    wrap_optimizer(optimizer, model, transfer=SCHEDULE)
     first, own = optimizer.param_groups
     assert own["param_names"] == ["1.gate.log_alpha", "3.gate.log_alpha"]
     names = {name: p for name, p in model.named_parameters() if name not in own["param_names"]}
@@ -260,9 +160,9 @@ def test_optimizers_with_named_parameters_stay_named() -> None:
 
 
 def test_a_learning_rate_tensor_is_not_shared_with_the_gates() -> None:
-    model = network()
+    model = gated_mlp()
     optimizer = Adam(model.parameters(), lr=torch.tensor(0.1), foreach=False)
-    wrap_optimizer(optimizer, model, transfer=LENGTH)
+    wrap_optimizer(optimizer, model, transfer=SCHEDULE)
     lr_scheduler.LambdaLR(optimizer, [lambda epoch: 1.0, lambda epoch: 0.5])
     first, own = (float(group["lr"]) for group in optimizer.param_groups)
     assert (first, own) == (pytest.approx(0.1), pytest.approx(0.05))
@@ -300,9 +200,9 @@ def test_the_schedulers_below_are_all_there_are() -> None:
 
 @pytest.mark.parametrize("name", SCHEDULERS)
 def test_every_scheduler_moves_the_gates_learning_rate_with_the_others(name: str) -> None:
-    model = network()
+    model = gated_mlp()
     optimizer = SGD(model.parameters(), lr=0.1, momentum=0.9)
-    wrap_optimizer(optimizer, model, transfer=LENGTH)
+    wrap_optimizer(optimizer, model, transfer=SCHEDULE)
     scheduler = SCHEDULERS[name](optimizer)
     seen = set()
     for seed in range(3):
@@ -316,7 +216,7 @@ def test_every_scheduler_moves_the_gates_learning_rate_with_the_others(name: str
 
 
 def test_a_copy_or_pickle_has_no_hooks_and_goes_on_once_it_is_wrapped_again() -> None:
-    model = mixed_network()
+    model = mid_transfer(gated_mlp())
     optimizer = wrap_optimizer(Adam(model.parameters()), model, transfer=TransferSchedule(6))
     plain(model, optimizer, False, 0)
     lr_scheduler.StepLR(optimizer, 1)

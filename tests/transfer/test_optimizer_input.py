@@ -10,14 +10,14 @@ import torch
 from torch import nn
 from torch.optim import SGD, lr_scheduler
 
-from tests.helpers.wrapped import (
+from tests.helpers.explicit_loss import (
     GAMMA,
-    LENGTH,
+    SCHEDULE,
     assert_same_weights,
     closure,
+    gated_mlp,
     log_alphas,
-    mixed_network,
-    network,
+    mid_transfer,
     plain,
     refused,
 )
@@ -28,12 +28,16 @@ from transfer_surgery import TransferSchedule, wrap_optimizer
     ("arguments", "error", "message"),
     [
         ({}, ValueError, r"exactly one of gamma= .* and transfer=TransferSchedule"),
-        ({"gamma": 1.0, "transfer": LENGTH}, ValueError, "exactly one of gamma="),
+        ({"gamma": 1.0, "transfer": SCHEDULE}, ValueError, "exactly one of gamma="),
         ({"gamma": -1.0}, ValueError, "gamma=-1.0: give a finite number"),
         ({"gamma": math.inf}, ValueError, "gamma=inf"),
         ({"gamma": 1.0, "reduction": "max"}, ValueError, "unknown reduction 'max'"),
         ({"transfer": 100}, TypeError, r"transfer=100: give a TransferSchedule\(total_steps\)"),
-        ({"transfer": LENGTH, "reduction": "mean"}, ValueError, "reduction='mean' .* Leave it out"),
+        (
+            {"transfer": SCHEDULE, "reduction": "mean"},
+            ValueError,
+            "reduction='mean' .* Leave it out",
+        ),
         ({"gamma": 1.0, "gate_lr": -0.1}, ValueError, "gate_lr=-0.1: give a finite number"),
         ({"gamma": 1.0, "gate_weight_decay": math.nan}, ValueError, "gate_weight_decay=nan"),
     ],
@@ -41,7 +45,7 @@ from transfer_surgery import TransferSchedule, wrap_optimizer
 def test_arguments_that_do_not_fit_are_errors(
     arguments: dict[str, Any], error: type[Exception], message: str
 ) -> None:
-    model = network()
+    model = gated_mlp()
     refused(error, message, model, SGD(model.parameters(), lr=0.1), **arguments)
 
 
@@ -49,22 +53,22 @@ def test_arguments_that_do_not_fit_are_errors(
     ("arguments", "message"),
     [
         ({"gamma": 1.0}, "gates of the kind 'line' have no parameters .* transfer="),
-        ({"transfer": LENGTH, "gate_lr": 0.1}, "gate_lr: these gates have no parameters"),
+        ({"transfer": SCHEDULE, "gate_lr": 0.1}, "gate_lr: these gates have no parameters"),
         ({"transfer": TransferSchedule(9, fraction=0.5)}, "'line' all go together: use fraction=1"),
     ],
 )
 def test_gates_without_parameters_take_a_full_schedule_only(
     arguments: dict[str, Any], message: str
 ) -> None:
-    model = network("line")
+    model = gated_mlp("line")
     refused(ValueError, message, model, SGD(model.parameters(), lr=0.1), **arguments)
 
 
 def test_optimizers_that_do_not_fit_are_errors() -> None:
-    model = network()
+    model = gated_mlp()
     refused(ValueError, r"call convert\(model", nn.Linear(2, 2), SGD(model.parameters()), gamma=1.0)
     refused(TypeError, "Sequential is not a torch.optim.Optimizer", model, model, gamma=1.0)
-    other = SGD(network().parameters(), lr=0.1)
+    other = SGD(gated_mlp().parameters(), lr=0.1)
     refused(ValueError, "holds no parameter of this Sequential", model, other, gamma=1.0)
     lbfgs = torch.optim.LBFGS(model.parameters())
     refused(ValueError, "gate_lr: LBFGS allows only one", model, lbfgs, gamma=1.0, gate_lr=0.1)
@@ -74,14 +78,14 @@ def test_optimizers_that_do_not_fit_are_errors() -> None:
 
 
 def test_wrapping_twice_is_an_error() -> None:
-    model = network()
+    model = gated_mlp()
     optimizer = wrap_optimizer(SGD(model.parameters(), lr=0.1), model, gamma=1.0)
     refused(ValueError, "wrapped already.*Build a new optimizer", model, optimizer, gamma=1.0)
 
 
 @pytest.mark.parametrize("why", ["gates not held", "gate_lr"])
 def test_a_scheduler_that_was_created_before_is_an_error_where_a_group_is_needed(why: str) -> None:
-    model = network()
+    model = gated_mlp()
     others = [p for n, p in model.named_parameters() if "log_alpha" not in n]
     optimizer = SGD(others if why == "gates not held" else model.parameters(), lr=0.1)
     lr_scheduler.StepLR(optimizer, 1)
@@ -90,11 +94,11 @@ def test_a_scheduler_that_was_created_before_is_an_error_where_a_group_is_needed
     refused(ValueError, message, model, optimizer, gamma=1.0, **settings)
 
 
-@pytest.mark.parametrize("how", [{"gamma": GAMMA}, {"transfer": LENGTH}])
+@pytest.mark.parametrize("how", [{"gamma": GAMMA}, {"transfer": SCHEDULE}])
 def test_with_a_scheduler_that_was_created_before_gates_stay_in_their_group(
     how: dict[str, Any],
 ) -> None:
-    model = mixed_network()
+    model = mid_transfer(gated_mlp())
     weights = [p for n, p in model.named_parameters() if p.dim() > 1]
     vectors = [p for n, p in model.named_parameters() if p.dim() <= 1]
     optimizer = SGD([{"params": weights}, {"params": vectors, "lr": 0.01}], lr=0.1)
@@ -114,10 +118,10 @@ def test_with_a_scheduler_that_was_created_before_gates_stay_in_their_group(
 
 
 def test_a_scheduler_that_was_created_before_still_works_where_no_group_is_added() -> None:
-    model = network("line")
+    model = gated_mlp("line")
     optimizer = SGD(model.parameters(), lr=0.1)
     scheduler = lr_scheduler.StepLR(optimizer, 1)
-    wrap_optimizer(optimizer, model, transfer=LENGTH)
+    wrap_optimizer(optimizer, model, transfer=SCHEDULE)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         plain(model, optimizer, False, 0)
@@ -125,7 +129,7 @@ def test_a_scheduler_that_was_created_before_still_works_where_no_group_is_added
 
 
 def test_lbfgs_built_before_convert_takes_the_gates_into_its_group() -> None:
-    model = mixed_network()
+    model = mid_transfer(gated_mlp())
     others = [p for n, p in model.named_parameters() if "log_alpha" not in n]
     optimizer = torch.optim.LBFGS(others, max_iter=2)
     closure(model, optimizer, True, 0)

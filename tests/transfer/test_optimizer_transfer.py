@@ -8,7 +8,14 @@ import torch
 from torch import nn
 from torch.optim import SGD, Adam, Optimizer, lr_scheduler
 
-from tests.helpers.wrapped import LENGTH, assert_same_weights, closure, network, plain
+from tests.helpers.explicit_loss import (
+    SCHEDULE,
+    assert_same_weights,
+    assert_transferred,
+    closure,
+    gated_mlp,
+    plain,
+)
 from transfer_surgery import ScheduleEndedWarning, TransferSchedule, structural_risk, wrap_optimizer
 from transfer_surgery.units import gated_activations
 
@@ -17,7 +24,7 @@ from transfer_surgery.units import gated_activations
 @pytest.mark.parametrize("make", [SGD, Adam])
 @pytest.mark.parametrize("width", [4, 64])
 def test_gates_follow_the_schedule(make: Any, lr: float, width: int) -> None:
-    model = network(width=width)
+    model = gated_mlp(width=width)
     schedule = TransferSchedule(60)
     optimizer = wrap_optimizer(make(model.parameters(), lr=lr), model, transfer=schedule)
     for step in range(1, 61):
@@ -28,11 +35,11 @@ def test_gates_follow_the_schedule(make: Any, lr: float, width: int) -> None:
         budget = schedule.budget(step)
         if 1e-3 < budget < 1 - 1e-3:
             assert structural_risk(model, "mean").item() == pytest.approx(budget, abs=2e-4)
-    assert all((unit.gate.predict() == 0).all() for _, unit in gated_activations(model))
+    assert_transferred(model)
 
 
 def test_lbfgs_follows_the_schedule_too() -> None:
-    model = network()
+    model = gated_mlp()
     schedule = TransferSchedule(10, start=0)
     optimizer = torch.optim.LBFGS(model.parameters(), max_iter=3, line_search_fn="strong_wolfe")
     wrap_optimizer(optimizer, model, transfer=schedule)
@@ -44,7 +51,7 @@ def test_lbfgs_follows_the_schedule_too() -> None:
 
 @pytest.mark.parametrize("fraction", [0.25, 0.5, 0.9])
 def test_exactly_the_asked_share_is_transferred_and_the_others_are_kept(fraction: float) -> None:
-    model = network(width=20)
+    model = gated_mlp(width=20)
     optimizer = Adam(model.parameters(), lr=0.05)
     wrap_optimizer(
         optimizer, model, transfer=TransferSchedule(40, fraction=fraction), gate_weight_decay=0.1
@@ -57,7 +64,7 @@ def test_exactly_the_asked_share_is_transferred_and_the_others_are_kept(fraction
 
 
 def test_gates_that_the_user_froze_stay() -> None:
-    model = network()
+    model = gated_mlp()
     frozen, free = (unit.gate for _, unit in gated_activations(model))
     frozen.log_alpha.requires_grad_(False)
     before = frozen.log_alpha.clone()
@@ -71,7 +78,7 @@ def test_gates_that_the_user_froze_stay() -> None:
 
 @pytest.mark.parametrize("kind", ["line", "copy"])
 def test_a_linear_schedule_gives_the_papers_line_and_copy(kind: str) -> None:
-    model = network(kind)
+    model = gated_mlp(kind)
     optimizer = SGD(model.parameters(), lr=0.1)
     schedule = TransferSchedule(10, start=0, end=1.0, shape="linear")
     wrap_optimizer(optimizer, model, transfer=schedule)
@@ -86,7 +93,7 @@ def test_a_linear_schedule_gives_the_papers_line_and_copy(kind: str) -> None:
 def test_resuming_equals_never_having_stopped(kind: str) -> None:
     def start() -> tuple[nn.Module, Optimizer, lr_scheduler.LRScheduler]:
         torch.manual_seed(0)
-        model = network(kind)
+        model = gated_mlp(kind)
         optimizer = Adam(model.parameters(), lr=0.05)
         wrap_optimizer(optimizer, model, transfer=TransferSchedule(12))
         return model, optimizer, lr_scheduler.CosineAnnealingLR(optimizer, 12)
@@ -111,19 +118,19 @@ def test_resuming_equals_never_having_stopped(kind: str) -> None:
 
 def test_the_step_travels_in_a_distributed_checkpoint() -> None:
     state_dict = pytest.importorskip("torch.distributed.checkpoint.state_dict")
-    model = network()
-    optimizer = wrap_optimizer(Adam(model.parameters()), model, transfer=LENGTH)
+    model = gated_mlp()
+    optimizer = wrap_optimizer(Adam(model.parameters()), model, transfer=SCHEDULE)
     for seed in range(5):
         plain(model, optimizer, False, seed)
     saved = state_dict.get_optimizer_state_dict(model, optimizer)
-    fresh = network()
-    resumed = wrap_optimizer(Adam(fresh.parameters()), fresh, transfer=LENGTH)
+    fresh = gated_mlp()
+    resumed = wrap_optimizer(Adam(fresh.parameters()), fresh, transfer=SCHEDULE)
     state_dict.set_optimizer_state_dict(fresh, resumed, saved)
     assert resumed.param_groups[-1]["transfer_step"] == 5
 
 
 def test_running_past_the_end_warns_once_and_keeps_the_gates() -> None:
-    model = network()
+    model = gated_mlp()
     schedule = TransferSchedule(3)
     optimizer = wrap_optimizer(SGD(model.parameters(), lr=0.1), model, transfer=schedule)
     for seed in range(3):
@@ -131,4 +138,4 @@ def test_running_past_the_end_warns_once_and_keeps_the_gates() -> None:
     with pytest.warns(ScheduleEndedWarning, match=r"step 4 .* of 3 steps.*total_steps counts"):
         plain(model, optimizer, False, 3)
     plain(model, optimizer, False, 4)
-    assert all((unit.gate.predict() == 0).all() for _, unit in gated_activations(model))
+    assert_transferred(model)

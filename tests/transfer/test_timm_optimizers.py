@@ -1,6 +1,7 @@
 """Every optimizer that timm lists, wrapped: equal to the explicit loss, and on schedule."""
 
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import timm.optim
@@ -8,7 +9,7 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from tests.helpers.loops import (
+from tests.helpers.explicit_loss import (
     Make,
     assert_loop_equals_the_explicit_one,
     assert_loop_reaches_the_budget,
@@ -27,7 +28,28 @@ NAMES = [
     for name in timm.optim.list_optimizers()
     if not name.startswith(_ELSEWHERE) and name not in _RANDOM
 ]
+# One of a family in `make test`: momentum, adaptive, sign, factored, trust ratio, orthogonalised,
+# preconditioned, second order, and averages of the weights.
+FAMILIES = {
+    "nesterov",
+    "nadamw",
+    "lion",
+    "adafactorbv",
+    "lamb",
+    "muon",
+    "kron",
+    "adahessian",
+    "lookahead_adamw",
+}
 LOOKAHEADS = ["lookahead_lion", "lookahead_adamw", "lookahead_nesterov", "lookahead_lamb"]
+
+
+def families_first(names: list[str]) -> list[Any]:
+    """All of these, those that are not listed above as slow ones."""
+    return [
+        pytest.param(name, marks=() if name in FAMILIES else pytest.mark.slow) for name in names
+    ]
+
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*opt_einsum:UserWarning")  # kron's advice
 
@@ -65,21 +87,21 @@ def second_order(model: nn.Module, optimizer: Optimizer, explicit: bool, seed: i
     optimizer.zero_grad()
 
 
-@pytest.mark.parametrize("name", NAMES + LOOKAHEADS)
+@pytest.mark.parametrize("name", families_first(NAMES + LOOKAHEADS))
 def test_steps_equal_those_of_the_explicit_loss(name: str) -> None:
     # timm gives vectors no weight decay, so that the reference has none at the gates.
     assert_loop_equals_the_explicit_one(made_by_timm(name), plain, gate_weight_decay=0.0)
 
 
 @pytest.mark.filterwarnings("ignore:Using backward.. with create_graph:UserWarning")
-@pytest.mark.parametrize("name", _RANDOM)
+@pytest.mark.parametrize("name", families_first(_RANDOM))
 def test_steps_of_optimizers_that_draw_numbers_equal_those_of_the_explicit_loss(name: str) -> None:
     loop = second_order if name == "adahessian" else plain
     assert_loop_equals_the_explicit_one(gates_last(name), loop)
 
 
 @pytest.mark.filterwarnings("ignore:Using backward.. with create_graph:UserWarning")
-@pytest.mark.parametrize("name", NAMES + _RANDOM)
+@pytest.mark.parametrize("name", families_first(NAMES + _RANDOM))
 def test_gates_keep_to_the_schedule(name: str) -> None:
     loop = second_order if name == "adahessian" else plain
     assert_loop_reaches_the_budget(made_by_timm(name), loop)

@@ -10,21 +10,21 @@ from timm.optim import Lookahead
 from torch import Tensor, nn
 from torch.optim import SGD, Adam, AdamW, Optimizer
 
-from tests.helpers.loops import (
+from tests.helpers.explicit_loss import (
     GAMMA,
     Make,
     assert_loop_equals_the_explicit_one,
     assert_loop_reaches_the_budget,
+    assert_transferred,
+    gated_cnn,
     gates,
     mean_probability,
     mid_transfer,
-    network,
     plain,
     risk,
     task,
 )
 from transfer_surgery import TransferSchedule, wrap_optimizer
-from transfer_surgery.units import gated_activations
 
 RHO = 0.05
 
@@ -142,7 +142,7 @@ def test_sam_perturbs_by_the_task_and_adds_the_risk_of_the_restored_gates(
     name: str, loop: Callable[[nn.Module, SAM, int], None]
 ) -> None:
     base, settings = BASES[name]
-    model = mid_transfer(network())
+    model = mid_transfer(gated_cnn())
     reference = copy.deepcopy(model)
     optimizer = wrap_optimizer(SAM(model.parameters(), base, **settings), model, gamma=GAMMA)
     explicit = FunctionalSAM(reference, base(reference.parameters(), **settings))  # type: ignore[call-arg]
@@ -163,7 +163,7 @@ def test_sam_keeps_to_the_schedule(name: str, loop: Callable[[nn.Module, SAM, in
 
 
 def test_sam_counts_one_step_for_two_gradients_and_its_groups_stay_shared() -> None:
-    model = network()
+    model = gated_cnn()
     optimizer = SAM(model.parameters(), SGD, lr=0.05)
     wrap_optimizer(optimizer, model, transfer=TransferSchedule(9), gate_lr=0.2)
     assert optimizer.param_groups is optimizer.base_optimizer.param_groups
@@ -193,7 +193,7 @@ def test_lookahead_steps_equal_those_of_the_explicit_loss(name: str) -> None:
 @pytest.mark.parametrize("k", [1, 3, 6])
 def test_lookahead_keeps_to_the_schedule_and_averages_the_weights(k: int, alpha: float) -> None:
     """The slow weights leave the gates out: they would be (1 - alpha) / alpha * k steps behind."""
-    model, schedule = network(), TransferSchedule(40, start=0, end=0.8)
+    model, schedule = gated_cnn(), TransferSchedule(40, start=0, end=0.8)
     optimizer = Lookahead(SGD(model.parameters(), lr=0.05), alpha=alpha, k=k)
     wrap_optimizer(optimizer, model, transfer=schedule)
     fast: list[Tensor] = []
@@ -207,7 +207,7 @@ def test_lookahead_keeps_to_the_schedule_and_averages_the_weights(k: int, alpha:
         if step % k == 0:
             slow = fast[-1] if slow is None else slow + alpha * (fast[-1] - slow)
             torch.testing.assert_close(model[0].weight.detach(), slow)
-    assert all((unit.gate.predict() == 0).all() for _, unit in gated_activations(model))
+    assert_transferred(model)
 
 
 def log_alpha(model: nn.Module) -> Tensor:

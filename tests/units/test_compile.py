@@ -10,7 +10,7 @@ from torch import nn
 from torch._inductor import metrics
 
 from tests.helpers.compiled import WAYS, compiled, converted, gradients
-from tests.helpers.loops import batch, gates, mid_transfer
+from tests.helpers.explicit_loss import batch, gates, mid_transfer
 from transfer_surgery import bake, convert
 
 compiler = pytest.mark.skipif(shutil.which("c++") is None, reason="inductor needs a compiler")
