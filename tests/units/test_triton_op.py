@@ -175,6 +175,7 @@ def test_vmap_gives_the_batched_values():
     torch.testing.assert_close(each, function(x, *rest))
 
 
+@pytest.mark.slow
 def test_the_kernels_compile_for_a_gpu_that_is_not_there(tmp_path):
     script = Path(__file__).parents[1] / "helpers" / "compile_triton.py"
     environment = os.environ | {"TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path)}
