@@ -37,9 +37,8 @@ MODELS: dict[str, dict[str, Any]] = {
     "vit_tiny_patch16_224": {"img_size": 32, "patch_size": 8, "depth": 4},
 }
 FACTORS = (0.1, 1.0, 10.0)
-MODES = ("projection", "auto", "gamma")
+MODES = ("projection", "gamma")
 BATCH, TRAINED = 32, 100
-GATE_LR = 0.3  # of auto: Adam and Lion move a gate by that much in a step, and it has far to go
 
 
 @dataclass(frozen=True)
@@ -75,10 +74,14 @@ class Outcome:
 
 def main(
     steps: Annotated[int, typer.Option(min=10, help="Optimizer steps of each run.")] = 100,
-    gamma: Annotated[float, typer.Option(help="The constant one, for every run.")] = 500.0,
-    models: Annotated[list[str] | None, typer.Option(help="Some of the models.")] = None,
-    threads: Annotated[int, typer.Option(min=1, help="Of torch.")] = 2,
-    table: Annotated[Path | None, typer.Option(help="Write the Markdown here, too.")] = None,
+    gamma: Annotated[
+        float, typer.Option(help="Weight of the risk in the runs without schedule.")
+    ] = 500.0,
+    models: Annotated[
+        list[str] | None, typer.Option(help="Names of models; by default all.")
+    ] = None,
+    threads: Annotated[int, typer.Option(min=1, help="Number of CPU threads.")] = 2,
+    table: Annotated[Path | None, typer.Option(help="File to write the page to, too.")] = None,
 ) -> None:
     """Compare asked and reached gates for every optimizer, learning rate and network."""
     torch.set_num_threads(threads)
@@ -147,11 +150,7 @@ def run(
     torch.manual_seed(0)
     convert(model, example_input=images[:2], seed=0)
     schedule = TransferSchedule(steps)
-    settings: dict[str, Any] = {
-        "projection": {"transfer": schedule},
-        "auto": {"transfer": schedule, "gamma": "auto", "gate_lr": GATE_LR},
-        "gamma": {"gamma": gamma},
-    }[mode]
+    settings: dict[str, Any] = {"transfer": schedule} if mode == "projection" else {"gamma": gamma}
     optimizer = recipe.make(model.parameters(), recipe.lr * factor)
     wrap_optimizer(optimizer, model, **settings)
     scheduler: LRScheduler | None = CosineAnnealingLR(optimizer, steps) if recipe.cosine else None
@@ -199,17 +198,16 @@ def markdown(rows: list[tuple[str, str, float, list[Outcome]]], steps: int, gamm
     {command}
 
 Networks that have learned scikit-learn's digits for {TRAINED} steps are converted to sin and
-trained on for {steps} steps of {BATCH} images, gradients clipped at norm 1. *Asked* is the curve of
-`TransferSchedule({steps})`: all gates, from step {steps // 10} to step {steps * 7 // 10}.
+trained for another {steps} steps of {BATCH} images, with gradients clipped at norm 1. The curve of
+`TransferSchedule({steps})` asks for all gates, from step {steps // 10} to step {steps * 7 // 10}.
 *Deviation* is the largest distance, over all steps, between the asked and the reached mean of
-P(z != 0) (Eq. 14, in float64); *transferred* is the share of the gates that predict exactly 0 after
+P(z != 0) (Eq. 14, in float64). *Transferred* is the share of the gates that predict exactly 0 after
 the last step.
 
 - *projection*: `wrap_optimizer(..., transfer=TransferSchedule({steps}))`.
-- *auto*: the same with `gamma="auto", gate_lr={GATE_LR}`. The lr of the row is that of the weights.
 - *gamma*: the constant `gamma={gamma:g}` in every row, with the lr of the row. Nothing is asked of
-  it; its deviation is from the same curve. (frozen): there was a `FrozenGatesWarning`, which
-  looks every 200 steps.
+  it; its deviation is from the same curve. (frozen) means that there was a `FrozenGatesWarning`,
+  which looks every 200 steps.
 
 {table}
 

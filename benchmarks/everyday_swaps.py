@@ -1,4 +1,4 @@
-"""Swaps of every day: hardswish for int8, ReLU for its zeros, hardtanh; and sines in a ViT.
+"""Everyday swaps: SiLU to hardswish, GELU to ReLU, tanh to hardtanh, and sines in a ViT.
 
     python benchmarks/everyday_swaps.py run silu-hardswish --seed 0
     python benchmarks/everyday_swaps.py table
@@ -45,7 +45,7 @@ BATCH = 128
 TRAIN_LR, TUNE_LR = 4e-3, 2e-4
 console = Console()
 app = typer.Typer(help=__doc__.split("\n")[0], add_completion=False)
-Folder = Annotated[Path, typer.Option(help="Where the JSON files are.")]
+Folder = Annotated[Path, typer.Option(help="Folder of the JSON files.")]
 
 
 def lenet() -> nn.Module:
@@ -75,11 +75,13 @@ NETWORKS = {
 def run(
     swap: Annotated[str, typer.Argument(help=", ".join(NETWORKS))],
     seed: int = 0,
-    steps: Annotated[int, typer.Option(min=1, help="Of training; an epoch has 468.")] = 936,
-    tune_steps: Annotated[int, typer.Option(min=1, help="Of fine-tuning.")] = 150,
-    images: Annotated[int, typer.Option(min=1, help="Unlabelled ones for matching.")] = 512,
-    limit: Annotated[int | None, typer.Option(help="Use so many images of MNIST.")] = None,
-    threads: Annotated[int, typer.Option(help="Of the CPU.")] = 1,
+    steps: Annotated[int, typer.Option(min=1, help="Training steps; an epoch has 468.")] = 936,
+    tune_steps: Annotated[int, typer.Option(min=1, help="Fine-tuning steps.")] = 150,
+    images: Annotated[
+        int, typer.Option(min=1, help="Number of unlabelled images for matching.")
+    ] = 512,
+    limit: Annotated[int | None, typer.Option(help="Use only this many images of MNIST.")] = None,
+    threads: Annotated[int, typer.Option(help="Number of CPU threads.")] = 1,
     folder: Folder = RESULTS,
 ) -> None:
     """One swap and one seed, in all ways."""

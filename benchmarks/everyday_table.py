@@ -21,17 +21,17 @@ _HEAD = (
 
 @dataclass(frozen=True)
 class Row:
-    """One way to swap; all shares.
+    """The outcome of one way to swap.
 
     Args:
-        start: of `STARTS`.
-        error: of the test images, before any training.
-        changed: test images that get another answer than from the original network, then.
-        zeros: share of exact zeros in the outputs of the activations.
-        tuned_error: after fine-tuning.
-        tuned_zeros: likewise.
-        left: sites whose fitted numbers could not all be folded into the layers around them.
-        seconds: of the swap, mostly of matching.
+        start: one of `STARTS`.
+        error: share of the test images with a wrong class, before any training.
+        changed: share of the test images whose class is not that of the original network, then.
+        zeros: share of exact zeros behind the activations, then.
+        tuned_error: the same share as `error`, after fine-tuning.
+        tuned_zeros: the same share as `zeros`, after fine-tuning.
+        left: number of sites whose fitted numbers could not all be folded.
+        seconds: time of the swap, mostly of matching.
     """
 
     start: str
@@ -46,7 +46,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Result:
-    """One swap and one seed; `steps` of training, `tune_steps` of fine-tuning."""
+    """One swap with one seed: `steps` of training, then `tune_steps` of fine-tuning."""
 
     swap: str
     seed: int
@@ -64,10 +64,10 @@ def read_results(folder: Path) -> list[Result]:
 
 
 def fill(page: str, results: Iterable[Result]) -> str:
-    """A page with its tables made anew: that of a swap is between ``<!-- begin SWAP -->`` and end.
+    """A page whose tables, each between ``<!-- begin SWAP -->`` and end, are made anew.
 
     Raises:
-        ValueError: there is no result for one of them.
+        ValueError: a swap of the page has no result.
     """
     runs: dict[str, list[Result]] = {}
     for result in results:

@@ -2,8 +2,9 @@
 
     python benchmarks/find_speed.py
 
-Memory is that of the search alone, in a process of its own, beside what the activations of the
-forward pass take: the search runs on fake tensors, which have shapes but no memory. Linux only.
+The memory of the search is measured in a process of its own, beside what the outputs of all layers
+take in the forward pass. The search runs on fake tensors, which have shapes but no memory. Linux
+only.
 """
 
 from __future__ import annotations
@@ -29,8 +30,8 @@ EXAMPLES = 2
 
 
 def main(
-    models: Annotated[list[str] | None, typer.Argument(help="timm:NAME ...")] = None,
-    threads: Annotated[int, typer.Option(min=1, help="Of torch.")] = 2,
+    models: Annotated[list[str] | None, typer.Argument(help="Models as timm:NAME ...")] = None,
+    threads: Annotated[int, typer.Option(min=1, help="Number of CPU threads.")] = 2,
     measure: Annotated[str | None, typer.Option(hidden=True)] = None,
 ) -> None:
     """Time `find_activations` at the default input size of timm models, two examples."""

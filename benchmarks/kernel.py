@@ -1,8 +1,8 @@
-"""How near the Triton kernels come to the speed of a copy: bandwidth, forward and backward.
+"""How close the Triton kernels come to the speed of a copy, forward and backward.
 
     python benchmarks/kernel.py --table docs/kernel.md
 
-Needs a CUDA device. What the columns mean is said in the page, see `NOTE`.
+It needs a CUDA device. The page says what the columns mean, see `NOTE`.
 """
 
 from __future__ import annotations
@@ -45,9 +45,13 @@ PHASES = {"all 1": (20.0, 0.0), "mixed": (0.0, 1.0), "all 0": (-20.0, 0.0)}
 def main(
     source: str = "relu",
     target: str = "sin",
-    granularity: Annotated[list[str] | None, typer.Option(help="layer, channel, neuron.")] = None,
+    granularity: Annotated[
+        list[str] | None, typer.Option(help="Granularity: layer, channel, neuron; several times.")
+    ] = None,
     dtype: Annotated[list[str] | None, typer.Option(help=", ".join(DTYPES))] = None,
-    matched: Annotated[bool, typer.Option(help="Target a * f(w*x + c) + b.")] = False,
+    matched: Annotated[
+        bool, typer.Option(help="Measure with a fitted target a*f(w*x + c) + b.")
+    ] = False,
     rounds: Annotated[int, typer.Option(min=3)] = 20,
     table: Annotated[Path | None, typer.Option(help="Markdown file for the table.")] = None,
 ) -> None:

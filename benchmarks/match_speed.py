@@ -2,8 +2,8 @@
 
     python benchmarks/match_speed.py
 
-Memory should not grow with the images: sums are kept, no activations. Each row is a process of its
-own; Linux only.
+Memory should not grow with the number of images, because sums are kept and no activations. Each row
+is measured in a process of its own. Linux only.
 """
 
 from __future__ import annotations
@@ -26,10 +26,12 @@ BATCH = 64
 
 
 def main(
-    model: Annotated[str, typer.Option(help="Of timm's.")] = "resnet18",
-    image_size: Annotated[int, typer.Option(help="Pixels.")] = 64,
-    images: Annotated[list[int] | None, typer.Option(help="How many; several times.")] = None,
-    threads: Annotated[int, typer.Option(min=1, help="Of torch.")] = 2,
+    model: Annotated[str, typer.Option(help="A timm model.")] = "resnet18",
+    image_size: Annotated[int, typer.Option(help="Height and width of the images.")] = 64,
+    images: Annotated[
+        list[int] | None, typer.Option(help="Number of images; several times.")
+    ] = None,
+    threads: Annotated[int, typer.Option(min=1, help="Number of CPU threads.")] = 2,
     measure: Annotated[str | None, typer.Option(hidden=True)] = None,
 ) -> None:
     """Match a network with random weights, and refit its layers, in batches of 64."""

@@ -11,8 +11,6 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-__all__ = ["Launches", "waiting_bytes"]
-
 
 def waiting_bytes(forward: Callable[[], Tensor]) -> int:
     """Bytes that were allocated in a forward pass and are still there at its end.

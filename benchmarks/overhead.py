@@ -2,7 +2,7 @@
 
     python benchmarks/overhead.py --model resnet50 --table overhead.md
 
-Sampling happens in each forward pass, risk or projection once per optimizer step.
+Sampling happens in each forward pass, and risk or projection once per optimizer step.
 """
 
 from __future__ import annotations
@@ -40,12 +40,16 @@ NOTE = (
 
 
 def main(
-    model: Annotated[list[str] | None, typer.Option(help="timm's, or cifar_resnet20.")] = None,
+    model: Annotated[
+        list[str] | None, typer.Option(help="A timm model, or cifar_resnet20; several times.")
+    ] = None,
     batch_size: int = 8,
-    image_size: Annotated[int, typer.Option(help="Of timm models.")] = 224,
+    image_size: Annotated[
+        int, typer.Option(help="Height and width of the images of timm models.")
+    ] = 224,
     rounds: Annotated[int, typer.Option(min=3)] = 7,
     amp: Annotated[bool, typer.Option(help="Autocast to bfloat16.")] = False,
-    threads: Annotated[int, typer.Option(help="Of the CPU.")] = 2,
+    threads: Annotated[int, typer.Option(help="Number of CPU threads.")] = 2,
     table: Annotated[Path | None, typer.Option(help="Markdown file for the table.")] = None,
 ) -> None:
     """Print, and write, launches and shares."""

@@ -11,11 +11,11 @@ import typer
 
 HEAD = """# What gated activations cost
 
-Written by `python benchmarks/performance_table.py {folder}` from the tables in
-`docs/performance/`, which `bash benchmarks/cpu.sh` and, on a machine with a GPU,
-`bash benchmarks/gpu.sh` make. Each number is a median over rounds in which all variants of a
-network take turns: the time of one by that of its baseline in the same round. In brackets: by how
-much a target is missed.
+`python benchmarks/performance_table.py {folder}` writes this page from the tables in
+`docs/performance/`. `bash benchmarks/cpu.sh` makes those, and `bash benchmarks/gpu.sh` on a machine
+with a GPU. All variants of a network take turns, round by round. Each number is the median over the
+rounds of a variant's time divided by that of its baseline in the same round. A number in brackets
+says by how much a target is missed.
 """
 # Column, section, row in the tables of speed.py, column there, and the targets on CPU and GPU.
 COLUMNS = (
@@ -31,8 +31,9 @@ COLUMNS = (
     ("matched, folded", "inference", "baked, matched and folded", "time", None),
 )
 NOTES = """
-Baselines: the network as it was; for *all gates 0*, *baked* and *matched* the network with plain
-sines; for *compiled* the compiled network as it was. Memory is what waits for the backward pass.
+The baseline is the network as it was. For *all gates 0*, *baked* and *matched* it is the network
+with plain sines, and for *compiled* the compiled network as it was. Memory is what waits for the
+backward pass.
 """
 
 
@@ -44,7 +45,7 @@ def main(folder: Path) -> None:
         tables = sorted(folder.glob(f"{device}-*.md"))
         timed = [file for file in tables if "training step" in file.read_text()]
         if not timed:
-            text += "Not measured: no GPU was at hand. `bash benchmarks/gpu.sh` does it.\n"
+            text += "This has not been measured yet. `bash benchmarks/gpu.sh` does it.\n"
             continue
         text += _line(["network", *(column[0] for column in COLUMNS)])
         text += _line(["---"] * (1 + len(COLUMNS)))

@@ -48,30 +48,46 @@ PAGE = Path(__file__).parents[1] / "docs" / "pretrained.md"
 RESULTS = Path(__file__).with_name("results")
 console = Console()
 app = typer.Typer(help=__doc__.split("\n")[0], add_completion=False)
-Folder = Annotated[Path, typer.Option(help="Where the JSON files are.")]
+Folder = Annotated[Path, typer.Option(help="Folder of the JSON files.")]
 
 
 @app.command()
 def run(
-    depth: Annotated[int, typer.Option(help="20, 32, 44 or 56.")] = 20,
+    depth: Annotated[int, typer.Option(help="Depth of the ResNet: 20, 32, 44 or 56.")] = 20,
     start: Annotated[
-        str, typer.Option(help="relu (not converted), plain, matched, refitted.")
+        str, typer.Option(help="Start: relu (not converted), plain, matched, refitted.")
     ] = "matched",
-    weights: Annotated[str, typer.Option(help="Of the fits: none, gradient.")] = "none",
-    images: Annotated[int, typer.Option(min=1, help="Unlabelled ones for matching.")] = 1024,
-    transfer: Annotated[str, typer.Option(help="hard, soft, line.")] = "hard",
-    noise: Annotated[str, typer.Option(help="Of soft gates: batch, example, none.")] = "batch",
-    order: Annotated[str, typer.Option(help="joint, front_to_back, sensitivity.")] = "joint",
-    lesson: Annotated[str, typer.Option(help="labels, teacher (no labels), both.")] = "labels",
-    steps: Annotated[int, typer.Option(min=0, help="Of training; an epoch has 390.")] = 0,
-    opt: Annotated[str, typer.Option(help="sgd, adamw; the teacher's lesson: adamw.")] = "sgd",
+    weights: Annotated[
+        str, typer.Option(help="What weights the errors of the fits: none, gradient.")
+    ] = "none",
+    images: Annotated[
+        int, typer.Option(min=1, help="Number of unlabelled images for matching.")
+    ] = 1024,
+    transfer: Annotated[
+        str, typer.Option(help="How gates move: hard (at once), soft, line.")
+    ] = "hard",
+    noise: Annotated[
+        str, typer.Option(help="Noise of soft gates: batch, example, none.")
+    ] = "batch",
+    order: Annotated[
+        str, typer.Option(help="Who goes first: joint, front_to_back, sensitivity.")
+    ] = "joint",
+    lesson: Annotated[
+        str, typer.Option(help="What trains: labels, teacher (no labels), both.")
+    ] = "labels",
+    steps: Annotated[int, typer.Option(min=0, help="Training steps; an epoch has 390.")] = 0,
+    opt: Annotated[
+        str, typer.Option(help="Optimizer: sgd, adamw (for the teacher's lesson).")
+    ] = "sgd",
     lr: Annotated[float, typer.Option(help="Highest learning rate.")] = 0.02,
     seed: int = 0,
-    target: Annotated[str, typer.Option(help="sin, snake, polynomial, ...")] = "sin",
+    target: Annotated[
+        str, typer.Option(help="Activation to change to: sin, snake, polynomial, ...")
+    ] = "sin",
     keep: Annotated[float, typer.Option(help="Share of neurons that stay ReLUs.")] = 0.0,
-    threads: Annotated[int, typer.Option(help="Of the CPU.")] = 2,
+    threads: Annotated[int, typer.Option(help="Number of CPU threads.")] = 2,
     compiled: Annotated[bool, typer.Option(help="Train with torch.compile.")] = False,
-    cache: Annotated[Path | None, typer.Option(help="Keep and re-use matched networks.")] = None,
+    cache: Annotated[Path | None, typer.Option(help="Folder that keeps matched networks.")] = None,
     folder: Folder = RESULTS / "pretrained",
 ) -> None:
     """One recipe."""
@@ -89,10 +105,12 @@ def run(
 @app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
 def grid(
     context: typer.Context,
-    epochs: Annotated[int, typer.Option(min=0, help="Of 390 steps each.")] = 1,
-    seeds: Annotated[int, typer.Option(help="Of each recipe.")] = 1,
+    epochs: Annotated[int, typer.Option(min=0, help="Epochs of 390 steps each.")] = 1,
+    seeds: Annotated[int, typer.Option(help="Number of seeds of each recipe.")] = 1,
     depth: int = 20,
-    best: Annotated[bool, typer.Option("--best", help="Only the best, and the baseline.")] = False,
+    best: Annotated[
+        bool, typer.Option("--best", help="Only the best recipe and the ReLU baseline.")
+    ] = False,
     folder: Folder = RESULTS / "pretrained",
 ) -> None:
     """Print the commands of recipes without a file, for ``xargs -P2 -I{} sh -c '{}'``.
@@ -106,7 +124,7 @@ def grid(
 @app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
 def swaps(
     context: typer.Context,
-    epochs: Annotated[int, typer.Option(help="0 or 1.")] = 1,
+    epochs: Annotated[int, typer.Option(help="Epochs: 0 or 1.")] = 1,
     folder: Folder = RESULTS / "swaps",
 ) -> None:
     """The same for other targets: snake, and polynomials with budgets of ReLUs."""
@@ -124,9 +142,12 @@ def print_commands(recipes: Iterable[Recipe], folder: Path, options: Sequence[st
 
 @app.command()
 def table(
-    page: Annotated[Path, typer.Option(help="docs/pretrained.md or docs/swaps.md.")] = PAGE,
+    page: Annotated[
+        Path, typer.Option(help="Page to fill: docs/pretrained.md or docs/swaps.md.")
+    ] = PAGE,
     folder: Annotated[
-        Path | None, typer.Option(help="Where the JSON files are; by default results/NAME of PAGE.")
+        Path | None,
+        typer.Option(help="Folder of the JSON files; by default that of the page's name."),
     ] = None,
 ) -> None:
     """Make the tables of a page of the documentation from the results."""

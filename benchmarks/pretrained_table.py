@@ -1,4 +1,4 @@
-"""The results of the study of matched targets, and the page made of them."""
+"""The results of the study of matched targets, and the tables made of them."""
 
 from __future__ import annotations
 
@@ -17,9 +17,16 @@ _BLOCK = re.compile(r"(<!-- begin results -->\n).*(<!-- end results -->)", re.DO
 
 @dataclass(frozen=True)
 class Result:
-    """What became of it: `error` and `transferred` as shares, `losses` as means of parts.
+    """The outcome of one run.
 
-    A loss that is not finite, where the training stops, is None.
+    Args:
+        recipe: what was run.
+        error: share of the test images with a wrong class.
+        transferred: share of the gates.
+        match_seconds: time of matching.
+        train_seconds: time of training.
+        losses: means of 20 equal parts of the training; None where the loss was not finite.
+        machine: device, threads and versions.
     """
 
     recipe: Recipe

@@ -1,4 +1,4 @@
-"""How the study of matched targets trains: with labels, the original's answers, or both."""
+"""How the study of matched targets trains: with labels, the original's outputs, or both."""
 
 from __future__ import annotations
 
@@ -23,8 +23,6 @@ from transfer_surgery import (
 )
 from transfer_surgery.cli.finetuning.images import ImageData, Unlabelled
 from transfer_surgery.matching.distillation import softened_divergence
-
-__all__ = ["train"]
 
 STAGES = ("layer1", "layer2", "layer3")
 

@@ -1,8 +1,8 @@
 """What gated activations cost: time and memory beside the network as it was, in one run.
 
-    python benchmarks/speed.py --model resnet18 --model cifar_resnet20 --table docs/performance.md
+    python benchmarks/speed.py --model resnet18 --model cifar_resnet20 --table speed.md
 
-What the columns mean is said in the page, see `NOTE`.
+The page says what the columns mean, see `NOTE`.
 """
 
 from __future__ import annotations
@@ -48,13 +48,17 @@ class Variant:
 
 
 def main(
-    model: Annotated[list[str] | None, typer.Option(help="timm's, or cifar_resnet20.")] = None,
+    model: Annotated[
+        list[str] | None, typer.Option(help="A timm model, or cifar_resnet20; several times.")
+    ] = None,
     batch_size: int = 8,
-    image_size: Annotated[int, typer.Option(help="Of timm models.")] = 224,
+    image_size: Annotated[
+        int, typer.Option(help="Height and width of the images of timm models.")
+    ] = 224,
     rounds: Annotated[int, typer.Option(min=3)] = 15,
-    compile: Annotated[bool, typer.Option(help="Compiled variants as well.")] = False,
+    compile: Annotated[bool, typer.Option(help="Measure compiled networks as well.")] = False,
     amp: Annotated[bool, typer.Option(help="Autocast to bfloat16.")] = False,
-    threads: Annotated[int, typer.Option(help="Of the CPU.")] = 2,
+    threads: Annotated[int, typer.Option(help="Number of CPU threads.")] = 2,
     table: Annotated[Path | None, typer.Option(help="Markdown file for the tables.")] = None,
 ) -> None:
     """Print, and write, ratios of time and memory."""

@@ -1,4 +1,4 @@
-"""The networks that benchmarks/speed.py compares: as they were, converted, baked, and of others."""
+"""The networks that benchmarks/speed.py compares: original, converted, baked, and naive code."""
 
 from __future__ import annotations
 
@@ -24,8 +24,6 @@ from transfer_surgery import (
 )
 from transfer_surgery.surgery.insertion import swap_children
 from transfer_surgery.units import gated_activations
-
-__all__ = ["inference_networks", "new_model", "training_networks"]
 
 PHASES = {"all gates 1": (20.0, 0.0), "mixed gates": (0.0, 1.0), "all gates 0": (-20.0, 0.0)}
 """Mean and standard deviation of `log_alpha`."""

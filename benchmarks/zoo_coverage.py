@@ -39,19 +39,27 @@ class Redo(StrEnum):
 
 @app.command()
 def main(
-    out: Annotated[Path, typer.Option(help="JSON lines; the run goes on from what it has.")],
+    out: Annotated[
+        Path, typer.Option(help="File of JSON lines; the run goes on from what it holds.")
+    ],
     models: Annotated[
         list[str] | None, typer.Option(help="Globs on names such as 'timm:resnet*'.")
     ] = None,
     sample: Annotated[int | None, typer.Option(min=1, help="Check this many, at random.")] = None,
-    seed: Annotated[int, typer.Option(help="Of the order of the models and of --sample.")] = 0,
+    seed: Annotated[
+        int, typer.Option(help="Seed for the order of the models and for --sample.")
+    ] = 0,
     families: Annotated[
-        bool, typer.Option("--families", help="The smallest model of each family: families.txt.")
+        bool, typer.Option("--families", help="Check only the smallest model of each family.")
     ] = False,
-    jobs: Annotated[int, typer.Option(min=1, help="Models at a time, one thread each.")] = 2,
-    timeout: Annotated[float, typer.Option(help="Seconds per model.")] = 300.0,
-    memory_gib: Annotated[float, typer.Option(help="Of all processes together.")] = 18.0,
-    redo: Annotated[Redo, typer.Option(help="Check again although it is in the file.")] = Redo.none,
+    jobs: Annotated[
+        int, typer.Option(min=1, help="Number of models at a time, with one thread each.")
+    ] = 2,
+    timeout: Annotated[float, typer.Option(help="Time limit in seconds for each model.")] = 300.0,
+    memory_gib: Annotated[
+        float, typer.Option(help="Memory limit in GiB for all processes together.")
+    ] = 18.0,
+    redo: Annotated[Redo, typer.Option(help="Which models to check again.")] = Redo.none,
     oracle: Annotated[
         Path | None, typer.Option(help="JSON with independent counts, to compare in the table.")
     ] = None,

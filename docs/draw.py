@@ -1,4 +1,4 @@
-"""Draws docs/pictures: what docs/concepts.md explains.
+"""Draw the pictures of docs/concepts.md into docs/pictures.
 
 python docs/draw.py
 """
@@ -57,9 +57,9 @@ def draw_gate() -> Figure:
     gate = make_gate("hard_concrete", tuple(location.shape))
     gate.log_alpha.data = location
     gate.log_alpha.requires_grad_()
-    open_probability = gate.probability()
-    (slope,) = torch.autograd.grad(open_probability.sum(), gate.log_alpha)
-    z, p = gate.predict().detach(), open_probability.detach()
+    probability = gate.probability()
+    (slope,) = torch.autograd.grad(probability.sum(), gate.log_alpha)
+    z, p = gate.predict().detach(), probability.detach()
     left.plot(location, z, color=COLOURS["kept"], linewidth=2, label="z in prediction (Eq. 16)")
     left.plot(location, p, color=COLOURS["transferred"], linewidth=2, label="P(z != 0) (Eq. 14)")
     left.set(xlabel="log_alpha", ylim=(-0.05, 1.3))
@@ -86,7 +86,10 @@ def draw_schedule() -> Figure:
         wanted = [100 * schedule.budget(step) for step in steps]
         ax.plot(steps, wanted, color=shade, linewidth=2, label=label)
     ax.set(
-        xlabel="step of 1,000", ylabel="open gates (%)", ylim=(-3, 118), yticks=range(0, 101, 25)
+        xlabel="step of 1,000",
+        ylabel="gates not transferred (%)",
+        ylim=(-3, 118),
+        yticks=range(0, 101, 25),
     )
     ax.legend(fontsize=8, frameon=False, loc="upper right")
     return figure

@@ -76,21 +76,29 @@ class ResNet(nn.Module):
 
 
 def main(
-    depth: Annotated[int, typer.Option(help="20, 32, 44 or 56.")] = 20,
+    depth: Annotated[int, typer.Option(help="Depth of the ResNet: 20, 32, 44 or 56.")] = 20,
     weights: Annotated[
         Path | None,
-        typer.Option(help="Checkpoint; default: that of $TRANSFER_SURGERY_DATA/weights."),
+        typer.Option(help="Checkpoint; by default from $TRANSFER_SURGERY_DATA/weights."),
     ] = None,
     target: Annotated[str, typer.Option(help="Activation to transfer to.")] = "sin",
-    granularity: Annotated[str, typer.Option(help="layer, channel or neuron.")] = "channel",
-    noise: Annotated[str, typer.Option(help="A draw per batch, per example, or none.")] = "batch",
-    order: Annotated[str, typer.Option(help="joint, front_to_back or back_to_front.")] = "joint",
+    granularity: Annotated[
+        str, typer.Option(help="Who shares a gate: layer, channel or neuron.")
+    ] = "channel",
+    noise: Annotated[
+        str, typer.Option(help="Noise of the gates: batch, example or none.")
+    ] = "batch",
+    order: Annotated[
+        str, typer.Option(help="Who goes first: joint, front_to_back or back_to_front.")
+    ] = "joint",
     fraction: Annotated[float, typer.Option(help="Share of the gates to transfer.")] = 1.0,
-    epochs: Annotated[int, typer.Option(min=1, help="Of the transfer.")] = 3,
+    epochs: Annotated[int, typer.Option(min=1, help="Epochs of the transfer.")] = 3,
     images: Annotated[int, typer.Option(min=1, help="Training images to use.")] = 50_000,
     batch_size: int = 128,
     lr: Annotated[float, typer.Option(help="Highest learning rate.")] = 0.1,
-    device: Annotated[str, typer.Option(help="auto: cuda where there is one.")] = "auto",
+    device: Annotated[
+        str, typer.Option(help="Device; auto takes CUDA where there is a GPU.")
+    ] = "auto",
     seed: int = 0,
     output: Annotated[Path | None, typer.Option(help="JSON file for the figures.")] = None,
 ) -> None:

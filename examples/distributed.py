@@ -1,4 +1,4 @@
-"""Train in several processes, with DDP or FSDP2; stop it at will, it goes on where it was.
+"""Train in several processes, with DDP or FSDP2. You may stop it: it goes on where it was.
 
     torchrun --standalone --nproc-per-node 2 examples/distributed.py
     torchrun --standalone --nproc-per-node 2 examples/distributed.py --fsdp
@@ -70,11 +70,11 @@ def main() -> None:
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--fsdp", action="store_true", help="FSDP2 instead of DDP")
-    parser.add_argument("--model", default="test_resnet", help="any of timm's")
+    parser.add_argument("--model", default="test_resnet", help="name of a timm model")
     parser.add_argument("--epochs", type=int, default=10)
-    parser.add_argument("--batch-size", type=int, default=60, help="of each process")
+    parser.add_argument("--batch-size", type=int, default=60, help="batch size of each process")
     parser.add_argument("--lr", type=float, default=5e-3)
-    parser.add_argument("--order", default="joint", help="of TransferSchedule")
+    parser.add_argument("--order", default="joint", help="order of TransferSchedule")
     parser.add_argument("--checkpoint", type=Path, default=Path("runs/distributed"))
     return parser.parse_args()
 

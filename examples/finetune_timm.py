@@ -1,4 +1,4 @@
-"""Turn the activations of a trained timm model into sinusoids that do what they did, then bake it.
+"""Turn the activations of a trained timm model into sinusoids, then bake it.
 
 Without arguments: a small ResNet and scikit-learn's digits, about a minute on a CPU. `--no-match`
 is the paper's method: plain sine, and gates that move while the model is fine-tuned. On a GPU:
@@ -53,20 +53,23 @@ def main(
     source: Annotated[
         str | None, typer.Option(help="Activation to replace; default: every hidden one.")
     ] = None,
-    granularity: Annotated[str, typer.Option(help="layer, channel or neuron.")] = "channel",
+    granularity: Annotated[
+        str, typer.Option(help="Who shares a gate: layer, channel or neuron.")
+    ] = "channel",
     match: Annotated[
-        bool, typer.Option(help="Fit targets to the trained network; no: the paper's method.")
+        bool,
+        typer.Option(help="Fit targets to the trained network; --no-match is the paper's way."),
     ] = True,
     gamma: Annotated[
         float | None, typer.Option(help="The paper's constant instead of a TransferSchedule.")
     ] = None,
     pretrain_epochs: Annotated[
         int | None,
-        typer.Option(help="Ordinary training before; default: 15, or 0 where weights fit."),
+        typer.Option(help="Epochs of ordinary training before; 15, or 0 where weights fit."),
     ] = None,
     epochs: Annotated[
         int | None,
-        typer.Option(min=1, help="Default: 3 of distillation; 30 of transfer with --no-match."),
+        typer.Option(min=1, help="Epochs: 3 of distillation, or 30 of transfer with --no-match."),
     ] = None,
     distill_lr: Annotated[
         float, typer.Option(help="Highest learning rate of distillation.")
@@ -75,8 +78,10 @@ def main(
     lr: Annotated[float, typer.Option(help="Highest learning rate.")] = 0.05,
     weight_decay: float = 5e-4,
     batch_size: int = 64,
-    image_size: Annotated[int, typer.Option(help="For digits and cifar10.")] = 32,
-    device: Annotated[str, typer.Option(help="auto: cuda where there is one.")] = "auto",
+    image_size: Annotated[int, typer.Option(help="Height and width of digits and cifar10.")] = 32,
+    device: Annotated[
+        str, typer.Option(help="Device; auto takes CUDA where there is a GPU.")
+    ] = "auto",
     amp: Annotated[bool, typer.Option(help="Autocast to bfloat16.")] = False,
     compile: Annotated[bool, typer.Option(help="torch.compile the training steps.")] = False,
     seed: int = 0,

@@ -1,4 +1,4 @@
-"""What a run of an example has shown, stage by stage, and how long each stage took."""
+"""A table of what an example measured: a row per stage, with its seconds."""
 
 from __future__ import annotations
 

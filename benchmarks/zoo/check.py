@@ -26,8 +26,6 @@ from zoo.inputs import Setting, settings
 from zoo.models import build, count_parameters
 from zoo.outputs import depends_on_input, equal, finite_share, mean_square
 
-__all__ = ["PASSED", "check"]
-
 PASSED = ("identical", "changes", "trained", "baked")
 """Fields of a record that are all true where nothing is wrong."""
 

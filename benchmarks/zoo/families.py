@@ -13,8 +13,6 @@ import warnings
 
 from zoo.models import count_parameters, family_of, model_names
 
-__all__ = ["smallest"]
-
 
 def smallest(names: list[str]) -> list[str]:
     """The smallest model of each family, sorted by name."""

@@ -11,8 +11,6 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-__all__ = ["depends_on_input", "equal", "finite_share", "mean_square"]
-
 
 def equal(first: Any, second: Any) -> bool:
     """Whether all values are the same bit for bit; a NaN equals a NaN in the same place."""

@@ -14,8 +14,6 @@ from typing import Any, Literal
 from zoo.check import PASSED
 from zoo.models import family_of
 
-__all__ = ["PACKAGES", "complete", "pending", "problem", "read", "versions", "write"]
-
 PACKAGES = ("torch", "timm", "torchvision", "transfer-surgery")
 
 Record = dict[str, Any]

@@ -18,8 +18,6 @@ from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from typing import Any
 
-__all__ = ["Bounds", "run"]
-
 # Installed packages only: the server of Python 3.11 does not know this script's folder. typer and
 # rich are there because each process imports the script that was started.
 _PRELOADED = ("torch", "timm", "torchvision", "transfer_surgery", "typer", "rich.progress")

@@ -12,8 +12,6 @@ from typing import Any
 
 from zoo.records import PACKAGES, problem
 
-__all__ = ["render"]
-
 Record = Mapping[str, Any]
 
 

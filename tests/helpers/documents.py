@@ -11,12 +11,14 @@ from __future__ import annotations
 import functools
 import re
 import shlex
+from argparse import Namespace
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 from unittest import SkipTest
 
 import pytest
+import sklearn.datasets
 import timm
 import torch
 import torch.nn.functional as F
@@ -37,8 +39,6 @@ STAND_INS = {
     "efficientnet_b0": "test_efficientnet",
     "resnet18": "test_resnet",
     "resnet50": "test_resnet",
-    "resnet50.a1_in1k": "test_resnet",
-    "vit_tiny_patch16_224": "test_vit",
 }
 FENCE = re.compile(r"^```(?P<language>[^\n]*)\n(?P<source>.*?)^```$", re.MULTILINE | re.DOTALL)
 
@@ -56,7 +56,7 @@ def run_page(path: Path, patch: pytest.MonkeyPatch) -> None:
 
 def taken_for_granted() -> dict[str, Any]:
     """The names that pages use without defining them: a user's data and training loop."""
-    inputs, labels = torch.randn(8, 3, 64, 64), torch.randint(10, (8,))
+    inputs, labels = torch.randn(8, 3, 32, 32), torch.randint(10, (8,))
     loader = DataLoader(TensorDataset(inputs, labels), batch_size=4)
     images = [x for x, _ in loader]
     return {
@@ -97,9 +97,11 @@ def run_commands(example: Example) -> None:
 
 
 def _use_stand_ins(patch: pytest.MonkeyPatch) -> None:
-    """Small models with random weights, and a few steps of distilling."""
+    """Small models with random weights, 300 of the digits, and a few steps of distilling."""
     create = timm.create_model
     distil = transfer_surgery.distill
+    digits = sklearn.datasets.load_digits()
+    few = Namespace(images=digits.images[:300], target=digits.target[:300])
 
     def create_model(name: str, pretrained: bool = False, **arguments: Any) -> nn.Module:
         return create(STAND_INS.get(name, name), **arguments)
@@ -109,6 +111,7 @@ def _use_stand_ins(patch: pytest.MonkeyPatch) -> None:
 
     patch.setattr(timm, "create_model", create_model)
     patch.setattr(transfer_surgery, "distill", distill)
+    patch.setattr(sklearn.datasets, "load_digits", lambda: few)
 
 
 def blocks_of_no_known_language(text: str) -> list[str]:

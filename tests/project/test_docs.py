@@ -37,9 +37,10 @@ def test_every_code_block_of_a_page_runs(
     run_page(page, monkeypatch)
 
 
-@pytest.mark.parametrize("page", [p for p in PAGES if p.name not in GENERATED], ids=name)
-def test_no_block_of_a_page_escapes(page: Path) -> None:
-    assert blocks_of_no_known_language(page.read_text()) == []
+def test_no_block_of_a_page_escapes() -> None:
+    written = [page for page in PAGES if page.name not in GENERATED]
+    found = {name(page): blocks_of_no_known_language(page.read_text()) for page in written}
+    assert {page: blocks for page, blocks in found.items() if blocks} == {}
 
 
 def test_a_block_that_fails_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
