@@ -35,7 +35,6 @@ RUN = ("python", "bash")
 SHOWN = ("text", "bibtex", "toml")
 # What the pages call by the names that users know is run as something small of the same kind.
 STAND_INS = {
-    "convnext_tiny": "test_convnext",
     "efficientnet_b0": "test_efficientnet",
     "resnet18": "test_resnet",
     "resnet50": "test_resnet",
