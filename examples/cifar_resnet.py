@@ -1,6 +1,7 @@
 """Transfer the trained CIFAR-10 ResNets of He et al. (2016) from ReLU to sine.
 
-The blocks call `F.relu`, so that `convert` rewrites their forward; there is no activation module.
+The blocks call `F.relu`, so `convert` redirects the calls in their code: there is no activation
+module to replace.
 """
 
 from __future__ import annotations

@@ -201,7 +201,7 @@ def _findings(plan: Plan) -> dict[str, Any]:
 
 
 def _train(subject: Subject, plan: Plan, units: dict[str, Any], report: Reporter) -> None:
-    """One backward pass with gates half way, where each has a slope; at 8 they are flat."""
+    """One backward pass with mixed gates, which have a slope; at the start they have none."""
     _set_gates(units, torch.zeros_like)
     torch.manual_seed(0)
     subject.train()

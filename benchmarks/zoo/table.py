@@ -64,15 +64,17 @@ def _introduction(records: list[Record], command: str, listed: int) -> str:
     used = {package: _one(r["versions"][package] for r in records) for package in PACKAGES}
     return (
         f"{', '.join(f'{package} {number}' for package, number in used.items())}; "
-        f"{datetime.now(UTC):%Y-%m-%d}. Generated, do not edit:\n\n    {command}\n\n"
-        f"{len(records):,} of the {listed:,} models that the zoos list. "
-        "Every model has random weights (zero and constant ones with noise), two examples, real "
-        "numbers and the smallest input that it takes. *Unchanged*: the eval output of the "
-        "converted model equals the original's bit for bit. *Trained*: a backward pass gives every "
-        "gate a finite gradient, and every weight that had one before. *Baked*: with gates set to "
-        "0 or 1 at random, the baked model's output equals the gated one's bit for bit. *Changes*: "
-        "with all gates at the target, the output is another one, so that the conversion is real. "
-        "What is checked, in detail: `benchmarks/README.md`."
+        f"{datetime.now(UTC):%Y-%m-%d}. This command writes the page:\n\n    {command}\n\n"
+        f"It shows {len(records):,} of the {listed:,} models that the zoos list. "
+        "Every model has random weights, with noise on constant ones. It takes two examples of "
+        "real numbers, of the smallest size that it accepts.\n\n"
+        "- *Unchanged*: the eval output of the converted model equals the original's bit for bit.\n"
+        "- *Trained*: a backward pass gives a finite gradient to every gate, and to every weight "
+        "that had one before.\n"
+        "- *Baked*: with gates set to 0 or 1 at random, the baked model's output equals the gated "
+        "one's bit for bit.\n"
+        "- *Changes*: with all gates at the target the output differs, so the conversion is real.\n"
+        "\n`benchmarks/README.md` says in detail what is checked."
     )
 
 
@@ -108,9 +110,9 @@ def _totals(records: list[Record]) -> str:
         for label, count in counts.items()
     ]
     return _table(["", *columns], rows) + (
-        "\n\nActivations are counted once per place in the code of one module, however often it "
-        "runs. Weights are frozen, and only gates trained, from 1e9 parameters on, and bfloat16 is "
-        "used from 3e9 on, for memory's sake."
+        "\n\nAn activation is counted once per place in the code of one module, however often it "
+        "runs. To save memory, models from 1e9 parameters on train their gates only, and models "
+        "from 3e9 on are in bfloat16."
     )
 
 
@@ -121,11 +123,12 @@ def _exceptions(records: list[Record]) -> str:
     flat = [r["name"] for r in records if r.get("gates_with_zero_gradient")]
     parts = [_table(["model", "problem"], rows) if rows else "None."]
     for names, what in (
-        (constant, "The output is the same for both examples, so that equality says less"),
-        (broken, "Some outputs are not finite (compared all the same, NaN equal to NaN)"),
+        (constant, "The output is the same for both examples, so equality says less"),
+        (broken, "Some outputs are not finite; they are compared too, with NaN equal to NaN"),
         (
             flat,
-            "Some gates have a gradient of zero throughout, as behind a path dropped at random",
+            "Some gates have a gradient of zero everywhere, "
+            "for example behind a path dropped at random",
         ),
     ):
         if names:
@@ -201,9 +204,9 @@ def _times(records: list[Record]) -> str:
     lines = [_table(["seconds", "median", "longest", "model"], rows)] if rows else []
     if ratios:
         lines.append(
-            f"To find the activations takes {median(ratios):.1f} forward passes (median) of two "
-            "examples at the small input size; it does not grow with the size of the input, as a "
-            "forward does. All on one thread."
+            f"The search takes as long as {median(ratios):.1f} forward passes (median) of two "
+            "examples at the small input size. It does not grow with the size of the "
+            "input, as a forward pass does. All times are of one thread."
         )
     if peaks:
         peak, name = max(peaks)
