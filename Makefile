@@ -13,7 +13,7 @@ help:
 	@echo 'make demo    turn a small ReLU ResNet into a sinusoidal one (ARGS="--help" shows the options)'
 	@echo 'make test    all tests that take seconds, and the examples in the docstrings'
 	@echo 'make slow    the tests that take minutes, also those that CI has no time for'
-	@echo '             (marked long: two thirds of the model families; CI checks the others)'
+	@echo '             (marked long: two of three model families, benchmarks/controller.py)'
 	@echo 'make docs    the documentation as pages in site/; a warning is an error'
 	@echo 'make lint    ruff: rules and format'
 	@echo 'make types   mypy'

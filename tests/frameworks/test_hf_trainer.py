@@ -18,6 +18,7 @@ from transformers import (
     ViTForImageClassification,
 )
 
+from tests.helpers.same_bits import assert_same_bits
 from transfer_surgery import (
     HardConcrete,
     TransferSchedule,
@@ -124,17 +125,10 @@ def plain_loop(model, schedule, accumulate=1, divide=True):
     return model
 
 
-def assert_same(model, expected):
-    actual, expected = model.state_dict(), expected.state_dict()
-    assert actual.keys() == expected.keys()
-    for key, value in expected.items():
-        assert torch.equal(actual[key], value), key
-
-
 def test_the_trainers_training_is_that_of_the_plain_loop_bit_for_bit(tmp_path):
     model, callback = bert(), TransferCallback(fraction=0.5, end=0.8)
     trainer_of(model, tmp_path, callback).train()
-    assert_same(model, plain_loop(bert(), TransferSchedule(24, fraction=0.5, end=0.8)))
+    assert_same_bits(model, plain_loop(bert(), TransferSchedule(24, fraction=0.5, end=0.8)))
     assert report(model).total.transferred == 0.5
 
 
@@ -143,7 +137,7 @@ def test_accumulated_batches_count_as_one_step(tmp_path):
     trainer_of(model, tmp_path, callback, gradient_accumulation_steps=2).train()
     # The Trainer leaves the division to the model's loss, and Bert's does not divide (5.23).
     schedule = TransferSchedule(12, fraction=0.5)
-    assert_same(model, plain_loop(bert(), schedule, accumulate=2, divide=False))
+    assert_same_bits(model, plain_loop(bert(), schedule, accumulate=2, divide=False))
     assert report(model).total.transferred == 0.5
     assert callback.history.records[-1].step == 12
 
@@ -160,7 +154,7 @@ def test_a_resumed_training_ends_like_an_uninterrupted_one_bit_for_bit(tmp_path)
     assert 0 < report(half).total.mean_gate < 1
     callback = TransferCallback()
     trainer_of(resumed, tmp_path, callback).train(resume_from_checkpoint=True)
-    assert_same(resumed, whole)
+    assert_same_bits(resumed, whole)
     assert report(resumed).total.transferred == 1
     assert callback.history.records[0].step == 16
 
@@ -171,7 +165,7 @@ def test_the_same_trainer_may_go_on_from_its_checkpoint(tmp_path):
     trainer.train()
     finished = copy.deepcopy(model)
     trainer.train(resume_from_checkpoint=f"{tmp_path}/checkpoint-12")
-    assert_same(model, finished)
+    assert_same_bits(model, finished)
 
 
 def test_the_same_trainer_with_another_number_of_steps_is_refused(tmp_path):
@@ -305,7 +299,7 @@ def test_accelerate_trains_like_the_plain_loop_bit_for_bit(first, accumulate):
                 optimizer.step()
                 scheduler.step()
                 optimizer.zero_grad()
-    assert_same(accelerator.unwrap_model(model), plain_loop(bert(), schedule, accumulate))
+    assert_same_bits(accelerator.unwrap_model(model), plain_loop(bert(), schedule, accumulate))
     assert report(model).total.transferred == 0.5
 
 
@@ -331,4 +325,4 @@ def test_accelerates_checkpoints_continue_the_schedule(tmp_path):
     half[0].save_state(tmp_path)
     resumed[0].load_state(tmp_path)
     train(*resumed, batches[4:])
-    assert_same(resumed[1], whole[1])
+    assert_same_bits(resumed[1], whole[1])

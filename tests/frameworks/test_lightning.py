@@ -13,6 +13,7 @@ from torch import nn
 from torch.optim.lr_scheduler import StepLR
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
+from tests.helpers.same_bits import assert_same_bits
 from transfer_surgery import TransferSchedule, bake, convert, report, wrap_optimizer
 from transfer_surgery.frameworks.lightning import TransferCallback
 
@@ -104,13 +105,6 @@ def plain_loop(schedule, accumulate=1, clip=None, bf16=False, scheduled=False):
     return network
 
 
-def assert_same(model, expected):
-    actual, expected = model.state_dict(), expected.state_dict()
-    assert actual.keys() == expected.keys()
-    for key, value in expected.items():
-        assert torch.equal(actual[key], value), key
-
-
 @pytest.mark.parametrize(
     ("trainer", "loop", "steps"),
     [
@@ -130,7 +124,7 @@ def test_training_is_that_of_the_plain_loop_bit_for_bit(trainer, loop, steps):
     module, callback = Module(), TransferCallback(fraction=0.5, end=0.8)
     fit(module, callback, **trainer)
     expected = plain_loop(TransferSchedule(steps, fraction=0.5, end=0.8), **loop)
-    assert_same(module.network, expected)
+    assert_same_bits(module.network, expected)
     assert report(module).total.transferred == 0.5
     assert callback.history.records[-1].step == steps
 
@@ -139,7 +133,7 @@ def test_with_a_scheduler_the_gates_keep_their_group_and_training_is_that_of_the
     module = Module(scheduled=True)
     trainer = fit(module, TransferCallback(fraction=0.5))
     assert len(trainer.optimizers[0].param_groups) == 1
-    assert_same(module.network, plain_loop(TransferSchedule(28, fraction=0.5), scheduled=True))
+    assert_same_bits(module.network, plain_loop(TransferSchedule(28, fraction=0.5), scheduled=True))
 
 
 @pytest.mark.parametrize("scheduled", [False, True])
@@ -158,7 +152,7 @@ def test_a_resumed_training_ends_like_an_uninterrupted_one_bit_for_bit(tmp_path,
     resumed, callback = Module(scheduled), TransferCallback()
     trainer = fit(resumed, callback, ckpt_path=tmp_path / "half.ckpt")
     assert trainer.global_step == 4 * BATCHES
-    assert_same(resumed, whole)
+    assert_same_bits(resumed, whole)
     assert report(resumed).total.transferred == 1
     assert callback.history.records[0].step > 2 * BATCHES
 
@@ -229,7 +223,7 @@ def test_manual_optimization_needs_a_schedule_and_works_with_one():
         fit(Manual(), TransferCallback())
     module = Manual()
     fit(module, TransferCallback(TransferSchedule(28)))
-    assert_same(module.network, plain_loop(TransferSchedule(28)))
+    assert_same_bits(module.network, plain_loop(TransferSchedule(28)))
 
 
 def test_a_training_without_end_needs_a_schedule():

@@ -13,6 +13,7 @@ from timm.scheduler.scheduler_factory import scheduler_kwargs
 from timm.utils import CheckpointSaver, ModelEmaV3, NativeScaler, dispatch_clip_grad
 from torch.utils.data import DataLoader, TensorDataset
 
+from tests.helpers.same_bits import assert_same_bits
 from transfer_surgery import (
     GatedActivation,
     TransferSchedule,
@@ -125,19 +126,12 @@ def train_one_epoch(epoch, model, loader, optimizer, args, lr_scheduler, loss_sc
         optimizer.sync_lookahead()
 
 
-def assert_same(model, expected):
-    actual, expected = model.state_dict(), expected.state_dict()
-    assert actual.keys() == expected.keys()
-    for key, value in expected.items():
-        assert torch.equal(actual[key], value), key
-
-
 @pytest.mark.parametrize("wrap", ["before scheduler", "after scheduler"])
 def test_two_lines_do_what_wrap_optimizer_does_by_hand_bit_for_bit(wrap):
     args = arguments(grad_accum_steps=2, clip_grad=1.0, cooldown_epochs=1)
     model, optimizer, _ = train(args, wrap=wrap, fraction=0.5)
     expected, *_ = train(args, wrap="by hand", fraction=0.5)
-    assert_same(model, expected)
+    assert_same_bits(model, expected)
     assert report(model).total.transferred == 0.5
     assert [g["transfer_step"] for g in optimizer.param_groups if "transfer_step" in g] == [15]
 
@@ -185,7 +179,7 @@ def test_a_resumed_training_ends_like_an_uninterrupted_one_bit_for_bit(tmp_path,
     half, *_ = train(arguments(**settings, stop_after=2), wrap=wrap, saver=tmp_path)
     assert 0 < report(half).total.transferred < 1
     resumed, *_ = train(arguments(**settings, resume=str(tmp_path / "last.pth.tar")), wrap=wrap)
-    assert_same(resumed, whole)
+    assert_same_bits(resumed, whole)
     assert report(resumed).total.transferred == 1
 
 
@@ -197,7 +191,7 @@ def test_native_scaler_ema_and_saver_work_as_before(tmp_path):
     assert (tmp_path / "model_best.pth.tar").exists()
     fresh = convert(timm.create_model(args.model, **TINY[args.model]), "sin")
     resume_checkpoint(fresh, str(tmp_path / "model_best.pth.tar"), log_info=False)
-    assert_same(fresh, model)
+    assert_same_bits(fresh, model)
 
 
 @pytest.mark.parametrize(

@@ -40,6 +40,7 @@ def test_a_training_step_is_measured(program: str, tmp_path: Path) -> None:
         assert launches["original"] < launches["gamma"] < 5 * launches["original"]
 
 
+@pytest.mark.long  # tests/transfer/test_timm_optimizers.py holds more optimizers to it, at toy size
 def test_every_optimizer_and_learning_rate_keeps_to_the_schedule(tmp_path: Path) -> None:
     page = tmp_path / "controller.md"
     run("controller.py", *("--steps", 10, "--models", "resnet10t", "--threads", 1), "--table", page)

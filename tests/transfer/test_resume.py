@@ -9,9 +9,9 @@ import sys
 
 import pytest
 import torch
-from torch.utils import _pytree as pytree
 
 from tests.helpers import resume_script
+from tests.helpers.same_bits import assert_same_bits
 
 CASES = [
     ("sgd", "whole", "outside"),
@@ -45,14 +45,6 @@ def killed(process, moment):
 
 def final(folder):
     return torch.load(folder / "final.pt", weights_only=True)
-
-
-def assert_same_bits(one, other):
-    (ones, structure), (others, wanted) = pytree.tree_flatten(one), pytree.tree_flatten(other)
-    assert structure == wanted
-    for a, b in zip(ones, others, strict=True):
-        assert type(a) is type(b)
-        assert torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
 
 
 @pytest.fixture

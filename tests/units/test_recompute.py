@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint, checkpoint_sequential
 
+from tests.helpers.same_bits import assert_same_bits
 from transfer_surgery import HardConcrete, convert
 
 X = torch.linspace(-3, 3, 4 * 6).reshape(4, 6)
@@ -64,19 +65,13 @@ def gradients(model, x):
     return {"loss": loss.detach(), "input": x.grad} | found
 
 
-def assert_same(expected, actual):
-    assert expected.keys() == actual.keys()
-    for name, value in expected.items():
-        assert torch.equal(value, actual[name]), name
-
-
 @pytest.mark.parametrize("noise", ["batch", "example"])
 @pytest.mark.parametrize("how", ["reentrant", "not reentrant", "sequential"])
 def test_a_checkpointed_block_recomputes_with_the_same_gates(how, noise):
     model = mid_transfer(convert(Stack(), example_input=X, gate=HardConcrete(noise=noise)))
     expected = gradients(model, X)
     model.how = how
-    assert_same(expected, gradients(model, X))
+    assert_same_bits(expected, gradients(model, X))
 
 
 @pytest.mark.parametrize("how", ["reentrant", "not reentrant", "sequential"])
@@ -85,7 +80,7 @@ def test_a_model_that_checkpoints_already_is_converted_as_one_that_does_not(how)
     checkpointed.load_state_dict(plain.state_dict())
     for model in (plain, checkpointed):
         mid_transfer(convert(model, example_input=X, seed=1))
-    assert_same(gradients(plain, X), gradients(checkpointed, X))
+    assert_same_bits(gradients(plain, X), gradients(checkpointed, X))
 
 
 ZOO = {
@@ -114,9 +109,9 @@ def test_timm_grad_checkpointing_recomputes_with_the_same_gates(name, noise):
     mid_transfer(convert(model, example_input=x, gate=HardConcrete(noise=noise), seed=1))
     expected = gradients(model, x)
     mid_transfer(convert(early, example_input=x, gate=HardConcrete(noise=noise), seed=1))
-    assert_same(expected, gradients(early, x))
+    assert_same_bits(expected, gradients(early, x))
     model.set_grad_checkpointing(True)
-    assert_same(expected, gradients(model, x))
+    assert_same_bits(expected, gradients(model, x))
 
 
 class OwnCheckpoint(nn.Module):
