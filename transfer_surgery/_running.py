@@ -100,8 +100,14 @@ def to_device_of(model: nn.Module, batch: Any) -> Any:
     return tree_map(lambda x: x.to(device) if isinstance(x, Tensor) else x, batch)
 
 
+def arguments_of(batch: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Arguments and keyword arguments of the call for a batch."""
+    if isinstance(batch, Mapping):
+        return (), dict(batch)
+    return (batch if isinstance(batch, tuple) else (batch,)), {}
+
+
 def call_model(model: nn.Module, batch: Any) -> Any:
     """The output for a tensor, a tuple of arguments or a mapping of keyword arguments."""
-    if isinstance(batch, Mapping):
-        return model(**batch)
-    return model(*batch) if isinstance(batch, tuple) else model(batch)
+    arguments, keywords = arguments_of(batch)
+    return model(*arguments, **keywords)

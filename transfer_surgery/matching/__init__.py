@@ -5,13 +5,11 @@ from transfer_surgery.matching.match import match_targets
 from transfer_surgery.matching.match_report import MatchReport, MatchRow, MatchWarning
 from transfer_surgery.matching.site_costs import sensitivity
 from transfer_surgery.matching.swap import swap_targets
-from transfer_surgery.matching.two_networks import SideBySide
 
 __all__ = [
     "MatchReport",
     "MatchRow",
     "MatchWarning",
-    "SideBySide",
     "distill",
     "match_targets",
     "sensitivity",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -16,6 +17,8 @@ from transfer_surgery.units import GatedActivation, gated_activations
 
 TRAINED = ("all", "targets")
 _NORMS = (nn.modules.batchnorm._BatchNorm, nn.LayerNorm, nn.GroupNorm)
+_FEATURE_WEIGHT = 4.0  # of the mean relative squared error of the features, beside the divergence
+_CLIP = 2.0  # highest norm of the gradient
 
 
 def distill(
@@ -26,45 +29,39 @@ def distill(
     steps: int,
     train: str = "all",
     lr: float = 1e-3,
-    weight_decay: float = 0.0,
     temperature: float = 4.0,
     features: Sequence[str] = (),
-    feature_weight: float = 1.0,
-    clip: float = 2.0,
 ) -> list[float]:
-    """Train a converted model to answer as another one, by AdamW with a cosine schedule.
+    """Train a converted model to answer as its original does, by AdamW with a cosine schedule.
 
     The loss is the Kullback-Leibler divergence of the softened answers, times the square of the
-    temperature (Hinton, Vinyals and Dean 2015); with `features`, plus the squared error of what
-    modules inside the networks give, relative to its mean square. A few hundred steps after
-    `match_targets` and `swap_targets` are worth several epochs with labels. Answers are logits:
+    temperature (Hinton, Vinyals and Dean 2015). With `features`, the relative squared errors of
+    what modules inside the networks return are added. A few hundred steps after `match_targets` and
+    `swap_targets` are worth several epochs with labels. The answers are read as logits:
     ``(N, classes)``, ``(N, tokens, classes)``, ``(N, classes, height, width)``; a single one is
-    that of yes against no. For regression, other losses, optimizers or schedules write the loop:
-    there is nothing special about it.
+    that of yes against no. For regression, and for other losses, optimizers or schedules, write an
+    ordinary training loop.
 
     Args:
         model: a converted model on its device; it is trained in training mode.
         teacher: the original network, such as a copy made before `convert`; it is run in evaluation
             mode and not changed.
-        batches: inputs without labels, as for `match_targets`; gone through again and again.
-            Shuffle and augment as for training.
-        steps: optimizer steps.
-        train: ``"all"`` parameters but the gates, or only ``"targets"`` and the scales and shifts
-            of norm layers.
+        batches: inputs without labels, as for `match_targets`. They are repeated as often as
+            needed; shuffle and augment them as for training.
+        steps: number of optimizer steps.
+        train: ``"all"`` parameters except the gates, or only ``"targets"``: the fitted targets and
+            the scales and shifts of norm layers.
         lr: highest learning rate.
-        weight_decay: of weights; targets and norm layers have none.
-        temperature: by which both answers are softened.
+        temperature: what both answers are divided by before the softmax.
         features: paths of modules that both networks have, such as the stages, whose outputs are
             compared too.
-        feature_weight: of the mean of their relative squared errors; the divergence has weight 1.
-        clip: highest norm of the gradient; 0: none.
 
     Returns:
         The loss of each step.
 
     Raises:
-        ValueError: the model is not converted, or all its gates are at their source, an unknown
-            ``train`` or module, no batches, or a gradient that is not finite.
+        ValueError: the model is not converted, all its gates are at their source, ``train`` or a
+            module is unknown, there are no batches, or a gradient is not finite.
 
     Examples:
         >>> import copy
@@ -77,6 +74,7 @@ def distill(
         >>> losses[-1] < losses[0]
         True
     """
+    # Refuse what cannot work before anything is changed.
     if train not in TRAINED:
         raise ValueError(f"train={train!r}: use 'all' or 'targets'.")
     if steps < 1 or temperature <= 0:
@@ -87,34 +85,28 @@ def distill(
             "every gate is at its source, so that no target would be trained: call "
             "swap_targets(model) first."
         )
-    groups = _parameter_groups(model, units, train, weight_decay)
-    trained = [p for group in groups for p in group["params"]]
-    others = {p: p.requires_grad for p in model.parameters() if p not in set(trained)}
-    # The gradients of norm layers and of sinusoids are ten times those of weights: SGD with a
-    # clipped norm hardly moves the weights.
-    optimizer = torch.optim.AdamW(groups, lr)
-    schedule = CosineAnnealingLR(optimizer, steps)
-    modes = [(m, m.training) for network in (model, teacher) for m in network.modules()]
-    losses: list[float] = []
+    trained = _trained_parameters(model, units, train)
     watched = [_Outputs(network, features) for network in (model, teacher)]
-    try:
-        for outputs in watched:
-            outputs.start()
-        for parameter in others:
-            parameter.requires_grad_(False)
-        model.train()
-        teacher.eval()
-        for batch in _again(batches, steps):
+
+    # The gradients of norm layers and of sinusoids are ten times those of weights: SGD with a
+    # clipped norm would hardly move the weights.
+    optimizer = torch.optim.AdamW(trained, lr, weight_decay=0.0)
+    schedule = CosineAnnealingLR(optimizer, steps)
+    losses: list[float] = []
+    with _ready_to_learn(model, teacher, trained, watched):
+        for batch in _repeated(batches, steps):
+            # Compare the answers of both networks on the same batch.
             batch = to_device_of(model, batch)
             with torch.no_grad():
                 answers = logits_of(call_model(teacher, batch))
             loss = softened_divergence(logits_of(call_model(model, batch)), answers, temperature)
             if features:
-                loss = loss + feature_weight * _feature_loss(*watched)
+                loss = loss + _FEATURE_WEIGHT * _feature_loss(*watched)
+
+            # Take one optimizer step.
             optimizer.zero_grad()
             loss.backward()  # type: ignore[no-untyped-call]
-            norm = nn.utils.clip_grad_norm_(trained, clip if clip > 0 else torch.inf)
-            if not norm.isfinite():
+            if not nn.utils.clip_grad_norm_(trained, _CLIP).isfinite():
                 raise ValueError(
                     f"step {len(losses)}: the gradient is not finite; use a lower lr than {lr}, or "
                     "look for NaN in the batches."
@@ -122,6 +114,27 @@ def distill(
             optimizer.step()
             schedule.step()
             losses.append(loss.item())
+    return losses
+
+
+@contextmanager
+def _ready_to_learn(
+    model: nn.Module,
+    teacher: nn.Module,
+    trained: Sequence[nn.Parameter],
+    watched: Sequence[_Outputs],
+) -> Iterator[None]:
+    """Training mode, the teacher in evaluation mode, the other parameters frozen; undone after."""
+    modes = [(m, m.training) for network in (model, teacher) for m in network.modules()]
+    others = {p: p.requires_grad for p in model.parameters() if p not in set(trained)}
+    try:
+        for outputs in watched:
+            outputs.start()
+        for parameter in others:
+            parameter.requires_grad_(False)
+        model.train()
+        teacher.eval()
+        yield
     finally:
         for outputs in watched:
             outputs.stop()
@@ -129,16 +142,15 @@ def distill(
             parameter.requires_grad_(wanted)
         for module, training in modes:
             module.training = training
-    return losses
 
 
 def softened_divergence(logits: Tensor, wanted: Tensor, temperature: float) -> Tensor:
     """Mean KL of softened answers, times the square of the temperature (Hinton et al. 2015).
 
     Args:
-        logits: of the network that learns, of a shape that `log_probabilities` takes.
-        wanted: the same, of the one that teaches.
-        temperature: by which both are softened.
+        logits: answers of the network that learns, of a shape that `log_probabilities` takes.
+        wanted: answers of the one that teaches.
+        temperature: what both are divided by.
     """
     now, target = (log_probabilities(x, temperature) for x in (logits, wanted))
     return F.kl_div(now, target, log_target=True, reduction="batchmean") * temperature**2
@@ -183,29 +195,27 @@ def _feature_loss(model: _Outputs, teacher: _Outputs) -> Tensor:
     return torch.stack(errors).mean()
 
 
-def _parameter_groups(
-    model: nn.Module, units: Sequence[GatedActivation], train: str, weight_decay: float
-) -> list[dict[str, Any]]:
-    """Weights, and what has no weight decay; gates are in neither."""
-    gates = {p for unit in units for p in unit.gate.parameters()}
-    light = [p for unit in units if unit.affine is not None for p in unit.affine.parameters()]
-    light += [p for m in model.modules() if isinstance(m, _NORMS) for p in m.parameters()]
-    heavy = [p for p in model.parameters() if p not in gates and p not in set(light)]
-    groups: list[dict[str, Any]] = [{"params": light, "weight_decay": 0.0}]
+def _trained_parameters(
+    model: nn.Module, units: Sequence[GatedActivation], train: str
+) -> list[nn.Parameter]:
+    """The parameters to train, without the gates' and without those that the user froze."""
     if train == "all":
-        groups.append({"params": heavy, "weight_decay": weight_decay})
-    groups = [{**g, "params": [p for p in g["params"] if p.requires_grad]} for g in groups]
-    groups = [group for group in groups if group["params"]]
-    if not groups:
+        gates = {p for unit in units for p in unit.gate.parameters()}
+        chosen = [p for p in model.parameters() if p not in gates]
+    else:
+        chosen = [p for unit in units if unit.affine is not None for p in unit.affine.parameters()]
+        chosen += [p for m in model.modules() if isinstance(m, _NORMS) for p in m.parameters()]
+    trained = [p for p in dict.fromkeys(chosen) if p.requires_grad]
+    if not trained:
         raise ValueError("there is nothing to train: run match_targets first, or use train='all'.")
-    return groups
+    return trained
 
 
-def _again(batches: Iterable[Any], steps: int) -> Iterator[Any]:
-    """So many batches, from the start where they end.
+def _repeated(batches: Iterable[Any], steps: int) -> Iterator[Any]:
+    """One batch per step; the batches start again when they end.
 
     Raises:
-        ValueError: there are none, or an iterator is used up.
+        ValueError: there are no batches, or an iterator is used up.
     """
     done = 0
     while done < steps:
@@ -218,5 +228,5 @@ def _again(batches: Iterable[Any], steps: int) -> Iterator[Any]:
         if done == before:
             raise ValueError(
                 f"batches: there are none after {done} of {steps} steps; give a list or a loader, "
-                "which can be gone through again."
+                "which can be repeated."
             )

@@ -1,21 +1,29 @@
-"""Weights of a layer that make up for a changed input, by least squares: no training, no labels."""
+"""New weights of a layer whose inputs have changed, by least squares."""
 
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterable, Sequence
+from collections import Counter
+from collections.abc import Callable, Collection, Iterable
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from transfer_surgery.matching.least_squares import NormalEquations
+from transfer_surgery.matching.two_networks import TwoNetworks
+from transfer_surgery.units import GatedActivation
+
+RIDGE = 1e-2
+"""What pulls refitted weights to the original ones, as a share of the inputs' mean square."""
+
 _CHUNK = 2**24
 """Elements of the unfolded input that are worked on at a time: 64 MB."""
 
 
 def can_be_refitted(module: nn.Module) -> bool:
-    """Whether a module is a linear layer or an ordinary convolution, not grouped, zero padded."""
+    """Whether a module is a linear layer, or a convolution without groups that pads zeros."""
     if type(module) is nn.Linear:
         return True
     return (
@@ -26,14 +34,11 @@ def can_be_refitted(module: nn.Module) -> bool:
     )
 
 
-def sharing_weights(layers: Sequence[nn.Module]) -> set[nn.Module]:
-    """Layers whose weight another one has too: what suits one does not suit the other."""
-    by_weight: dict[Tensor, list[nn.Module]] = {}
-    for layer in layers:
-        weight = layer.weight
-        assert isinstance(weight, Tensor)
-        by_weight.setdefault(weight, []).append(layer)
-    return {layer for group in by_weight.values() if len(group) > 1 for layer in group}
+def layers_to_refit(model: nn.Module) -> list[nn.Module]:
+    """The layers that can be refitted and share their weight with no other one."""
+    layers = [module for module in model.modules() if can_be_refitted(module)]
+    uses = Counter(layer.weight for layer in layers)
+    return [layer for layer in layers if uses[layer.weight] == 1]
 
 
 def norms_behind(
@@ -42,9 +47,9 @@ def norms_behind(
     """The batch norm that reads the output of a layer, where both are called once.
 
     Args:
-        model: what has them.
-        layers: some of its modules.
-        run: calls it.
+        model: the model that contains the layers.
+        layers: the layers in question.
+        run: calls the model.
     """
     outputs: dict[nn.Module, list[weakref.ref[Tensor]]] = {layer: [] for layer in layers}
     inputs: dict[nn.Module, list[nn.Module | None]] = {}
@@ -73,13 +78,11 @@ def norms_behind(
 class LayerFit:
     """``min |W' x' + d - W x|^2 + ridge * |W' - W|^2`` over batches, ``x`` the original input.
 
-    Products are summed in float64.
-
     Args:
-        layer: one that `can_be_refitted`.
+        layer: a layer that `can_be_refitted`.
         ridge: as a share of the mean square of the inputs.
-        intercept: fit ``d`` of a layer without a bias, for a batch norm behind it to take over; a
-            layer with a bias gets another one anyway.
+        offset: fit ``d`` of a layer that has no bias, for a batch norm behind it to take; the
+            ``d`` of a layer that has a bias is always fitted.
 
     Examples:
         >>> _ = torch.manual_seed(0)
@@ -90,18 +93,16 @@ class LayerFit:
         True
     """
 
-    def __init__(self, layer: nn.Linear | nn.Conv2d, ridge: float, intercept: bool = False) -> None:
+    def __init__(self, layer: nn.Linear | nn.Conv2d, ridge: float, offset: bool = False) -> None:
         self.layer, self.ridge = layer, ridge
-        self.shifted = intercept or layer.bias is not None
-        rows = [layer.weight.detach().flatten(1).T]
-        if layer.bias is not None:
-            rows.append(layer.bias.detach()[None])
-        elif intercept:
-            rows.append(torch.zeros_like(rows[0][:1]))
+        self.offset = offset or layer.bias is not None
+        self.axis = 1 if isinstance(layer, nn.Conv2d) else -1
+        weight = layer.weight.detach().flatten(1).T
+        bias = torch.zeros_like(weight[0]) if layer.bias is None else layer.bias.detach()
+        rows = [weight, bias[None]] if self.offset else [weight]
         self.before = torch.cat(rows).double()
-        """Weights as (inputs, outputs), the last row being the bias where there is to be one."""
-        self.matrix = self.before.new_zeros(len(self.before), len(self.before))
-        self.vector = torch.zeros_like(self.before)
+        """Weights as (inputs, outputs); the last row is the bias where there is to be one."""
+        self.equations = NormalEquations()
 
     def add(self, x: Tensor, y: Tensor) -> None:
         """Count a batch.
@@ -110,22 +111,16 @@ class LayerFit:
             x: what the layer gets now.
             y: what it made of its original input.
         """
-        one = max(self.matrix.shape[0] * (y[0].numel() // y.shape[self._axis]), 1)
+        one = max(len(self.before) * (y[0].numel() // y.shape[self.axis]), 1)
         length = max(_CHUNK // one, 1)
         for part, wanted in zip(torch.split(x, length), torch.split(y, length), strict=True):
             rows = self._rows(part)
-            if self.shifted:
+            if self.offset:
                 rows = torch.cat([rows, torch.ones_like(rows[:, :1])], 1)
-            wanted = wanted.movedim(self._axis, -1).flatten(0, -2).to(rows)
-            self.matrix += (rows.T @ rows).double()
-            self.vector += (rows.T @ wanted).double()
-
-    @property
-    def _axis(self) -> int:
-        return 1 if isinstance(self.layer, nn.Conv2d) else -1
+            self.equations.add(rows, wanted.movedim(self.axis, -1).flatten(0, -2).to(rows))
 
     def _rows(self, x: Tensor) -> Tensor:
-        """One row per output position: the inputs that it is made of."""
+        """One row per output position: the inputs that this output is made of."""
         x = x.to(torch.promote_types(x.dtype, torch.float32))
         layer = self.layer
         if isinstance(layer, nn.Linear):
@@ -135,16 +130,47 @@ class LayerFit:
         return F.unfold(x, *geometry).transpose(1, 2).flatten(0, 1)
 
     def solve(self) -> dict[str, Tensor]:
-        """Weight and, where there is to be one, bias, of their shapes and dtype."""
+        """The weight, and the bias where there is to be one, in the layer's shapes and dtype."""
         inputs = self.layer.weight[0].numel()
-        share = self.matrix.diagonal()[:inputs].mean().clamp_min(1e-12)  # 0: all inputs are 0
-        pull = torch.full_like(self.matrix[0], 1e-9) * share
+        # All inputs may be 0: the ridge then keeps the weights that the layer has.
+        share = self.equations.diagonal()[:inputs].mean().clamp_min(1e-12)
+        pull = torch.full_like(self.before[:, 0], 1e-9) * share
         pull[:inputs] += self.ridge * share
-        found = torch.linalg.solve(
-            self.matrix + torch.diag(pull), self.vector + pull[:, None] * self.before
-        )
+        found = self.equations.solve(pull, self.before)
         like = self.layer.weight
         result = {"weight": found[:inputs].T.reshape(like.shape).to(like).contiguous()}
-        if self.shifted:
+        if self.offset:
             result["bias"] = found[inputs].to(like)
         return result
+
+
+def refit_layer(
+    networks: TwoNetworks,
+    layer: nn.Module,
+    calls: int,
+    transferred: Collection[GatedActivation],
+    norm: nn.Module | None,
+) -> None:
+    """Give a layer the weights that suit the inputs that it gets now.
+
+    Args:
+        networks: both networks.
+        layer: a layer that `can_be_refitted`.
+        calls: how often it runs on a batch.
+        transferred: the sites that are fitted already.
+        norm: the batch norm behind it, which takes the offset of a layer without a bias.
+    """
+    assert isinstance(layer, nn.Linear | nn.Conv2d)
+    fit = LayerFit(layer, RIDGE, offset=norm is not None)
+    for batch in networks.batches:
+        wanted = networks.see(layer, batch, calls)
+        here = networks.see(layer, batch, calls, transferred, "now")
+        for (x, _), (_, y) in zip(here, wanted, strict=True):
+            fit.add(x, y)
+    found = fit.solve()
+    if norm is not None and layer.bias is None:
+        # In training the statistics of the batch do what this does in evaluation.
+        mean = norm.running_mean
+        assert isinstance(mean, Tensor)
+        networks.assign(norm, {"running_mean": mean - found.pop("bias")})
+    networks.assign(layer, found)

@@ -1,4 +1,7 @@
-"""Normal equations summed over batches in float64: no activation is kept."""
+"""Least squares summed over batches: of the targets of one site, or of the weights of a layer.
+
+Only sums of products are kept, in float64; no activation is.
+"""
 
 from __future__ import annotations
 
@@ -11,11 +14,63 @@ from torch import Tensor
 from transfer_surgery.matching.target_families import Family
 
 _CHUNK = 2**22
-"""Elements of a feature that are worked on at a time: some 100 MB with all made of them."""
+"""Elements of a feature that are worked on at a time: about 100 MB with everything made of them."""
 
 _FAINT = 1 / 100
-"""Share of the mean deviation below which one counts as none. In trained ResNets that of some
-channels is a hundred to a million times smaller than the others'; next to none is in between."""
+"""A group whose standard deviation is below this share of the mean over groups is treated as
+constant. In trained ResNets groups are either well above this or far below it."""
+
+
+class NormalEquations:
+    """``min |X s - Y|^2 + sum of ridge * (s - start)^2``, with ``X`` and ``Y`` given in parts.
+
+    Leading axes are systems of their own.
+
+    Examples:
+        >>> _ = torch.manual_seed(0)
+        >>> equations, s = NormalEquations(), torch.randn(3, 1)
+        >>> for x in torch.randn(4, 50, 3):
+        ...     equations.add(x, x @ s)
+        >>> torch.allclose(equations.solve(torch.zeros(3)).float(), s, atol=1e-5)
+        True
+    """
+
+    def __init__(self) -> None:
+        self.matrix: Tensor | float = 0.0
+        self.vector: Tensor | float = 0.0
+
+    def add(self, x: Tensor, y: Tensor, weights: Tensor | None = None) -> None:
+        """Count rows.
+
+        Args:
+            x: ``(..., N, features)``.
+            y: ``(..., N, outputs)``.
+            weights: of the squared errors, ``(..., N)``.
+        """
+        weighted = (x if weights is None else x * weights[..., None]).transpose(-1, -2)
+        self.matrix = self.matrix + (weighted @ x).double()
+        self.vector = self.vector + (weighted @ y).double()
+
+    def diagonal(self) -> Tensor:
+        """Sums of squares of the features, ``(..., features)``."""
+        return torch.as_tensor(self.matrix).diagonal(dim1=-2, dim2=-1)
+
+    def solve(self, ridge: Tensor, start: Tensor | float = 0.0) -> Tensor:
+        """The best coefficients, ``(..., features, outputs)``, in float64.
+
+        Args:
+            ridge: ``(..., features)``.
+            start: what the ridge pulls the coefficients to.
+        """
+        pull = ridge.double()
+        return torch.linalg.solve(
+            self.matrix + torch.diag_embed(pull), self.vector + pull[..., None] * start
+        )
+
+    def explained(self, solution: Tensor) -> Tensor:
+        """By how much a solution reduces the sum of squares of each system and output."""
+        vector = torch.as_tensor(self.vector)
+        return (2 * solution * vector - solution * (self.matrix @ solution)).sum(-2)
 
 
 def grouped(x: Tensor, granularity: str, channel_axis: int) -> Tensor:
@@ -35,7 +90,7 @@ def grouped(x: Tensor, granularity: str, channel_axis: int) -> Tensor:
 
 @dataclass
 class Inputs:
-    """Mean, deviation and range of what a site sees, per group."""
+    """Mean, deviation and range of what a site gets, per group."""
 
     count: int = 0
     total: Tensor | float = 0.0
@@ -59,11 +114,11 @@ class Inputs:
 
     @property
     def std(self) -> Tensor:
-        """What an input is standardised by, per group, float64: its deviation.
+        """What an input is standardised by, per group, float64: its standard deviation.
 
-        One that hardly varies, beside those of the other groups, gets the mean of those that do.
-        By its own a frequency would be thousands of times theirs, and the first steps of training,
-        which let the channel vary again, would make noise of it and of every gradient.
+        A group that hardly varies gets the mean over those that do. With its own deviation its
+        frequency would be thousands of times theirs, and as soon as training lets the channel vary
+        again, it would turn every gradient into noise.
         """
         square = self.mean.square()
         variance = torch.as_tensor(self.squares) / self.count - square
@@ -92,22 +147,21 @@ class Solution:
     total: Tensor
 
 
-class NormalEquations:
-    """The least-squares problems of all candidates of one site.
+class TargetFit:
+    """The least squares of one site, for all candidates of its family at once.
 
     Args:
-        family: how fits of the target are found.
-        inputs: of the site; what its batches are standardised by.
-        ridge: added to the diagonal as a share of it, but not where the offset is.
+        family: how targets of this kind are fitted.
+        inputs: statistics of the site's inputs, which standardise its batches.
+        ridge: added to the diagonal as a share of it, except for the offset.
     """
 
     def __init__(self, family: Family, inputs: Inputs, ridge: float) -> None:
         self.family, self.ridge = family, ridge
         self.mean, self.std = inputs.mean, inputs.std
         self.candidates = list(family.candidates(self.mean, self.std, inputs.span))
+        self.equations = [NormalEquations() for _ in self.candidates]
         self.count: Tensor | float = 0.0
-        self.matrix: list[Tensor | float] = [0.0] * len(self.candidates)
-        self.vector: list[Tensor | float] = [0.0] * len(self.candidates)
         self.sums: Tensor | float = 0.0
 
     def add(self, x: Tensor, y: Tensor, weights: Tensor | None = None) -> None:
@@ -121,48 +175,35 @@ class NormalEquations:
     def _add(self, x: Tensor, y: Tensor, weights: Tensor | None) -> None:
         u = (x - self.mean[:, None].to(x)) / self.std[:, None].to(x)
         wide = y.double()
-        counted = wide if weights is None else wide * weights.double()
-        size = (
-            torch.full_like(wide[:, 0], x.shape[1]) if weights is None else weights.double().sum(1)
-        )
-        self.count = self.count + size
-        self.sums = self.sums + torch.stack([counted.sum(1), (counted * wide).sum(1)])
-        for index, candidate in enumerate(self.candidates):
+        counted = torch.ones_like(wide) if weights is None else weights.double()
+        self.count = self.count + counted.sum(1)
+        self.sums = self.sums + torch.stack([(counted * wide).sum(1), (counted * wide**2).sum(1)])
+        for equations, candidate in zip(self.equations, self.candidates, strict=True):
             w, c = (part.to(x) for part in candidate)
-            features = torch.stack(self.family.features(u, candidate._replace(w=w, c=c)), 1)
-            columns = torch.cat([features, y[:, None]], 1).transpose(1, 2)
-            weighted = features if weights is None else features * weights[:, None].to(x)
-            products = weighted @ columns
-            self.matrix[index] = self.matrix[index] + products[:, :, :-1].double()
-            self.vector[index] = self.vector[index] + products[:, :, -1].double()
+            features = self.family.features(u, candidate._replace(w=w, c=c))
+            weight = None if weights is None else weights.to(x)
+            equations.add(torch.stack(features, 1).transpose(1, 2), y[..., None], weight)
 
     def solve(self) -> Solution:
         """The best candidate of each group."""
         total, squares = torch.as_tensor(self.sums)
-        fits = [self._solve(i, squares) for i in range(len(self.candidates))]
-        residuals = torch.stack([residual for _, residual in fits])
-        residual, best = residuals.min(0)
-        chosen = [
+        fits = [self._solve(index, squares) for index in range(len(self.candidates))]
+        residual, best = torch.stack([residual for _, residual in fits]).min(0)
+        a, w, c, b = (
             torch.stack(choices).gather(0, best[None])[0]
             for choices in zip(*(parameters for parameters, _ in fits), strict=True)
-        ]
-        a, w, c, b = chosen
-        # From standardised input to the input itself.
+        )
+        # The fit was made to the standardised input; these are for the input itself.
         parameters = (a, w / self.std, c - w * self.mean / self.std, b)
         return Solution(
             parameters, residual, (squares - total.square() / self.count).clamp_min(0.0)
         )
 
     def _solve(self, index: int, squares: Tensor) -> tuple[tuple[Tensor, ...], Tensor]:
-        matrix, vector = (torch.as_tensor(m[index]) for m in (self.matrix, self.vector))
-        diagonal = matrix.diagonal(dim1=1, dim2=2).clone()
-        diagonal[:, :-1] *= self.ridge
-        # A feature that is 0 throughout, or a constant input, leaves no pivot.
-        diagonal[:, :-1] += 1e-9 * torch.as_tensor(self.count)[:, None]
-        diagonal[:, -1] = 0.0
-        solution = torch.linalg.solve(matrix + torch.diag_embed(diagonal), vector)
-        explained = 2 * (solution * vector).sum(1)
-        explained -= torch.einsum("gi,gij,gj->g", solution, matrix, solution)
-        candidate = self.candidates[index]
-        residual = (squares - explained).clamp_min(0.0)
-        return self.family.parameters(solution, candidate), residual
+        equations = self.equations[index]
+        # A feature that is always 0, or a constant input, leaves no pivot: hence the 1e-9.
+        pull = self.ridge * equations.diagonal() + 1e-9 * torch.as_tensor(self.count)[:, None]
+        pull[:, -1] = 0.0
+        solution = equations.solve(pull)
+        residual = (squares - equations.explained(solution)[:, 0]).clamp_min(0.0)
+        return self.family.parameters(solution[..., 0], self.candidates[index]), residual

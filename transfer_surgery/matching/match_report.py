@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -9,6 +10,9 @@ from transfer_surgery.reports import Column, Table
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+
+_POOR = 0.5  # share of the variance that a fit should explain
+_FEW = 30  # values that each gate should have
 
 
 class MatchWarning(UserWarning):
@@ -21,15 +25,15 @@ class MatchRow:
 
     Args:
         path: where its unit lives in the model.
-        source: what was to be matched.
-        target: the activation that was fitted.
-        r2: share of the variance of the values to be fitted that the target explains, all groups
-            together; negative where their mean would be better; None: the site did not run.
-        periods: median over gates of the periods that the data spans; None where the target has
-            none.
+        source: the activation that the network had.
+        target: the activation that was fitted to it.
+        r2: share of the variance of the wanted values that the target explains, all gates together;
+            it is negative where the mean would be better, and None where the site did not run.
+        periods: median over gates of the number of periods that the data spans; None where the
+            target is not periodic.
         divergence: mean KL divergence of the model's outputs, read as logits, from the original
-            ones on the first batch, with this site and those before swapped.
-        values: inputs that each gate was fitted to.
+            ones on the first batch, with this site and those before it swapped.
+        values: number of inputs that each gate was fitted to.
     """
 
     path: str
@@ -43,7 +47,14 @@ class MatchRow:
 
 @dataclass(frozen=True, repr=False)
 class MatchReport(Table[MatchRow]):
-    """What `match_targets` found: a table whose rows are in the order in which the sites run."""
+    """What `match_targets` found: a table whose rows are in the order in which the sites run.
+
+    Args:
+        rows: one per site.
+        refitted: paths of the layers whose weights were refitted.
+        needs_swap: whether the outputs are wrong until `swap_targets` is called: layers were
+            refitted to the targets while gates are at the source.
+    """
 
     columns = (
         Column("path"),
@@ -53,9 +64,36 @@ class MatchReport(Table[MatchRow]):
         Column("periods", text=".2f"),
         Column("divergence", "KL", ".4f"),
     )
+    refitted: tuple[str, ...] = ()
+    needs_swap: bool = False
+
+    def notes(self) -> tuple[str, ...]:
+        if not self.refitted:
+            return ()
+        layers = "1 layer was" if len(self.refitted) == 1 else f"{len(self.refitted)} layers were"
+        wrong = "; the outputs are wrong until you call swap_targets(model)" * self.needs_swap
+        return (f"{layers} refitted to these targets{wrong}.",)
 
     def plot(self, ax: Axes | None = None) -> Axes:
         """`transfer_surgery.reports.plot_match` of this report."""
         from transfer_surgery.reports import plot_match
 
         return plot_match(self, ax)
+
+
+def warn_of_poor_fits(report: MatchReport, stacklevel: int) -> None:
+    """Warn of sites that saw few values, and of sites that the target hardly explains."""
+    few = [row.path for row in report if row.values is not None and row.values < _FEW]
+    poor = [row.path for row in report if row.r2 is not None and row.r2 < _POOR]
+    for paths, problem, remedy in (
+        (few, f"a gate saw fewer than {_FEW} values", "give more examples, some hundred"),
+        (
+            poor,
+            f"less than {_POOR:.0%} of the variance is explained",
+            "leave these sites out (exclude=), convert with a finer granularity, or fine-tune the "
+            "network",
+        ),
+    ):
+        if paths:
+            named = ", ".join(paths[:5]) + ", ..." * (len(paths) > 5)
+            warnings.warn(f"{problem} at {named}: {remedy}.", MatchWarning, stacklevel=stacklevel)

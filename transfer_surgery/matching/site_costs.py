@@ -1,4 +1,4 @@
-"""sensitivity: what swapping each site alone costs, so that the cheap ones can go first."""
+"""sensitivity: what it costs to swap each site alone."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch import nn
 
 from transfer_surgery._running import as_batches, prediction_mode
 from transfer_surgery._sharding import refuse_sharded
-from transfer_surgery.matching.two_networks import SideBySide
+from transfer_surgery.matching.two_networks import TwoNetworks
 from transfer_surgery.reports import Column, Table
 from transfer_surgery.units import matching_units
 
@@ -28,7 +28,7 @@ class SensitivityRow:
         target: the activation that it is swapped to.
         divergence: mean KL divergence of the outputs, read as logits, from those of the original
             network.
-        changed: share of the outputs whose largest logit is another one.
+        changed: share of the outputs whose largest logit is not that of the original network.
     """
 
     path: str
@@ -52,7 +52,7 @@ class Sensitivity(Table[SensitivityRow]):
 
     @property
     def order(self) -> tuple[str, ...]:
-        """Paths for ``TransferSchedule(order=...)``: one site after the other, cheapest first."""
+        """Paths from the cheapest site on, as ``TransferSchedule(order=...)`` takes them."""
         return tuple(row.path for row in self.rows)
 
 
@@ -61,14 +61,14 @@ def sensitivity(
 ) -> Sensitivity:
     """Swap one site at a time to its target, and compare the outputs with the original ones.
 
-    Nothing is changed; the other sites are at their source meanwhile. It takes one run of the model
-    per site and batch.
+    It shows which sites to leave out (``exclude=``). The other sites run at their source, and the
+    model is not changed. It takes one run of the model per site and batch.
 
     Args:
         model: a converted model, best after `match_targets`; it is run in evaluation mode.
         batches: inputs without labels, as for `match_targets`.
         include: sites to look at: globs on paths, units, or predicates on units; None: all.
-        exclude: sites to leave out, likewise.
+        exclude: sites to leave out, in the same forms.
 
     Returns:
         A row per site, the cheapest first.
@@ -79,30 +79,27 @@ def sensitivity(
         TypeError: the model is sharded by FSDP2, or returns no floating tensor.
 
     Examples:
-        >>> from transfer_surgery import TransferSchedule, convert, match_targets
+        >>> from transfer_surgery import convert, match_targets
         >>> _ = torch.manual_seed(0)
         >>> layers = [nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 4), nn.GELU(), nn.Linear(4, 2)]
         >>> x = torch.randn(256, 4)
         >>> model = convert(nn.Sequential(*layers), example_input=x)
         >>> _ = match_targets(model, [x])
-        >>> TransferSchedule(100, order=sensitivity(model, [x]).order).order
-        ('3', '1')
+        >>> [row.path for row in sensitivity(model, [x])]
+        ['3', '1']
     """
     refuse_sharded(model)
     units = matching_units(model, include, exclude)
-    networks = SideBySide(model, list(units.values()), as_batches(batches, model))
+    networks = TwoNetworks(model, list(units.values()), as_batches(batches, model))
     count = 0
+    # For each site the sum of the divergences, and how many outputs have another largest logit.
+    found = {path: torch.zeros(2, dtype=torch.float64) for path in units}
     with prediction_mode(model):
-        # The sum over outputs of the divergence, and how many of them are answered otherwise.
-        found = {path: torch.zeros(2, dtype=torch.float64) for path in units}
         for batch in networks.batches:
-            with networks.original():
-                wanted = networks.log_probabilities(batch)
+            wanted = networks.log_probabilities(batch)
             count += wanted.shape[0]
             for path, unit in units.items():
-                networks.swapped = {unit}
-                with networks.original(), networks.matched():
-                    now = networks.log_probabilities(batch)
+                now = networks.log_probabilities(batch, {unit})
                 # Rounding can put it below zero, which no divergence is.
                 kl = F.kl_div(now, wanted, log_target=True, reduction="sum").clamp_min(0)
                 changed = (now.argmax(1) != wanted.argmax(1)).sum()

@@ -1,4 +1,4 @@
-"""swap_targets: gates to the target at once, without training."""
+"""swap_targets: all gates go to the target at once, without training."""
 
 from __future__ import annotations
 
@@ -23,28 +23,28 @@ def swap_targets(
     keep: int | float | None = None,
     batches: Iterable[Any] | None = None,
 ) -> nn.Module:
-    """Transfer gates now: the hard swap, whose opposite is a `TransferSchedule`.
+    """Transfer gates at once; a `TransferSchedule` moves them gradually instead.
 
-    With plain targets it breaks a trained network. After `match_targets` it is where distillation,
-    or training, starts.
+    With plain targets this breaks a trained network. After `match_targets` it is the start of
+    distillation or training.
 
     Args:
         model: a converted model.
         include: sites to swap: globs on paths, units, or predicates on units; None: all.
-        exclude: sites to leave, likewise.
+        exclude: sites to leave as they are, in the same forms.
         keep: how many neurons of these sites keep their source at most: a number (int) or a share
-            (float). Those gates are kept whose swap would add most to the loss per neuron, by the
-            squared gradients of the network's answers; ``report(model).total.source_neurons`` says
-            how many neurons that are. A gate per neuron makes the finest choice, one per channel a
-            faster network. `match_targets` can be called once more then: it leaves these gates.
-        batches: with `keep`: inputs without labels, as for `match_targets`.
+            (float). The gates whose swap would increase the loss most per neuron are kept, which is
+            estimated from squared gradients; ``report(model).total.source_neurons`` counts their
+            neurons. One gate per neuron gives the finest choice, one per channel a faster network.
+            Call `match_targets` once more afterwards: it fits the others around those that stay.
+        batches: inputs without labels, as for `match_targets`; needed with ``keep``.
 
     Returns:
         The same model object.
 
     Raises:
         ValueError: the model is not converted, a pattern matches nothing, or ``keep`` is out of its
-            range, without ``batches``, or asked of gates that have no ``log_alpha``.
+            range, is given without ``batches``, or the gates have no ``log_alpha``.
         TypeError: the model is sharded by FSDP2.
 
     Examples:

@@ -1,7 +1,7 @@
-"""Least squares of ``a * f(w*x + c) + b``: closed forms where `f` has one, else a search in w, c.
+"""How ``a * f(w*x + c) + b`` is fitted: in closed form where `f` has one, else by a search in w, c.
 
-A `Family` says of a target which functions of the input are linear in what is to be found. They are
-taken of the standardised input ``u = (x - mean) / std``, where one grid suits every network.
+A `Family` names the functions of the input in which a fit of the target is linear. Their argument
+is the standardised input ``u = (x - mean) / std``, so that one grid suits every network.
 """
 
 from __future__ import annotations
@@ -17,49 +17,49 @@ from torch import Tensor
 
 from transfer_surgery.activations import Activation
 
+FREQUENCIES = (0.4, 0.6, 0.8, 1.0, 1.3)
+"""Frequencies of sinusoids to try: ``w`` times the standard deviation of the input."""
+
+MIN_PERIODS = 0.5
+"""A sinusoid spans at least so many periods over the data of its gate."""
+
 _LEAST_BEND = 5e-3
-"""Of a parabola: its second coefficient as a share of the first, for input of unit variance."""
+"""Least second coefficient of a parabola as a share of the first, for input of unit variance."""
 
 
 class Candidate(NamedTuple):
-    """The part of a fit that is searched: frequency and phase, in units of standardised input."""
+    """Frequency and phase to try, for standardised input; one of each per group."""
 
     w: Tensor
     c: Tensor
 
 
 class Family(Protocol):
-    """How the fits of one target are found; tensors have an axis of groups, which share a fit."""
+    """How one target is fitted; the first axis of all tensors is that of the groups."""
 
     def candidates(self, mean: Tensor, std: Tensor, span: Tensor) -> Iterator[Candidate]:
-        """What to try, one each per group; ``span`` is the range of the standardised data."""
+        """What to try; ``span`` is the range of the standardised data."""
 
     def features(self, u: Tensor, candidate: Candidate) -> list[Tensor]:
-        """What the fit is linear in, of the shape ``(groups, N)`` of ``u``; the last one is 1."""
+        """The functions of ``u``, of its shape ``(groups, N)``, to be combined; the last is 1."""
 
     def parameters(
         self, solution: Tensor, candidate: Candidate
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """``(a, w, c, b)`` for standardised input from coefficients, ``(groups, features)``."""
+        """``(a, w, c, b)`` for standardised input, from coefficients ``(groups, features)``."""
 
 
-def family_of(target: Activation, frequencies: tuple[float, ...], min_periods: float) -> Family:
-    """The family of a target.
-
-    Args:
-        target: ``f``.
-        frequencies: ``w`` times the standard deviation of the input, to try with a sinusoid.
-        min_periods: a sinusoid has at least so many periods over the range of the data.
+def family_of(target: Activation) -> Family:
+    """The family of a target ``f``.
 
     Examples:
         >>> from transfer_surgery import get_activation
-        >>> family_of(get_activation("sin"), (0.5, 1.0), 0.5)
-        Sinusoid(phase=0.0, frequencies=(0.5, 1.0), min_periods=0.5)
+        >>> family_of(get_activation("square"))
+        Quadratic(a=1.0, b=0.0, c=0.0)
     """
     keywords = dict(target.parameters)
     if target.name in ("sin", "cos"):
-        phase = 0.0 if target.name == "sin" else -math.pi / 2
-        return Sinusoid(phase, frequencies, min_periods)
+        return Sinusoid(phase=0.0 if target.name == "sin" else -math.pi / 2)
     if target.name == "square":
         return Quadratic(1.0, 0.0, 0.0)
     if target.name == "polynomial" and keywords["a"] != 0:
@@ -72,12 +72,13 @@ class Sinusoid:
     """``p*sin(w*u) + q*cos(w*u) + b``: amplitude and phase in closed form, ``w`` from a grid."""
 
     phase: float
-    frequencies: tuple[float, ...]
-    min_periods: float
+    frequencies: tuple[float, ...] = FREQUENCIES
+    min_periods: float = MIN_PERIODS
 
     def candidates(self, mean: Tensor, std: Tensor, span: Tensor) -> Iterator[Candidate]:
-        # A range is at least two deviations, unless these are of other groups: then the input
-        # hardly varies, and a period of it would be a very high frequency.
+        # The range of an input is at least twice its own standard deviation. If it is less than
+        # one, the deviation is that of other groups: this input hardly varies, and half a period
+        # over its range would be a very high frequency.
         lowest = torch.where(span > 1, 2 * math.pi * self.min_periods / span, 0.0)
         for frequency in self.frequencies:
             yield Candidate(lowest.clamp_min(frequency), torch.zeros_like(span))
@@ -95,7 +96,7 @@ class Sinusoid:
 
 @dataclass(frozen=True)
 class Quadratic:
-    """Any parabola, as ``A * f(u + C) + B`` of the one ``f(v) = a*v**2 + b*v + c``."""
+    """Any parabola, written as ``A * f(u + C) + B`` with ``f(v) = a*v**2 + b*v + c``."""
 
     a: float
     b: float
@@ -111,9 +112,10 @@ class Quadratic:
         self, solution: Tensor, candidate: Candidate
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         second, first, zeroth = solution.unbind(1)
-        # A flat parabola by its vertex, which is far away, has an amplitude whose gradient is the
-        # square of that distance: training would break. It is a wide one near a fixed point where
-        # `f` has a slope instead; a straight line is a little bent, for the sake of float32.
+        # The vertex of a flat parabola is far away. Written by its vertex, the gradient of its
+        # amplitude would be the square of that distance, and training would break. So a flat one is
+        # written as a wide parabola near a fixed point where `f` has a slope, and a straight line
+        # is bent a little, for the sake of float32.
         start = 0.0 if self.b else 1.0
         slope = 2 * self.a * start + self.b
         flat = second.abs() < first.abs()
@@ -132,8 +134,8 @@ class Quadratic:
 class Searched:
     """Any target: amplitude and offset in closed form, frequency and phase from a grid.
 
-    The target as it is (``w = 1, c = 0``) is in the grid, and so are multiples of it and inputs of
-    unit variance.
+    The grid contains the target as it is (``w = 1, c = 0``), wider and narrower ones, and ones for
+    input of unit variance.
     """
 
     target: Activation

@@ -1,98 +1,77 @@
-"""A converted model run as the original network, or with some sites at their targets, on batches.
+"""Runs a converted model as the original network, or as the one that it is becoming.
 
-Runs go up to the module that is looked at and no further. Nothing of the model is changed for good.
+A run ends at the module that is looked at. Nothing of the model is changed by a run.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 
-from transfer_surgery._running import call_model, log_probabilities, logits_of
+from transfer_surgery._running import arguments_of, log_probabilities, logits_of
 from transfer_surgery.units import Gate, GatedActivation
 
 Seen = list[tuple[Tensor, Tensor]]
 """Input and output of each call of a module."""
 
 
-class SideBySide:
-    """Both networks that a converted model can be.
+class TwoNetworks:
+    """Both networks that a converted model can compute.
+
+    `run`, `log_probabilities` and `see` share two arguments:
+
+    - ``transferred``: those of `units` that run at their target; the others run at their source.
+      A unit some of whose gates are transferred already keeps its gates where they are.
+    - ``weights``: ``"original"`` runs the layers with the weights that they had at first, and
+      units that are not among `units` at their source: with nothing transferred, this is the
+      original network. ``"now"`` leaves layers and the other units as they are.
 
     Args:
         model: the converted model.
-        units: the sites that are to be matched.
-        batches: what it is called with: tensors, tuples of arguments or dicts of keyword arguments.
+        units: the sites that are compared, fitted or swapped.
+        batches: what the model is called with: tensors, tuples of arguments or dicts of keyword
+            arguments.
     """
 
     def __init__(
         self, model: nn.Module, units: Sequence[GatedActivation], batches: Sequence[Any]
     ) -> None:
         self.model, self.batches = model, batches
-        self.every = [module for module in model.modules() if isinstance(module, GatedActivation)]
-        self.chosen = list(units)
-        self.swapped: set[GatedActivation] = set()
-        self.partly = {
-            unit: z for unit in self.chosen if (z := _partly_transferred(unit)) is not None
+        self.units = list(units)
+        every = [module for module in model.modules() if isinstance(module, GatedActivation)]
+        self._others = [unit for unit in every if unit not in self.units]
+        self._mixed = {unit: z for unit in units if (z := _gates_if_mixed(unit)) is not None}
+        self._original: dict[str, Tensor] = {}
+        """Weights that have been replaced since, by their path in the model."""
+
+    def run(
+        self,
+        batch: Any,
+        transferred: Collection[GatedActivation] = (),
+        weights: str = "original",
+    ) -> Any:
+        """The output for a batch; the arguments are explained at the class."""
+        gates: dict[GatedActivation, float | Tensor] = {
+            unit: self._mixed.get(unit, 0.0) if unit in transferred else 1.0 for unit in self.units
         }
-        """Units some of whose gates are to stay at their source, with the values of their gates."""
-        self.refitted: dict[nn.Module, dict[str, Tensor]] = {}
-        """Modules whose weights have changed, with their original ones."""
+        values: dict[str, Tensor] = {}
+        if weights == "original":
+            gates |= dict.fromkeys(self._others, 1.0)
+            values = self._original
+        with _gates_held_at(gates):
+            return functional_call(self.model, values, *arguments_of(batch))
 
-    @contextmanager
-    def original(self) -> Iterator[None]:
-        """Run as the network that was converted: all units at their source, original weights."""
-        with _held(dict.fromkeys(self.every, 1.0)), _with_values(self.refitted):
-            yield
+    def log_probabilities(self, batch: Any, *network: Any) -> Tensor:
+        """The output of `run` read as logits: one row of logarithms of probabilities per answer."""
+        return log_probabilities(logits_of(self.run(batch, *network)))
 
-    @contextmanager
-    def matched(self) -> Iterator[None]:
-        """Run with the sites of `swapped` at their target, others to be matched at their source.
-
-        Of those of `partly` some gates stay at the source; units that are not to be matched are as
-        their gates have it.
-        """
-        with _held(
-            {
-                unit: self.partly.get(unit, 0.0) if unit in self.swapped else 1.0
-                for unit in self.chosen
-            }
-        ):
-            yield
-
-    def assign(self, module: nn.Module, values: dict[str, Tensor]) -> None:
-        """Give a module other weights; the original network keeps its own."""
-        before = self.refitted.setdefault(module, {})
-        for name, value in values.items():
-            tensor = getattr(module, name)
-            before.setdefault(name, tensor.data)
-            tensor.data = value.to(tensor)
-
-    def restore(self) -> None:
-        """Give modules their original weights back."""
-        _assign(self.refitted)
-
-    def order(self, modules: Iterable[nn.Module]) -> dict[nn.Module, int]:
-        """How often each module is called on a batch, in the order of the first calls."""
-        calls: dict[nn.Module, int] = {}
-
-        def count(module: nn.Module, args: tuple[Any, ...]) -> None:
-            calls[module] = calls.get(module, 0) + 1
-
-        handles = [module.register_forward_pre_hook(count) for module in modules]
-        try:
-            with self.original():
-                self.run(self.batches[0])
-        finally:
-            for handle in handles:
-                handle.remove()
-        return calls
-
-    def see(self, module: nn.Module, batch: Any, calls: int) -> Seen:
-        """Run a batch up to the last call of a module; what came in and went out of it."""
+    def see(self, module: nn.Module, batch: Any, calls: int, *network: Any) -> Seen:
+        """Run a batch up to the last call of a module, and return what it got and gave."""
         seen: Seen = []
         inputs: list[Tensor] = []
 
@@ -110,7 +89,7 @@ class SideBySide:
             module.register_forward_hook(after),
         ]
         try:
-            self.run(batch)
+            self.run(batch, *network)
         except _EnoughError:
             pass
         finally:
@@ -118,13 +97,34 @@ class SideBySide:
                 handle.remove()
         return seen
 
-    def run(self, batch: Any) -> Any:
-        """The model's output."""
-        return call_model(self.model, batch)
+    def count_calls(self, modules: Iterable[nn.Module]) -> dict[nn.Module, int]:
+        """How often each module is called on a batch, in the order of the first calls."""
+        calls: dict[nn.Module, int] = {}
 
-    def log_probabilities(self, batch: Any) -> Tensor:
-        """The model's output read as logits, one row per answer, as logarithms of probabilities."""
-        return log_probabilities(logits_of(self.run(batch)))
+        def count(module: nn.Module, args: tuple[Any, ...]) -> None:
+            calls[module] = calls.get(module, 0) + 1
+
+        handles = [module.register_forward_pre_hook(count) for module in modules]
+        try:
+            self.run(self.batches[0])
+        finally:
+            for handle in handles:
+                handle.remove()
+        return calls
+
+    def assign(self, module: nn.Module, values: Mapping[str, Tensor]) -> None:
+        """Give a module other weights; the original network keeps its own."""
+        path = next(path for path, found in self.model.named_modules() if found is module)
+        for name, value in values.items():
+            tensor = getattr(module, name)
+            self._original.setdefault(f"{path}.{name}", tensor.data)
+            tensor.data = value.to(tensor)
+
+    def restore(self) -> None:
+        """Give the modules their original weights back."""
+        for path, value in self._original.items():
+            module, _, name = path.rpartition(".")
+            getattr(self.model.get_submodule(module), name).data = value
 
 
 class _EnoughError(Exception):
@@ -132,7 +132,7 @@ class _EnoughError(Exception):
 
 
 class _HeldGate(nn.Module):
-    """Stands in for a gate: the same value for all."""
+    """Stands in for a gate of any kind, with the same value in every call."""
 
     straight_through = False
 
@@ -146,7 +146,7 @@ class _HeldGate(nn.Module):
 
 
 @contextmanager
-def _held(values: Mapping[GatedActivation, float | Tensor]) -> Iterator[None]:
+def _gates_held_at(values: Mapping[GatedActivation, float | Tensor]) -> Iterator[None]:
     gates = {unit: unit.gate for unit in values}
     try:
         for unit, value in values.items():
@@ -157,24 +157,8 @@ def _held(values: Mapping[GatedActivation, float | Tensor]) -> Iterator[None]:
             unit._modules["gate"] = gate
 
 
-def _partly_transferred(unit: GatedActivation) -> Tensor | None:
+def _gates_if_mixed(unit: GatedActivation) -> Tensor | None:
+    """The values of a unit's gates if some are transferred and others are not."""
     z = unit.gate.predict().detach()
-    gone = z == 0
-    return z if bool(gone.any()) and not bool(gone.all()) else None
-
-
-@contextmanager
-def _with_values(values: Mapping[nn.Module, Mapping[str, Tensor]]) -> Iterator[None]:
-    """Give parameters other data for a while."""
-    now = {m: {name: getattr(m, name).data for name in named} for m, named in values.items()}
-    try:
-        _assign(values)
-        yield
-    finally:
-        _assign(now)
-
-
-def _assign(values: Mapping[nn.Module, Mapping[str, Tensor]]) -> None:
-    for module, named in values.items():
-        for name, value in named.items():
-            getattr(module, name).data = value
+    transferred = z == 0
+    return z if bool(transferred.any()) and not bool(transferred.all()) else None
