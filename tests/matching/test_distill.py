@@ -97,9 +97,8 @@ def test_features_are_compared_by_their_relative_error():
         for depth in (1, 3):  # up to the linear layer, and up to the activation
             now, wanted = (m[:depth](x).double() for m in answers)
             errors.append((now - wanted).square().mean() / wanted.square().mean())
-    options = {"features": ("0", "2"), "feature_weight": 3.0}
-    found = distill(model, teacher, batches, steps=1, **options)[0]
-    assert found == pytest.approx(plain + 3 * sum(errors).item() / 2, rel=1e-4)
+    found = distill(model, teacher, batches, steps=1, features=("0", "2"))[0]
+    assert found == pytest.approx(plain + 4 * sum(errors).item() / 2, rel=1e-4)
     assert not any(m._forward_hooks for net in (model, teacher) for m in net.modules())
 
 
@@ -112,7 +111,7 @@ def test_features_bring_the_inside_nearer_than_answers_alone():
             now, wanted = (m.eval()[:4](x) for m in (model, teacher))
         return (now - wanted).square().mean().item()
 
-    assert distance(features=["3"], feature_weight=10.0) < 0.9 * distance()
+    assert distance(features=["3"]) < 0.9 * distance()
 
 
 def test_wrong_arguments_are_refused():

@@ -17,7 +17,9 @@ from transfer_surgery import (
     swap_targets,
     wrap_optimizer,
 )
-from transfer_surgery.matching.least_squares import NormalEquations
+from transfer_surgery.matching import MatchReport, MatchRow
+from transfer_surgery.matching.least_squares import TargetFit
+from transfer_surgery.matching.match_report import warn_of_poor_fits
 from transfer_surgery.units import gated_activations
 
 
@@ -94,30 +96,49 @@ def squared_error(model: nn.Module, original: nn.Module, x: torch.Tensor) -> flo
 
 
 def test_each_site_makes_up_for_those_before_and_refitted_layers_do_more():
-    found = {}
-    for name, options in {
-        "plain": None,
-        "symmetric": {"symmetric": True},
-        "asymmetric": {},
-        "refitted": {"refit": True},
-    }.items():
+    def error(match):
         model, original, x = deep()
-        convert(model, example_input=x)
-        if options is not None:
-            match_targets(model, x[:1024].split(128), **options)
-        found[name] = squared_error(swap_targets(model), original, x[1024:])
-    assert found["refitted"] < 0.9 * found["asymmetric"]
-    assert found["asymmetric"] < 0.97 * found["symmetric"]
-    assert found["symmetric"] < 0.5 * found["plain"]
+        match(convert(model, example_input=x), x[:1024].split(128))
+        return squared_error(swap_targets(model), original, x[1024:])
+
+    def each_alone(model, batches):  # the others are at their source meanwhile
+        for path, _ in gated_activations(model):
+            match_targets(model, batches, include=path)
+
+    plain = error(lambda model, batches: None)
+    alone, together = error(each_alone), error(match_targets)
+    refitted = error(lambda *args: match_targets(*args, refit=True))
+    assert refitted < 0.9 * together
+    assert together < 0.97 * alone
+    assert alone < 0.5 * plain
 
 
-def test_refitted_sites_are_swapped_and_layers_before_the_first_site_stay():
+def test_a_refit_leaves_the_gates_and_says_that_a_swap_has_to_follow():
     model = converted()
-    rows = match_targets(model, data().split(128), refit=True)
-    assert all((unit.gate.predict() == 0).all() for _, unit in gated_activations(model))
+    found = match_targets(model, data().split(128), refit=True)
+    assert all((unit.gate.predict() == 1).all() for _, unit in gated_activations(model))
+    assert found.refitted == ("1.conv2", "4", "6")  # not the layers before the first site
     assert torch.equal(model[0].weight, network()[0].weight)
     assert not torch.equal(model[6].weight, network()[6].weight)
-    assert rows.rows[-1].divergence < 0.1
+    assert found.needs_swap
+    assert str(found).endswith(
+        "3 layers were refitted to these targets; "
+        "the outputs are wrong until you call swap_targets(model)."
+    )
+    assert found.rows[-1].divergence < 0.1
+    assert divergence(swap_targets(model)) == pytest.approx(found.rows[-1].divergence, rel=0.5)
+    assert "swap_targets" not in str(match_targets(converted(), [data()]))
+
+
+def test_a_network_that_is_swapped_first_is_refitted_to_the_same():
+    first, later = converted(), converted()
+    found = match_targets(swap_targets(first), [data()], refit=True)
+    match_targets(later, [data()], refit=True)
+    state, other = first.state_dict(), swap_targets(later).state_dict()
+    assert state.keys() == other.keys()
+    assert all(torch.equal(state[k], other[k]) for k in state if "log_alpha" not in k)
+    assert not found.needs_swap
+    assert str(found).endswith("3 layers were refitted to these targets.")
 
 
 def test_rows_are_in_the_order_of_execution_and_say_how_well_it_went():
@@ -130,7 +151,6 @@ def test_rows_are_in_the_order_of_execution_and_say_how_well_it_went():
         divergences[0] < divergences[-1] == pytest.approx(divergence(swap_targets(model)), rel=0.5)
     )
     assert str(found).splitlines()[0].split() == ["path", "source", "target", "R2", "periods", "KL"]
-    assert len(found.to_dict()["rows"]) == len(found) == 4
 
 
 def test_batches_of_any_size_give_the_same_fit():
@@ -152,9 +172,10 @@ def test_parameters_are_shared_as_the_gates_are(granularity):
     assert divergence(swap_targets(model)) < 0.5
 
 
-def test_the_first_site_is_the_least_squares_fit_of_its_source():
+def test_the_first_site_is_the_least_squares_fit_of_its_source(monkeypatch):
+    monkeypatch.setattr("transfer_surgery.matching.match.RIDGE", 0.0)
     model = converted()
-    match_targets(model, [data()], ridge=0.0)
+    match_targets(model, [data()])
     unit = model[1].act_0
     with torch.no_grad():
         block = model[1].eval()
@@ -205,8 +226,8 @@ def test_a_failure_leaves_the_model_as_it_was(refit, monkeypatch):
             raise RuntimeError("late")
         return solve(self, *args)
 
-    unit, solve = model[1].gelu_0, NormalEquations.solve
-    monkeypatch.setattr(NormalEquations, "solve", fail_late)
+    unit, solve = model[1].gelu_0, TargetFit.solve
+    monkeypatch.setattr(TargetFit, "solve", fail_late)
     with pytest.raises(RuntimeError, match="late"):
         match_targets(model, [data()], refit=refit)
     after = model.state_dict()
@@ -223,11 +244,9 @@ def test_wrong_batches_are_refused_with_the_fix():
 
 
 def test_a_poor_fit_is_warned_of():
-    torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(2, 4), nn.ReLU(), nn.Linear(4, 2))
-    convert(model, example_input=torch.zeros(2, 2))
-    with pytest.warns(MatchWarning, match=r"less than 50% .* at 1: .*exclude="):
-        match_targets(model, [torch.randn(200, 2)], frequencies=(40.0,))
+    rows = (MatchRow(f"{i}", "relu", "sin", r2, 0.5, 0.1, 99) for i, r2 in enumerate((0.4, 0.6)))
+    with pytest.warns(MatchWarning, match=r"less than 50% .* at 0: .*exclude="):
+        warn_of_poor_fits(MatchReport(tuple(rows)), stacklevel=1)
 
 
 def test_gates_are_transferred_softly_to_matched_targets():

@@ -51,21 +51,6 @@ def test_batches_that_cannot_be_used_are_named(batches, complaint):
         match_targets(network(), batches)
 
 
-@pytest.mark.parametrize(
-    ("option", "complaint"),
-    [
-        ({"frequencies": ()}, r"frequencies=\(\)"),
-        ({"frequencies": (0.5, -1.0)}, "all positive"),
-        ({"min_periods": -0.1}, "min_periods=-0.1"),
-        ({"ridge": -1.0}, "ridge=-1.0"),
-        ({"refit_ridge": -1.0}, "refit_ridge=-1.0"),
-    ],
-)
-def test_numbers_out_of_range_are_refused(option, complaint):
-    with pytest.raises(ValueError, match=complaint):
-        match_targets(network(), [X], **option)
-
-
 def test_a_handful_of_examples_draws_a_warning():
     with pytest.warns(MatchWarning, match=r"fewer than 30 values at 1, 3: .* more examples"):
         found = match_targets(network(), [X[:20]])

@@ -1,6 +1,7 @@
 """Fits of one site: a * f(w*x + c) + b by least squares, per group of elements."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -9,19 +10,21 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from transfer_surgery import get_activation
-from transfer_surgery.matching.least_squares import Inputs, NormalEquations, grouped
-from transfer_surgery.matching.target_families import family_of
+from transfer_surgery.matching.least_squares import Inputs, TargetFit, grouped
+from transfer_surgery.matching.target_families import Sinusoid, family_of
 
 GRID = (0.4, 0.6, 0.8, 1.0, 1.3)
 
 
-def fit(target: str, x, y, *, parts: int = 1, ridge: float = 0.0, frequencies=GRID, periods=0.0):
+def fit(target: str, x, y, *, parts: int = 1, ridge: float = 0.0, periods=0.0):
     """A solution for data of shape (groups, N), given in parts, and its predictions."""
     inputs = Inputs()
     for part in x.chunk(parts, 1):
         inputs.add(part)
-    family = family_of(get_activation(target), frequencies, periods)
-    equations = NormalEquations(family, inputs, ridge)
+    family = family_of(get_activation(target))
+    if isinstance(family, Sinusoid):
+        family = replace(family, frequencies=GRID, min_periods=periods)
+    equations = TargetFit(family, inputs, ridge)
     for a, b in zip(x.chunk(parts, 1), y.chunk(parts, 1), strict=True):
         equations.add(a, b)
     solution = equations.solve()
