@@ -55,7 +55,6 @@ def train(
                 steps=recipe.steps,
                 lr=recipe.lr,
                 features=STAGES,
-                feature_weight=4.0,
             )
         else:
             schedule = _schedule_of(recipe, model, batches) if soft else None

@@ -63,14 +63,15 @@ class NormalEquations:
             start: what the ridge pulls the coefficients to.
         """
         pull = ridge.double()
-        return torch.linalg.solve(
+        found: Tensor = torch.linalg.solve(
             self.matrix + torch.diag_embed(pull), self.vector + pull[..., None] * start
         )
+        return found
 
     def explained(self, solution: Tensor) -> Tensor:
         """By how much a solution reduces the sum of squares of each system and output."""
-        vector = torch.as_tensor(self.vector)
-        return (2 * solution * vector - solution * (self.matrix @ solution)).sum(-2)
+        matrix, vector = torch.as_tensor(self.matrix), torch.as_tensor(self.vector)
+        return (2 * solution * vector - solution * (matrix @ solution)).sum(-2)
 
 
 def grouped(x: Tensor, granularity: str, channel_axis: int) -> Tensor:
