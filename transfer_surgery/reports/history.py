@@ -30,7 +30,7 @@ class Record:
         mean_gate: mean prediction, per site.
         total_transferred: the same share of all gates of the model.
         total_gate: the mean of all gates of the model, the E[z] of Figure 3.
-        values: what else was recorded, e.g. ``{"lr": 0.1}``.
+        values: further numbers that were recorded, such as ``{"lr": 0.1}``.
     """
 
     step: float
@@ -42,7 +42,7 @@ class Record:
 
     @classmethod
     def of(cls, step: float, report: Report, values: Mapping[str, SupportsFloat]) -> Record:
-        """What a history keeps of a report."""
+        """The part of a report that a history keeps."""
         return cls(
             step=step,
             transferred=tuple(row.transferred for row in report),
@@ -56,8 +56,8 @@ class Record:
 class History:
     """Records the state of a converted model's gates over the steps of a training.
 
-    A pickled or copied history leaves its model behind (`model` is None): it can be read and
-    plotted anywhere, and goes on recording once `model` is set again.
+    A pickled or copied history does not include its model (`model` is None). It can be read and
+    plotted anywhere, and it can record again once `model` is set.
 
     Args:
         model: a converted model.
@@ -81,7 +81,7 @@ class History:
         >>> history.flat()
         {'transfer/total': 0.5, 'gate/total': 0.5, 'transfer/0': 0.5, 'gate/0': 0.5}
 
-        A line of JSON per record, in a file or as here on the screen:
+        One line of JSON per record, in a file or, as here, on the screen:
 
         >>> print(json.dumps({"step": history.records[-1].step, **history.flat()}))
         {"step": 1, "transfer/total": 0.5, "gate/total": 0.5, "transfer/0": 0.5, "gate/0": 0.5}
@@ -107,9 +107,9 @@ class History:
         """Record the model's gates as they are now; call it in the training loop.
 
         Args:
-            step: number of the step, greater than the one before; by default one more than that,
-                starting at 0.
-            values: numbers to keep with the step, such as ``lr`` (drawn by `plot`) or ``loss``.
+            step: number of the step, which must be greater than the last one. By default it is the
+                last one plus 1, starting at 0.
+            values: numbers to keep with the step, such as ``lr`` (which `plot` draws) or ``loss``.
                 Different steps may have different ones.
 
         Returns:
@@ -133,7 +133,7 @@ class History:
         if tuple(row.path for row in now) != self.paths:
             raise ValueError(
                 "the model's gated activations are not those that this history began with "
-                f"({len(now)} sites, before {len(self.paths)}): begin a new History(model)."
+                f"({len(now)} sites, before {len(self.paths)}): create a new History(model)."
             )
         self.records.append(Record.of(step, now, values))
         return now
@@ -149,7 +149,7 @@ class History:
     def flat(self) -> dict[str, float]:
         """The latest record as one flat dict, for loggers.
 
-        In TensorBoard's ``SummaryWriter`` each item is a scalar, wandb and JSON take all of them::
+        TensorBoard's ``SummaryWriter`` takes one item at a time, wandb and JSON take the dict::
 
             history.record(step)
             for name, value in history.flat().items():
@@ -165,7 +165,7 @@ class History:
             ValueError: nothing was recorded yet.
         """
         if not self.records:
-            raise ValueError("nothing recorded yet: call history.record() first.")
+            raise ValueError("nothing was recorded yet: call history.record() first.")
         return self._flat(self.records[-1])
 
     def _flat(self, record: Record) -> dict[str, float]:
@@ -217,12 +217,12 @@ class History:
         )
 
     def plot(self, ax: Axes | None = None) -> Axes:
-        """`transfer_surgery.reports.plots.plot_history` of this history."""
+        """`transfer_surgery.reports.plot_history` of this history."""
         from transfer_surgery.reports.plots import plot_history
 
         return plot_history(self, ax)
 
 
 def _number(value: SupportsFloat) -> float:
-    """A plain number, also of a loss that still requires a gradient."""
+    """A plain number, also where a loss still requires a gradient."""
     return float(value.detach() if isinstance(value, Tensor) else value)

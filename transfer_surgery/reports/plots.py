@@ -189,8 +189,8 @@ def plot_gates(model: nn.Module, ax: Axes | None = None) -> Axes:
     stages: dict[str, list[Tensor]] = {}
     for path, unit in gated_activations(model):
         if unit.gate.learned:
-            location = unit.gate.full_log_alpha().detach().flatten().cpu()
-            stages.setdefault(stage_of(path, unit), []).append(location)
+            log_alpha = unit.gate.full_log_alpha().detach().flatten().cpu()
+            stages.setdefault(stage_of(path, unit), []).append(log_alpha)
             xi, zeta = getattr(unit.gate.settings, "stretch", (-0.1, 1.1))
     if not stages:
         raise ValueError(

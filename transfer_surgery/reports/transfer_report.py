@@ -1,7 +1,7 @@
-"""What became of the gates: a row per call site or stage, from the prediction gates of Eq. 16.
+"""What became of the gates: one row per call site or stage, from the prediction gates of Eq. 16.
 
-A gate whose prediction is exactly 0 is *transferred* (pure target), exactly 1 *kept* (pure source),
-anything between *mixed*.
+A gate whose prediction is exactly 0 is *transferred* (pure target), one at exactly 1 is *kept*
+(pure source), and any other is *mixed*.
 """
 
 from __future__ import annotations
@@ -27,18 +27,18 @@ class ReportRow:
     """The gates of one call site, or of several together.
 
     Args:
-        path: where the site's unit lives in the model; the name of a stage; ``"total"``.
-        source: the activation the network had; ``"various"`` for several sites that differ in it.
-        target: the activation it is transferred to, likewise.
-        granularity: ``"layer"``, ``"channel"`` or ``"neuron"``, likewise.
+        path: where the site's unit lives in the model, or the name of a stage, or ``"total"``.
+        source: the activation that the network had; ``"various"`` if several sites differ in it.
+        target: the activation that it is transferred to, or ``"various"``.
+        granularity: ``"layer"``, ``"channel"``, ``"neuron"`` or ``"various"``.
         gates: number of gates.
         neurons: elements of the feature shape that the gates share, per example.
-        source_neurons: how many of them still use the source: those of kept and of mixed gates.
+        source_neurons: how many of these neurons still use the source, in kept or mixed gates.
         transferred: share of the gates that predict exactly 0.
         kept: share of the gates that predict exactly 1.
-        mixed: share of the others.
+        mixed: share of the other gates.
         mean_gate: mean prediction, the E[z] of Figure 3.
-        mean_log_alpha: mean location; None for gates without one (line, copy).
+        mean_log_alpha: mean ``log_alpha``; None for gates that have none (line, copy).
     """
 
     path: str
@@ -56,7 +56,7 @@ class ReportRow:
 
 
 def _percent(share: float) -> str:
-    """One decimal; 0 % and 100 % are said of exact shares only."""
+    """One decimal; only exact shares are written as 0 % or 100 %."""
     if share in (0.0, 1.0):
         return f"{share:.0%}".replace("%", " %")
     bound = "<" if share < 0.001 else ">" if share > 0.999 else ""
@@ -109,19 +109,19 @@ class Report(Table[ReportRow]):
 def report(model: nn.Module, *, by: str = "site") -> Report:
     """Count transferred, kept and mixed gates of a converted model, site by site.
 
-    The numbers of all sites travel to the host together: a report waits for a GPU only once. Where
-    FSDP2 shards the gates they are gathered first: call it on every rank, not on the first alone.
+    The numbers of all sites travel to the host together, so a report waits for a GPU only once. If
+    FSDP2 shards the gates, they are gathered first: call it on every rank, not only on the first.
 
     Args:
         model: a converted model, in train or eval mode.
         by: ``"site"``, or ``"stage"`` for sums over the stages that the model's adapter names
-            (``stem``, ``layer1``, ...); sites in none of them go by the model's child they are in.
+            (``stem``, ``layer1``, ...). A site without a stage belongs to that of its top module.
 
     Returns:
         A `Report` with one row per call site or stage.
 
     Raises:
-        ValueError: the model was not converted; ``by`` is neither.
+        ValueError: the model was not converted, or ``by`` is neither.
 
     Examples:
         >>> from transfer_surgery import get_activation
@@ -159,14 +159,14 @@ def report(model: nn.Module, *, by: str = "site") -> Report:
 def _statistics(unit: GatedActivation) -> Tensor:
     """Transferred and kept gates, mean gate and mean ``log_alpha``, on the unit's device."""
     z = unit.gate.predict()
-    location = (
+    log_alpha = (
         unit.gate.full_log_alpha().mean() if unit.gate.learned else torch.zeros_like(z.mean())
     )
-    return torch.stack([(z == 0).sum().float(), (z == 1).sum().float(), z.mean(), location])
+    return torch.stack([(z == 0).sum().float(), (z == 1).sum().float(), z.mean(), log_alpha])
 
 
 def _row(
-    path: str, unit: GatedActivation, zeros: float, ones: float, gate: float, location: float
+    path: str, unit: GatedActivation, zeros: float, ones: float, gate: float, log_alpha: float
 ) -> ReportRow:
     gates = unit.gate.count
     return ReportRow(
@@ -181,14 +181,14 @@ def _row(
         kept=ones / gates,
         mixed=(gates - zeros - ones) / gates,
         mean_gate=gate,
-        mean_log_alpha=location if unit.gate.learned else None,
+        mean_log_alpha=log_alpha if unit.gate.learned else None,
     )
 
 
 def _stages(
     units: Sequence[tuple[str, GatedActivation]], rows: Sequence[ReportRow]
 ) -> dict[str, list[ReportRow]]:
-    """The rows of each stage, in the order in which the stages come up."""
+    """The rows of each stage, in the order in which the stages appear."""
     members: dict[str, list[ReportRow]] = {}
     for (path, unit), row in zip(units, rows, strict=True):
         members.setdefault(stage_of(path, unit), []).append(row)
@@ -196,7 +196,7 @@ def _stages(
 
 
 def _sum(path: str, rows: Sequence[ReportRow]) -> ReportRow:
-    """The rows as one; shares and means are those of all their gates."""
+    """Several rows as one; shares and means are those of all their gates."""
     gates = sum(row.gates for row in rows)
     located = [(r.mean_log_alpha, r.gates) for r in rows if r.mean_log_alpha is not None]
     return ReportRow(
@@ -207,7 +207,7 @@ def _sum(path: str, rows: Sequence[ReportRow]) -> ReportRow:
         gates=gates,
         neurons=sum(row.neurons for row in rows),
         source_neurons=sum(row.source_neurons for row in rows),
-        # Counts again, so that the total is exact too: 49 * (1 / 49) is not 1.
+        # Whole counts make the total exact, too: 49 * (1 / 49) is not 1.
         transferred=sum(round(row.transferred * row.gates) for row in rows) / gates,
         kept=sum(round(row.kept * row.gates) for row in rows) / gates,
         mixed=sum(round(row.mixed * row.gates) for row in rows) / gates,
