@@ -92,9 +92,9 @@ def sensitivity(
     units = matching_units(model, include, exclude)
     networks = TwoNetworks(model, list(units.values()), as_batches(batches, model))
     count = 0
-    # For each site the sum of the divergences, and how many outputs have another largest logit.
-    found = {path: torch.zeros(2, dtype=torch.float64) for path in units}
     with prediction_mode(model):
+        # For each site the sum of the divergences, and how many largest logits are other ones.
+        found = {path: torch.zeros(2, dtype=torch.float64) for path in units}
         for batch in networks.batches:
             wanted = networks.log_probabilities(batch)
             count += wanted.shape[0]

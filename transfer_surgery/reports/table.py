@@ -124,8 +124,8 @@ class Table(Generic[Row]):
 
     def to_dict(self) -> dict[str, Any]:
         """Plain numbers, strings, lists and dicts, with the version of this layout."""
-        fields = asdict(self)
-        return {"version": self.version, **fields, "rows": list(fields["rows"])}
+        fields = {k: [*v] if isinstance(v, tuple) else v for k, v in asdict(self).items()}
+        return {"version": self.version, **fields}
 
     def to_json(self) -> str:
         """The text of `to_dict`."""
