@@ -166,8 +166,9 @@ def fsdp(optimizer: str, how: str) -> Result:
     }
 
 
-def every_case(kind: str, cases: list[tuple[str, str]]) -> Result:
-    return {case: (ddp if kind == "ddp" else fsdp)(*case) for case in cases}
+def in_turn(calls: dict[Any, tuple[Any, ...]]) -> Result:
+    """What several programs return; two processes that import torch take longer than any."""
+    return {name: program(*args) for name, (program, *args) in calls.items()}
 
 
 def different_starts(how: str) -> Result:

@@ -1,6 +1,7 @@
 """DDP and FSDP2 on two gloo processes: what one process does with the whole batch, they do too."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -44,21 +45,38 @@ CASES = [
 ]
 
 
-@pytest.fixture(scope="module", params=["ddp", "fsdp"])
-def trained(
-    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
-) -> tuple[str, list[ranks.Result]]:
-    """What two ranks made of every case: they start slowly, so that they start once."""
-    folder = tmp_path_factory.mktemp(request.param)
-    return request.param, on_ranks(ranks.every_case, folder, request.param, CASES)
+RESUMED = [("adamw", "part by part"), ("sgd", "schedule")]
+KINDS = ("ddp", "fsdp")
 
 
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("ranks")
+
+
+@pytest.fixture(scope="module")
+def results(folder: Path) -> list[ranks.Result]:
+    """What two ranks made of every program, by rank."""
+    programs: dict[Any, tuple[Any, ...]] = {
+        "starts": (ranks.different_starts, "schedule"),
+        "corners": (ranks.corners,),
+        "precision": (ranks.low_precision, "schedule"),
+        "gates": (ranks.gates_only, folder / "gates"),
+    }
+    for kind, program in zip(KINDS, (ranks.ddp, ranks.fsdp), strict=True):
+        programs |= {(kind, *case): (program, *case) for case in CASES}
+        programs[kind, "nan"] = (ranks.not_finite, kind)
+    for case in RESUMED:
+        programs["resumed", *case] = (ranks.checkpoint, *case, folder / case[0])
+    return on_ranks(ranks.in_turn, folder, programs)
+
+
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(("optimizer", "how"), CASES)
 def test_two_ranks_that_accumulate_equal_one_process_with_the_whole_batch(
-    trained: tuple[str, list[ranks.Result]], optimizer: str, how: str
+    results: list[ranks.Result], kind: str, optimizer: str, how: str
 ) -> None:
-    kind, results = trained
-    first, second = (result[optimizer, how] for result in results)
+    first, second = (result[kind, optimizer, how] for result in results)
     torch.testing.assert_close(first["state"], second["state"], rtol=0, atol=0)
     assert first["report"] == second["report"]
     reference = one_process(optimizer, how)
@@ -76,18 +94,17 @@ def test_two_ranks_that_accumulate_equal_one_process_with_the_whole_batch(
         torch.testing.assert_close(second["gradient"], gradient, rtol=1e-3, atol=1e-5)
 
 
-def test_ranks_that_start_with_other_gates_agree_under_ddp(tmp_path: Path) -> None:
-    first, second = on_ranks(ranks.different_starts, tmp_path, "schedule")
+def test_ranks_that_start_with_other_gates_agree_under_ddp(results: list[ranks.Result]) -> None:
+    first, second = (result["starts"] for result in results)
     torch.testing.assert_close(first["state"], second["state"], rtol=0, atol=0)
 
 
 @pytest.mark.filterwarnings("ignore:torch.distributed is disabled")  # the one process
-@pytest.mark.parametrize(("optimizer", "how"), [("adamw", "part by part"), ("sgd", "schedule")])
+@pytest.mark.parametrize(("optimizer", "how"), RESUMED)
 def test_a_sharded_checkpoint_continues_on_two_ranks_and_on_one(
-    optimizer: str, how: str, tmp_path: Path
+    results: list[ranks.Result], folder: Path, optimizer: str, how: str
 ) -> None:
-    folder = tmp_path / "checkpoint"
-    first, second = on_ranks(ranks.checkpoint, tmp_path, optimizer, how, folder)
+    first, second = (result["resumed", optimizer, how] for result in results)
     assert first["steps"] == second["steps"] == 2 * STEPS
     torch.testing.assert_close(first["resumed"], first["state"], rtol=0, atol=0)
 
@@ -95,7 +112,7 @@ def test_a_sharded_checkpoint_continues_on_two_ranks_and_on_one(
     opt = ranks.wrapped(model, optimizer, how)
     model_state, optimizer_state = get_state_dict(model, opt)
     loaded = {"model": model_state, "optimizer": optimizer_state}
-    dcp.load(loaded, checkpoint_id=folder, no_dist=True)
+    dcp.load(loaded, checkpoint_id=folder / optimizer, no_dist=True)
     set_state_dict(
         model, opt, model_state_dict=loaded["model"], optim_state_dict=loaded["optimizer"]
     )
@@ -104,16 +121,18 @@ def test_a_sharded_checkpoint_continues_on_two_ranks_and_on_one(
     torch.testing.assert_close(model.state_dict(), first["state"], rtol=1e-3, atol=1e-4)
 
 
-@pytest.mark.parametrize("kind", ["ddp", "fsdp"])
-def test_a_loss_that_is_not_finite_on_one_rank_stops_both(kind: str, tmp_path: Path) -> None:
-    for result in on_ranks(ranks.not_finite, tmp_path, kind):
-        assert "is not finite (nothing was updated)" in result["message"]
-        assert result["same"]
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_loss_that_is_not_finite_on_one_rank_stops_both(
+    results: list[ranks.Result], kind: str
+) -> None:
+    for result in results:
+        assert "is not finite (nothing was updated)" in result[kind, "nan"]["message"]
+        assert result[kind, "nan"]["same"]
 
 
-def test_ranks_decide_together_and_write_into_shards_only(tmp_path: Path) -> None:
+def test_ranks_decide_together_and_write_into_shards_only(results: list[ranks.Result]) -> None:
     budget = SETTINGS["schedule"]["transfer"].budget(STEPS)
-    for result in on_ranks(ranks.corners, tmp_path):
+    for result in (result["corners"] for result in results):
         assert result["warm-up from 0"].item() == pytest.approx(budget, abs=1e-3)
         assert "is not finite" in result["partly sharded"]
         assert result["evaluation"].item() == pytest.approx(budget, abs=1e-3)
@@ -122,19 +141,20 @@ def test_ranks_decide_together_and_write_into_shards_only(tmp_path: Path) -> Non
         assert "call model.reshard() before you build the optimizer" in message
 
 
-def test_gates_stay_float32_under_a_bfloat16_policy(tmp_path: Path) -> None:
-    first, second = on_ranks(ranks.low_precision, tmp_path, "schedule")
+def test_gates_stay_float32_under_a_bfloat16_policy(results: list[ranks.Result]) -> None:
+    first, second = (result["precision"] for result in results)
     assert first["dtype"] == torch.float32
     assert first["risk"] == second["risk"]
     budget = SETTINGS["schedule"]["transfer"].budget(STEPS)
     assert first["risk"].item() == pytest.approx(budget, abs=1e-3)
 
 
-def test_gates_of_a_sharded_model_are_saved_whole_and_loaded_anywhere(tmp_path: Path) -> None:
-    folder = tmp_path / "gates"
-    first, second = on_ranks(ranks.gates_only, tmp_path, folder)
+def test_gates_of_a_sharded_model_are_saved_whole_and_loaded_anywhere(
+    results: list[ranks.Result], folder: Path
+) -> None:
+    first, second = (result["gates"] for result in results)
     base = revert(ranks.network())
-    load_gates(base, folder, example_input=torch.zeros(2, 6))
+    load_gates(base, folder / "gates", example_input=torch.zeros(2, 6))
     gates = {key: v for key, v in base.state_dict().items() if key.endswith("log_alpha")}
     assert len(gates) == 3
     for key, log_alpha in gates.items():

@@ -15,8 +15,10 @@ from tests.helpers.same_bits import assert_same_bits
 
 CASES = [
     ("sgd", "whole", "outside"),
-    ("adamw", "whole", "writing"),
     ("sgd gamma", "parts", "writing"),
+]
+OTHERS = [
+    ("adamw", "whole", "writing"),
     ("adamw in order", "parts", "step"),
 ]
 
@@ -60,12 +62,15 @@ def one_thread():
 def uninterrupted(tmp_path_factory):
     """Folders of trainings that nothing interrupted and that wrote no checkpoints."""
     folder = tmp_path_factory.mktemp("uninterrupted")
-    process = start(folder, ",".join(setting for setting, _, _ in CASES), "none")
+    process = start(folder, ",".join(setting for setting, _, _ in CASES + OTHERS), "none")
     yield lambda setting: process.wait() == 0 and folder / setting
     process.communicate()
 
 
-@pytest.mark.parametrize(("setting", "route", "moment"), CASES)
+@pytest.mark.parametrize(
+    ("setting", "route", "moment"),
+    [*CASES, *(pytest.param(*case, marks=pytest.mark.slow) for case in OTHERS)],
+)
 def test_a_killed_training_ends_like_an_uninterrupted_one_bit_for_bit(
     setting, route, moment, tmp_path, uninterrupted
 ):
