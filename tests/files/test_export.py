@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 import subprocess
 import sys
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -95,8 +96,9 @@ def test_timm_models_with_sites_of_every_kind_are_exported_compiled_and_traced(
     assert_close(traced(x), model(x))
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("granularity", ["layer", "channel", "neuron"])
+@pytest.mark.parametrize(
+    ("kind", "granularity"), [*zip(KINDS, cycle(("layer", "channel", "neuron")))]
+)
 def test_each_kind_of_site_at_each_granularity(
     kind: Kind, granularity: str, tmp_path: Path
 ) -> None:
