@@ -18,7 +18,7 @@ from transfer_surgery import (
 )
 from transfer_surgery.activations import ActivationModule
 from transfer_surgery.units import AffineActivation, AffineParameters
-from transfer_surgery.units.kernels.affine import affine
+from transfer_surgery.units.kernels import fitted_value
 
 pytestmark = pytest.mark.filterwarnings("ignore:a gate saw fewer")  # a few images will do here
 
@@ -231,7 +231,7 @@ def test_what_is_left_trains_as_autograd_says():
         given = [p if i in kept else None for i, p in enumerate(numbers)]
         a, w, c, b = (d if p is None else p for p, d in zip(given, (1, 1, 0, 0), strict=True))
         expected = a * torch.sin(w * x + c) + b
-        found = affine(x, get_activation("sin"), tuple(given))
+        found = fitted_value(x, get_activation("sin"), tuple(given))
         torch.testing.assert_close(found, expected)
         wanted = [x, *(p for p in given if p is not None)]
         for one, other in zip(

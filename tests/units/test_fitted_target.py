@@ -16,8 +16,7 @@ from transfer_surgery import (
     wrap_optimizer,
 )
 from transfer_surgery.units import AffineActivation, gated, gated_activations
-from transfer_surgery.units.kernels.affine import affine
-from transfer_surgery.units.kernels.eager import gated_plain
+from transfer_surgery.units.kernels import fitted_value, gated_value
 
 SIN = get_activation("sin")
 
@@ -52,16 +51,16 @@ def test_value_and_gradients_are_those_of_the_formula(name):
     shapes = [(4, 3, 5), (1, 3, 1), (1, 3, 1), (3, 1), (1,)]
     inputs = [torch.randn(s, dtype=torch.float64, requires_grad=True) for s in shapes]
     x, a, w, c, b = inputs
-    torch.testing.assert_close(affine(x, f, (a, w, c, b)), a * f(w * x + c) + b)
-    assert torch.autograd.gradcheck(lambda x, *p: affine(x, f, p), inputs)
-    assert torch.autograd.gradgradcheck(lambda x, *p: affine(x, f, p), inputs)
+    torch.testing.assert_close(fitted_value(x, f, (a, w, c, b)), a * f(w * x + c) + b)
+    assert torch.autograd.gradcheck(lambda x, *p: fitted_value(x, f, p), inputs)
+    assert torch.autograd.gradgradcheck(lambda x, *p: fitted_value(x, f, p), inputs)
 
 
 def test_the_argument_of_the_sine_is_computed_in_float32():
     x = torch.full((4,), 100.0, dtype=torch.bfloat16)
     w = torch.tensor([1.0001, 1.003, 1.01, 1.1])
     one, zero = torch.ones(1), torch.zeros(1)
-    y = affine(x, SIN, (one, w, zero, zero))
+    y = fitted_value(x, SIN, (one, w, zero, zero))
     assert y.dtype == torch.bfloat16
     torch.testing.assert_close(y.double(), (w.double() * 100).sin(), atol=0.005, rtol=0.01)
 
@@ -110,9 +109,9 @@ def test_mixed_gates_have_the_gradients_of_plain_code_and_keep_only_what_they_ar
     numbers = tuple(torch.randn(4, dtype=torch.float64, requires_grad=True) for _ in range(4))
     pair, kept = (get_activation(source), SIN), []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
-        found = gated(x, z, *pair, parameters=numbers)
+        found = gated(x, z, *pair, numbers=numbers)
     assert {t.data_ptr() for t in kept} <= {t.data_ptr() for t in (x, z, *numbers)}
-    expected = gated_plain(x, z, *pair, straight_through=True, parameters=numbers)
+    expected = gated_value(x, z, *pair, numbers=numbers)
     torch.testing.assert_close(found, expected)
     grad = torch.randn_like(found)
     leaves = (x, z, *numbers)
@@ -131,7 +130,7 @@ def test_mixed_gates_have_second_derivatives_and_can_be_mapped():
     pair = (get_activation("gelu"), SIN)
 
     def value(x, z, *numbers):
-        return gated(x, z, *pair, parameters=numbers)
+        return gated(x, z, *pair, numbers=numbers)
 
     assert torch.autograd.gradgradcheck(value, (x, z, *numbers))
     mapped = torch.vmap(lambda row: value(row, z, *numbers))(x)

@@ -11,7 +11,7 @@ from torch import Tensor
 from transfer_surgery import get_activation
 from transfer_surgery.activations import Activation
 from transfer_surgery.units import gated
-from transfer_surgery.units.kernels.eager import gated_plain
+from transfer_surgery.units.kernels import gated_value
 
 INF = math.inf
 
@@ -41,7 +41,7 @@ def reference(x: Tensor, z: Tensor, source: str, target: str) -> Tensor:
     return torch.from_numpy(np.where(z64 == 1, s, np.where(z64 == 0, t, mixed)))
 
 
-@pytest.mark.parametrize("kernel", [gated, gated_plain])
+@pytest.mark.parametrize("kernel", [gated, gated_value])
 @given(st.lists(st.tuples(numbers, gate_values), min_size=1, max_size=20), names, names)
 def test_values_are_those_of_equation_1(kernel, pairs, source, target):
     x, z = torch.tensor(pairs).unbind(-1)
@@ -62,7 +62,7 @@ def test_gates_broadcast_to_the_input_forward_and_backward(shape):
     torch.testing.assert_close(z.grad, full.sum_to_size(shape), rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("kernel", [gated, gated_plain])
+@pytest.mark.parametrize("kernel", [gated, gated_value])
 @pytest.mark.parametrize(
     ("source", "target"), [("tanh", "sin"), ("gelu", "snake"), ("silu", "cos")]
 )
@@ -77,7 +77,7 @@ def test_gradients_and_second_derivatives_are_those_of_the_value(kernel, source,
     assert torch.autograd.gradgradcheck(function, (x, z), atol=1e-4)
 
 
-@pytest.mark.parametrize("kernel", [gated, gated_plain])
+@pytest.mark.parametrize("kernel", [gated, gated_value])
 @pytest.mark.parametrize("z", [[1.0, 1.0], [0.0, 0.0], [1.0, 0.0], [0.5, 1.0]])
 def test_exact_gates_give_the_very_bits_of_their_branch(kernel, z):
     x = torch.randn(200, 2, requires_grad=True)
@@ -92,7 +92,7 @@ def test_exact_gates_give_the_very_bits_of_their_branch(kernel, z):
             assert torch.equal(found[:, column], expected[:, column])
 
 
-@pytest.mark.parametrize("kernel", [gated, gated_plain])
+@pytest.mark.parametrize("kernel", [gated, gated_value])
 @pytest.mark.parametrize("others", [(), (0.5,)], ids=["uniform", "mixed"])
 def test_a_target_that_is_nan_does_not_leak_where_the_gate_is_1(kernel, others):
     x = torch.tensor([INF, -INF, 2.0] + [0.3 for _ in others], requires_grad=True)
@@ -102,7 +102,7 @@ def test_a_target_that_is_nan_does_not_leak_where_the_gate_is_1(kernel, others):
     assert x.grad[:3].tolist() == [1.0, 0.0, 1.0]
 
 
-@pytest.mark.parametrize("kernel", [gated, gated_plain])
+@pytest.mark.parametrize("kernel", [gated, gated_value])
 @pytest.mark.parametrize("others", [(), (0.5,)], ids=["uniform", "mixed"])
 def test_a_source_that_overflows_does_not_leak_where_the_gate_is_0(kernel, others):
     x = torch.tensor([INF, -INF, 1e30] + [0.3 for _ in others], requires_grad=True)
@@ -117,7 +117,7 @@ def test_a_source_that_overflows_does_not_leak_where_the_gate_is_0(kernel, other
 def test_the_result_and_the_gradient_have_the_dtype_of_the_input(dtype, z):
     x = torch.randn(3, dtype=dtype, requires_grad=True)
     gate = torch.tensor(z, requires_grad=True)
-    for kernel in (gated, gated_plain):
+    for kernel in (gated, gated_value):
         y = kernel(x, gate, *activations("relu", "sin"))
         assert y.dtype == dtype
         x_grad, z_grad = torch.autograd.grad(y.sum(), (x, gate))

@@ -6,14 +6,13 @@ import json
 import os
 import platform
 import re
-import warnings
 from importlib.metadata import PackageNotFoundError, requires, version
 
 import torch
 import typer
 
 from transfer_surgery.cli.options import Json, show
-from transfer_surgery.units import VARIABLE, trusted_kernels
+from transfer_surgery.units import VARIABLE, compiler_error, kernel_choice
 
 _PACKAGES = (
     *("transfer-surgery", "torch", "triton", "timm", "torchvision", "transformers", "accelerate"),
@@ -71,7 +70,7 @@ def _state(extra: str, missing: list[str]) -> str:
 
 def _devices() -> list[dict[str, str]]:
     cpu = f"{platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads"
-    found = [{"device": "cpu", "name": cpu, "kernels": "eager"}]
+    found = [{"device": "cpu", "name": cpu, "kernels": _kernels(torch.device("cpu"))}]
     for number in range(torch.cuda.device_count()):
         properties = torch.cuda.get_device_properties(number)
         device = torch.device("cuda", number)
@@ -81,10 +80,9 @@ def _devices() -> list[dict[str, str]]:
 
 
 def _kernels(device: torch.device) -> str:
-    """What units in training use there; baked modules and prediction are always eager."""
-    if os.environ.get(VARIABLE) == "eager":
+    """What units in training use there; prediction is always eager."""
+    if (choice := kernel_choice()) == "eager":
         return f"eager ({VARIABLE}=eager)"
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        trusted = trusted_kernels(device) is not None
-    return "triton" if trusted else " ".join(["eager", *(f"({w.message})" for w in caught)])
+    if error := compiler_error(device):
+        return f"eager (torch.compile fails: {error})"
+    return "compiled" if choice == "compiled" else "eager at first, compiled in long runs"

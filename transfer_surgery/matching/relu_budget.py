@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transfer_surgery._running import as_batches, prediction_mode
 from transfer_surgery.matching.least_squares import grouped
 from transfer_surgery.matching.two_networks import TwoNetworks
-from transfer_surgery.units import GatedActivation, affine_value
+from transfer_surgery.units import GatedActivation, fitted_value
 
 
 def choose_kept(
@@ -67,8 +67,8 @@ def _costs(networks: TwoNetworks, unit: GatedActivation) -> Tensor:
         seen = networks.see(unit, batch, calls)
         slopes = squared_gradients(networks, unit, batch, calls, seed=index)
         for (x, y), slope in zip(seen, slopes, strict=True):
-            parameters = () if unit.affine is None else unit.affine.of(x)
-            error = affine_value(x, unit.target, *parameters).double() - y
+            parameters = None if unit.affine is None else unit.affine.of(x)
+            error = fitted_value(x, unit.target, parameters).double() - y
             cost = grouped(0.5 * slope * error.square(), unit.granularity, unit.channel_axis)
             total += cost.double().sum(1).cpu()
     return total

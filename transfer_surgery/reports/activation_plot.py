@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from transfer_surgery._running import as_batches, call_model, prediction_mode
 from transfer_surgery.reports.axes import COLOURS, new_axes, shades
-from transfer_surgery.units import GatedActivation, affine_value, gated_activations
+from transfer_surgery.units import GatedActivation, Numbers, fitted_value, gated_activations
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -76,7 +76,7 @@ def plot_activation(
     different = torch.unique(z).numel() if unit.affine is None else z.numel()
     chosen = torch.linspace(0, len(z) - 1, min(curves, different)).round().int()
     for shade, gate in zip(shades(len(chosen)), order[chosen].tolist(), strict=True):
-        target = affine_value(x, unit.target, *_numbers(unit, gate))
+        target = fitted_value(x, unit.target, _numbers(unit, gate))
         curve = torch.lerp(target, source, z[gate])
         ax.plot(x, curve, color=shade, linewidth=1, label=f"z = {z[gate]:.2f}")
     ax.set(xlabel=f"input of {path}", ylabel="output")
@@ -104,8 +104,9 @@ def _inputs(model: nn.Module, unit: GatedActivation, batches: Iterable[Any]) -> 
     return values[cut : len(values) - cut]
 
 
-def _numbers(unit: GatedActivation, gate: int) -> tuple[Tensor | None, ...]:
+def _numbers(unit: GatedActivation, gate: int) -> Numbers | None:
     """``(a, w, c, b)`` of one gate's target."""
     if unit.affine is None:
-        return ()
-    return tuple(None if p is None else p.flatten()[gate].cpu() for p in unit.affine.whole())
+        return None
+    a, w, c, b = (None if p is None else p.flatten()[gate].cpu() for p in unit.affine.whole())
+    return a, w, c, b

@@ -55,7 +55,7 @@ class MixedActivation(nn.Module):
     def forward(self, x: Tensor, *operands: Tensor) -> Tensor:
         z = spread(self.z, x, self.granularity, self.channel_axis)
         parameters = None if self.affine is None else self.affine.of(x)
-        return gated(x, z, self.source, self.target, operands=operands, parameters=parameters)
+        return gated(x, z, self.source, self.target, operands=operands, numbers=parameters)
 
     def extra_repr(self) -> str:
         return f"{self.source} -> {self.target}, {float(self.z.mean()):.0%} {self.source}"

@@ -26,9 +26,14 @@ from transfer_surgery.units.gates import (
     registered_gates,
 )
 from transfer_surgery.units.granularity import spread
-from transfer_surgery.units.kernels import gated
-from transfer_surgery.units.kernels.affine import affine_value
-from transfer_surgery.units.kernels.triton.choice import VARIABLE, trusted_kernels
+from transfer_surgery.units.kernels import (
+    VARIABLE,
+    Numbers,
+    compiler_error,
+    fitted_value,
+    gated,
+    kernel_choice,
+)
 from transfer_surgery.units.recompute import recompute_activations
 
 __all__ = [
@@ -43,12 +48,15 @@ __all__ = [
     "GatedActivation",
     "HardConcrete",
     "Line",
+    "Numbers",
     "SampledGate",
     "SampledSettings",
-    "affine_value",
+    "compiler_error",
+    "fitted_value",
     "gate_settings",
     "gated",
     "gated_activations",
+    "kernel_choice",
     "make_gate",
     "matching_units",
     "probability_of",
@@ -57,5 +65,4 @@ __all__ = [
     "registered_gates",
     "spread",
     "stage_of",
-    "trusted_kernels",
 ]

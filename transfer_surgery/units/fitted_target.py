@@ -11,7 +11,7 @@ from transfer_surgery._float32 import Float32Module
 from transfer_surgery._sharding import whole
 from transfer_surgery.activations import Activation
 from transfer_surgery.units.granularity import spread
-from transfer_surgery.units.kernels.affine import Affine, affine
+from transfer_surgery.units.kernels import Numbers, fitted_value
 
 
 class AffineParameters(Float32Module):
@@ -43,14 +43,14 @@ class AffineParameters(Float32Module):
             value = torch.full(tuple(shape), start, dtype=torch.float32)
             self.register_parameter(name, nn.Parameter(value))
 
-    def whole(self) -> Affine:
+    def whole(self) -> Numbers:
         """``(a, w, c, b)`` in float32, gathered where FSDP2 shards them; None: folded away."""
         a, w, c, b = (
             None if p is None else whole(p).float() for p in (self.a, self.w, self.c, self.b)
         )
         return a, w, c, b
 
-    def of(self, x: Tensor) -> Affine:
+    def of(self, x: Tensor) -> Numbers:
         """The same as they broadcast to an input."""
         a, w, c, b = (
             None if p is None else spread(p, x, self.granularity, self.channel_axis)
@@ -78,7 +78,7 @@ class AffineActivation(nn.Module):
         self.activation, self.affine = activation, parameters
 
     def forward(self, x: Tensor, *operands: Tensor) -> Tensor:
-        return affine(x, self.activation, self.affine.of(x))
+        return fitted_value(x, self.activation, self.affine.of(x))
 
     def extra_repr(self) -> str:
         return str(self.activation)

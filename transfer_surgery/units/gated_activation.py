@@ -5,7 +5,6 @@ from __future__ import annotations
 import fnmatch
 from collections.abc import Iterable, Iterator
 from functools import partial
-from types import ModuleType
 from typing import Any
 
 import torch
@@ -15,9 +14,7 @@ from transfer_surgery.activations import Activation
 from transfer_surgery.units.fitted_target import AffineParameters
 from transfer_surgery.units.gates import Gate
 from transfer_surgery.units.granularity import spread
-from transfer_surgery.units.hard_concrete import hard_concrete
 from transfer_surgery.units.kernels import gated
-from transfer_surgery.units.kernels.triton.choice import triton_kernels
 from transfer_surgery.units.recompute import with_recipes
 
 GRANULARITIES = ("layer", "channel", "neuron")
@@ -112,40 +109,21 @@ class GatedActivation(nn.Module):
     def forward(self, x: Tensor, *operands: Tensor) -> Tensor:
         self._expect_size(x)
         given = x.clone() if self.overwrites_input else x
-        kernels = triton_kernels(x) if self.training else None  # eval: bits of the original
-        if kernels is None or operands or self.gate.straight_through:
-            z = self.gate.sample(x.shape[0]) if self.training else self.gate.predict()
-            y = self._eagerly(given, operands, z)
-        else:
-            y = self._fused(given, kernels)
+        z = self.gate.sample(x.shape[0]) if self.training else self.gate.predict()
+        y = self._gated(given, operands, z)
         return x.copy_(y) if self.overwrites_input else y
 
-    def _eagerly(self, x: Tensor, operands: tuple[Tensor, ...], z: Tensor) -> Tensor:
+    def _gated(self, x: Tensor, operands: tuple[Tensor, ...], z: Tensor) -> Tensor:
         function = partial(
             gated,
             source=self.source,
             target=self.target,
             straight_through=self.gate.straight_through,
             operands=operands,
-            parameters=None if self.affine is None else self.affine.of(x),
+            numbers=None if self.affine is None else self.affine.of(x),
             in_place=self.training and self.inplace,
         )
         return with_recipes(function, x, spread(z, x, self.granularity, self.channel_axis))
-
-    def _fused(self, x: Tensor, kernels: ModuleType) -> Tensor:
-        gates, noise, constants = self.gate.ingredients(x.shape[0])
-        how: dict[str, Any] = {
-            "source": self.source,
-            "target": self.target,
-            "granularity": self.granularity,
-            "channel_axis": self.channel_axis,
-            "constants": constants,
-            "parameters": None if self.affine is None else self.affine.whole(),
-        }
-        if kernels.supports(x, gates, noise, **how):
-            return with_recipes(partial(kernels.gated_triton, **how), x, gates, noise)
-        z = gates if constants is None else hard_concrete(gates, noise, constants[0], constants[1:])
-        return self._eagerly(x, (), z)
 
     def _expect_size(self, x: Tensor) -> None:
         if self.granularity == "layer":

@@ -26,11 +26,9 @@ from transfer_surgery.units.gate_settings import (
     SampledSettings,
 )
 from transfer_surgery.units.hard_concrete import hard_concrete
-from transfer_surgery.units.kernels.pieces import may_look
+from transfer_surgery.units.kernels import values_readable
 
 GateShape = tuple[int, ...]
-Ingredients = tuple[Tensor, Tensor | None, tuple[float, float, float] | None]
-"""``log_alpha``, noise and ``(temperature, xi, zeta)`` of Eq. 15; or ``z``, None and None."""
 
 # With eps in [2**-25, 1 - 2**-24] no draw moves a gate that is this far out: see `draw_noise`.
 _CERTAIN = 19.0
@@ -184,10 +182,6 @@ class Gate(Float32Module):
         """Training value of ``z``: ``shape``, or ``(batch, *shape)`` with noise per example."""
         raise NotImplementedError
 
-    def ingredients(self, batch: int) -> Ingredients:
-        """What a fused kernel makes a `sample` of."""
-        return self.sample(batch), None, None
-
     def predict(self) -> Tensor:
         """Prediction value of ``z``, of the gates' shape, float32."""
         raise NotImplementedError
@@ -239,7 +233,8 @@ class SampledGate(Gate):
         like: dict[str, Any] = {"dtype": torch.float32, "device": self.log_alpha.device}
         if noise == "none":
             return torch.full(shape, 0.5, **like)
-        if may_look(self.log_alpha) and self.log_alpha.detach().abs().min().item() >= _CERTAIN:
+        log_alpha = self.log_alpha.detach()
+        if values_readable(log_alpha) and log_alpha.abs().min().item() >= _CERTAIN:
             return torch.full(shape, 0.5, **like)
         return torch.rand(shape, **like).clamp(2.0**-25, 1 - 2.0**-24)
 
@@ -268,12 +263,6 @@ class HardConcreteGate(SampledGate):
         return hard_concrete(
             self.full_log_alpha(), eps, self.settings.temperature, self.settings.stretch
         )
-
-    def ingredients(self, batch: int) -> Ingredients:
-        if type(self).sample is not HardConcreteGate.sample:
-            return super().ingredients(batch)
-        eps = None if self.settings.noise == "none" else self.draw_noise(batch)
-        return self.full_log_alpha(), eps, (self.settings.temperature, *self.settings.stretch)
 
     def logit(self) -> Tensor:
         xi, zeta = self.settings.stretch

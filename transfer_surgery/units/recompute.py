@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from transfer_surgery.units.kernels.pieces import may_look
+from transfer_surgery.units.kernels import values_readable
 
 Recipe = Callable[[], Tensor]
 _current: ContextVar[tuple[_Recipes, ...]] = ContextVar("recipes", default=())
@@ -81,7 +81,7 @@ def with_recipes(function: Callable[..., Tensor], x: Tensor, *gates: Tensor | No
 
 def _at_source(gates: Tensor | None) -> bool:
     """Where all gates are 1, as far as one may look: a ReLU keeps its output, not its input."""
-    return gates is not None and may_look(gates) and bool((gates == 1).all())
+    return gates is not None and values_readable(gates) and bool((gates == 1).all())
 
 
 def _begin(module: nn.Module, args: tuple[Any, ...]) -> None:

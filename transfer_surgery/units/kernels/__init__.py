@@ -1,5 +1,17 @@
-"""Fused forward and backward of the gated activation."""
+"""Eq. 1 as one formula: in plain tensor code, evaluated again in backward, compiled."""
 
-from transfer_surgery.units.kernels.eager import gated
+from transfer_surgery.units.kernels.engine import CHOICES, VARIABLE, compiler_error, kernel_choice
+from transfer_surgery.units.kernels.formula import Numbers, fitted_value, gated_value
+from transfer_surgery.units.kernels.gated import gated, values_readable
 
-__all__ = ["gated"]
+__all__ = [
+    "CHOICES",
+    "VARIABLE",
+    "Numbers",
+    "compiler_error",
+    "fitted_value",
+    "gated",
+    "gated_value",
+    "kernel_choice",
+    "values_readable",
+]

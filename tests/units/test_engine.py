@@ -1,0 +1,160 @@
+"""Who evaluates the formula of a unit: eager code at first, compiled code in long runs."""
+
+import logging
+import shutil
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from transfer_surgery import convert, get_activation
+from transfer_surgery.units import gated, gated_activations
+from transfer_surgery.units.kernels import engine
+
+PAIR = get_activation("gelu"), get_activation("sin")
+needs_compiler = pytest.mark.skipif(shutil.which("c++") is None, reason="inductor needs a compiler")
+
+
+@pytest.fixture(autouse=True)
+def no_engines(monkeypatch):
+    """Engines of this test alone."""
+    monkeypatch.setattr(engine, "_engines", {})
+
+
+@pytest.fixture
+def compilations(monkeypatch):
+    """What was compiled; the compiler itself is one that only traces, which takes no seconds."""
+    found = []
+
+    def traced(function, **options):
+        found.append(function.__name__)
+        return compile_(function, backend="aot_eager", **options)
+
+    compile_ = torch.compile
+    monkeypatch.setattr(torch, "compile", traced)
+    return found
+
+
+def results(x: Tensor, z: Tensor, pair=PAIR, **how) -> list[Tensor]:
+    leaves = [t.detach().requires_grad_() for t in (x, z, *how.pop("numbers", ()))]
+    numbers = {"numbers": tuple(leaves[2:])} if leaves[2:] else {}
+    y = gated(leaves[0], leaves[1], *pair, **numbers, **how)
+    grad = torch.cos(torch.arange(y.numel())).view(y.shape)
+    return [y.detach(), *torch.autograd.grad(y, leaves, grad.to(y))]
+
+
+def inputs(*shape: int) -> tuple[Tensor, Tensor]:
+    torch.manual_seed(1)
+    return torch.randn(shape), torch.tensor([0.0, 0.3, 0.9, 1.0]).view(4, *[1] * (len(shape) - 2))
+
+
+@needs_compiler
+@pytest.mark.parametrize("straight_through", [False, True])
+def test_compiled_values_and_gradients_are_the_eager_ones(monkeypatch, straight_through):
+    x, z = inputs(3, 4, 5, 5)
+    numbers = [torch.randn(4, 1, 1) for _ in range(4)]
+    found = []
+    for choice in ("eager", "compiled"):
+        monkeypatch.setenv(engine.VARIABLE, choice)
+        found.append(results(x, z, straight_through=straight_through, numbers=numbers))
+    torch.testing.assert_close(*found)
+
+
+def test_infinite_inputs_stay_in_their_channel_when_compiled(monkeypatch, compilations):
+    monkeypatch.setenv(engine.VARIABLE, "compiled")
+    x, z = inputs(3, 4, 5)
+    x[0, 3] = torch.inf  # the gate is 1 there, and sin(inf) is nan
+    y, of_x, of_z = results(x, z, (get_activation("relu"), get_activation("sin")))
+    assert torch.equal(y[:, 3], x[:, 3].relu())
+    assert of_x.isfinite().all()
+    assert of_z.isfinite().all()
+    assert compilations == ["value", "gradients"]
+
+
+def test_a_formula_is_compiled_once_its_eager_runs_have_taken_as_long(monkeypatch, compilations):
+    monkeypatch.delenv(engine.VARIABLE, raising=False)
+    x, z = inputs(3, 4, 5)
+    results(x, z)
+    assert compilations == []
+    monkeypatch.setattr(engine, "COMPILE_SECONDS", 0.0)
+    results(x, z)
+    assert compilations == ["value", "gradients"]
+
+
+def test_other_sizes_and_gates_need_no_other_compilation(monkeypatch, compilations):
+    monkeypatch.setenv(engine.VARIABLE, "compiled")
+    results(*inputs(3, 4, 5, 5))
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        results(*inputs(8, 4, 9, 9))
+        x, z = inputs(2, 4, 7, 7)
+        results(x, z * 0.5 + 0.25)
+    assert compilations == ["value", "gradients"]
+
+
+def test_where_the_compiler_fails_the_step_is_eager_and_the_log_says_why(monkeypatch, caplog):
+    def broken(*args, **kwargs):
+        raise RuntimeError("no C++ compiler\nand a long story")
+
+    x, z = inputs(3, 4, 5)
+    monkeypatch.setenv(engine.VARIABLE, "eager")
+    expected = results(x, z)
+    monkeypatch.setenv(engine.VARIABLE, "compiled")
+    monkeypatch.setattr(torch, "compile", broken)
+    with caplog.at_level(logging.WARNING, "transfer_surgery"):
+        for _ in range(2):
+            torch.testing.assert_close(results(x, z), expected, rtol=0, atol=0)
+    (record,) = caplog.records
+    assert "the unit gelu -> sin stays eager" in record.getMessage()
+    assert "RuntimeError: no C++ compiler." in record.getMessage()
+
+
+def test_there_is_a_bound_on_what_is_compiled(monkeypatch):
+    monkeypatch.setattr(engine, "MOST_ENGINES", 1)
+    results(*inputs(3, 4, 5))
+    x, z = inputs(3, 4, 5)
+    results(x.double(), z.double())
+    assert len(engine._engines) == 1
+
+
+def test_an_unknown_choice_is_an_error_that_lists_the_known_ones(monkeypatch):
+    monkeypatch.setenv(engine.VARIABLE, "triton")
+    with pytest.raises(ValueError, match="TRANSFER_SURGERY_KERNELS='triton': use one of auto"):
+        results(*inputs(3, 4, 5))
+
+
+def test_a_network_trains_compiled_as_it_trains_eagerly(monkeypatch, compilations):
+    x = torch.randn(6, 2, 7, 7)
+    model = nn.Sequential(nn.Conv2d(2, 4, 3), nn.ReLU(inplace=True), nn.Conv2d(4, 3, 3), nn.GELU())
+    convert(model, example_input=x[:2])
+    for _, unit in gated_activations(model):
+        unit.log_alpha.data.normal_()
+    found = []
+    for choice in ("eager", "compiled"):
+        monkeypatch.setenv(engine.VARIABLE, choice)
+        torch.manual_seed(3)  # of the noise
+        model.zero_grad()
+        model(x).square().sum().backward()
+        found.append([p.grad.clone() for p in model.parameters()])
+    torch.testing.assert_close(*found)
+    assert compilations == ["value", "gradients"] * 2  # ReLU's and GELU's
+
+
+def test_second_derivatives_of_a_compiled_unit_are_those_of_the_formula(monkeypatch, compilations):
+    monkeypatch.setenv(engine.VARIABLE, "compiled")
+    x = torch.randn(4, 3, dtype=torch.float64, requires_grad=True)
+    z = torch.tensor([0.2, 0.7, 0.9], dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradgradcheck(lambda x, z: gated(x, z, *PAIR), (x, z), atol=1e-4)
+    assert compilations
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit.script:FutureWarning")  # of torch.func itself
+def test_forward_mode_derivatives_are_those_of_the_formula():
+    x, z = inputs(3, 4, 5)
+    y, slope = torch.func.jvp(lambda x: gated(x, z, *PAIR), (x,), (torch.ones_like(x),))
+    leaf = x.clone().requires_grad_()
+    gated(leaf, z, *PAIR).sum().backward()
+    torch.testing.assert_close(slope, leaf.grad)
+    with torch.autograd.forward_ad.dual_level():
+        dual = torch.autograd.forward_ad.make_dual(x, torch.ones_like(x))
+        found = torch.autograd.forward_ad.unpack_dual(gated(dual, z, *PAIR)).tangent
+    torch.testing.assert_close(found, leaf.grad)

@@ -1,0 +1,66 @@
+"""Evaluate a formula and keep its inputs alone: the backward pass evaluates it again.
+
+Autograd keeps an intermediate result of every operation of plain code. A formula that is cheap
+compared with the memory it would keep is better evaluated twice.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from transfer_surgery.units.kernels.engine import Formula, engine_for
+
+
+def recomputed(formula: Formula, *tensors: Tensor) -> Tensor:
+    """``formula.plain(*tensors)``, for which autograd keeps nothing but ``tensors``.
+
+    Under the transforms of `torch.func`, in forward-mode derivatives and in traces the plain code
+    runs as it is.
+    """
+    if is_transformed(*tensors):
+        return formula.plain(*tensors)
+    if not torch.is_grad_enabled() or not any(t.requires_grad for t in tensors):
+        return formula.value(*tensors)
+    result: Tensor = _Recomputed.apply(formula, *tensors)  # type: ignore[no-untyped-call]
+    return result
+
+
+def is_traced() -> bool:
+    """Whether a compiler or `torch.jit.trace` is reading the code that runs."""
+    return torch.compiler.is_compiling() or torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
+
+
+def is_transformed(*tensors: Tensor) -> bool:
+    """Whether something other than eager reverse-mode autograd looks at these tensors."""
+    return (
+        is_traced()
+        or torch._C._functorch.peek_interpreter_stack() is not None
+        or torch.autograd.forward_ad._current_level >= 0
+        or any(type(t) not in (Tensor, torch.nn.Parameter) for t in tensors)
+    )
+
+
+class _Recomputed(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, formula: Formula, *tensors: Tensor) -> Tensor:
+        ctx.formula = formula
+        ctx.engine = engine_for(formula, ctx.needs_input_grad[1:], tensors[0])
+        ctx.save_for_backward(*tensors)
+        value: Tensor = ctx.engine.value(*tensors)
+        return value
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        tensors, needed = ctx.saved_tensors, ctx.needs_input_grad[1:]
+        if torch.is_grad_enabled():  # second derivatives are asked for
+            # Views: where one input was computed from another, their gradients must stay apart.
+            views = [t.view_as(t) for t in tensors]
+            wanted = [view for view, need in zip(views, needed, strict=True) if need]
+            y = ctx.formula.plain(*views)
+            found = iter(torch.autograd.grad(y, wanted, grads[0], create_graph=True))
+        else:
+            found = iter(ctx.engine.gradients(grads[0], *tensors))
+        return None, *(next(found) if need else None for need in needed)

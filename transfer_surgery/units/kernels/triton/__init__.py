@@ -1,1 +1,0 @@
-"""The gated unit as one Triton kernel each way, for a GPU."""
