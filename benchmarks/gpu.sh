@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Everything about speed that only a GPU can show, in 8 minutes at most, into FOLDER (docs/performance):
 #     bash benchmarks/gpu.sh [FOLDER]
-# Needs torch, triton, timm, typer and rich; nothing is installed or downloaded. A part that fails or
+# Needs torch, timm, typer and rich; nothing is installed or downloaded. A part that fails or
 # takes too long does not stop the others; what is missing is said at the end.
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
@@ -31,9 +31,7 @@ speed() { # NAME SECONDS MODEL OPTIONS...
     --table "$folder/gpu-$name.md" "$@"
 }
 
-part tests 90 "$python" -m pytest -q -n 0 tests/units/test_triton.py tests/units/test_triton_op.py \
-  tests/units/test_kernel_choice.py tests/transfer/test_no_sync.py
-part kernel 60 "$python" benchmarks/kernel.py --table "$folder/gpu-kernel.md"
+part tests 90 "$python" -m pytest -q -n 0 tests/units/test_engine.py tests/transfer/test_no_sync.py
 part overhead 40 "$python" benchmarks/overhead.py --amp --batch-size 128 --table "$folder/gpu-overhead.md"
 speed resnet50 120 resnet50 --batch-size 128 --compile
 speed resnet18 40 resnet18 --batch-size 256

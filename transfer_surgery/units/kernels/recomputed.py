@@ -24,7 +24,7 @@ def recomputed(formula: Formula, *tensors: Tensor) -> Tensor:
         return formula.plain(*tensors)
     if not torch.is_grad_enabled() or not any(t.requires_grad for t in tensors):
         return formula.value(*tensors)
-    result: Tensor = _Recomputed.apply(formula, *tensors)  # type: ignore[no-untyped-call]
+    result: Tensor = _Recomputed.apply(formula, *tensors)
     return result
 
 
