@@ -159,7 +159,7 @@ def test_sites_that_were_not_converted_are_left_alone(tmp_path):
         "polynomial(a=1e-07, b=-3, c=0.30000000000000004)",
         "clamp(min=-1e999, max=2.5)",
         "bump(width=0.7, mode='a (b) \\'c\\'', limits=(1, -2), top=3)",
-        "silu(written='x * sigmoid(x)')",
+        "silu(variant='x * sigmoid(x)')",
     ],
 )
 def test_activations_with_parameters_come_back_as_they_were(target, tmp_path, own_registry):

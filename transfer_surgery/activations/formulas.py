@@ -20,7 +20,7 @@ from transfer_surgery.activations.registry import (
     Activation,
     get_activation,
     recognise,
-    register_form,
+    register_variant,
 )
 
 _ARITHMETIC = {"mul": "*", "multiply": "*", "add": "+", "sub": "-", "pow": "**"} | {
@@ -112,7 +112,7 @@ def register_formula(name: str, text: str, *, exact: bool = False) -> None:
         operands = tuple(n for n in free if n not in parameters)
         defaults = [f"{n}={parameters[n]!r}" for n in free if n in parameters]
         value = eval(f"lambda {', '.join(['x', *operands, *defaults])}: {text}", dict(_FUNCTIONS))
-        register_form(get_activation(name).name, text, value, operands)
+        register_variant(get_activation(name).name, text, value, operands)
     formulas = _FORMULAS.setdefault(term.label, [])
     formulas.append(_Formula(name, None if exact else text, term))
     formulas.sort(key=lambda formula: -formula.term.size())
@@ -193,7 +193,7 @@ class Tracker:
             numbers = {k: v for k, v in names.items() if not isinstance(v, Record)}
             tensors = {k: v for k, v in names.items() if isinstance(v, Record)}
             if formula.written:
-                numbers["written"] = formula.written
+                numbers["variant"] = formula.written
             try:
                 activation = get_activation(formula.activation, **numbers)
             except ValueError:

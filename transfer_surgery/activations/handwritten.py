@@ -1,7 +1,7 @@
 """Activations that networks write by hand, or that come with learned tensors.
 
 Importing the package registers them. Where a formula rounds differently from torch's function of
-that name, or differs in its derivative at a kink, it is kept as a form of its own.
+that name, or differs in its derivative at a kink, it is a variant of its own.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from transfer_surgery.activations.formulas import register_formula
-from transfer_surgery.activations.registry import register_activation, register_form
+from transfer_surgery.activations.registry import register_activation, register_variant
 
 _CLAMPS: dict[Callable[..., Any], tuple[str, ...]] = {
     getattr(owner, name): ("min",) if name.startswith("clamp_min") else ("min", "max")
@@ -29,9 +29,9 @@ def _clamp(x: Tensor, min: float | None = None, max: float | None = None) -> Ten
 
 
 # At a bound, clamp passes the gradient and ReLU does not.
-register_form("relu", "clamp(x, 0)", lambda x: torch.clamp(x, min=0))
-register_form("relu6", "clamp(x, 0, 6)", lambda x: torch.clamp(x, 0, 6))
-register_form("relu", "maximum(x, zero)", lambda x, zero: torch.maximum(x, zero), ("zero",))
+register_variant("relu", "clamp(x, 0)", lambda x: torch.clamp(x, min=0))
+register_variant("relu6", "clamp(x, 0, 6)", lambda x: torch.clamp(x, 0, 6))
+register_variant("relu", "maximum(x, zero)", lambda x, zero: torch.maximum(x, zero), ("zero",))
 
 
 @register_activation("prelu", calls={F.prelu: ("weight",)}, operands=("weight",))
@@ -45,13 +45,7 @@ def _tlu(x: Tensor, tau: Tensor) -> Tensor:
     return torch.maximum(x, tau)
 
 
-def _quick_gelu_backward(g: Tensor, x: Tensor) -> Tensor:
-    s = torch.sigmoid(1.702 * x)
-    result: Tensor = g * s + torch.ops.aten.sigmoid_backward(g * x, s) * 1.702
-    return result
-
-
-@register_activation("quick_gelu", backward=_quick_gelu_backward)
+@register_activation("quick_gelu")
 def _quick_gelu(x: Tensor) -> Tensor:
     return x * torch.sigmoid(1.702 * x)
 

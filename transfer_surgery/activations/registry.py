@@ -1,7 +1,7 @@
-"""Sources and targets: what an activation computes, its derivative, and how a call of it looks.
+"""Sources and targets: what an activation computes, and how a call of it looks.
 
-An activation is one entry in a registry: a value, optionally the vector-Jacobian product of that
-value, and the torch calls that mean it. The built-in entries are in `builtin_activations`.
+An activation is one entry in a registry: a value as differentiable tensor code, and the torch calls
+that mean it. The built-in entries are in `builtin` and `handwritten`.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor, nn
 from torch.overrides import handle_torch_function, has_torch_function_unary
 
@@ -23,14 +22,13 @@ Value = Callable[..., Tensor]
 @dataclass(frozen=True)
 class _Entry:
     value: Value
-    backward: Value | None
     defaults: Mapping[str, Any]
     operands: tuple[str, ...]
 
 
 _REGISTRY: dict[str, _Entry] = {}
 _CALLS: dict[Callable[..., Any], tuple[str, tuple[str, ...]]] = {}
-_SPELLINGS: dict[tuple[str, str], _Entry] = {}
+_VARIANTS: dict[tuple[str, str], _Entry] = {}
 
 
 @dataclass(frozen=True)
@@ -38,9 +36,8 @@ class Activation:
     """An element-wise function with its parameters, e.g. ``leaky_relu(negative_slope=0.2)``.
 
     It holds a registered name and parameter values only, so it is hashable and picklable, and
-    ``str(activation)`` is accepted wherever an activation is asked for. The parameter ``written``
-    marks a hand-written form, which rounds differently from the function of that name; see
-    `transfer_surgery.activations.formulas`.
+    ``str(activation)`` is accepted wherever an activation is asked for. The parameter ``variant``
+    names another way to write the function, which rounds differently; see `register_variant`.
     """
 
     name: str
@@ -57,23 +54,12 @@ class Activation:
 
     @property
     def _entry(self) -> _Entry:
-        written = dict(self.parameters).get("written")
-        return _SPELLINGS[self.name, written] if written else _REGISTRY[self.name]
+        variant = dict(self.parameters).get("variant")
+        return _VARIANTS[self.name, variant] if variant else _REGISTRY[self.name]
 
     @property
     def _keywords(self) -> dict[str, Any]:
         return {k: v for k, v in self.parameters if k in self._entry.defaults}
-
-    def backward(self, grad: Tensor, x: Tensor) -> Tensor:
-        """Vector-Jacobian product ``grad * f'(x)``, of the shape of ``x``; without operands."""
-        if self._entry.backward is not None:
-            return self._entry.backward(grad, x, **self._keywords)
-        result: Tensor = torch.func.vjp(self.__call__, x)[1](grad)[0]
-        return result
-
-    def derivative(self, x: Tensor) -> Tensor:
-        """``f'(x)``, element by element; at kinks the value that torch's autograd uses."""
-        return self.backward(torch.ones_like(x), x)
 
     def __str__(self) -> str:
         changed = [f"{k}={_literal(v)}" for k, v in self.parameters if self._default(k) != v]
@@ -92,6 +78,7 @@ class ActivationModule(nn.Module):
     """A plain module for one activation: what a fully transferred site is baked to.
 
     Examples:
+        >>> import torch
         >>> ActivationModule("sin")(torch.zeros(2))
         tensor([0., 0.])
     """
@@ -128,7 +115,6 @@ class Call(NamedTuple):
 def register_activation(
     name: str,
     *,
-    backward: Value | None = None,
     calls: Mapping[Callable[..., Any], tuple[str, ...]] | None = None,
     operands: tuple[str, ...] = (),
 ) -> Callable[[Value], Value]:
@@ -136,8 +122,6 @@ def register_activation(
 
     Args:
         name: the name used in ``convert(target=name)``, reports and checkpoints.
-        backward: ``backward(grad, x, **parameters)`` returning ``grad * f'(x)``; derived by
-            autodiff from the value where it is left out.
         calls: torch functions or tensor methods that mean this activation when a model calls
             them, each with the names of its positional arguments after the input.
         operands: names of tensors that the value takes after ``x``, such as a learned slope; an
@@ -150,6 +134,7 @@ def register_activation(
         ValueError: the name is taken, or a parameter has no default.
 
     Examples:
+        >>> import torch
         >>> @register_activation("docs_gaussian")
         ... def gaussian(x, width=1.0):
         ...     return torch.exp(-((x / width) ** 2))
@@ -165,7 +150,7 @@ def register_activation(
         if missing:
             raise ValueError(f"activation {name!r}: give parameter {missing[0]!r} a default value.")
         defaults = {p.name: p.default for p in parameters}
-        _REGISTRY[name] = _Entry(value, backward, defaults, operands)
+        _REGISTRY[name] = _Entry(value, defaults, operands)
         for function, positional in (calls or {}).items():
             _CALLS[function] = (name, positional)
         return value
@@ -173,18 +158,18 @@ def register_activation(
     return decorate
 
 
-def register_form(name: str, written: str, value: Value, operands: tuple[str, ...] = ()) -> None:
-    """Register a hand-written form of an activation: the same function, rounded differently.
+def register_variant(name: str, variant: str, value: Value, operands: tuple[str, ...] = ()) -> None:
+    """Register another way to write an activation: the same function, rounded differently.
 
     Args:
         name: a registered activation.
-        written: how the form is written, e.g. ``"x * sigmoid(x)"``; shown in plans and reports.
+        variant: how it is written, e.g. ``"x * sigmoid(x)"``. Plans and reports show it.
         value: ``value(x, *operands, **parameters)``, with parameters of that activation.
         operands: names of the tensors that it takes after ``x``.
     """
     known = _REGISTRY[name].defaults
     used = [p for p in inspect.signature(value).parameters if p in known]
-    _SPELLINGS[name, written] = _Entry(value, None, {p: known[p] for p in used}, operands)
+    _VARIANTS[name, variant] = _Entry(value, {p: known[p] for p in used}, operands)
 
 
 def registered_activations() -> tuple[str, ...]:
@@ -199,8 +184,8 @@ def get_activation(activation: str | Activation, **parameters: Any) -> Activatio
         ValueError: unknown name or parameter; the message lists what is known.
     """
     if isinstance(activation, Activation):
-        written = dict(activation.parameters) | parameters
-        return get_activation(activation.name, **written) if parameters else activation
+        changed = dict(activation.parameters) | parameters
+        return get_activation(activation.name, **changed) if parameters else activation
     match = re.fullmatch(r"\s*(\w+)\s*(\(.*\))?\s*", str(activation), flags=re.DOTALL)
     name = match.group(1) if match else str(activation)
     if name not in _REGISTRY:
@@ -211,10 +196,13 @@ def get_activation(activation: str | Activation, **parameters: Any) -> Activatio
     if match and match.group(2):
         parameters = _read_parameters(name, match.group(2)) | parameters
     defaults = _REGISTRY[name].defaults
-    unknown = sorted(parameters.keys() - defaults.keys() - {"written"})
-    if "written" in parameters and (name, parameters["written"]) not in _SPELLINGS:
-        forms = [text for known, text in _SPELLINGS if known == name]
-        raise ValueError(f"activation {name!r} has no form {parameters['written']!r}: {forms}.")
+    unknown = sorted(parameters.keys() - defaults.keys() - {"variant"})
+    if "variant" in parameters and (name, parameters["variant"]) not in _VARIANTS:
+        known = [text for activation, text in _VARIANTS if activation == name]
+        raise ValueError(
+            f"activation {name!r} has no variant {parameters['variant']!r}; it has: "
+            f"{', '.join(known) or 'none'}."
+        )
     if unknown:
         raise ValueError(
             f"activation {name!r} has no parameter {unknown[0]!r}; it has: "
@@ -275,9 +263,9 @@ def _common_name(activation: Activation) -> Activation | None:
     if activation.name == "clamp":
         bounds = parameters["min"], parameters["max"]
         if bounds == (0, None):
-            return get_activation("relu", written="clamp(x, 0)")
+            return get_activation("relu", variant="clamp(x, 0)")
         if bounds == (0, 6):
-            return get_activation("relu6", written="clamp(x, 0, 6)")
+            return get_activation("relu6", variant="clamp(x, 0, 6)")
         if None in bounds:
             return None
     return activation

@@ -169,7 +169,7 @@ class Observer(TorchFunctionMode):
                 return None, record, None
             activation = match.activation
             if any(map(is_zero, match.operands)):
-                activation = get_activation("relu", written="maximum(x, zero)")
+                activation = get_activation("relu", variant="maximum(x, zero)")
             return Call(activation, match.input, match.inplace, match.operands), record, match
         if func in _LISTED:
             call: Call | None = Call(Activation(_LISTED[func][0]), args[0] if args else None, False)

@@ -59,7 +59,7 @@ def role_of(activation: Activation, x: Tensor) -> str:
     """The role of an activation of ``x``, as far as it can be known before its result is used."""
     if activation.name in _GATES:
         return "gating"
-    written = str(dict(activation.parameters).get("written", ""))
+    written = str(dict(activation.parameters).get("variant", ""))
     is_clamp = activation.name in ("clamp", "tlu") or written.startswith(("clamp", "maximum"))
     # Of what comes straight from a layer a clamp at 0 is an activation; else it bounds coordinates.
     from_layer = getattr(x, "_ts_axis", None) is not None and activation.name != "clamp"
