@@ -16,6 +16,7 @@ from cifar_resnet import ResNet
 
 from transfer_surgery import (
     GatedActivation,
+    PerChannel,
     bake,
     convert,
     fold_targets,
@@ -67,7 +68,7 @@ def inference_networks(model: nn.Module, images: Tensor, compiled: bool) -> Netw
             yield f"baked, {phase}", baked, "original"
     matched = _converted(model, images, "all gates 0")
     for _, unit in gated_activations(matched):
-        for parameter in unit.free_target().parameters():
+        for parameter in unit.add_fitted_target().parameters():
             parameter.data.normal_(1, 0.1)
     swap_targets(matched)
     yield "baked, matched targets", bake(copy.deepcopy(matched)), "plain sine"
@@ -96,7 +97,8 @@ class NaiveGate(nn.Module):
         self.log_alpha = nn.Parameter(unit.log_alpha.detach().clone())
         self.source = {"relu": nn.ReLU(), "gelu": nn.GELU(), "silu": nn.SiLU()}[unit.source.name]
         self.target = Sine()
-        self.axis = unit.channel_axis
+        assert isinstance(unit.granularity, PerChannel)
+        self.axis = unit.granularity.axis
 
     def forward(self, x: Tensor) -> Tensor:
         u = torch.rand_like(self.log_alpha).clamp(1e-6, 1 - 1e-6)

@@ -255,4 +255,4 @@ def test_targets_are_matched_to_images_of_a_folder(tmp_path: Path) -> None:
     invoke("convert", "test_resnet", "--set", "num_classes=2", "--input-size", "3x32x32", "-o", "r")
     options = ("--epochs", 1, "--batch-size", 3, "--match", "--gamma", 0.1, "--opt", "adamw")
     assert "periods" in invoke("finetune", "r", "--data", data, *options)
-    assert all(unit.affine is not None for _, unit in gated_activations(load_model("r")))
+    assert all(unit.fitted is not None for _, unit in gated_activations(load_model("r")))

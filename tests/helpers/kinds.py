@@ -35,7 +35,7 @@ def mix(unit: GatedActivation) -> None:
 
 def match(unit: GatedActivation) -> None:
     transfer(unit)
-    for parameter in unit.free_target().parameters():
+    for parameter in unit.add_fitted_target().parameters():
         parameter.add_(0.2 * torch.rand_like(parameter))
 
 

@@ -57,7 +57,7 @@ def test_targets_and_norms_alone_can_be_trained():
     distill(model, teacher, batches, steps=10, train="targets")
     changed = {k for k, v in model.state_dict().items() if not torch.equal(v, before[k])}
     statistics = {"1.running_mean", "1.running_var", "1.num_batches_tracked"}
-    assert changed == statistics | {f"2.affine.{n}" for n in "awcb"} | {"1.weight", "1.bias"}
+    assert changed == statistics | {f"2.fitted.{n}" for n in "awcb"} | {"1.weight", "1.bias"}
 
 
 def test_the_first_loss_is_the_softened_divergence():

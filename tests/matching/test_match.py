@@ -69,7 +69,7 @@ def test_matching_changes_no_output_and_nothing_else_of_the_model():
     assert [named[k].training for k in dict(converted().named_modules())] == modes
     after = model.state_dict()
     assert all(torch.equal(after[k], v) for k, v in before.items())
-    assert all(".affine." in k for k in after.keys() - before.keys())
+    assert all(".fitted." in k for k in after.keys() - before.keys())
     assert torch.equal(model.eval()(data()), original.eval()(data()))
 
 
@@ -159,7 +159,7 @@ def test_batches_of_any_size_give_the_same_fit():
         match_targets(model, data().split(size))
     for other in models[1:]:
         for (_, one), (_, two) in zip(*map(gated_activations, (models[0], other)), strict=True):
-            torch.testing.assert_close(one.affine.state_dict(), two.affine.state_dict(),
+            torch.testing.assert_close(one.fitted.state_dict(), two.fitted.state_dict(),
                                        rtol=1e-3, atol=1e-3)  # fmt: skip
 
 
@@ -168,7 +168,7 @@ def test_parameters_are_shared_as_the_gates_are(granularity):
     model = converted(granularity=granularity)
     match_targets(model, data().split(128))
     for _, unit in gated_activations(model):
-        assert unit.affine.a.shape == unit.gate.shape
+        assert unit.fitted.a.shape == unit.gate.shape
     assert divergence(swap_targets(model)) < 0.5
 
 
@@ -180,13 +180,13 @@ def test_the_first_site_is_the_least_squares_fit_of_its_source(monkeypatch):
     with torch.no_grad():
         block = model[1].eval()
         x = block.bn(block.conv1(model[0](data())))
-        a, w, c, b = unit.affine.of(x)
+        a, w, c, b = unit.fitted.expand(x)
         here = (a * torch.sin(w * x + c) + b - x.relu()).square().mean()
         for name in "awcb":
-            value = getattr(unit.affine, name)
+            value = getattr(unit.fitted, name)
             for step in (0.01, -0.01) if name != "w" else ():
                 value.data += step
-                a, w, c, b = unit.affine.of(x)
+                a, w, c, b = unit.fitted.expand(x)
                 assert (a * torch.sin(w * x + c) + b - x.relu()).square().mean() > here
                 value.data -= step
 
@@ -195,8 +195,8 @@ def test_only_chosen_sites_are_matched():
     model = converted()
     found = match_targets(model, [data()], exclude="1.gelu_0")
     assert [row.path for row in found] == ["1.act_0", "1.act_1", "5"]
-    assert model[1].gelu_0.affine is None
-    with pytest.raises(ValueError, match="'2' matches none of the sites"):
+    assert model[1].gelu_0.fitted is None
+    with pytest.raises(ValueError, match="'2' matches none of the 4 sites"):
         match_targets(model, [data()], include="2")
 
 
@@ -222,7 +222,7 @@ def test_a_failure_leaves_the_model_as_it_was(refit, monkeypatch):
     before = copy.deepcopy(model.state_dict())
 
     def fail_late(self, *args):
-        if unit.affine is not None:
+        if unit.fitted is not None:
             raise RuntimeError("late")
         return solve(self, *args)
 

@@ -64,7 +64,7 @@ def test_in_inference_mode_the_targets_can_be_trained_later():
         match_targets(model, [X], refit=True)
         sensitivity(model, [X])
     swap_targets(model)(X).square().sum().backward()
-    assert model[1].affine.a.grad.abs().sum() > 0
+    assert model[1].fitted.a.grad.abs().sum() > 0
 
 
 @pytest.mark.parametrize("in_place", [False, True])

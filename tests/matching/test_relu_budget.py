@@ -49,7 +49,7 @@ def test_those_are_kept_whose_swap_costs_most_per_neuron():
     model = network(target="relu(variant='clamp(x, 0)')")
     units = [unit for _, unit in gated_activations(model)]
     for i, unit in enumerate(units):  # a*relu(x): small errors, which differ from gate to gate
-        numbers = unit.free_target()
+        numbers = unit.add_fitted_target()
         numbers.a.data = 1 + 0.002 * (1 + torch.randperm(unit.gate.count)) * (1 + i)
     model.eval()
     with torch.no_grad():

@@ -8,14 +8,14 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch import nn
 from torch.utils.tensorboard import SummaryWriter
 
-from transfer_surgery import GatedActivation, History, get_activation
+from transfer_surgery import GatedActivation, History, PerChannel, get_activation
 from transfer_surgery.units import make_gate
 
 
 def model_of(*shapes: int) -> nn.Sequential:
     relu, sin = get_activation("relu"), get_activation("sin")
     gates = [make_gate("hard_concrete", (n,)) for n in shapes]
-    return nn.Sequential(*[GatedActivation(relu, sin, g, granularity="channel") for g in gates])
+    return nn.Sequential(*[GatedActivation(relu, sin, g, granularity=PerChannel(1)) for g in gates])
 
 
 def put(model: nn.Sequential, *locations: float) -> None:

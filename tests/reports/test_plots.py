@@ -8,7 +8,7 @@ import torch
 from matplotlib.figure import Figure
 from torch import nn
 
-from transfer_surgery import GatedActivation, History, get_activation, report
+from transfer_surgery import GatedActivation, History, PerChannel, get_activation, report
 from transfer_surgery.matching import MatchReport, MatchRow
 from transfer_surgery.reports import plot_history, plot_match, plot_report
 from transfer_surgery.units import make_gate
@@ -18,7 +18,9 @@ def model_of(sites: int, name: str = "layer{}") -> nn.Module:
     relu, sin = get_activation("relu"), get_activation("sin")
     model = nn.Module()
     for i in range(sites):
-        unit = GatedActivation(relu, sin, make_gate("hard_concrete", (4,)), granularity="channel")
+        unit = GatedActivation(
+            relu, sin, make_gate("hard_concrete", (4,)), granularity=PerChannel(1)
+        )
         unit.log_alpha.data.copy_(torch.tensor([-9.0, 0.0, 9.0, 9.0]))
         model.add_module(name.format(i), unit)
     return model

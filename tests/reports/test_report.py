@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from transfer_surgery import GatedActivation, get_activation, report
+from transfer_surgery import GatedActivation, PerLayer, get_activation, report
 from transfer_surgery.reports import Report
 from transfer_surgery.units import make_gate
 
@@ -77,7 +77,10 @@ def test_shares_equal_counts_of_the_prediction_gates(locations):
 
 def test_gates_without_log_alpha_have_none_and_do_not_count_in_its_mean():
     line = GatedActivation(
-        get_activation("relu"), get_activation("sin"), make_gate("line", (5,)), granularity="layer"
+        get_activation("relu"),
+        get_activation("sin"),
+        make_gate("line", (5,)),
+        granularity=PerLayer(),
     )
     line.gate.progress.fill_(0.25)
     first, second = report(nn.Sequential(line, unit([3.0])))
@@ -92,7 +95,7 @@ def test_layer_gates_are_one_gate_each():
         get_activation("relu"),
         get_activation("sin"),
         make_gate("hard_concrete", ()),
-        granularity="layer",
+        granularity=PerLayer(),
         neurons=99,
     )
     (row,) = report(layer)

@@ -17,7 +17,7 @@ from transfer_surgery import (
     swap_targets,
 )
 from transfer_surgery.activations import ActivationModule
-from transfer_surgery.units import AffineActivation, AffineParameters
+from transfer_surgery.units import FittedActivation, TargetParameters
 from transfer_surgery.units.kernels import fitted_value
 
 pytestmark = pytest.mark.filterwarnings("ignore:a gate saw fewer")  # a few images will do here
@@ -30,7 +30,7 @@ def matched(model: nn.Module, x: torch.Tensor, target: str = "sin", **options) -
     bake(swap_targets(model))
     generator = torch.Generator().manual_seed(1)
     for module in model.modules():
-        if isinstance(module, AffineParameters):
+        if isinstance(module, TargetParameters):
             for parameter in module.parameters():
                 parameter.data += 0.3 * torch.randn(parameter.shape, generator=generator)
     return model
@@ -78,7 +78,7 @@ def images(*behind: nn.Module, before: tuple[nn.Module, ...] = ()) -> nn.Sequent
 def test_convolutions_take_what_is_exact(behind, left, granularity):
     model = matched(images(copy.deepcopy(behind)), IMAGES, granularity=granularity)
     assert folded(model, IMAGES) == [("0", "2", left)]
-    assert isinstance(model[1], ActivationModule if not left else AffineActivation)
+    assert isinstance(model[1], ActivationModule if not left else FittedActivation)
 
 
 @pytest.mark.parametrize(
@@ -141,10 +141,10 @@ def test_a_number_per_neuron_of_an_image_stays():
 
 def test_a_channel_with_almost_no_amplitude_keeps_its_constant():
     model = matched(images(nn.Conv2d(6, 6, 3, padding=1)), IMAGES)
-    model[1].affine.a.data[2] = 1e-9
-    model[1].affine.a.data[3] = 0.0
+    model[1].fitted.a.data[2] = 1e-9
+    model[1].fitted.a.data[3] = 0.0
     assert folded(model, IMAGES) == [("0", "2", "a, b")]
-    rest = model[1].affine.a
+    rest = model[1].fitted.a
     assert torch.equal(rest[[0, 1, 4, 5]], torch.ones(4))
     assert (rest[[2, 3]] < 1e-6).all()
 
@@ -221,7 +221,7 @@ def test_timm_models(name, all_gone):
     found = folded(model, x, share=5e-3)  # sine networks of random weights amplify rounding
     assert all_gone == all(left == "" for *_, left in found)
     assert any(left != "a, w, c, b" for *_, left in found)
-    assert any(isinstance(m, AffineActivation) for m in model.modules()) != all_gone
+    assert any(isinstance(m, FittedActivation) for m in model.modules()) != all_gone
 
 
 def test_what_is_left_trains_as_autograd_says():

@@ -7,7 +7,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from transfer_surgery import GatedActivation, HardConcrete, get_activation, structural_risk
+from transfer_surgery import (
+    GatedActivation,
+    HardConcrete,
+    PerChannel,
+    get_activation,
+    structural_risk,
+)
 from transfer_surgery.transfer.risk import add_risk_gradient
 from transfer_surgery.units import make_gate
 
@@ -19,7 +25,7 @@ def unit_of(kind: str, log_alpha: Tensor, neurons: int) -> GatedActivation:
     gate = make_gate(hard_concrete if kind == "hard_concrete" else kind, tuple(log_alpha.shape))
     gate.log_alpha.data.copy_(log_alpha)
     relu, sin = get_activation("relu"), get_activation("sin")
-    return GatedActivation(relu, sin, gate, granularity="channel", neurons=neurons)
+    return GatedActivation(relu, sin, gate, granularity=PerChannel(1), neurons=neurons)
 
 
 def two_units(kind: str = "hard_concrete") -> list[GatedActivation]:
@@ -111,7 +117,7 @@ def test_frozen_gates_get_no_gradient_but_count() -> None:
 def test_gates_without_parameters_count_until_they_are_at_0(kind: str) -> None:
     gate = make_gate(kind, (3,))
     relu, sin = get_activation("relu"), get_activation("sin")
-    unit = GatedActivation(relu, sin, gate, granularity="channel", neurons=3)
+    unit = GatedActivation(relu, sin, gate, granularity=PerChannel(1), neurons=3)
     model = nn.Sequential(unit)
     assert structural_risk(model).item() == 3
     add_risk_gradient([unit], 1.0, "sum")  # nothing to do

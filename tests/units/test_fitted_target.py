@@ -15,7 +15,7 @@ from transfer_surgery import (
     swap_targets,
     wrap_optimizer,
 )
-from transfer_surgery.units import AffineActivation, gated, gated_activations
+from transfer_surgery.units import FittedActivation, gated, gated_activations
 from transfer_surgery.units.kernels import fitted_value, gated_value
 
 SIN = get_activation("sin")
@@ -37,7 +37,7 @@ def free(model: nn.Module) -> nn.Module:
     """Targets with parameters that are not those of the plain target."""
     generator = torch.Generator().manual_seed(3)
     for _, unit in gated_activations(model):
-        for parameter in unit.free_target().parameters():
+        for parameter in unit.add_fitted_target().parameters():
             parameter.data.normal_(generator=generator)
     return model
 
@@ -72,7 +72,7 @@ def test_a_unit_mixes_its_source_and_the_affine_target(granularity, log_alpha):
     unit.log_alpha.data.fill_(log_alpha)
     x = X[:, :1].expand(-1, 3, -1, -1)[..., :3, :3]
     shape = {"layer": (1,), "channel": (1, 3, 1, 1), "neuron": (1, 3, 3, 3)}[granularity]
-    a, w, c, b = (getattr(unit.affine, name).reshape(shape) for name in "awcb")
+    a, w, c, b = (getattr(unit.fitted, name).reshape(shape) for name in "awcb")
     z = unit.gate.predict().flatten()[0]
     expected = z * x.relu() + (1 - z) * (a * torch.sin(w * x + c) + b)
     torch.testing.assert_close(unit(x), expected)
@@ -88,7 +88,7 @@ def test_at_the_source_parameters_of_the_target_get_the_gradient_0_and_nothing_b
     unit.log_alpha.data.fill_(20.0)
     x = torch.tensor([[[-torch.inf, 1.0, 2.0]]] * 3)[None].requires_grad_()
     unit(x).sum().backward()
-    assert all(p.grad.tolist() == [0.0] * 3 for p in unit.affine.parameters())
+    assert all(p.grad.tolist() == [0.0] * 3 for p in unit.fitted.parameters())
     assert x.grad.tolist() == [[[[0.0, 1.0, 1.0]]] * 3]
 
 
@@ -98,8 +98,8 @@ def test_a_channel_at_the_source_takes_nothing_from_the_target():
     x = torch.randn(2, 3, 2, 2)
     x[:, 0] = -torch.inf
     unit(x).sum().backward()
-    assert unit.affine.a.grad[0] == 0
-    assert all(p.grad.isfinite().all() and p.grad[1] != 0 for p in unit.affine.parameters())
+    assert unit.fitted.a.grad[0] == 0
+    assert all(p.grad.isfinite().all() and p.grad[1] != 0 for p in unit.fitted.parameters())
 
 
 @pytest.mark.parametrize("source", ["relu", "gelu"])
@@ -139,7 +139,7 @@ def test_mixed_gates_have_second_derivatives_and_can_be_mapped():
 
 def test_parameters_stay_float32():
     model = free(network()).to(torch.bfloat16)
-    assert all(p.dtype == torch.float32 for p in model[1].affine.parameters())
+    assert all(p.dtype == torch.float32 for p in model[1].fitted.parameters())
     assert swap_targets(model)(X.bfloat16()).dtype == torch.bfloat16
 
 
@@ -152,11 +152,11 @@ def test_baked_outputs_are_those_of_the_gated_model(gates, tmp_path):
     before = model.eval()(X)
     bake(model)
     torch.testing.assert_close(model(X), before, rtol=0, atol=1e-6)
-    assert isinstance(model[4], AffineActivation)
+    assert isinstance(model[4], FittedActivation)
     exported = torch.export.export(model, (X,)).module()
     torch.testing.assert_close(exported(X), before)
     model(X).sum().backward()
-    assert model[4].affine.a.grad is not None
+    assert model[4].fitted.a.grad is not None
 
 
 @pytest.mark.parametrize("how", ["matched", "loaded"])
@@ -197,7 +197,7 @@ def test_targets_have_an_optimizer_group_without_weight_decay(first):
         optimizer = make()
     wrap_optimizer(optimizer, model, gamma=1.0)
     weights, targets, gates = optimizer.param_groups
-    assert {*targets["params"]} == {p for i in (1, 4) for p in model[i].affine.parameters()}
+    assert {*targets["params"]} == {p for i in (1, 4) for p in model[i].fitted.parameters()}
     assert {*gates["params"]} == {model[1].log_alpha, model[4].log_alpha}
     assert (weights["weight_decay"], targets["weight_decay"]) == (0.5, 0.0)
     assert len(weights["params"]) == 6

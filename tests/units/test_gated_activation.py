@@ -12,17 +12,26 @@ from transfer_surgery import (
     Bernoulli,
     GatedActivation,
     HardConcrete,
+    PerChannel,
+    PerLayer,
+    PerNeuron,
     convert,
     get_activation,
 )
-from transfer_surgery.units import GateSettings, gated_activations, make_gate
+from transfer_surgery.units import (
+    GateSettings,
+    Granularity,
+    gated_activations,
+    granularity_of,
+    make_gate,
+)
 
 CERTAIN = 20.0  # log_alpha of gates that no noise moves
 
 
 def unit(
     shape: tuple[int, ...] = (),
-    granularity: str = "layer",
+    granularity: str | Granularity = "layer",
     *,
     at: float | list | None = None,
     gate: str | GateSettings = "hard_concrete",
@@ -34,7 +43,8 @@ def unit(
     if at is not None:
         module.log_alpha.data.copy_(torch.tensor(at))
     pair = get_activation(source), get_activation(target)
-    return GatedActivation(*pair, module, granularity=granularity, path="net.act", **options)
+    shared = granularity_of(granularity)
+    return GatedActivation(*pair, module, granularity=shared, path="net.act", **options)
 
 
 # --- granularity -------------------------------------------------------------------------------
@@ -52,7 +62,7 @@ def unit(
     ],
 )
 def test_each_channel_has_a_gate_wherever_the_channel_axis_is(size, axis):
-    module = unit((3,), "channel", at=[9.0, -9.0, 0.0], channel_axis=axis).eval()
+    module = unit((3,), PerChannel(axis), at=[9.0, -9.0, 0.0]).eval()
     x = torch.randn(size)
     parts = zip(module(x).unbind(axis), x.unbind(axis), strict=True)
     (first, x0), (second, x1), (third, x2) = parts
@@ -77,19 +87,19 @@ def test_a_layer_has_one_gate_for_inputs_of_any_shape(size):
 
 
 @pytest.mark.parametrize(
-    ("shape", "granularity", "axis", "size"),
+    ("shape", "granularity"),
     [
-        ((), "layer", 1, (6, 3, 4)),
-        ((3,), "channel", 1, (6, 3, 4)),
-        ((4,), "channel", -1, (6, 3, 4)),
-        ((3, 4), "neuron", 1, (6, 3, 4)),
+        ((), PerLayer()),
+        ((3,), PerChannel(1)),
+        ((4,), PerChannel(-1)),
+        ((3, 4), PerNeuron()),
     ],
 )
 def test_noise_per_example_differs_between_examples_and_noise_per_batch_does_not(
-    shape, granularity, axis, size
+    shape, granularity
 ):
-    x = torch.full(size, -1.0)  # relu gives 0 and square 1: the output is 1 - z
-    options = {"at": torch.zeros(shape).tolist(), "target": "square", "channel_axis": axis}
+    x = torch.full((6, 3, 4), -1.0)  # relu gives 0 and square 1: the output is 1 - z
+    options = {"at": torch.zeros(shape).tolist(), "target": "square"}
     same = unit(shape, granularity, **options)(x)
     assert (same == same[:1]).all()
     different = unit(shape, granularity, gate=HardConcrete(noise="example"), **options)(x)
@@ -190,11 +200,11 @@ def test_a_wrong_number_of_channels_names_the_place_the_shapes_and_the_fix():
 
 def test_a_missing_channel_axis_is_the_same_clear_error():
     with pytest.raises(ValueError, match=r"net\.act: gates were made for channels"):
-        unit((3,), "channel", channel_axis=3)(torch.randn(2, 3))
+        unit((3,), PerChannel(3))(torch.randn(2, 3))
 
 
 def test_another_input_size_with_neuron_gates_is_told_of_channel_gates():
-    with pytest.raises(ValueError, match=r"net\.act: .*neurons \(3, 4\).*\(3, 5\).*'channel'"):
+    with pytest.raises(ValueError, match=r"net\.act: .*neurons \(3, 4\).*\(3, 5\).*PerChannel"):
         unit((3, 4), "neuron")(torch.randn(2, 3, 5))
 
 

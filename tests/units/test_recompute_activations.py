@@ -114,7 +114,7 @@ def test_gradients_are_those_without_it(change, noise):
 def test_matched_targets_are_recomputed_too():
     def free(model: nn.Module) -> None:
         for _, unit in gated_activations(model):
-            for parameter in unit.free_target().parameters():
+            for parameter in unit.add_fitted_target().parameters():
                 parameter.data += 0.1
 
     for name, grad in gradients(False, free)[0].items():

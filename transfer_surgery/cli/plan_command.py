@@ -20,7 +20,8 @@ from transfer_surgery.cli.options import (
     show,
 )
 from transfer_surgery.sites import Plan, Site, find_activations
-from transfer_surgery.units import GRANULARITIES
+
+_GRANULARITIES = ("layer", "channel", "neuron")
 
 Source = Annotated[
     list[str] | None,
@@ -73,11 +74,11 @@ def plan(
     if as_json:
         typer.echo(json.dumps([_to_dict(site, paths) for site in listed], indent=2))
         return
-    headings = ("path", "activation", "role", "kind", "shape", "axis", *GRANULARITIES, "way")
-    show(headings, [_row(site, paths) for site in listed], right=("axis", *GRANULARITIES))
+    headings = ("path", "activation", "role", "kind", "shape", "axis", *_GRANULARITIES, "way")
+    show(headings, [_row(site, paths) for site in listed], right=("axis", *_GRANULARITIES))
     for note in whole.notes:
         typer.echo(f"note: {note}")
-    gates = ", ".join(f"{_count(chosen, name):,} per {name}" for name in GRANULARITIES)
+    gates = ", ".join(f"{_count(chosen, name):,} per {name}" for name in _GRANULARITIES)
     typer.echo(f"\n{len(chosen)} of {len(whole)} sites would be converted; gates: {gates}")
 
 

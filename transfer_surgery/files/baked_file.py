@@ -18,7 +18,7 @@ from transfer_surgery.files.model_spec import ModelSpec
 from transfer_surgery.files.safetensors_file import replace_file, require_safetensors
 from transfer_surgery.files.site_config import SiteConfig
 from transfer_surgery.surgery import bake
-from transfer_surgery.units import AffineParameters, gated_activations
+from transfer_surgery.units import TargetParameters, gated_activations
 
 _FORMAT, _VERSION = "transfer_surgery.baked", 1
 # What a site was baked to, and a log_alpha whose gates are baked to the same.
@@ -132,7 +132,7 @@ def _fit_parameters(model: nn.Module, tensors: dict[str, Tensor]) -> None:
     for path, module in model.named_modules():
         for name, parameter in module._parameters.items():
             saved = tensors.get(state_key(path, name))
-            if saved is None and isinstance(module, AffineParameters):
+            if saved is None and isinstance(module, TargetParameters):
                 module._parameters[name] = None
             elif saved is not None and parameter is None:
                 module._parameters[name] = nn.Parameter(torch.empty_like(saved))

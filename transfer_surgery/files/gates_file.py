@@ -23,7 +23,13 @@ from transfer_surgery.files.safetensors_file import (
 from transfer_surgery.files.site_config import SiteConfig
 from transfer_surgery.sites import Plan, Site, find_activations, prepare_rewrites, undisturbed
 from transfer_surgery.surgery import insert_units, refuse_unfit
-from transfer_surgery.units import GatedActivation, gate_settings, gated_activations, make_gate
+from transfer_surgery.units import (
+    GatedActivation,
+    gate_settings,
+    gated_activations,
+    granularity_of,
+    make_gate,
+)
 
 # Attributes under which wrappers hold the model they wrap. By name, as in `unfit`.
 _WRAPPERS = {
@@ -195,17 +201,16 @@ def build_unit(site: SiteConfig, found: Site | None = None) -> GatedActivation:
         get_activation(site.source),
         get_activation(site.target),
         gate,
-        granularity=site.granularity,
-        channel_axis=site.channel_axis,
+        granularity=granularity_of(site.granularity, site.channel_axis),
         neurons=site.neurons,
         path=site.path,
         overwrites_input=found is not None and found.overwrites_input,
         inplace=found is not None and found.inplace,
-        depth=site.depth,
+        position=site.position,
         stage=site.stage,
     )
     if site.matched:
-        unit.free_target()
+        unit.add_fitted_target()
     return unit
 
 

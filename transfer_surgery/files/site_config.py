@@ -10,7 +10,7 @@ from torch import nn
 
 from transfer_surgery.activations import Activation, get_activation
 from transfer_surgery.sites import CallKey, Plan
-from transfer_surgery.units import GRANULARITIES, GatedActivation
+from transfer_surgery.units import GatedActivation
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,7 @@ class SiteConfig:
         shape: of the gates.
         channel_axis: axis of the channels in the input.
         neurons: elements of the feature shape, per example.
-        depth: its place in the order in which the model's activations run.
+        position: its place in the order in which the model's activations run.
         stage: the part of the model that it belongs to.
         matched: whether the target has parameters, see `match_targets`.
         call: which of the activation calls in the code of its owner, as (number, of how many): a
@@ -42,7 +42,7 @@ class SiteConfig:
     shape: tuple[int, ...]
     channel_axis: int
     neurons: int
-    depth: int
+    position: int
     stage: str
     matched: bool
     call: tuple[int, int] | None
@@ -65,13 +65,13 @@ class SiteConfig:
             source=_as_text(path, unit.source),
             target=_as_text(path, unit.target),
             gate=gate.settings.to_dict(),
-            granularity=unit.granularity,
+            granularity=unit.granularity.name,
             shape=gate.shape,
-            channel_axis=unit.channel_axis,
+            channel_axis=getattr(unit.granularity, "axis", 1),
             neurons=unit.neurons,
-            depth=unit.depth,
+            position=unit.position,
             stage=unit.stage,
-            matched=unit.affine is not None,
+            matched=unit.fitted is not None,
             call=_call_of_unit(path.rpartition(".")[2], owner),
         )
 
@@ -161,8 +161,8 @@ def _is_whole(value: Any) -> bool:
 _CHECKS: dict[str, Callable[[Any], bool]] = {
     field.name: _is_text for field in fields(SiteConfig)
 } | {
-    "granularity": lambda value: value in GRANULARITIES,
-    **dict.fromkeys(("channel_axis", "neurons", "depth"), _is_whole),
+    "granularity": lambda value: value in ("layer", "channel", "neuron"),
+    **dict.fromkeys(("channel_axis", "neurons", "position"), _is_whole),
     "shape": lambda value: isinstance(value, list) and all(map(_is_whole, value)),
     "matched": lambda value: type(value) is bool,
     "gate": lambda value: isinstance(value, dict) and _is_text(value.get("name")),

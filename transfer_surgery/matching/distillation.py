@@ -203,7 +203,7 @@ def _trained_parameters(
         gates = {p for unit in units for p in unit.gate.parameters()}
         chosen = [p for p in model.parameters() if p not in gates]
     else:
-        chosen = [p for unit in units if unit.affine is not None for p in unit.affine.parameters()]
+        chosen = [p for unit in units if unit.fitted is not None for p in unit.fitted.parameters()]
         chosen += [p for m in model.modules() if isinstance(m, _NORMS) for p in m.parameters()]
     trained = [p for p in dict.fromkeys(chosen) if p.requires_grad]
     if not trained:

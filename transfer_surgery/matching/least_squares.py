@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from transfer_surgery.matching.target_families import Family
+from transfer_surgery.units import Granularity
 
 _CHUNK = 2**22
 """Elements of a feature that are worked on at a time: about 100 MB with everything made of them."""
@@ -74,19 +75,9 @@ class NormalEquations:
         return (2 * solution * vector - solution * (matrix @ solution)).sum(-2)
 
 
-def grouped(x: Tensor, granularity: str, channel_axis: int) -> Tensor:
-    """An activation as ``(groups, N)``: the elements that share a gate, in float32 or wider.
-
-    Examples:
-        >>> grouped(torch.zeros(2, 3, 4, 5), "channel", 1).shape
-        torch.Size([3, 40])
-    """
-    x = x.to(torch.promote_types(x.dtype, torch.float32))
-    if granularity == "layer":
-        return x.reshape(1, -1)
-    if granularity == "channel":
-        return x.movedim(channel_axis, 0).flatten(1)
-    return x.flatten(1).T
+def grouped(x: Tensor, granularity: Granularity) -> Tensor:
+    """An activation as ``(groups, N)``: the elements that share a gate, in float32 or wider."""
+    return granularity.group(x.to(torch.promote_types(x.dtype, torch.float32)))
 
 
 @dataclass

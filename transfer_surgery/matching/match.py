@@ -23,7 +23,7 @@ from transfer_surgery.matching.match_report import MatchReport, MatchRow, warn_o
 from transfer_surgery.matching.relu_budget import squared_gradients
 from transfer_surgery.matching.target_families import family_of
 from transfer_surgery.matching.two_networks import TwoNetworks
-from transfer_surgery.units import GatedActivation, matching_units
+from transfer_surgery.units import GatedActivation, select_units
 
 RIDGE = 1e-4
 """Added to the diagonal of the fits, as a share of the features' mean squares."""
@@ -89,7 +89,7 @@ def match_targets(
     if weights not in (None, "gradient"):
         raise ValueError(f"weights={weights!r}: use None or 'gradient'.")
     refuse_sharded(model)
-    units = _without_kept(matching_units(model, include, exclude))
+    units = _without_kept(select_units(model, include, exclude))
     networks = TwoNetworks(model, list(units.values()), as_batches(batches, model))
     before = {unit: _numbers(unit) for unit in units.values()}
     refitted: list[nn.Module] = []
@@ -165,7 +165,7 @@ def _fit_site(
     """The least squares of one site, which runs ``calls`` times on a batch."""
 
     def group(x: Tensor) -> Tensor:
-        return grouped(x, unit.granularity, unit.channel_axis)
+        return grouped(x, unit.granularity)
 
     # First pass: what the inputs are like.
     inputs = Inputs()
@@ -220,20 +220,20 @@ def _divergence(now: Tensor, wanted: Tensor) -> float:
 
 def _numbers(unit: GatedActivation) -> dict[str, Tensor] | None:
     """A copy of the numbers of a unit's fitted target, if it has one."""
-    if unit.affine is None:
+    if unit.fitted is None:
         return None
-    return {name: p.detach().clone() for name, p in unit.affine.named_parameters()}
+    return {name: p.detach().clone() for name, p in unit.fitted.named_parameters()}
 
 
 def _put_back(unit: GatedActivation, numbers: dict[str, Tensor] | None) -> None:
     if numbers is None:
-        unit.affine = None
-    elif unit.affine is not None:
-        unit.affine.load_state_dict(numbers)
+        unit.fitted = None
+    elif unit.fitted is not None:
+        unit.fitted.load_state_dict(numbers)
 
 
 def _write(unit: GatedActivation, solution: Solution) -> None:
-    target = unit.free_target()
+    target = unit.add_fitted_target()
     for name, values in zip(("a", "w", "c", "b"), solution.parameters, strict=True):
         parameter = getattr(target, name)
         parameter.data = values.to(parameter).reshape(parameter.shape)

@@ -67,9 +67,9 @@ def _costs(networks: TwoNetworks, unit: GatedActivation) -> Tensor:
         seen = networks.see(unit, batch, calls)
         slopes = squared_gradients(networks, unit, batch, calls, seed=index)
         for (x, y), slope in zip(seen, slopes, strict=True):
-            parameters = None if unit.affine is None else unit.affine.of(x)
+            parameters = None if unit.fitted is None else unit.fitted.expand(x)
             error = fitted_value(x, unit.target, parameters).double() - y
-            cost = grouped(0.5 * slope * error.square(), unit.granularity, unit.channel_axis)
+            cost = grouped(0.5 * slope * error.square(), unit.granularity)
             total += cost.double().sum(1).cpu()
     return total
 

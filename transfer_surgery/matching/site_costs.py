@@ -15,7 +15,7 @@ from transfer_surgery._running import as_batches, prediction_mode
 from transfer_surgery._sharding import refuse_sharded
 from transfer_surgery.matching.two_networks import TwoNetworks
 from transfer_surgery.reports import Column, Table
-from transfer_surgery.units import matching_units
+from transfer_surgery.units import select_units
 
 
 @dataclass(frozen=True)
@@ -89,7 +89,7 @@ def sensitivity(
         ['3', '1']
     """
     refuse_sharded(model)
-    units = matching_units(model, include, exclude)
+    units = select_units(model, include, exclude)
     networks = TwoNetworks(model, list(units.values()), as_batches(batches, model))
     count = 0
     with prediction_mode(model):

@@ -11,7 +11,7 @@ from torch import nn
 from transfer_surgery._sharding import refuse_sharded
 from transfer_surgery.matching.relu_budget import choose_kept
 from transfer_surgery.transfer import project, settle
-from transfer_surgery.units import matching_units
+from transfer_surgery.units import select_units
 
 
 @torch.no_grad()
@@ -56,7 +56,7 @@ def swap_targets(
         )
     """
     refuse_sharded(model)
-    units = matching_units(model, include, exclude)
+    units = select_units(model, include, exclude)
     if (keep is None) != (batches is None):
         raise ValueError("give keep= and batches= together: the batches say which gates to keep.")
     if keep is not None and batches is not None:

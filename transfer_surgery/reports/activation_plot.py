@@ -67,13 +67,13 @@ def plot_activation(
     x = torch.linspace(float(inputs.min()), float(inputs.max()), 400)
     source = unit.source(x)
     ax.plot(x, source, color=COLOURS["kept"], linewidth=2, label=str(unit.source))
-    if unit.affine is None:
+    if unit.fitted is None:
         ax.plot(
             x, unit.target(x), color=COLOURS["transferred"], linewidth=2, label=str(unit.target)
         )
     z = unit.gate.predict().flatten().cpu()
     order = z.argsort()
-    different = torch.unique(z).numel() if unit.affine is None else z.numel()
+    different = torch.unique(z).numel() if unit.fitted is None else z.numel()
     chosen = torch.linspace(0, len(z) - 1, min(curves, different)).round().int()
     for shade, gate in zip(shades(len(chosen)), order[chosen].tolist(), strict=True):
         target = fitted_value(x, unit.target, _numbers(unit, gate))
@@ -106,7 +106,7 @@ def _inputs(model: nn.Module, unit: GatedActivation, batches: Iterable[Any]) -> 
 
 def _numbers(unit: GatedActivation, gate: int) -> Numbers | None:
     """``(a, w, c, b)`` of one gate's target."""
-    if unit.affine is None:
+    if unit.fitted is None:
         return None
-    a, w, c, b = (None if p is None else p.flatten()[gate].cpu() for p in unit.affine.whole())
+    a, w, c, b = (None if p is None else p.flatten()[gate].cpu() for p in unit.fitted.whole())
     return a, w, c, b

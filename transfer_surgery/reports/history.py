@@ -67,12 +67,12 @@ class History:
 
     Examples:
         >>> import torch
-        >>> from transfer_surgery import get_activation
+        >>> from transfer_surgery import PerChannel, get_activation
         >>> from transfer_surgery.units import make_gate
         >>> from transfer_surgery import GatedActivation
         >>> gate = make_gate("hard_concrete", (2,))
         >>> relu, sin = get_activation("relu"), get_activation("sin")
-        >>> unit = GatedActivation(relu, sin, gate, granularity="channel", neurons=2)
+        >>> unit = GatedActivation(relu, sin, gate, granularity=PerChannel(1), neurons=2)
         >>> history = History(nn.Sequential(unit))
         >>> _ = history.record(lr=0.1)
         >>> with torch.no_grad():

@@ -124,13 +124,13 @@ def report(model: nn.Module, *, by: str = "site") -> Report:
         ValueError: the model was not converted, or ``by`` is neither.
 
     Examples:
-        >>> from transfer_surgery import get_activation
+        >>> from transfer_surgery import PerChannel, get_activation
         >>> from transfer_surgery.units import make_gate
         >>> unit = GatedActivation(
         ...     get_activation("relu"),
         ...     get_activation("sin"),
         ...     make_gate("hard_concrete", (4,)),
-        ...     granularity="channel",
+        ...     granularity=PerChannel(1),
         ...     neurons=64,
         ... )
         >>> with torch.no_grad():
@@ -173,7 +173,7 @@ def _row(
         path=path,
         source=str(unit.source),
         target=str(unit.target),
-        granularity=unit.granularity,
+        granularity=unit.granularity.name,
         gates=gates,
         neurons=unit.neurons,
         source_neurons=round(unit.neurons * (1 - zeros / gates)),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import enum
-import fnmatch
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
@@ -14,6 +13,7 @@ from torch import nn
 
 from transfer_surgery.activations import Activation, get_activation
 from transfer_surgery.sites.call_location import CallKey
+from transfer_surgery.units import Granularity, granularity_of, is_selected, select
 
 ROLES = ("hidden", "gating", "output", "bounding")
 """``hidden`` feeds the next layer; ``gating`` multiplies another tensor; ``output`` is returned;
@@ -92,11 +92,9 @@ class Site:
     module_type: type[nn.Module] | None
     key: CallKey = field(repr=False)
 
-    def gate_shape(self, granularity: str) -> tuple[int, ...]:
+    def gate_shape(self, granularity: str | Granularity) -> tuple[int, ...]:
         """Shape of the gates: ``(1,)`` per layer, ``(C,)`` per channel, or the feature shape."""
-        if granularity == "layer":
-            return (1,)
-        return (self.shape[self.channel_axis],) if granularity == "channel" else self.shape[1:]
+        return granularity_of(granularity, self.channel_axis).gate_shape(self.shape)
 
     @property
     def neurons(self) -> int:
@@ -105,15 +103,12 @@ class Site:
 
     def matches(self, pattern: Any) -> bool:
         """Whether a glob on paths, a module type or a predicate selects this site."""
-        if isinstance(pattern, str):
-            return fnmatch.fnmatchcase(self.path, pattern) or fnmatch.fnmatchcase(
-                self.path, f"{pattern}.*"
-            )
-        if isinstance(pattern, type):
-            return issubclass(self.owner_type, pattern) or issubclass(
-                self.module_type or type(None), pattern
-            )
-        return bool(pattern(self))
+        return is_selected(self.path, self, pattern, self.types)
+
+    @property
+    def types(self) -> tuple[type[nn.Module], ...]:
+        """The types of the owner and, if there is one, of the activation module."""
+        return (self.owner_type, *([self.module_type] if self.module_type else []))
 
 
 @dataclass(frozen=True)
@@ -169,14 +164,9 @@ class Plan:
             for one in sources:
                 self._must_match(f"source={str(one)!r}", partial(_is_source, source=one))
             plan = plan.filter(lambda site: any(_is_source(site, s) for s in sources))
-        for name, patterns, wanted in (("include", include, True), ("exclude", exclude, False)):
-            if patterns is None:
-                continue
-            globs = _as_tuple(patterns)
-            for glob in globs:
-                self._must_match(f"{name}={glob!r}", partial(Site.matches, pattern=glob))
-            plan = plan.filter(partial(_matches_any, patterns=globs, wanted=wanted))
-        plan = plan.filter(lambda site: site.reason is None)
+        sites = {site.path: site for site in self.sites}
+        chosen = select(sites, include, exclude, lambda path: sites[path].types)
+        plan = plan.filter(lambda site: site.path in chosen and site.reason is None)
         if not plan.sites:
             raise ValueError(f"no activation left to convert.\n{self._why_nothing(roles)}")
         return plan
@@ -227,7 +217,3 @@ def _is_source(site: Site, source: str | Activation) -> bool:
     if isinstance(source, str) and "(" not in source:
         return site.source.name == get_activation(source).name
     return site.source == get_activation(source)
-
-
-def _matches_any(site: Site, patterns: tuple[Any, ...], wanted: bool) -> bool:
-    return any(site.matches(pattern) for pattern in patterns) == wanted

@@ -13,13 +13,13 @@ from transfer_surgery.activations import Activation, ActivationModule
 from transfer_surgery.surgery.folding import fold_targets
 from transfer_surgery.surgery.insertion import share_hooks, swap_children
 from transfer_surgery.units import (
-    AffineActivation,
-    AffineParameters,
+    FittedActivation,
     GatedActivation,
+    Granularity,
+    TargetParameters,
     gated,
     gated_activations,
     recompute_activations,
-    spread,
 )
 
 
@@ -30,9 +30,8 @@ class MixedActivation(nn.Module):
         source: activation where ``z`` is 1.
         target: activation where ``z`` is 0.
         z: gates in [0, 1], float32, of the shape that the granularity asks for.
-        granularity: ``"layer"``, ``"channel"`` or ``"neuron"``.
-        channel_axis: axis of the channels in the input.
-        parameters: of a target ``a * target(w*x + c) + b``; None: as it is.
+        granularity: which elements of the input share a gate.
+        fitted: parameters of a target ``a * target(w*x + c) + b``; None: the target as it is.
     """
 
     z: Tensor
@@ -42,19 +41,17 @@ class MixedActivation(nn.Module):
         source: Activation,
         target: Activation,
         z: Tensor,
-        granularity: str,
-        channel_axis: int,
-        parameters: AffineParameters | None = None,
+        granularity: Granularity,
+        fitted: TargetParameters | None = None,
     ) -> None:
         super().__init__()
-        self.source, self.target = source, target
-        self.granularity, self.channel_axis = granularity, channel_axis
+        self.source, self.target, self.granularity = source, target, granularity
         self.register_buffer("z", z)
-        self.affine = parameters
+        self.fitted = fitted
 
     def forward(self, x: Tensor, *operands: Tensor) -> Tensor:
-        z = spread(self.z, x, self.granularity, self.channel_axis)
-        parameters = None if self.affine is None else self.affine.of(x)
+        z = self.granularity.expand(self.z, x)
+        parameters = None if self.fitted is None else self.fitted.expand(x)
         return gated(x, z, self.source, self.target, operands=operands, numbers=parameters)
 
     def extra_repr(self) -> str:
@@ -129,10 +126,9 @@ def _bake_unit(unit: GatedActivation, harden: bool) -> nn.Module:
             return unit.replaced[0]
         plain: nn.Module = ActivationModule(unit.source)
     elif bool((z == 0).all()):
-        fitted = unit.affine
-        plain = AffineActivation(unit.target, fitted) if fitted else ActivationModule(unit.target)
+        fitted = unit.fitted
+        plain = FittedActivation(unit.target, fitted) if fitted else ActivationModule(unit.target)
     else:
-        plain = MixedActivation(
-            *(unit.source, unit.target, z.clone(), unit.granularity, unit.channel_axis, unit.affine)
-        )
+        z = z.clone()
+        plain = MixedActivation(unit.source, unit.target, z, unit.granularity, unit.fitted)
     return _Overwriting(plain) if unit.overwrites_input else plain

@@ -27,11 +27,14 @@ from transfer_surgery.surgery.insertion import (
 )
 from transfer_surgery.surgery.refuse import refuse_unfit
 from transfer_surgery.units import (
-    GRANULARITIES,
     GatedActivation,
     GateSettings,
+    Granularity,
+    PerLayer,
+    as_patterns,
     gate_settings,
     gated_activations,
+    granularity_of,
     make_gate,
     recompute_activations,
 )
@@ -42,7 +45,7 @@ def convert(
     target: str | Activation = "sin",
     *,
     source: str | Activation | Iterable[str | Activation] | None = None,
-    granularity: str | Mapping[str, str] = "channel",
+    granularity: str | Granularity | Mapping[str, str | Granularity] = "channel",
     include: Any = None,
     exclude: Any = None,
     roles: Iterable[str] = ("hidden",),
@@ -62,11 +65,13 @@ def convert(
         model: any module; zoo models need no ``example_input``.
         target: activation to transfer to, such as ``"sin"`` or ``"snake(a=0.5)"``.
         source: convert these activations only, by name; None: whatever the model has.
-        granularity: one gate per ``"layer"``, ``"channel"`` or ``"neuron"``, or a mapping from
-            globs on site paths to these; the first glob that matches counts.
-        include: convert only matching sites: a glob on paths (``"layer1"`` includes all below
-            it), a module type (of the owner or the activation), a predicate on `Site`, or several.
-        exclude: leave matching sites alone; the same forms.
+        granularity: what has a gate of its own: ``"layer"``, ``"channel"`` or ``"neuron"``, or
+            `PerLayer`, `PerChannel`, `PerNeuron`. ``PerChannel(axis)`` overrides the axis that was
+            found. Or a mapping from globs on site paths to these, where the first match counts.
+        include: convert only these sites: a glob on paths (``"layer1"`` includes all below it), a
+            module type (of the owner or the activation), a module of the model (all below it), a
+            predicate on `Site`, or several of them.
+        exclude: leave these sites alone; the same forms.
         roles: roles to convert; see `transfer_surgery.sites.plan.ROLES`.
         example_input: a tensor, a tuple of arguments or a dict of keyword arguments.
         gate: how gates are drawn and learned: `HardConcrete`, or a baseline of the paper:
@@ -92,32 +97,35 @@ def convert(
         >>> torch.equal(convert(model, target="sin", example_input=x)(x), before)
         True
     """
+    # Look before anything is changed: the arguments, the model, its sites.
     refuse_unfit(model)
     target, settings = get_activation(target), gate_settings(gate)
+    include, exclude = (p if p is None else as_patterns(p, model) for p in (include, exclude))
     whole = plan if plan is not None else find_activations(model, example_input)
     chosen = whole.select(source=source, include=include, exclude=exclude, roles=roles)
     chosen = chosen.filter(lambda site: site.source != target)
     if not chosen.sites:
         raise ValueError(f"every activation selected is {target} already; choose another target.")
     granularities = _granularities(chosen, granularity)
+    # Make a unit for each chosen site.
     stages = stages_of(model, [site.path for site in chosen])
     generator = torch.Generator().manual_seed(torch.initial_seed() if seed is None else seed)
     units = {
         site.path: GatedActivation(
             site.source,
             target,
-            make_gate(settings, site.gate_shape(g), generator),
+            make_gate(settings, g.gate_shape(site.shape), generator),
             granularity=g,
-            channel_axis=site.channel_axis,
             neurons=site.neurons,
             path=site.path,
             overwrites_input=site.overwrites_input,
             inplace=site.inplace,
-            depth=depth,
+            position=position,
             stage=stages[site.path],
         )
-        for depth, (site, g) in enumerate(zip(chosen, granularities, strict=True))
+        for position, (site, g) in enumerate(zip(chosen, granularities, strict=True))
     }
+    # Generate the code that calls them, then put both in.
     with undisturbed():
         recipes = prepare_rewrites(model, whole, {site.path for site in chosen})
     insert_units(model, whole, units, recipes)
@@ -156,29 +164,32 @@ def revert(model: nn.Module) -> nn.Module:
     return recompute_activations(model, enabled=False)
 
 
-def _granularities(plan: Plan, granularity: str | Mapping[str, str]) -> list[str]:
+def _granularities(
+    plan: Plan, granularity: str | Granularity | Mapping[str, str | Granularity]
+) -> list[Granularity]:
     """The granularity of each site.
 
     Raises:
         ValueError: an unknown name, a glob that matches nothing, a site that no glob matches.
     """
-    table = {"*": granularity} if isinstance(granularity, str) else dict(granularity)
+    table = granularity if isinstance(granularity, Mapping) else {"*": granularity}
     for glob, name in table.items():
-        if name not in GRANULARITIES:
-            raise ValueError(f"unknown granularity {name!r}; known: {', '.join(GRANULARITIES)}.")
+        granularity_of(name)
         if not any(site.matches(glob) for site in plan):
             raise ValueError(f"granularity pattern {glob!r} matches none of the sites:\n{plan}")
-    return [_first_match(site, table) for site in plan]
+    return [_granularity(site, table) for site in plan]
 
 
-def _first_match(site: Site, table: Mapping[str, str]) -> str:
+def _granularity(site: Site, table: Mapping[str, str | Granularity]) -> Granularity:
     for glob, name in table.items():
         if site.matches(glob):
-            if len(site.shape) < 2 and name != "layer":
+            found, dims = granularity_of(name, site.channel_axis), len(site.shape)
+            if not isinstance(found, PerLayer) and set(found.axes(dims)) <= {0}:
                 raise ValueError(
-                    f"{site.path}: its input {site.shape} has no {name} axis; use 'layer' there."
+                    f"{site.path}: its input {site.shape} has no axis for {found!r}; use 'layer' "
+                    "there, or another axis."
                 )
-            return name
+            return found
     raise ValueError(
         f"{site.path}: no granularity pattern matches it; add '*': 'channel' as the last one."
     )

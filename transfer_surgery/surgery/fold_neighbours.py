@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
-from transfer_surgery.units import AffineActivation, AffineParameters
+from transfer_surgery.units import FittedActivation, TargetParameters
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _PASSING = (F.dropout, F.dropout1d, F.dropout2d, F.dropout3d, F.alpha_dropout)
@@ -32,7 +32,7 @@ class Neighbours:
 
 
 def find_neighbours(
-    model: nn.Module, sites: Mapping[str, AffineActivation], run: Callable[[], Any]
+    model: nn.Module, sites: Mapping[str, FittedActivation], run: Callable[[], Any]
 ) -> dict[str, Neighbours]:
     """The neighbours of each site, by its path.
 
@@ -53,7 +53,7 @@ def find_neighbours(
 
 
 def _around(
-    site: AffineActivation,
+    site: FittedActivation,
     layers: Mapping[nn.Module, str],
     readers: _Readers,
     shared: set[nn.Module],
@@ -73,7 +73,7 @@ def _around(
             found.append((None, "(no layer there)"))
         elif len(readers.calls[layer]) > 1 or layer in shared:
             found.append((None, f"({layers[layer]} is shared)"))
-        elif layer.weight is None or not _along_channels(site.affine, tensor, layer):
+        elif layer.weight is None or not _along_channels(site.fitted, tensor, layer):
             found.append((None, f"({layers[layer]} has another axis)"))
         elif not layer.weight.is_floating_point() or _has_hooks(layer):
             found.append((None, f"({layers[layer]} has hooks)"))
@@ -82,16 +82,14 @@ def _around(
     return Neighbours(*found[0], *found[1])
 
 
-def _along_channels(numbers: AffineParameters, x: Tensor, layer: Any) -> bool:
+def _along_channels(fitted: TargetParameters, x: Tensor, layer: Any) -> bool:
     """Whether there is one number for all of `x`, or one per channel of the layer."""
     if isinstance(layer, nn.LayerNorm) and len(layer.normalized_shape) > 1:
         return False
     axis = x.dim() - 1 if isinstance(layer, nn.Linear | nn.LayerNorm) else 1
     if isinstance(layer, CONVOLUTIONS) and x.dim() < layer.weight.dim():
         return False  # without an axis of examples
-    if numbers.granularity == "channel":
-        return numbers.channel_axis % x.dim() == axis
-    return numbers.granularity == "layer" or x.dim() == 2
+    return fitted.granularity.axes(x.dim()) in ((), (axis,))
 
 
 def _has_hooks(layer: nn.Module) -> bool:

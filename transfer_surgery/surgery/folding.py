@@ -17,7 +17,7 @@ from transfer_surgery.activations import ActivationModule
 from transfer_surgery.reports import Column, Table
 from transfer_surgery.surgery.fold_neighbours import CONVOLUTIONS, Neighbours, find_neighbours
 from transfer_surgery.surgery.insertion import share_hooks, swap_children
-from transfer_surgery.units import AffineActivation, GatedActivation
+from transfer_surgery.units import FittedActivation, GatedActivation
 
 
 @dataclass(frozen=True)
@@ -109,7 +109,7 @@ def fold_targets(model: nn.Module, example_input: Any) -> FoldReport:
           (2): Linear(in_features=8, out_features=2, bias=True)
         )
     """
-    sites = {p: m for p, m in model.named_modules() if isinstance(m, AffineActivation)}
+    sites = {p: m for p, m in model.named_modules() if isinstance(m, FittedActivation)}
     gated = [path for path, m in model.named_modules() if isinstance(m, GatedActivation)]
     if gated:
         raise ValueError(f"{', '.join(gated[:3])}: there are still gates; call bake(model) first.")
@@ -158,9 +158,9 @@ class _Changes:
             module._parameters[name] = parameter
 
 
-def _fold(changes: _Changes, path: str, site: AffineActivation, near: Neighbours) -> FoldRow:
+def _fold(changes: _Changes, path: str, site: FittedActivation, near: Neighbours) -> FoldRow:
     """Fold one site; each of its numbers that is gone is None then."""
-    numbers = site.affine
+    numbers = site.fitted
     if near.before is not None:
         layer, w, c = near.before, _wide(numbers.w), _wide(numbers.c)
         bias = 0.0 if layer.bias is None else layer.bias.double()
@@ -175,8 +175,8 @@ def _fold(changes: _Changes, path: str, site: AffineActivation, near: Neighbours
     return FoldRow(path, near.before_name, near.after_name, ", ".join(left))
 
 
-def _fold_behind(changes: _Changes, site: AffineActivation, layer: Any) -> None:
-    numbers = site.affine
+def _fold_behind(changes: _Changes, site: FittedActivation, layer: Any) -> None:
+    numbers = site.fitted
     a, b = _wide(numbers.a), _wide(numbers.b)
     padded = isinstance(layer, CONVOLUTIONS) and _is_padded(layer)
     # A gate whose amplitude is next to nothing computes a constant: b / a would be huge.

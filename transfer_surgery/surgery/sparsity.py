@@ -14,9 +14,9 @@ from transfer_surgery.reports import Column, Table
 from transfer_surgery.sites import find_activations
 from transfer_surgery.surgery.baking import MixedActivation
 from transfer_surgery.surgery.conversion import convert
-from transfer_surgery.units import AffineActivation, GatedActivation
+from transfer_surgery.units import FittedActivation, GatedActivation
 
-_FITTED = (AffineActivation, MixedActivation)
+_FITTED = (FittedActivation, MixedActivation)
 """What `bake` leaves where a site is more than an activation by itself."""
 
 

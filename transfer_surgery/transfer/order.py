@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import fnmatch
 from collections.abc import Mapping, Sequence
 
-from transfer_surgery.units import GatedActivation
+from transfer_surgery.units import GatedActivation, matches_glob
 
 Sites = Mapping[str, GatedActivation]
 
@@ -25,7 +24,7 @@ def in_order(sites: Sites, order: str | Sequence[str]) -> list[list[GatedActivat
     # A model may hold several converted ones, which go in the order of its modules.
     roots = {path: path.removesuffix(unit.path) for path, unit in sites.items()}
     place = {root: number for number, root in enumerate(dict.fromkeys(roots.values()))}
-    paths = sorted(sites, key=lambda path: (place[roots[path]], sites[path].depth))
+    paths = sorted(sites, key=lambda path: (place[roots[path]], sites[path].position))
     units = [sites[path] for path in paths]
     if order == "joint":
         return [units]
@@ -43,7 +42,7 @@ def _by_globs(sites: Sites, globs: Sequence[str]) -> list[list[GatedActivation]]
         chosen = {
             path: unit
             for path, unit in left.items()
-            if _matches(path, glob) or _matches(unit.path, glob)
+            if matches_glob(path, glob) or matches_glob(unit.path, glob)
         }
         if not chosen:
             raise ValueError(
@@ -54,7 +53,3 @@ def _by_globs(sites: Sites, globs: Sequence[str]) -> list[list[GatedActivation]]
     if left:
         raise ValueError(f"order: no glob matches {', '.join(left)}; add '*' as the last one.")
     return groups
-
-
-def _matches(path: str, glob: str) -> bool:
-    return fnmatch.fnmatchcase(path, glob) or fnmatch.fnmatchcase(path, f"{glob}.*")

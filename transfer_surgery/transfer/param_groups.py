@@ -51,7 +51,7 @@ def hold_gates(
     """
     groups = inner.param_groups
     gates = [unit.log_alpha for unit in units if unit.gate.learned]
-    targets = [p for unit in units if unit.affine is not None for p in unit.affine.parameters()]
+    targets = [p for unit in units if unit.fitted is not None for p in unit.fitted.parameters()]
     before = [{**group, "params": list(group["params"])} for group in groups]
     try:
         _hold_targets(optimizer, inner, model, targets)

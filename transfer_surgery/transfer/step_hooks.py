@@ -39,7 +39,7 @@ class StepHooks:
         self.finite = FiniteWatch(optimizer, model)
         units = dict(gated_activations(model))
         self.frozen = FrozenWatch(units if controller.by_gradient else {})
-        self.plain = {path: unit for path, unit in units.items() if unit.affine is None}
+        self.plain = {path: unit for path, unit in units.items() if unit.fitted is None}
         self.sharded = [module for module in model.modules() if is_fsdp(module)]
         self.empty = False
 
@@ -79,7 +79,7 @@ class StepHooks:
 
     def _refuse_new_targets(self) -> None:
         """Targets that were matched, or loaded, since then have parameters that nobody trains."""
-        new = [path for path, unit in self.plain.items() if unit.affine is not None]
+        new = [path for path, unit in self.plain.items() if unit.fitted is not None]
         if new:
             names = ", ".join(new[:3]) + (", ..." if len(new) > 3 else "")
             raise RuntimeError(

@@ -1,6 +1,6 @@
 """What stands at a call site: gates, and ``z * source + (1 - z) * target``."""
 
-from transfer_surgery.units.fitted_target import AffineActivation, AffineParameters
+from transfer_surgery.units.fitted_target import FittedActivation, TargetParameters
 from transfer_surgery.units.gate_settings import (
     Bernoulli,
     Copy,
@@ -9,13 +9,7 @@ from transfer_surgery.units.gate_settings import (
     Line,
     SampledSettings,
 )
-from transfer_surgery.units.gated_activation import (
-    GRANULARITIES,
-    GatedActivation,
-    gated_activations,
-    matching_units,
-    stage_of,
-)
+from transfer_surgery.units.gated_activation import GatedActivation
 from transfer_surgery.units.gates import (
     Gate,
     SampledGate,
@@ -25,7 +19,13 @@ from transfer_surgery.units.gates import (
     register_gate,
     registered_gates,
 )
-from transfer_surgery.units.granularity import spread
+from transfer_surgery.units.granularity import (
+    Granularity,
+    PerChannel,
+    PerLayer,
+    PerNeuron,
+    granularity_of,
+)
 from transfer_surgery.units.kernels import (
     VARIABLE,
     Numbers,
@@ -35,34 +35,50 @@ from transfer_surgery.units.kernels import (
     kernel_choice,
 )
 from transfer_surgery.units.recompute import recompute_activations
+from transfer_surgery.units.select import (
+    as_patterns,
+    gated_activations,
+    is_selected,
+    matches_glob,
+    select,
+    select_units,
+    stage_of,
+)
 
 __all__ = [
-    "GRANULARITIES",
-    "VARIABLE",
-    "AffineActivation",
-    "AffineParameters",
     "Bernoulli",
     "Copy",
+    "FittedActivation",
     "Gate",
     "GateSettings",
     "GatedActivation",
+    "Granularity",
     "HardConcrete",
     "Line",
     "Numbers",
+    "PerChannel",
+    "PerLayer",
+    "PerNeuron",
     "SampledGate",
     "SampledSettings",
+    "TargetParameters",
+    "VARIABLE",
+    "as_patterns",
     "compiler_error",
     "fitted_value",
     "gate_settings",
     "gated",
     "gated_activations",
+    "granularity_of",
+    "is_selected",
     "kernel_choice",
     "make_gate",
-    "matching_units",
+    "matches_glob",
     "probability_of",
     "recompute_activations",
     "register_gate",
     "registered_gates",
-    "spread",
+    "select",
+    "select_units",
     "stage_of",
 ]

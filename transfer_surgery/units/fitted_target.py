@@ -1,4 +1,4 @@
-"""The learned numbers of a target ``a * f(w*x + c) + b``, and what such a site is baked to."""
+"""The parameters of a fitted target ``a * f(w*x + c) + b``, and what such a site is baked to."""
 
 from __future__ import annotations
 
@@ -10,24 +10,24 @@ from torch import Tensor, nn
 from transfer_surgery._float32 import Float32Module
 from transfer_surgery._sharding import whole
 from transfer_surgery.activations import Activation
-from transfer_surgery.units.granularity import spread
+from transfer_surgery.units.granularity import Granularity
 from transfer_surgery.units.kernels import Numbers, fitted_value
 
 
-class AffineParameters(Float32Module):
+class TargetParameters(Float32Module):
     """Amplitude ``a``, frequency ``w``, phase ``c`` and offset ``b`` of a target, one per gate.
 
     Args:
         shape: of each: ``(1,)`` per layer, ``(C,)`` per channel, the feature shape per neuron.
-        granularity: which of these.
-        channel_axis: axis of the channels in the input; used with ``"channel"`` only.
+        granularity: which elements of the input share them.
 
     They start at 1, 1, 0 and 0, the target as it is. One that `fold_targets` moved into a
     neighbouring layer is None.
 
     Examples:
-        >>> parameters = AffineParameters((3,), "channel", 1)
-        >>> [tuple(p.shape) for p in parameters.of(torch.zeros(2, 3, 4, 4))]
+        >>> from transfer_surgery import PerChannel
+        >>> parameters = TargetParameters((3,), PerChannel(1))
+        >>> [tuple(p.shape) for p in parameters.expand(torch.zeros(2, 3, 4, 4))]
         [(1, 3, 1, 1), (1, 3, 1, 1), (1, 3, 1, 1), (1, 3, 1, 1)]
     """
 
@@ -36,9 +36,9 @@ class AffineParameters(Float32Module):
     c: nn.Parameter | None
     b: nn.Parameter | None
 
-    def __init__(self, shape: Sequence[int], granularity: str, channel_axis: int) -> None:
+    def __init__(self, shape: Sequence[int], granularity: Granularity) -> None:
         super().__init__()
-        self.granularity, self.channel_axis = granularity, channel_axis
+        self.granularity = granularity
         for name, start in (("a", 1.0), ("w", 1.0), ("c", 0.0), ("b", 0.0)):
             value = torch.full(tuple(shape), start, dtype=torch.float32)
             self.register_parameter(name, nn.Parameter(value))
@@ -50,10 +50,10 @@ class AffineParameters(Float32Module):
         )
         return a, w, c, b
 
-    def of(self, x: Tensor) -> Numbers:
-        """The same as they broadcast to an input."""
+    def expand(self, x: Tensor) -> Numbers:
+        """The same, viewed so that they broadcast to an input."""
         a, w, c, b = (
-            None if p is None else spread(p, x, self.granularity, self.channel_axis)
+            None if p is None else self.granularity.expand(p, x)
             for p in self.whole()
         )
         return a, w, c, b
@@ -65,20 +65,20 @@ class AffineParameters(Float32Module):
         return f"{scale}f({inner}){offset}, shape={', '.join(map(str, shapes))}"
 
 
-class AffineActivation(nn.Module):
+class FittedActivation(nn.Module):
     """``a * f(w*x + c) + b`` as a plain module; its parameters can be trained further.
 
     Args:
         activation: ``f``.
-        parameters: the others.
+        parameters: ``a``, ``w``, ``c`` and ``b``.
     """
 
-    def __init__(self, activation: Activation, parameters: AffineParameters) -> None:
+    def __init__(self, activation: Activation, parameters: TargetParameters) -> None:
         super().__init__()
-        self.activation, self.affine = activation, parameters
+        self.activation, self.fitted = activation, parameters
 
     def forward(self, x: Tensor, *operands: Tensor) -> Tensor:
-        return fitted_value(x, self.activation, self.affine.of(x))
+        return fitted_value(x, self.activation, self.fitted.expand(x))
 
     def extra_repr(self) -> str:
         return str(self.activation)

@@ -2,20 +2,131 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, ClassVar
+
 from torch import Tensor
 
 
-def spread(values: Tensor, x: Tensor, granularity: str, channel_axis: int) -> Tensor:
-    """View gates, or what there is one of for each gate, so that they broadcast to ``x``.
+@dataclass(frozen=True)
+class Granularity:
+    """Base class of `PerLayer`, `PerChannel` and `PerNeuron`."""
 
-    Their shape is ``(1,)``, ``(C,)`` or the feature shape, maybe with an axis of examples in front.
+    name: ClassVar[str]
+    """The short form in ``convert(granularity=name)``."""
+
+    def axes(self, dims: int) -> tuple[int, ...]:
+        """The axes of an input with that many dimensions along which gates differ."""
+        raise NotImplementedError
+
+    def gate_shape(self, shape: Sequence[int]) -> tuple[int, ...]:
+        """The shape of the gates for inputs of a shape, whose first axis holds the examples."""
+        return tuple(shape[axis] for axis in self.axes(len(shape))) or (1,)
+
+    def count(self, x: Tensor) -> int:
+        """The number of gates for an input."""
+        return math.prod(self.gate_shape(x.shape))
+
+    def expand(self, values: Tensor, x: Tensor) -> Tensor:
+        """View one value per gate, with or without an axis of examples, so that it broadcasts.
+
+        Examples:
+            >>> import torch
+            >>> PerChannel(1).expand(torch.zeros(3), torch.zeros(2, 3, 4, 4)).shape
+            torch.Size([1, 3, 1, 1])
+        """
+        sizes, axes = [1] * x.dim(), self.axes(x.dim())
+        for axis, size in zip(axes, values.shape[values.dim() - len(axes) :], strict=True):
+            sizes[axis] = size
+        if sizes and values.dim() > len(axes):
+            sizes[0] = values.shape[0]
+        return values.reshape(sizes)
+
+    def group(self, x: Tensor) -> Tensor:
+        """Lay the elements that share a gate beside each other, as ``(gates, N)``.
+
+        Examples:
+            >>> import torch
+            >>> PerChannel(1).group(torch.zeros(2, 3, 4, 5)).shape
+            torch.Size([3, 40])
+        """
+        axes = self.axes(x.dim())
+        return x.movedim(axes, tuple(range(len(axes)))).reshape(self.count(x), -1)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The name and the axis, if any, as JSON can hold them; see `granularity_of`."""
+        return {"name": self.name, **asdict(self)}
+
+    def __str__(self) -> str:
+        return self.name
+
+
+@dataclass(frozen=True)
+class PerLayer(Granularity):
+    """All elements of a call site share one gate."""
+
+    name = "layer"
+
+    def axes(self, dims: int) -> tuple[int, ...]:
+        return ()
+
+
+@dataclass(frozen=True)
+class PerChannel(Granularity):
+    """Each channel has a gate.
+
+    Args:
+        axis: the axis of the channels in the input, whose axis 0 holds the examples. In `convert`
+            it overrides the axis that was found.
     """
-    gate_dims = {"layer": 0, "channel": 1, "neuron": x.dim() - 1}[granularity]
-    shape = [1] * x.dim()
-    if shape and values.dim() > gate_dims:
-        shape[0] = values.shape[0]
-    if granularity == "channel":
-        shape[channel_axis] = values.shape[-1]
-    elif granularity == "neuron":
-        shape[1:] = x.shape[1:]
-    return values.reshape(shape)
+
+    name = "channel"
+    axis: int
+
+    def axes(self, dims: int) -> tuple[int, ...]:
+        axis = self.axis + dims if self.axis < 0 else self.axis
+        return (axis,) if 0 <= axis < dims else ()
+
+
+@dataclass(frozen=True)
+class PerNeuron(Granularity):
+    """Each element of the feature shape has a gate, which the examples share."""
+
+    name = "neuron"
+
+    def axes(self, dims: int) -> tuple[int, ...]:
+        return tuple(range(1, dims))
+
+
+def granularity_of(
+    granularity: str | Granularity | Mapping[str, Any], axis: int = 1
+) -> Granularity:
+    """The granularity that a short form, or `Granularity.to_dict`, stands for.
+
+    Args:
+        granularity: an object, which is returned as it is; ``"layer"``, ``"channel"`` or
+            ``"neuron"``; or a dict.
+        axis: the axis of the channels that ``"channel"`` means.
+
+    Raises:
+        ValueError: there is no such granularity.
+
+    Examples:
+        >>> granularity_of("channel", axis=-1)
+        PerChannel(axis=-1)
+        >>> granularity_of({"name": "neuron"})
+        PerNeuron()
+    """
+    if isinstance(granularity, Granularity):
+        return granularity
+    if isinstance(granularity, Mapping):
+        granularity, axis = str(granularity.get("name")), granularity.get("axis", axis)
+    known = {"layer": PerLayer(), "channel": PerChannel(axis), "neuron": PerNeuron()}
+    if granularity not in known:
+        raise ValueError(
+            f"unknown granularity {granularity!r}; known: {', '.join(known)}, or PerLayer(), "
+            "PerChannel(axis), PerNeuron()."
+        )
+    return known[granularity]
