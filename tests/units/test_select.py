@@ -54,7 +54,7 @@ def test_a_pattern_that_matches_nothing_is_an_error_that_lists_the_sites(pattern
     message = r"include=.* matches none of the 5 sites: 0\.relu_0, 0\.act, "
     with pytest.raises(ValueError, match=message):
         find_activations(network(), X).select(include=pattern)
-    with pytest.raises(ValueError, match="exclude=.* matches none of the 5 sites: 0"):
+    with pytest.raises(ValueError, match=r"exclude=.* matches none of the 5 sites: 0"):
         select_units(convert(network(), example_input=X), exclude=pattern)
 
 
