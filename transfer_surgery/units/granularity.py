@@ -122,7 +122,8 @@ def granularity_of(
     if isinstance(granularity, Granularity):
         return granularity
     if isinstance(granularity, Mapping):
-        granularity, axis = str(granularity.get("name")), granularity.get("axis", axis)
+        axis = granularity.get("axis", axis)
+        granularity = str(granularity.get("name"))
     known = {"layer": PerLayer(), "channel": PerChannel(axis), "neuron": PerNeuron()}
     if granularity not in known:
         raise ValueError(
