@@ -10,7 +10,7 @@ from torch import nn
 
 from transfer_surgery import GatedActivation, PerLayer, get_activation, report
 from transfer_surgery.reports import Report
-from transfer_surgery.units import make_gate
+from transfer_surgery.units import granularity_of, make_gate
 
 ZERO, HALF, ONE = -9.0, 0.0, 9.0  # log_alpha of gates that predict 0, 0.5 and 1
 
@@ -24,7 +24,7 @@ def unit(
         get_activation(source),
         get_activation("sin"),
         gate,
-        granularity=granularity,
+        granularity=granularity_of(granularity),
         neurons=10 * len(log_alpha),
     )
 
