@@ -29,6 +29,8 @@ from transfer_surgery import (
     Copy,
     HardConcrete,
     Line,
+    PerChannel,
+    PerLayer,
     TransferSchedule,
     convert,
     find_activations,
@@ -100,9 +102,9 @@ def test_a_fresh_base_model_becomes_the_saved_one_bit_for_bit(name, tmp_path):
     assert [type(m) for m in loaded.modules()] == [type(m) for m in model.modules()]
     for path, unit in units(model).items():
         again = units(loaded)[path]
-        for field in ("source", "target", "granularity", "channel_axis", "neurons"):
+        for field in ("source", "target", "granularity", "neurons"):
             assert getattr(again, field) == getattr(unit, field)
-        assert (again.depth, again.stage) == (unit.depth, unit.stage)
+        assert (again.position, again.stage) == (unit.position, unit.stage)
         assert again.overwrites_input == unit.overwrites_input
         assert again.training == unit.training
 
@@ -141,7 +143,7 @@ def test_each_site_keeps_its_own_settings(tmp_path):
     base = chain(nn.ReLU(), nn.Linear(6, 6), nn.SiLU())
     saved(tmp_path, copy.deepcopy(base), granularity={"1": "layer", "3": "channel"})
     loaded = load_gates(base, tmp_path, example_input=X)
-    assert [u.granularity for u in units(loaded).values()] == ["layer", "channel"]
+    assert [u.granularity for u in units(loaded).values()] == [PerLayer(), PerChannel(-1)]
 
 
 def test_sites_that_were_not_converted_are_left_alone(tmp_path):
