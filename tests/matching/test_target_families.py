@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from transfer_surgery import get_activation
-from transfer_surgery.matching.least_squares import Inputs, TargetFit, grouped
+from transfer_surgery.matching.least_squares import Inputs, TargetFit
 from transfer_surgery.matching.target_families import Sinusoid, family_of
 
 GRID = (0.4, 0.6, 0.8, 1.0, 1.3)
@@ -117,17 +117,3 @@ def test_a_sinusoid_spans_as_many_periods_as_asked():
         periods = solution.parameters[1] * (x.max() - x.min()) / (2 * math.pi)
         assert periods.item() >= asked - 1e-9
         assert (asked == 0) == (periods.item() < 1)
-
-
-@pytest.mark.parametrize(
-    ("granularity", "axis", "groups"),
-    [("layer", 1, 1), ("channel", 1, 3), ("channel", -1, 4), ("neuron", 1, 12)],
-)
-def test_groups_are_the_elements_that_share_a_gate(granularity, axis, groups):
-    x = torch.randn(5, 3, 4)
-    found = grouped(x, granularity, axis)
-    assert found.shape == (groups, 60 // groups)
-    if granularity == "channel":
-        assert torch.equal(found[1].sort()[0], x.select(axis, 1).flatten().sort()[0])
-    if granularity == "neuron":
-        assert torch.equal(found[7], x.flatten(1)[:, 7])
