@@ -46,6 +46,7 @@ from transfer_surgery.units.select import (
 )
 
 __all__ = [
+    "VARIABLE",
     "Bernoulli",
     "Copy",
     "FittedActivation",
@@ -62,7 +63,6 @@ __all__ = [
     "SampledGate",
     "SampledSettings",
     "TargetParameters",
-    "VARIABLE",
     "as_patterns",
     "compiler_error",
     "fitted_value",

@@ -52,10 +52,7 @@ class TargetParameters(Float32Module):
 
     def expand(self, x: Tensor) -> Numbers:
         """The same, viewed so that they broadcast to an input."""
-        a, w, c, b = (
-            None if p is None else self.granularity.expand(p, x)
-            for p in self.whole()
-        )
+        a, w, c, b = (None if p is None else self.granularity.expand(p, x) for p in self.whole())
         return a, w, c, b
 
     def extra_repr(self) -> str:
