@@ -15,9 +15,6 @@ import hypothesis
 import pytest
 import torch
 
-# Triton reads it when it is imported, which torch puts off: without a GPU its kernels run in numpy.
-os.environ.setdefault("TRITON_INTERPRET", "0" if torch.cuda.is_available() else "1")
-
 from transfer_surgery.activations import registry as activations
 
 if "PYTEST_XDIST_WORKER" in os.environ:

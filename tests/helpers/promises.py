@@ -34,9 +34,6 @@ def units(model):
     return {path: m for path, m in model.named_modules() if isinstance(m, GatedActivation)}
 
 
-COPIES = (copy.deepcopy, through_pickle)
-
-
 @torch.no_grad()
 def assert_every_promise(
     model, *args, example=None, copies=(copy.deepcopy, through_pickle), **kwargs
