@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -60,14 +59,6 @@ def row_labels(paths: Sequence[str], room: float) -> tuple[list[float], list[str
 def _shorten(path: str) -> str:
     """Keep the end of a long path, which tells sites apart."""
     return path if len(path) <= _LONGEST_LABEL else "…" + path[1 - _LONGEST_LABEL :]
-
-
-def column_edges(steps: Sequence[float]) -> list[float]:
-    """Borders of the columns: half-way between the steps."""
-    inner = [(a + b) / 2 for a, b in pairwise(steps)]
-    if not inner:
-        return [steps[0] - 0.5, steps[0] + 0.5]
-    return [2 * steps[0] - inner[0], *inner, 2 * steps[-1] - inner[-1]]
 
 
 def shades(number: int) -> list[Any]:

@@ -218,7 +218,7 @@ class History:
 
     def plot(self, ax: Axes | None = None) -> Axes:
         """`transfer_surgery.reports.plot_history` of this history."""
-        from transfer_surgery.reports.plots import plot_history
+        from transfer_surgery.reports.history_plot import plot_history
 
         return plot_history(self, ax)
 

@@ -1,4 +1,4 @@
-"""Pictures of the transfer: reports as bars, a history as a heat map, gates as a histogram.
+"""Pictures of reports as bars, and of gates as a histogram.
 
 Figures are made without pyplot, so that drawing needs no display, chooses no backend and leaves no
 figure open. Each function returns the axes that it drew in; ``ax.figure`` holds them.
@@ -7,7 +7,6 @@ figure open. Each function returns the axes that it drew in; ``ax.figure`` holds
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -17,8 +16,6 @@ from transfer_surgery.reports.axes import (
     COLOURS,
     LABEL_INCHES,
     axes_for_lines,
-    column_edges,
-    figure_of,
     height_of,
     new_axes,
     row_labels,
@@ -28,15 +25,10 @@ from transfer_surgery.units import gated_activations, stage_of
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-    from matplotlib.collections import QuadMesh
 
     from transfer_surgery.matching import MatchReport
-    from transfer_surgery.reports.history import History
     from transfer_surgery.reports.transfer_report import Report
 
-_STRIP_INCHES = 0.7
-_GAP_INCHES = 0.12
-_STAGE_INCHES = 0.75
 _HISTOGRAM_INCHES = 3.2
 
 
@@ -72,50 +64,6 @@ def plot_report(report: Report, ax: Axes | None = None) -> Axes:
     ax.set_yticks([*places, positions[-1]], [*names, "total"], fontsize=8)
     ax.set(xlim=(0, 100), ylim=(positions[-1] + 0.6, -0.6), xlabel="share of the gates (%)")
     ax.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=3, frameon=False)
-    return ax
-
-
-def plot_history(history: History, ax: Axes | None = None) -> Axes:
-    """Draw the transferred share of each site over the steps, with E[z] and lr in strips above.
-
-    Sites of one stage stand together, with a line between stages and their names at the side.
-
-    Args:
-        history: a history with at least one record; the value ``"lr"``, if it was recorded, gets
-            a strip.
-        ax: where to draw the heat map; the strips stand above it. By default a new figure, whose
-            height depends on the number of sites.
-
-    Returns:
-        The axes of the heat map; ``ax.figure.savefig("transfer.png")`` writes the picture.
-
-    Raises:
-        ImportError: matplotlib is not installed.
-        ValueError: nothing was recorded.
-
-    Source:
-        The strips at the top of Figure 3.
-    """
-    if not history.records:
-        raise ValueError(
-            "nothing was recorded yet: call history.record() in the training loop first."
-        )
-    strips: dict[str, Sequence[float | None]] = {"E[z]": [r.total_gate for r in history.records]}
-    if "lr" in history.value_names():
-        strips["lr"] = history.value("lr")
-    sites = len(history.paths)
-    stages = _stages(history)
-    rows = [i for members in stages.values() for i in members]
-    above = (_STRIP_INCHES + _GAP_INCHES) * len(strips)
-    ax = ax or axes_for_lines(sites, above)
-    paths = [history.paths[i] for i in rows]
-    ax.set_yticks(*row_labels(paths, room=height_of(ax) - above), fontsize=8)
-    steps = [record.step for record in history.records]
-    shares = [[100 * record.transferred[i] for record in history.records] for i in rows]
-    borders = [i - 0.5 for i in range(sites + 1)]
-    mesh = ax.pcolormesh(column_edges(steps), borders, shares, vmin=0, vmax=100, cmap="viridis")
-    ax.set(ylim=(sites - 0.5, -0.5), xlabel="step")
-    _draw_around(ax, mesh, steps, strips, stages)
     return ax
 
 
@@ -207,52 +155,3 @@ def plot_gates(model: nn.Module, ax: Axes | None = None) -> Axes:
     ax.set(xlabel="log_alpha", ylabel="gates")
     ax.legend(fontsize=8, frameon=False, ncols=math.ceil(len(stages) / 10))
     return ax
-
-
-def _stages(history: History) -> dict[str, list[int]]:
-    """The numbers of the sites of each stage, in the order in which the stages appear."""
-    stages: dict[str, list[int]] = {}
-    for i, stage in enumerate(history.stages):
-        stages.setdefault(stage, []).append(i)
-    return stages
-
-
-def _draw_around(
-    ax: Axes,
-    mesh: QuadMesh,
-    steps: Sequence[float],
-    strips: Mapping[str, Sequence[float | None]],
-    stages: Mapping[str, Sequence[int]],
-) -> None:
-    """Draw strips, names of stages and a colour bar around the heat map, within its room."""
-    from mpl_toolkits.axes_grid1 import make_axes_locatable
-
-    divider = make_axes_locatable(ax)
-    for name, values in strips.items():
-        strip = divider.append_axes("top", size=_STRIP_INCHES, pad=_GAP_INCHES, sharex=ax)
-        known = [(step, v) for step, v in zip(steps, values, strict=True) if v is not None]
-        marker = "." if len(known) == 1 else ""  # one point makes no line
-        strip.plot(*zip(*known, strict=True), color="black", linewidth=1.2, marker=marker)
-        strip.set_ylabel(name, rotation=0, ha="right", va="center")
-        strip.tick_params(labelbottom=False, labelsize=8)
-        strip.grid(axis="y", linewidth=0.4)
-        if name == "E[z]":
-            strip.set(ylim=(-0.08, 1.08), yticks=(0, 1))
-    if 1 < len(stages) < sum(map(len, stages.values())):
-        _draw_stages(ax, divider.append_axes("right", size=_STAGE_INCHES, pad=0.03), stages)
-    bar = divider.append_axes("right", size=0.15, pad=_GAP_INCHES)
-    figure_of(ax).colorbar(mesh, cax=bar, label="transferred (%)")
-
-
-def _draw_stages(ax: Axes, side: Axes, stages: Mapping[str, Sequence[int]]) -> None:
-    """A white line between stages, and the name of each one at the side."""
-    side.set(ylim=ax.get_ylim(), xlim=(0, 1))
-    side.set_axis_off()
-    first = 0
-    for stage, members in stages.items():
-        if first:
-            ax.axhline(first - 0.5, color="white", linewidth=1.5)
-        side.plot([0.06, 0.06], [first - 0.4, first + len(members) - 0.6], color="0.4", linewidth=2)
-        middle = first + (len(members) - 1) / 2
-        side.text(0.16, middle, stage, fontsize=8, va="center", clip_on=False)
-        first += len(members)
