@@ -89,7 +89,7 @@ def _draw_around(
     stages: Mapping[str, Sequence[int]],
 ) -> None:
     """Draw strips, names of stages and a colour bar around the heat map, within its room."""
-    from mpl_toolkits.axes_grid1 import make_axes_locatable
+    from mpl_toolkits.axes_grid1 import make_axes_locatable  # type: ignore[import-untyped]
 
     divider = make_axes_locatable(ax)
     for name, values in strips.items():
