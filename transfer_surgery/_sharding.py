@@ -1,4 +1,4 @@
-"""Gates that FSDP2 shards: as whole tensors for the maths, and back into their shards."""
+"""Tensors that FSDP2 shards: gather them for the arithmetic, and write into their shards."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ def is_sharded(tensor: Tensor) -> bool:
     return hasattr(tensor, "full_tensor")
 
 
-def whole(tensor: Tensor) -> Tensor:
+def gathered(tensor: Tensor) -> Tensor:
     """All of a tensor, gathered from its shards; differentiable.
 
-    Gathering is collective: every rank of the tensor's mesh has to call it.
+    This is a collective operation: every rank of the tensor's mesh has to call it.
     """
     if not is_sharded(tensor):
         return tensor
@@ -36,11 +36,11 @@ def local(tensor: Tensor) -> Tensor:
     return part
 
 
-def anywhere(flag: bool, tensors: Iterable[Tensor]) -> bool:
-    """Whether a flag is set on any rank that shares one of these tensors; collective if one does.
+def any_rank(flag: bool, tensors: Iterable[Tensor]) -> bool:
+    """Whether a flag is set on any rank that shares one of these tensors.
 
-    What only some ranks see, all of them have to act on: one that raises or leaves alone lets the
-    others wait for ever.
+    This is a collective operation where a tensor is sharded. All ranks have to act on what some of
+    them see: if one rank raises, the others would wait for ever.
     """
     meshes = {t.device_mesh for t in tensors if is_sharded(t)}  # type: ignore[attr-defined]
     for mesh in sorted(meshes, key=lambda mesh: mesh.mesh.flatten().tolist()):
@@ -51,8 +51,8 @@ def anywhere(flag: bool, tensors: Iterable[Tensor]) -> bool:
     return flag
 
 
-def like_shard(values: Tensor, tensor: Tensor) -> Tensor:
-    """Values, the same on every rank, as they are to be written into ``tensor``."""
+def shard_like(values: Tensor, tensor: Tensor) -> Tensor:
+    """This rank's part of values that are the same on every rank, to be written into `tensor`."""
     if not is_sharded(tensor):
         return values
     from torch.distributed.tensor import DTensor, Replicate
@@ -63,11 +63,7 @@ def like_shard(values: Tensor, tensor: Tensor) -> Tensor:
 
 
 def refuse_sharded(model: nn.Module) -> None:
-    """Raise where FSDP2 manages the parameters, which modules must not be taken away from.
-
-    Raises:
-        TypeError: naming the way to do it.
-    """
+    """Raise TypeError where FSDP2 manages the parameters: its modules must not be replaced."""
     for path, module in model.named_modules():
         if is_fsdp(module):
             raise TypeError(
@@ -79,9 +75,9 @@ def refuse_sharded(model: nn.Module) -> None:
 
 
 def reshard(modules: Iterable[Any]) -> None:
-    """Let FSDP2 modules have their shards as parameters: after an eval forward, some are whole.
+    """Make the parameters of FSDP2 modules shards again: an eval forward leaves some gathered.
 
-    What would be written into those is lost.
+    What is written into a gathered parameter is lost.
     """
     for module in modules:
         module.reshard()

@@ -1,15 +1,15 @@
-"""Where a warning that comes out of ``optimizer.step()`` belongs: to the line that called it."""
+"""The line of the user's code that a warning out of ``optimizer.step()`` belongs to."""
 
 from __future__ import annotations
 
 import sys
 
 
-def user_level() -> int:
-    """``stacklevel`` of the caller's ``warnings.warn``, outside of torch and of this package.
+def user_stacklevel() -> int:
+    """The ``stacklevel`` of ``warnings.warn`` that points outside of torch and this package.
 
-    Not a constant: schedulers, compilers and decorators put frames of theirs around a step. (From
-    Python 3.12 on ``skip_file_prefixes`` does this.)
+    It is no constant: schedulers, compilers and decorators add frames around a step. From Python
+    3.12 on ``skip_file_prefixes`` does this.
     """
     level, frame = 1, sys._getframe(1)
     while frame.f_back is not None and _package(frame.f_globals) in ("torch", "transfer_surgery"):

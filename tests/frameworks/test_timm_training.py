@@ -53,13 +53,23 @@ def arguments(**settings):
     return Namespace(**defaults | settings)
 
 
+def half(steps):
+    return TransferSchedule(steps, fraction=0.5)
+
+
+def early(steps):
+    return TransferSchedule(steps, end=0.5)
+
+
 def loader():
     generator = torch.Generator().manual_seed(2)
     images = torch.randn(BATCHES * 4, 3, 32, 32, generator=generator)
     return DataLoader(TensorDataset(images, images.mean(dim=(2, 3)).argmax(dim=1)), batch_size=4)
 
 
-def train(args, *, wrap="before scheduler", ema=False, amp=False, saver=None, **settings):
+def train(
+    args, *, wrap="before scheduler", ema=False, amp=False, saver=None, schedule=TransferSchedule
+):
     """train.py in short. The two lines of the recipe are marked."""
     torch.manual_seed(1)
     model = timm.create_model(args.model, **TINY[args.model])
@@ -72,16 +82,16 @@ def train(args, *, wrap="before scheduler", ema=False, amp=False, saver=None, **
     model_ema = ModelEmaV3(model, decay=0.5) if ema else None
     loader_train = loader()
     if wrap == "before scheduler":
-        wrap_timm_optimizer(optimizer, model, args, loader_train, **settings)  # the second line
+        wrap_timm_optimizer(optimizer, model, args, loader_train, schedule)  # the second line
     updates_per_epoch = -(-len(loader_train) // args.grad_accum_steps)
     lr_scheduler, num_epochs = create_scheduler_v2(
         optimizer, **scheduler_kwargs(args), updates_per_epoch=updates_per_epoch
     )
     if wrap == "after scheduler":
-        wrap_timm_optimizer(optimizer, model, args, loader_train, **settings)
+        wrap_timm_optimizer(optimizer, model, args, loader_train, schedule)
     if wrap == "by hand":
         steps = num_epochs * updates_per_epoch
-        wrap_optimizer(optimizer, model, transfer=TransferSchedule(steps, **settings))
+        wrap_optimizer(optimizer, model, transfer=schedule(steps))
     if start_epoch > 0:
         lr_scheduler.step_update(start_epoch * updates_per_epoch)
     if saver is not None:
@@ -129,8 +139,8 @@ def train_one_epoch(epoch, model, loader, optimizer, args, lr_scheduler, loss_sc
 @pytest.mark.parametrize("wrap", ["before scheduler", "after scheduler"])
 def test_two_lines_do_what_wrap_optimizer_does_by_hand_bit_for_bit(wrap):
     args = arguments(grad_accum_steps=2, clip_grad=1.0, cooldown_epochs=1)
-    model, optimizer, _ = train(args, wrap=wrap, fraction=0.5)
-    expected, *_ = train(args, wrap="by hand", fraction=0.5)
+    model, optimizer, _ = train(args, wrap=wrap, schedule=half)
+    expected, *_ = train(args, wrap="by hand", schedule=half)
     assert_same_bits(model, expected)
     assert report(model).total.transferred == 0.5
     assert [g["transfer_step"] for g in optimizer.param_groups if "transfer_step" in g] == [15]
@@ -185,7 +195,7 @@ def test_a_resumed_training_ends_like_an_uninterrupted_one_bit_for_bit(tmp_path,
 
 def test_native_scaler_ema_and_saver_work_as_before(tmp_path):
     args = arguments(clip_grad=0.5, epochs=12)
-    model, _, ema = train(args, ema=True, amp=True, saver=tmp_path, end=0.5)
+    model, _, ema = train(args, ema=True, amp=True, saver=tmp_path, schedule=early)
     assert report(model).total.transferred == 1
     assert report(ema.module).total.transferred == 1  # it had 6 epochs to follow
     assert (tmp_path / "model_best.pth.tar").exists()
@@ -211,12 +221,9 @@ def test_total_updates_counts_the_epochs_that_timm_trains(settings, epochs):
     assert total_updates(arguments(**settings), range(BATCHES)) == epochs * 3
 
 
-def test_a_given_schedule_and_gamma_are_used_as_they_are():
-    model, *_ = train(arguments(), transfer=TransferSchedule(20, fraction=0.25))
+def test_a_given_schedule_is_used_as_it_is():
+    model, *_ = train(arguments(), schedule=TransferSchedule(20, fraction=0.25))
     assert report(model).total.transferred == 0.25
-    model, optimizer, _ = train(arguments(), gamma=0.0)
-    assert report(model).total.transferred == 0
-    assert sum("transfer_step" in group for group in optimizer.param_groups) == 1
 
 
 def test_frozen_gates_are_left_out():
@@ -230,7 +237,7 @@ def test_frozen_gates_are_left_out():
     assert all(row.transferred in (0, 1) for row in report(model))
 
 
-def test_settings_and_orders_that_cannot_work_are_errors_and_change_nothing():
+def test_schedules_and_orders_that_cannot_work_are_errors_and_change_nothing():
     args = arguments()
     model = timm.create_model(args.model)
     optimizer = create_optimizer_v2(model, **optimizer_kwargs(cfg=args))
@@ -240,10 +247,10 @@ def test_settings_and_orders_that_cannot_work_are_errors_and_change_nothing():
     with pytest.raises(ValueError, match=r"holds 0 of .* convert\(model\) before create_optimizer"):
         wrap_timm_optimizer(optimizer, model, args, range(5))
     optimizer = create_optimizer_v2(model, **optimizer_kwargs(cfg=args))
-    with pytest.raises(ValueError, match="gate_lr: the gates stay in the groups that timm made"):
-        wrap_timm_optimizer(optimizer, model, args, range(5), gate_lr=0.1)
     with pytest.raises(ValueError, match="fraction=2"):
-        wrap_timm_optimizer(optimizer, model, args, range(5), fraction=2)
+        wrap_timm_optimizer(
+            optimizer, model, args, range(5), lambda steps: TransferSchedule(steps, fraction=2)
+        )
     assert not any("transfer_step" in group for group in optimizer.param_groups)
     wrap_timm_optimizer(optimizer, model, args, range(5))
     with pytest.raises(ValueError, match="wrapped already"):

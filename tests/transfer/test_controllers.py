@@ -128,9 +128,12 @@ def test_gamma_rises_linearly_over_the_warm_up() -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"gamma": 1.0, "gamma_warmup": -1}, "gamma_warmup=-1: steps over which"),
-        ({"transfer": TransferSchedule(9), "gamma_warmup": 3}, "has its own start="),
-        ({"gamma": "often"}, "gamma=often: give a finite number"),
+        ({"gamma": 1.0, "gamma_warmup": -1}, "gamma_warmup=-1: give a number of optimizer steps"),
+        (
+            {"transfer": TransferSchedule(9), "gamma_warmup": 3},
+            "a transfer schedule has its own",
+        ),
+        ({"gamma": "often"}, "gamma='often': give a finite number"),
     ],
 )
 def test_arguments_of_gamma_that_do_not_fit_are_errors(

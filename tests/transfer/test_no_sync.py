@@ -3,7 +3,6 @@
 Tensors on the meta device have no values: whatever would synchronise with a device fails there.
 """
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -16,7 +15,7 @@ from torch.utils._pytree import tree_leaves
 
 from tests.helpers.explicit_loss import GAMMA, batch, gated_cnn, gates, mean_probability, plain
 from transfer_surgery import HardConcrete, TransferSchedule, convert, wrap_optimizer
-from transfer_surgery.transfer.controllers import ConstantGamma, Controller, Projection
+from transfer_surgery.transfer.controllers import Projection, Risk
 from transfer_surgery.transfer.optimizer import _WRAPPED
 from transfer_surgery.transfer.risk import REDUCTIONS, add_risk_gradient
 from transfer_surgery.units import gated_activations
@@ -90,32 +89,31 @@ SCHEDULES = [
 ]
 
 
-def controllers(model: nn.Module) -> Iterator[Controller]:
-    yield ConstantGamma(sites(model), GAMMA, 3, "sum")
-    for schedule in SCHEDULES:
-        projection = Projection(sites(model), schedule)
-        projection.begun = True  # it looks once, before it moves the first gate
-        yield projection
+@pytest.mark.parametrize("skipped", [None, torch.zeros((), device="meta")])
+def test_the_risk_of_a_step_never_looks_at_the_gates(skipped: Tensor | None) -> None:
+    model = on_meta()
+    risk = Risk(list(sites(model).values()), GAMMA, 3, "sum")
+    for step in range(1, 11):
+        risk.add_gradient({"lr": 0.1, "momentum": 0.9}, step, skipped)
+        risk.loss({}, step)
 
 
 @pytest.mark.parametrize("skipped", [None, torch.zeros((), device="meta")])
-@pytest.mark.parametrize("index", range(1 + len(SCHEDULES)))
-def test_controllers_never_look_at_the_gates(index: int, skipped: Tensor | None) -> None:
-    model = on_meta()
-    controller = list(controllers(model))[index]
-    group: dict[str, Any] = {"lr": 0.1, "momentum": 0.9} | controller.memory()
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_the_projection_of_a_step_never_looks_at_the_gates(
+    schedule: TransferSchedule, skipped: Tensor | None
+) -> None:
+    projection = Projection(sites(on_meta()), schedule)
+    projection.begun = True  # it looks once, before it moves the first gate
     for step in range(1, 11):
-        controller.add_gradient(group, step, skipped)
-        controller.loss(group, step)
-        controller.follow(group, step, skipped)
+        projection.follow(step, skipped)
 
 
 @pytest.mark.parametrize("kind", ["line", "copy"])
 def test_gates_without_parameters_never_look_either(kind: str) -> None:
-    model = on_meta(gate=kind)
-    controller = Projection(sites(model), TransferSchedule(10, start=0))
+    projection = Projection(sites(on_meta(gate=kind)), TransferSchedule(10, start=0))
     for step in range(1, 11):
-        controller.follow({}, step, None)
+        projection.follow(step, None)
 
 
 HOW: dict[str, dict[str, Any]] = {
@@ -128,8 +126,8 @@ def begin(optimizer: Optimizer) -> None:
     """As after the first steps: it looks at the first of 50, and before it moves the first gate."""
     hooks = _WRAPPED[optimizer]
     hooks.finite.looks = 1
-    if isinstance(hooks.controller, Projection):
-        hooks.controller.begun = True
+    if hooks.projection is not None:
+        hooks.projection.begun = True
 
 
 @pytest.mark.parametrize("make", [SGD, AdamW])

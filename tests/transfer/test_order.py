@@ -18,8 +18,7 @@ from transfer_surgery import (
     structural_risk,
     wrap_optimizer,
 )
-from transfer_surgery.transfer.order import in_order
-from transfer_surgery.transfer.schedule import turns
+from transfer_surgery.transfer.schedule import groups_in_order, split_in_order
 from transfer_surgery.units import gated_activations
 
 X = torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(0))
@@ -50,22 +49,22 @@ def names(groups: list[list[GatedActivation]]) -> list[list[str]]:
 def test_a_zoo_model_goes_stage_by_stage() -> None:
     model = sites(convert(timm.create_model("resnet18")))
     stages = ["act1", "layer1", "layer2", "layer3", "layer4"]
-    forward = names(in_order(model, "front_to_back"))
+    forward = names(groups_in_order(model, "front_to_back"))
     assert [{p.split(".")[0] for p in group} for group in forward] == [{s} for s in stages]
-    (joint,) = names(in_order(model, "joint"))
+    (joint,) = names(groups_in_order(model, "joint"))
     assert [path for group in forward for path in group] == joint
-    assert names(in_order(model, "back_to_front")) == forward[::-1]
+    assert names(groups_in_order(model, "back_to_front")) == forward[::-1]
 
 
 def test_a_network_without_stages_goes_site_by_site_as_it_runs() -> None:
     model = convert(nn.Sequential(Functional()), example_input=X, roles=("hidden", "output"))
-    found = names(in_order(sites(model), "front_to_back"))
+    found = names(groups_in_order(sites(model), "front_to_back"))
     assert found == [["0.tanh_0"], ["0.gelu_0"], ["0.last"]]
 
 
 def test_globs_say_who_goes_with_whom() -> None:
     model = sites(convert(timm.create_model("resnet18")))
-    groups = names(in_order(model, ["layer3", "*.act2", "*"]))
+    groups = names(groups_in_order(model, ["layer3", "*.act2", "*"]))
     assert all(path.startswith("layer3.") for path in groups[0])
     assert groups[1] == [p for p in model if p.endswith("act2") and not p.startswith("layer3")]
     assert sum(len(group) for group in groups) == len(model)
@@ -94,13 +93,13 @@ def test_globs_that_do_not_fit_are_errors_and_leave_the_optimizer_alone(
     st.floats(0.01, 1),
     st.lists(st.floats(0, 1), min_size=2, max_size=5),
 )
-def test_turns_add_up_to_the_joint_transfer_and_come_one_after_the_other(
+def test_shares_add_up_to_the_joint_transfer_and_come_one_after_the_other(
     sizes: list[int], fraction: float, moments: list[float]
 ) -> None:
     going = math.ceil(fraction * sum(sizes) - 1e-6)
     before = [0.0] * len(sizes)
     for progress in sorted(moments):
-        found = turns(sizes, fraction, progress)
+        found = split_in_order(sizes, fraction, progress)
         gone = [size * share * done for size, (share, done) in zip(sizes, found, strict=True)]
         assert sum(gone) == pytest.approx(going * progress, abs=1e-6)
         for (_, done), (_, then) in itertools.pairwise(found):
@@ -129,7 +128,7 @@ def test_all_gates_together_keep_to_the_budget_in_any_order(
         assert structural_risk(model, "mean").item() == pytest.approx(
             schedule.budget(step), abs=1e-3
         )
-        groups = in_order(sites(model), order)
+        groups = groups_in_order(sites(model), order)
         for earlier, later in itertools.pairwise(groups):
             begun = any(bool((unit.gate.predict() < 1).any()) for unit in later)
             done = all(bool((unit.gate.predict() == 0).all()) for unit in earlier)
@@ -152,21 +151,21 @@ def test_two_converted_networks_in_one_model_go_one_after_the_other() -> None:
         for _ in range(2)
     ]
     both = sites(nn.Sequential(*parts))
-    found = in_order(both, "front_to_back")
+    found = groups_in_order(both, "front_to_back")
     names_of = {id(unit): path for path, unit in both.items()}
     assert [[names_of[id(u)] for u in g] for g in found] == [["0.0"], ["0.1.1"], ["1.0"], ["1.1.1"]]
 
 
 def test_globs_may_be_those_of_the_model_or_of_what_wraps_it() -> None:
     model = convert(timm.create_model("resnet18"))
-    expected = names(in_order(sites(model), ["layer3", "*"]))
+    expected = names(groups_in_order(sites(model), ["layer3", "*"]))
     wrapped = sites(nn.DataParallel(model))
-    assert names(in_order(wrapped, ["layer3", "*"])) == expected
-    assert names(in_order(wrapped, ["module.layer3", "*"])) == expected
+    assert names(groups_in_order(wrapped, ["layer3", "*"])) == expected
+    assert names(groups_in_order(wrapped, ["module.layer3", "*"])) == expected
 
 
 def test_the_order_is_that_of_the_model_inside_any_wrapper() -> None:
     model = convert(timm.create_model("resnet18"))
-    expected = names(in_order(sites(model), "front_to_back"))
+    expected = names(groups_in_order(sites(model), "front_to_back"))
     for wrapper in (nn.Sequential(nn.Sequential(model)), nn.DataParallel(model)):
-        assert names(in_order(sites(wrapper), "front_to_back")) == expected
+        assert names(groups_in_order(sites(wrapper), "front_to_back")) == expected

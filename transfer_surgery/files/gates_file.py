@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from transfer_surgery._sharding import like_shard, whole
+from transfer_surgery._sharding import gathered, shard_like
 from transfer_surgery.activations import get_activation
 from transfer_surgery.files.gate_config import GateConfig
 from transfer_surgery.files.safetensors_file import (
@@ -82,7 +82,8 @@ def save_gates(model: nn.Module, folder: str | os.PathLike[str]) -> None:
     tensors = {}
     for path, unit in _units(model).items():
         for name, value in unit.state_dict().items():
-            tensors[state_key(path, name)] = whole(value).detach().to("cpu", copy=True).contiguous()
+            own = gathered(value).detach().to("cpu", copy=True)
+            tensors[state_key(path, name)] = own.contiguous()
         location = tensors.get(state_key(path, "gate.log_alpha"))
         if location is not None and location.shape != unit.gate.shape:
             raise ValueError(
@@ -230,7 +231,7 @@ def fill_units(units: Mapping[str, GatedActivation], tensors: Mapping[str, Tenso
             raise ValueError(f"{key} is on the meta device; materialise the model first.")
     for path, state in states.items():
         values = {
-            k: like_shard(tensors[state_key(path, k)].to(v.device), v) for k, v in state.items()
+            k: shard_like(tensors[state_key(path, k)].to(v.device), v) for k, v in state.items()
         }
         units[path].load_state_dict(values)
 

@@ -7,9 +7,9 @@ from typing import Any
 
 from torch.optim import Optimizer
 
-from transfer_surgery.frameworks.settings import TransferSettings, record_totals
+from transfer_surgery.frameworks.records import Schedule, make_schedule, record_totals
 from transfer_surgery.reports import History
-from transfer_surgery.transfer import TransferSchedule
+from transfer_surgery.transfer import TransferSchedule, wrap_optimizer
 
 try:
     from lightning.pytorch import Callback, LightningModule, Trainer
@@ -24,41 +24,41 @@ class TransferCallback(Callback):
 
     Convert the network in ``__init__`` of the LightningModule, or in ``configure_model``: before
     ``configure_optimizers``. Gradient accumulation, clipping, precision and resuming from a
-    checkpoint (``fit(ckpt_path=...)``) need nothing more. Where ``configure_optimizers`` returns a
-    learning-rate scheduler, the gates stay in the parameter group that it gave them; for a
-    `gate_lr` of their own call `wrap_optimizer` there, before the scheduler is created, instead of
-    using this callback.
+    checkpoint (``fit(ckpt_path=...)``) need nothing more. If ``configure_optimizers`` returns a
+    learning-rate scheduler, the gates stay in the parameter group that it gave them. For a
+    `gate_lr` of their own, or for a constant gamma, call `wrap_optimizer` there, before the
+    scheduler is created, instead of using this callback.
 
     Args:
-        transfer: a schedule; by default one over the Trainer's ``estimated_stepping_batches``.
+        schedule: a function that makes the schedule from the Trainer's number of optimizer steps,
+            ``estimated_stepping_batches``; by default `TransferSchedule` itself. Or a schedule.
+        gate_lr: learning rate of the gates; by default that of the first parameter group.
         log_every: optimizer steps between records, which go to the Trainer's loggers as
-            ``transfer/total`` and ``gate/total``; by default its ``log_every_n_steps``.
-        settings: arguments of `TransferSchedule` (without `total_steps`) and of `wrap_optimizer`.
+            ``transfer/total`` and ``gate/total``; by default the Trainer's ``log_every_n_steps``.
 
     Attributes:
         history: `History` of the latest fit, from where it began or was resumed.
 
     Raises:
-        TypeError: a setting is unknown.
-        ValueError: the settings exclude each other, or at the start of a fit: the model is not
-            converted, it has several optimizers, or the number of steps is not known.
+        ValueError: `log_every` is below 1; or at the start of a fit: the model is not converted, it
+            has several optimizers, or the number of steps is not known.
         ImportError: Lightning is not installed.
 
     Examples:
         >>> from lightning.pytorch import Trainer
-        >>> callback = TransferCallback(fraction=0.5, end=0.8)
+        >>> callback = TransferCallback(lambda steps: TransferSchedule(steps, fraction=0.5))
         >>> trainer = Trainer(max_epochs=3, callbacks=[callback], accelerator="cpu", logger=False)
         >>> # trainer.fit(module, loader)
     """
 
     def __init__(
         self,
-        transfer: TransferSchedule | None = None,
+        schedule: Schedule = TransferSchedule,
         *,
+        gate_lr: float | None = None,
         log_every: int | None = None,
-        **settings: Any,
     ) -> None:
-        self.settings = TransferSettings.of(transfer, settings)
+        self.schedule, self.gate_lr = schedule, gate_lr
         if log_every is not None and log_every < 1:
             raise ValueError(f"log_every={log_every}: at least 1 step.")
         self.log_every = log_every
@@ -67,8 +67,8 @@ class TransferCallback(Callback):
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Wrap the optimizer: it exists by now, and its state is restored after this hook."""
         optimizer = _only(trainer.optimizers)
-        total = _total_steps(trainer, pl_module) if self.settings.counts_steps else None
-        self.settings.wrap(optimizer, pl_module, total)
+        schedule = make_schedule(self.schedule, lambda: _total_steps(trainer, pl_module))
+        wrap_optimizer(optimizer, pl_module, transfer=schedule, gate_lr=self.gate_lr)
         self.history = History(pl_module)
 
     def on_train_batch_end(

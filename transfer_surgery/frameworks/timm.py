@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from transfer_surgery.frameworks.settings import TransferSettings
-from transfer_surgery.transfer import STEP, TransferSchedule
+from transfer_surgery.frameworks.records import Schedule, make_schedule
+from transfer_surgery.transfer import STEP, TransferSchedule, wrap_optimizer
 from transfer_surgery.units import gated_activations
 
 try:
@@ -31,8 +31,7 @@ def wrap_timm_optimizer(
     model: nn.Module,
     args: Any,
     loader: _Loader,
-    transfer: TransferSchedule | None = None,
-    **settings: Any,
+    schedule: Schedule = TransferSchedule,
 ) -> AnyOptimizer:
     """`wrap_optimizer` for the optimizer of a ``train.py``, over all of its epochs.
 
@@ -43,26 +42,25 @@ def wrap_timm_optimizer(
     ``train.py`` calls earlier, fits: the schedule continues where the checkpoint was saved. With
     ``--no-resume-opt`` it begins anew.
 
-    The slow weights of a Lookahead optimizer leave the gates out: they would bring transferred
-    gates back half-way, also after the last step. A ``ModelEmaV3`` averages gates like all
-    parameters; give it time after the end of the schedule.
+    Gates are left out of the slow weights of a Lookahead optimizer, which would bring transferred
+    gates back half-way, even after the last step. A ``ModelEmaV3`` averages gates like all
+    parameters; give it time after the end of the schedule. For a `gate_lr` of their own, or for a
+    constant gamma, call `wrap_optimizer` right after ``create_optimizer_v2`` instead.
 
     Args:
         optimizer: what ``create_optimizer_v2`` made of the converted model.
         model: the converted model, also inside DDP or ``torch.compile``.
         args: the namespace of ``train.py``, or any object with its attributes.
         loader: the training loader.
-        transfer: a schedule; by default one over `total_updates`.
-        settings: arguments of `TransferSchedule` (without `total_steps`) and of `wrap_optimizer`
-            (without `gate_lr` and `gate_weight_decay`, which are those of the groups).
+        schedule: a function that makes the schedule from the number of optimizer steps,
+            `total_updates`; by default `TransferSchedule` itself. Or a schedule.
 
     Returns:
         The same object.
 
     Raises:
-        TypeError: a setting is unknown.
-        ValueError: the settings exclude each other, the model is not converted, or it was only
-            after the optimizer had been built.
+        ValueError: the model is not converted, or was converted only after the optimizer had been
+            built.
         ImportError: timm is not installed.
 
     Examples:
@@ -74,24 +72,19 @@ def wrap_timm_optimizer(
         >>> model = convert(timm.create_model("test_resnet"))
         >>> optimizer = create_optimizer_v2(model, "sgd", lr=0.1, weight_decay=1e-4)
         >>> loader = range(25)  # stands for a loader of 25 batches
-        >>> optimizer = wrap_timm_optimizer(optimizer, model, args, loader, fraction=0.5)
+        >>> optimizer = wrap_timm_optimizer(
+        ...     optimizer, model, args, loader, lambda steps: TransferSchedule(steps, fraction=0.5)
+        ... )
         >>> total_updates(args, loader)
         65
     """
-    told = TransferSettings.of(transfer, settings)
-    own = sorted({"gate_lr", "gate_weight_decay"} & told.optimizer.keys())
-    if own:
-        raise ValueError(
-            f"{', '.join(own)}: the gates stay in the groups that timm made, since train.py "
-            "restores the optimizer before this call. Leave it out, or call wrap_optimizer right "
-            "after create_optimizer_v2."
-        )
     units = [unit for _, unit in gated_activations(model)]
     gates = {u.log_alpha for u in units if u.gate.learned and u.log_alpha.requires_grad}
     base = optimizer._base_optimizer if isinstance(optimizer, Lookahead) else optimizer
     marked = _mark(base, gates)
     try:
-        told.wrap(base, model, total_updates(args, loader) if told.counts_steps else None)
+        made = make_schedule(schedule, lambda: total_updates(args, loader))
+        wrap_optimizer(base, model, transfer=made)
     except Exception:
         for group in marked:
             del group[STEP]
@@ -124,7 +117,7 @@ def total_updates(args: Any, loader: _Loader) -> int:
 
 
 def _mark(optimizer: Optimizer, gates: Set[Tensor]) -> list[dict[str, Any]]:
-    """Let the gates stay where they are: `wrap_optimizer` leaves groups alone that count steps."""
+    """Keep the gates where they are: `wrap_optimizer` leaves a group alone that counts steps."""
     groups = optimizer.param_groups
     held = {p for group in groups for p in group["params"]}
     if not gates <= held:

@@ -7,9 +7,9 @@ from weakref import ReferenceType, ref
 
 from torch.optim import Optimizer
 
-from transfer_surgery.frameworks.settings import TransferSettings, record_totals
+from transfer_surgery.frameworks.records import Schedule, make_schedule, record_totals
 from transfer_surgery.reports import History
-from transfer_surgery.transfer import TransferSchedule
+from transfer_surgery.transfer import TransferSchedule, wrap_optimizer
 
 try:
     from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
@@ -25,33 +25,32 @@ class TransferCallback(TrainerCallback):
     Convert the model before it goes to the Trainer. Gradient accumulation, mixed precision and
     ``train(resume_from_checkpoint=...)`` need nothing more. The Trainer creates its learning-rate
     scheduler before callbacks see the optimizer, so the gates stay in the parameter group that it
-    gave them. For a `gate_lr` of their own pass ``optimizers=(wrap_optimizer(...), None)`` to the
-    Trainer instead of using this callback.
+    gave them. For a `gate_lr` of their own, or for a constant gamma, pass
+    ``optimizers=(wrap_optimizer(...), None)`` to the Trainer instead of using this callback.
 
     ``transfer/total`` and ``gate/total`` are added to what the Trainer logs: to ``log_history``,
     the console and all callbacks behind this one. Reporters such as TensorBoard's stand before it;
     ``trainer.add_callback(trainer.pop_callback(TensorBoardCallback))`` moves one behind.
 
     Args:
-        transfer: a schedule; by default one over the Trainer's ``state.max_steps``.
-        settings: arguments of `TransferSchedule` (without `total_steps`) and of `wrap_optimizer`.
+        schedule: a function that makes the schedule from the Trainer's number of optimizer steps,
+            ``state.max_steps``; by default `TransferSchedule` itself. Or a schedule.
 
     Attributes:
         history: `History` of the latest ``train()``, from where it began or was resumed.
 
     Raises:
-        TypeError: a setting is unknown.
-        ValueError: the settings exclude each other, or at the start of a training: the model is
-            not converted, or the optimizer was made before it was.
+        ValueError: at the start of a training: the model is not converted, or the optimizer was
+            made before it was.
         ImportError: transformers is not installed.
 
     Examples:
-        >>> callback = TransferCallback(fraction=0.5, end=0.8)
+        >>> callback = TransferCallback(lambda steps: TransferSchedule(steps, fraction=0.5))
         >>> # Trainer(model, args, train_dataset=dataset, callbacks=[callback]).train()
     """
 
-    def __init__(self, transfer: TransferSchedule | None = None, **settings: Any) -> None:
-        self.settings = TransferSettings.of(transfer, settings)
+    def __init__(self, schedule: Schedule = TransferSchedule) -> None:
+        self.schedule = schedule
         self.history: History | None = None
         self._wrapped: tuple[ReferenceType[Optimizer], int] | None = None
 
@@ -66,9 +65,10 @@ class TransferCallback(TrainerCallback):
         model, optimizer = kwargs["model"], kwargs["optimizer"]
         self.history = History(model)
         if self._wrapped is None or self._wrapped[0]() is not optimizer:
-            self.settings.wrap(optimizer, model, state.max_steps)
+            schedule = make_schedule(self.schedule, lambda: state.max_steps)
+            wrap_optimizer(optimizer, model, transfer=schedule)
             self._wrapped = ref(optimizer), state.max_steps
-        elif self.settings.counts_steps and self._wrapped[1] != state.max_steps:
+        elif callable(self.schedule) and self._wrapped[1] != state.max_steps:
             # A Trainer keeps its optimizer from one train() to the next.
             raise ValueError(
                 f"this optimizer follows a schedule of {self._wrapped[1]} steps, and this training "

@@ -10,7 +10,7 @@ from torch import nn
 
 from transfer_surgery._sharding import refuse_sharded
 from transfer_surgery.matching.relu_budget import choose_kept
-from transfer_surgery.transfer import project, settle
+from transfer_surgery.transfer import move_to_ends, project
 from transfer_surgery.units import select_units
 
 
@@ -68,7 +68,7 @@ def swap_targets(
                 "with gate='hard_concrete' to keep some of them."
             )
         for unit, kept in choose_kept(model, units, batches, keep).items():
-            settle(unit.gate, kept.to(unit.log_alpha.device))
+            move_to_ends(unit.gate, kept.to(unit.log_alpha.device))
         return model
     for unit in units.values():
         if unit.gate.learned:

@@ -1,28 +1,97 @@
-"""Optimizers unfit for `wrap_optimizer`, refused with the fix before anything is changed."""
+"""What `wrap_optimizer` refuses, with the fix and before anything is changed."""
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping, Sequence
+
 from torch import nn
-from torch.optim import Muon, Optimizer
+from torch.optim import LBFGS, Muon, Optimizer
 
 from transfer_surgery._sharding import is_fsdp, is_sharded, reshard
-from transfer_surgery.units import gated_activations
+from transfer_surgery.transfer.risk import check_reduction
+from transfer_surgery.transfer.schedule import TransferSchedule
+from transfer_surgery.units import GatedActivation, gated_activations
 
 
-def refuse_unfit_optimizer(optimizer: Optimizer, model: nn.Module) -> None:
+def check_training(
+    gamma: float | None,
+    transfer: TransferSchedule | None,
+    reduction: str,
+    warmup: int,
+    units: Sequence[GatedActivation],
+) -> None:
+    """Raise where the arguments of `wrap_optimizer` do not fit together, or not to the gates."""
+    if (gamma is None) == (transfer is None):
+        raise ValueError(
+            "give exactly one of gamma= (a constant weight of the risk) and "
+            "transfer=TransferSchedule(total_steps) (a share of the gates, by a given step)."
+        )
+    check_reduction(reduction)
+    if transfer is not None:
+        _check_schedule(transfer, reduction, warmup, units)
+        return
+    if not (isinstance(gamma, (int, float)) and 0 <= gamma < math.inf):
+        raise ValueError(f"gamma={gamma!r}: give a finite number that is not negative.")
+    if warmup < 0:
+        raise ValueError(f"gamma_warmup={warmup}: give a number of optimizer steps, 0 or more.")
+    if not any(unit.gate.learned for unit in units):
+        raise ValueError(
+            f"gates of the kind {units[0].gate.settings.name!r} have no parameters for gamma "
+            "to move; use transfer=TransferSchedule(total_steps)."
+        )
+
+
+def _check_schedule(
+    transfer: TransferSchedule, reduction: str, warmup: int, units: Sequence[GatedActivation]
+) -> None:
+    if not isinstance(transfer, TransferSchedule):
+        raise TypeError(f"transfer={transfer!r}: give a TransferSchedule(total_steps).")
+    if reduction != "sum":
+        raise ValueError(
+            f"reduction={reduction!r} weights the risk of gamma=; a transfer schedule counts "
+            "every gate once. Leave it out."
+        )
+    if warmup:
+        raise ValueError(
+            f"gamma_warmup={warmup} is for a constant gamma=; a transfer schedule has its own "
+            "start=. Leave it out."
+        )
+    scheduled = [unit.gate.settings.name for unit in units if not unit.gate.learned]
+    if scheduled and transfer.fraction < 1:
+        raise ValueError(
+            f"gates of the kind {scheduled[0]!r} all go together: use fraction=1, or convert "
+            "with gate='hard_concrete' to transfer a share of them."
+        )
+
+
+def check_settings(settings: Mapping[str, float], optimizer: Optimizer, learned: bool) -> None:
+    """Raise ValueError where the optimizer cannot hold gates with these settings."""
+    for key, value in settings.items():
+        if not (value >= 0 and math.isfinite(value)):
+            raise ValueError(f"gate_{key}={value}: give a finite number that is not negative.")
+        if isinstance(optimizer, LBFGS):
+            raise ValueError(f"gate_{key}: LBFGS allows only one parameter group. Leave it out.")
+        if not learned:
+            raise ValueError(f"gate_{key}: these gates have no parameters. Leave it out.")
+        if key not in optimizer.defaults:
+            raise ValueError(f"gate_{key}: {type(optimizer).__name__} has no {key}. Leave it out.")
+
+
+def check_optimizer(optimizer: Optimizer, model: nn.Module) -> None:
     """Raise where the hooks would not run, or would not reach the gates.
 
     Raises:
-        TypeError: no optimizer of torch.
-        ValueError: it is of another model, or its parameters or the gates are not those that are
-            trained.
+        TypeError: it is not an optimizer of torch.
+        ValueError: it belongs to another model, or its parameters or the gates are not those that
+            are trained.
     """
-    _check_optimizer(optimizer, model)
+    _check_hooks(optimizer, model)
     _check_shards(optimizer, model)
     _check_gates(model)
 
 
-def _check_optimizer(optimizer: Optimizer, model: nn.Module) -> None:
+def _check_hooks(optimizer: Optimizer, model: nn.Module) -> None:
     if not isinstance(optimizer, Optimizer):
         raise TypeError(f"{type(optimizer).__name__} is not a torch.optim.Optimizer.")
     if type(optimizer).__name__ == "ZeroRedundancyOptimizer":
@@ -35,11 +104,11 @@ def _check_optimizer(optimizer: Optimizer, model: nn.Module) -> None:
             f"{type(optimizer).__name__} did not call torch.optim.Optimizer.__init__ and runs no "
             "step hooks: wrap the optimizer inside it instead."
         )
-    # It checks its parameters when it is built only, and would fail at the first step.
+    # Muon checks its parameters only when it is built, and would fail at the first step.
     if isinstance(optimizer, Muon) and any(u.gate.learned for _, u in gated_activations(model)):
         raise ValueError(
-            "torch.optim.Muon updates matrices as a whole, and gates are none: hold them, like "
-            "biases, in a second optimizer such as AdamW, and wrap that one."
+            "torch.optim.Muon updates matrices as a whole, and gates are not matrices: give them, "
+            "like biases, to a second optimizer such as AdamW, and wrap that one."
         )
     held = {id(p) for group in optimizer.param_groups for p in group["params"]}
     if not any(id(p) in held for p in model.parameters()):
@@ -50,7 +119,7 @@ def _check_optimizer(optimizer: Optimizer, model: nn.Module) -> None:
 
 
 def _check_shards(optimizer: Optimizer, model: nn.Module) -> None:
-    """After an eval forward FSDP2 leaves some parameters gathered, and replaces them later."""
+    """Refuse parameters that FSDP2 gathered for an eval forward, since it replaces them later."""
     modules = [module for module in model.modules() if is_fsdp(module)]
     if not modules:
         return

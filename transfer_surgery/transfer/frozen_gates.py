@@ -1,4 +1,4 @@
-"""Frozen gates, reported: which sites do not move under gamma, why, and what helps."""
+"""A warning about frozen gates: which sites gamma does not move, why, and what helps."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from transfer_surgery._sharding import whole
-from transfer_surgery._stacklevel import user_level
+from transfer_surgery._sharding import gathered
+from transfer_surgery._stacklevel import user_stacklevel
 from transfer_surgery.units import GatedActivation
 
 _WINDOW = 200
@@ -32,17 +32,16 @@ class FrozenGatesWarning(UserWarning):
 
 
 class _Movement(NamedTuple):
-    """The gates of one site that do not predict 0, over a window: means over these gates."""
+    """The gates of one site that do not predict 0: means over a window, and their number."""
 
     change: float
-    location: float
+    log_alpha: float
     gradient: float
-    open: float
-    """Their number."""
+    number: float
 
 
 class FrozenWatch:
-    """Looks at the gates once in 200 steps, which synchronises with the device; warns once.
+    """Looks at the gates once in 200 steps, and warns once. A look synchronises with the device.
 
     Args:
         sites: the units whose gates move by their gradient, by path.
@@ -66,7 +65,7 @@ class FrozenWatch:
             self.rates.append(float(rate))
             self.highest_rate = max(self.highest_rate, float(rate))
         if not self.warned and self.steps % _WINDOW == 0:
-            self.before = [whole(u.log_alpha.detach()).clone() for u in self.sites.values()]
+            self.before = [gathered(u.log_alpha.detach()).clone() for u in self.sites.values()]
 
     def is_due(self) -> bool:
         """After a step: whether a window ends with it."""
@@ -88,19 +87,19 @@ class FrozenWatch:
                 frozen.setdefault(reason, {})[path] = movement
         if frozen:
             self.warned, self.before = True, []
-            warnings.warn(_message(frozen), FrozenGatesWarning, stacklevel=user_level())
+            warnings.warn(_message(frozen), FrozenGatesWarning, stacklevel=user_stacklevel())
 
     @torch.no_grad()
     def _movements(self) -> list[_Movement]:
         rows = []
         for unit, before in zip(self.sites.values(), self.before, strict=True):
-            now, grad = whole(unit.log_alpha.detach()), unit.log_alpha.grad
-            size = torch.zeros_like(now) if grad is None else whole(grad).abs()
+            now, grad = gathered(unit.log_alpha.detach()), unit.log_alpha.grad
+            size = torch.zeros_like(now) if grad is None else gathered(grad).abs()
             change = (now - before.to(now.device)).abs()
             # Transferred gates drift far below: with them a mean would hide those that stay.
-            opened = (unit.gate.predict() != 0).float()
-            number = opened.sum()
-            means = [(of * opened).sum() / number.clamp_min(1) for of in (change, now, size)]
+            kept = (unit.gate.predict() != 0).float()
+            number = kept.sum()
+            means = [(of * kept).sum() / number.clamp_min(1) for of in (change, now, size)]
             rows.append(torch.stack([*means, number]))
         # A model may be spread over several devices: gather on one of them first.
         return [_Movement(*r) for r in torch.stack([r.to(rows[0].device) for r in rows]).tolist()]
@@ -108,7 +107,7 @@ class FrozenWatch:
 
 def _reason(movement: _Movement, group: Mapping[str, Any]) -> str | None:
     """Why these gates are frozen; None where they are not, or have been transferred."""
-    if movement.open == 0:
+    if movement.number == 0:
         return None
     still = movement.change < _STILL
     if still and group.get("lr") is not None and float(group["lr"]) == 0:
@@ -118,7 +117,7 @@ def _reason(movement: _Movement, group: Mapping[str, Any]) -> str | None:
         return "eps"
     # Decay that is not part of the gradient (AdamW, Lion) is small beside such an optimizer's step.
     coupled = not group.get("decoupled_weight_decay", "momentum" not in group)
-    pull = group.get("weight_decay", 0.0) * abs(movement.location)
+    pull = group.get("weight_decay", 0.0) * abs(movement.log_alpha)
     if not still and coupled and movement.gradient < _NOTHING * pull:
         return "decay"
     return "slope" if still else None
@@ -128,10 +127,10 @@ def _message(frozen: Mapping[str, Mapping[str, _Movement]]) -> str:
     parts = []
     for reason, sites in frozen.items():
         change = max(movement.change for movement in sites.values())
-        location = sum(movement.location for movement in sites.values()) / len(sites)
+        log_alpha = sum(movement.log_alpha for movement in sites.values()) / len(sites)
         more = f" and {len(sites) - 3} more" if len(sites) > 3 else ""
         parts.append(
-            f"{_REASONS[reason]}: log_alpha changed by {change:.2g} at most and is {location:.2g} "
+            f"{_REASONS[reason]}: log_alpha changed by {change:.2g} at most and is {log_alpha:.2g} "
             f"(sites {', '.join(list(sites)[:3])}{more})"
         )
     return (

@@ -1,4 +1,4 @@
-"""A look at the gradients before a step: a loss that is not finite must not reach the gates."""
+"""A look at the gradients before each step: a loss that is not finite must not reach the gates."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from transfer_surgery._sharding import anywhere, local
+from transfer_surgery._sharding import any_rank, local
 from transfer_surgery.units import gated_activations
 
 _LOOK_EVERY = 50  # steps between looks at a device other than the CPU: a look synchronises
 
 
 class FiniteWatch:
-    """Looks at the gradients that a loss which is not finite reaches: biases and norms, and gates.
+    """Looks for gradients that are not finite, at every step on a CPU, at every 50th elsewhere.
 
-    At every step on a CPU, at every 50th elsewhere.
+    It looks at biases, norms and gates, which are small and which such a loss always reaches.
 
     Args:
         optimizer: the optimizer; not kept.
@@ -60,7 +60,7 @@ class FiniteWatch:
         # The largest element rather than a sum of squares, which overflows where no element does.
         norms = [norm.to(found[0][1].device) for norm in _largest([grad for _, grad in found])]
         finite = torch.stack(norms).isfinite()
-        if not anywhere(not bool(finite.all()), [grad for _, grad in found]):
+        if not any_rank(not bool(finite.all()), [grad for _, grad in found]):
             return
         if not on_cpu and not first:
             state = f"the last look was {_LOOK_EVERY} steps ago: go back to a checkpoint before it"

@@ -7,7 +7,7 @@ groups, which every way of saving an optimizer keeps.
 
 from __future__ import annotations
 
-import math
+import gc
 from collections.abc import Callable
 from typing import Any, TypeVar
 from weakref import WeakKeyDictionary
@@ -16,13 +16,11 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from transfer_surgery.transfer.auto_gamma import AutoGamma
-from transfer_surgery.transfer.checks import refuse_unfit_optimizer
-from transfer_surgery.transfer.controllers import ConstantGamma, Controller, Projection
-from transfer_surgery.transfer.param_groups import check_settings, hold_gates
-from transfer_surgery.transfer.risk import check_reduction
+from transfer_surgery.transfer.checks import check_optimizer, check_settings, check_training
+from transfer_surgery.transfer.controllers import Projection, Risk
+from transfer_surgery.transfer.param_groups import PAUSED, add_gates_to_optimizer, gates_group
 from transfer_surgery.transfer.schedule import TransferSchedule
-from transfer_surgery.transfer.step_hooks import PAUSED, StepHooks, gates_group
+from transfer_surgery.transfer.step_hooks import StepHooks
 from transfer_surgery.units import GatedActivation, gated_activations
 
 AnyOptimizer = TypeVar("AnyOptimizer", bound=Optimizer)
@@ -30,7 +28,7 @@ AnyHook = TypeVar("AnyHook", bound=Callable[..., Any])
 
 _WRAPPED: WeakKeyDictionary[Optimizer, StepHooks] = WeakKeyDictionary()
 
-# Under these names other optimizers keep the one that they wrap: Accelerate and Lightning, SAM,
+# The names under which other optimizers keep the one that they wrap: Accelerate and Lightning, SAM,
 # timm's Lookahead, and opacus.
 _INNER = ("optimizer", "base_optimizer", "_base_optimizer", "original_optimizer")
 
@@ -39,7 +37,7 @@ def wrap_optimizer(
     optimizer: AnyOptimizer,
     model: nn.Module,
     *,
-    gamma: float | str | None = None,
+    gamma: float | None = None,
     transfer: TransferSchedule | None = None,
     gamma_warmup: int = 0,
     gate_lr: float | None = None,
@@ -49,39 +47,38 @@ def wrap_optimizer(
     """Make an optimizer transfer the gates of a converted model.
 
     The gates get a parameter group of their own, the last one, whether or not the optimizer was
-    built before `convert`; their optimizer state is kept. The parameters of matched targets get
-    another one, without weight decay. (LBFGS allows one group: all join it.)
-    Call it before learning-rate schedulers are created and before ``load_state_dict``, which then
-    continues at the step where the checkpoint was saved. Where a scheduler exists already, the
-    gates stay in the group in which the optimizer has them.
+    built before `convert`; their optimizer state is kept. The parameters of fitted targets get
+    another group, without weight decay. (LBFGS allows one group: all join it.)
+    Call `wrap_optimizer` before you create learning-rate schedulers, and before
+    ``load_state_dict``, which then continues at the step where the checkpoint was saved. If a
+    scheduler exists already, the gates stay in the group in which the optimizer has them.
 
-    The risk is added inside ``step``, to the gradient that is there by then: clipping
-    before ``step`` does not see it. With a closure each evaluation adds it, and the loss that the
-    closure returns includes it. Of an optimizer that wraps another (Accelerate's, SAM, Lookahead)
-    the inner one's ``step`` counts: SAM perturbs by the gradient of the task alone.
+    The risk is added inside ``step``, to the gradient that is there by then: clipping before
+    ``step`` does not see it. With a closure each evaluation adds it, and the loss that the closure
+    returns includes it. If an optimizer wraps another one (Accelerate's, SAM, Lookahead), the
+    inner one's ``step`` counts: SAM perturbs by the gradient of the task alone. Steps that a
+    GradScaler skips do not advance a schedule.
 
-    Of several optimizers of one model wrap one, or each with the submodule that it trains: all
-    gates of `model` are moved by `optimizer`.
+    If a model has several optimizers, wrap one of them, or each with the submodule that it trains:
+    an optimizer moves all gates of `model`. A new optimizer of the same parameters replaces an
+    earlier one, which then leaves the gates alone.
 
     A gradient that is not finite stops the step with a FloatingPointError before anything is
-    updated (looked for at every step on a CPU, at every 50th elsewhere, where looking costs a
-    synchronisation, and not where a GradScaler looks).
+    updated. On a CPU every step looks for one. Elsewhere looking costs a synchronisation, so only
+    every 50th step looks, and no step does where a GradScaler looks itself.
 
     Args:
         optimizer: any `torch.optim.Optimizer` of the model's parameters.
         model: the converted model, also in DDP or after FSDP2's ``fully_shard``.
-        gamma: the weight of the structural risk, constant, as in the paper; or ``"auto"`` together
-            with `transfer`: a weight that is adapted so that the mean ``P(z != 0)`` comes near the
-            schedule, by dual ascent. With Adam or Lion give a `gate_lr` such as 0.3: a gate has to
-            move by some 16 in all, and they move it by the learning rate in each step.
-        transfer: the share of the gates to transfer, and by when. Without `gamma` no risk is added;
-            the gates are moved to the schedule's budget after each step, for any optimizer,
-            learning rate and network.
-        gamma_warmup: optimizer steps over which a constant gamma rises from 0.
+        gamma: the constant weight of the structural risk, as in the paper.
+        transfer: the share of the gates to transfer, and by when. No risk is added; the gates are
+            moved to the schedule's budget after each step, for any optimizer, learning rate and
+            network.
+        gamma_warmup: optimizer steps over which `gamma` rises from 0.
         gate_lr: learning rate of the gates; by default that of the first group.
-        gate_weight_decay: weight decay of the gates; by default the largest of the optimizer's
-            groups with a constant gamma (it brings ``log_alpha`` from 8 to where the risk acts) and
-            0 otherwise (nothing but the schedule is to move all gates together).
+        gate_weight_decay: weight decay of the gates. The default with `gamma` is the largest of
+            the optimizer's groups: it brings ``log_alpha`` from 8 to where the risk acts. The
+            default with `transfer` is 0: only the schedule moves all gates together.
         reduction: what one gate counts for in the risk, see `structural_risk`.
 
     Returns:
@@ -90,8 +87,9 @@ def wrap_optimizer(
 
     Raises:
         TypeError: `optimizer` or `transfer` is of another type.
-        ValueError: the arguments do not fit together, the model is not converted, or the optimizer
-            is wrapped already or is of another model. The optimizer is then unchanged.
+        ValueError: the arguments do not fit together, the model is not converted, the optimizer is
+            wrapped already or belongs to another model, or an optimizer of other parameters moves
+            these gates. The optimizer is then unchanged.
 
     Source:
         Eq. 13 for `gamma`; docs/design.md, "Training", for `transfer`.
@@ -110,39 +108,80 @@ def wrap_optimizer(
         >>> model[1].gate.predict().tolist()
         [0.0, 0.0, 0.0, 0.0]
     """
+    # Check everything before anything is changed.
     sites = dict(gated_activations(model))
     units = list(sites.values())
-    _check_training(gamma, transfer, reduction, gamma_warmup, units)
+    check_training(gamma, transfer, reduction, gamma_warmup, units)
     inner = _innermost(optimizer)
     if inner in _WRAPPED:
         raise ValueError(
             "this optimizer is wrapped already: the risk would count twice. Build a new optimizer "
             "to train with other settings."
         )
-    refuse_unfit_optimizer(inner, model)
-    learned = [unit for unit in units if unit.gate.learned]
+    check_optimizer(inner, model)
+    replaced = _earlier_hooks(inner, sites)
     given = {"lr": gate_lr, "weight_decay": gate_weight_decay}
     settings = {key: value for key, value in given.items() if value is not None}
-    check_settings(settings, inner, bool(learned))
-    controller = _controller(sites, gamma, transfer, gamma_warmup, reduction)
+    check_settings(settings, inner, any(unit.gate.learned for unit in units))
 
-    decay = [group.get("weight_decay", 0.0) for group in inner.param_groups]
-    defaults = {"weight_decay": max(decay) if isinstance(controller, ConstantGamma) else 0.0}
-    if isinstance(controller, Projection):
-        # Of timm's Lookahead: its average over steps would undo a part of the projection.
-        defaults["lookahead_alpha"] = 1.0
-    hold_gates(optimizer, inner, model, units, settings, defaults, controller.memory())
+    # Choose what moves the gates, and the settings of their parameter group.
+    controller: Risk | Projection
+    if transfer is None:
+        assert gamma is not None
+        controller = Risk(units, gamma, gamma_warmup, reduction)
+        defaults = {"weight_decay": max(g.get("weight_decay", 0.0) for g in inner.param_groups)}
+    else:
+        controller = Projection(sites, transfer)
+        # timm's Lookahead would average over steps and undo a part of the projection.
+        defaults = {"weight_decay": 0.0, "lookahead_alpha": 1.0}
+    add_gates_to_optimizer(optimizer, inner, model, units, settings, defaults)
+
+    # Install the hooks.
     hooks = StepHooks(inner, model, controller)
     inner.register_step_pre_hook(_in_python(hooks.before_step))
     inner.register_step_post_hook(_in_python(hooks.after_step))
+    inner.register_state_dict_pre_hook(lambda saved: hooks.count_skipped(saved, wait=True))
     _WRAPPED[inner] = hooks
+    for earlier in replaced:
+        earlier.is_retired = True
     return optimizer
 
 
-def _in_python(hook: AnyHook) -> AnyHook:
-    """The hook, which stays Python where ``step`` is compiled.
+def _earlier_hooks(optimizer: Optimizer, sites: dict[str, GatedActivation]) -> list[StepHooks]:
+    """The hooks of earlier optimizers for these gates, which this optimizer replaces.
 
-    Traced, it would be compiled anew at each step of a schedule, whose progress is a number.
+    Raises:
+        ValueError: an earlier optimizer trains other parameters, so that both will be used.
+    """
+    ours = {id(unit) for unit in sites.values()}
+
+    def moving() -> list[tuple[Optimizer, StepHooks]]:
+        return [
+            (other, hooks)
+            for other, hooks in _WRAPPED.items()
+            if not hooks.is_retired and not ours.isdisjoint(map(id, hooks.units.values()))
+        ]
+
+    if moving():
+        gc.collect()  # learning-rate schedulers keep dead optimizers alive in reference cycles
+    held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    for other, hooks in moving():
+        theirs = {id(p) for group in other.param_groups for p in group["params"]}
+        if held.isdisjoint(theirs):
+            moved = [path for path, unit in hooks.units.items() if id(unit) in ours]
+            raise ValueError(
+                f"another optimizer ({type(other).__name__}) that is wrapped already moves the "
+                f"gates of {', '.join(moved[:3])}{', ...' if len(moved) > 3 else ''}: they would "
+                "move twice per step. Wrap one optimizer only, or each with the submodule that it "
+                "trains."
+            )
+    return [hooks for _, hooks in moving()]
+
+
+def _in_python(hook: AnyHook) -> AnyHook:
+    """A hook that stays Python where ``step`` is compiled.
+
+    The compiler would compile it anew at each step of a schedule, whose progress is a number.
     """
     reason = "the hooks of wrap_optimizer run in Python: compile step() without fullgraph=True"
     kept: AnyHook = torch.compiler.disable(hook, reason=reason)  # type: ignore[no-untyped-call]
@@ -150,16 +189,16 @@ def _in_python(hook: AnyHook) -> AnyHook:
 
 
 def pause_transfer(optimizer: Optimizer) -> None:
-    """Let the clock of the optimizer's `TransferSchedule` stand still, while training goes on.
+    """Stop the clock of the optimizer's `TransferSchedule` while the training goes on.
 
-    The gates are kept at the budget of the last step; a checkpoint remembers the pause. The
+    The gates are kept at the budget of the last step, and checkpoints remember the pause. The
     schedule then ends later by as many steps. In a distributed training call it on every rank.
 
     Args:
         optimizer: an optimizer wrapped with ``transfer=``.
 
     Raises:
-        ValueError: it is not.
+        ValueError: the optimizer was not wrapped with ``transfer=``.
 
     Examples:
         >>> import torch
@@ -177,7 +216,7 @@ def pause_transfer(optimizer: Optimizer) -> None:
 
 
 def resume_transfer(optimizer: Optimizer) -> None:
-    """Undo `pause_transfer`; nothing happens where there is no pause.
+    """Undo `pause_transfer`; without a pause nothing happens.
 
     Raises:
         ValueError: the optimizer was not wrapped with ``transfer=``.
@@ -188,7 +227,7 @@ def resume_transfer(optimizer: Optimizer) -> None:
 def _scheduled(optimizer: Optimizer) -> Optimizer:
     inner = _innermost(optimizer)
     hooks = _WRAPPED.get(inner)
-    if hooks is None or isinstance(hooks.controller, ConstantGamma):
+    if hooks is None or hooks.projection is None:
         raise ValueError(
             "only a transfer schedule can be paused: wrap this optimizer with "
             "wrap_optimizer(optimizer, model, transfer=TransferSchedule(total_steps)) first."
@@ -201,72 +240,3 @@ def _innermost(optimizer: Optimizer) -> Optimizer:
     inner = (getattr(optimizer, name, None) for name in _INNER)
     found = next((o for o in inner if isinstance(o, Optimizer) and o is not optimizer), None)
     return optimizer if found is None else _innermost(found)
-
-
-def _controller(
-    sites: dict[str, GatedActivation],
-    gamma: float | str | None,
-    transfer: TransferSchedule | None,
-    warmup: int,
-    reduction: str,
-) -> Controller:
-    if transfer is None:
-        assert isinstance(gamma, (int, float))
-        return ConstantGamma(sites, gamma, warmup, reduction)
-    return Projection(sites, transfer) if gamma is None else AutoGamma(sites, transfer)
-
-
-def _check_training(
-    gamma: float | str | None,
-    transfer: TransferSchedule | None,
-    reduction: str,
-    warmup: int,
-    units: list[GatedActivation],
-) -> None:
-    constant = gamma is not None and gamma != "auto"
-    if constant == (transfer is not None):
-        raise ValueError(
-            "give exactly one of gamma= (a constant weight of the risk) and "
-            "transfer=TransferSchedule(total_steps) (a share of the gates, by a given step), or "
-            "gamma='auto' and transfer= (a weight that follows the schedule)."
-        )
-    check_reduction(reduction)
-    if gamma is not None and not any(unit.gate.learned for unit in units):
-        raise ValueError(
-            f"gates of the kind {units[0].gate.settings.name!r} have no parameters for gamma "
-            "to move; use transfer=TransferSchedule(total_steps)."
-        )
-    if constant and not (isinstance(gamma, (int, float)) and 0 <= gamma < math.inf):
-        raise ValueError(f"gamma={gamma}: give a finite number that is not negative, or 'auto'.")
-    if warmup and (not constant or warmup < 0):
-        raise ValueError(
-            f"gamma_warmup={warmup}: steps over which a constant gamma= rises; a transfer schedule "
-            "has its own start=."
-        )
-    if transfer is not None:
-        _check_schedule(transfer, reduction, gamma, units)
-
-
-def _check_schedule(
-    transfer: TransferSchedule,
-    reduction: str,
-    gamma: float | str | None,
-    units: list[GatedActivation],
-) -> None:
-    if not isinstance(transfer, TransferSchedule):
-        raise TypeError(f"transfer={transfer!r}: give a TransferSchedule(total_steps).")
-    if reduction != "sum":
-        raise ValueError(
-            f"reduction={reduction!r} weights the risk of gamma=; a transfer schedule counts "
-            "every gate once. Leave it out."
-        )
-    if gamma == "auto" and transfer.order != "joint":
-        raise ValueError(
-            f"order={transfer.order!r}: gamma='auto' is one weight for all gates. Leave gamma out."
-        )
-    scheduled = [unit.gate.settings.name for unit in units if not unit.gate.learned]
-    if scheduled and transfer.fraction < 1:
-        raise ValueError(
-            f"gates of the kind {scheduled[0]!r} all go together: use fraction=1, or convert "
-            "with gate='hard_concrete' to transfer a share of them."
-        )

@@ -1,50 +1,55 @@
-"""Where an optimizer holds gates and matched targets: in groups of their own, if that can be."""
+"""The parameter groups of gates and fitted targets: groups of their own where that is possible."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import Tensor, nn
 from torch.optim import LBFGS, Optimizer
 
-from transfer_surgery.transfer.step_hooks import PAUSED, STEP
 from transfer_surgery.units import GatedActivation
 
+# The state of a transfer lives under these keys of a parameter group, where every way of saving an
+# optimizer keeps it.
 
-def check_settings(settings: Mapping[str, float], optimizer: Optimizer, learned: bool) -> None:
-    """Raise ValueError where the optimizer cannot hold gates with these settings."""
-    for key, value in settings.items():
-        if not (value >= 0 and math.isfinite(value)):
-            raise ValueError(f"gate_{key}={value}: give a finite number that is not negative.")
-        if isinstance(optimizer, LBFGS):
-            raise ValueError(f"gate_{key}: LBFGS allows only one parameter group. Leave it out.")
-        if not learned:
-            raise ValueError(f"gate_{key}: these gates have no parameters. Leave it out.")
-        if key not in optimizer.defaults:
-            raise ValueError(f"gate_{key}: {type(optimizer).__name__} has no {key}. Leave it out.")
+STEP = "transfer_step"
+"""Optimizer steps since the start of the transfer, without pauses and skipped steps."""
+
+PAUSED = "transfer_paused"
+"""Whether the schedule's clock stands still."""
 
 
-def hold_gates(
+def gates_group(optimizer: Optimizer) -> dict[str, Any]:
+    """The group with the gates. Looked up each time, since `load_state_dict` replaces groups."""
+    groups = optimizer.param_groups
+    return next((group for group in groups if STEP in group), groups[0])
+
+
+def next_step(optimizer: Optimizer) -> int:
+    """The number of the step being taken, from 1; in a pause that of the step before."""
+    group = gates_group(optimizer)
+    return int(group.get(STEP, 0)) + (not group.get(PAUSED, False))
+
+
+def add_gates_to_optimizer(
     optimizer: Optimizer,
     inner: Optimizer,
     model: nn.Module,
     units: Sequence[GatedActivation],
     settings: Mapping[str, float],
     defaults: Mapping[str, float],
-    memory: Mapping[str, Any],
 ) -> None:
-    """Make the optimizer hold gates and matched targets, and mark the gates' group with the step.
+    """Make the optimizer hold gates and fitted targets, and keep its state in the gates' group.
 
     Args:
-        optimizer: as the user has it.
-        inner: the optimizer inside that updates the parameters, or the same.
+        optimizer: the optimizer as the user has it.
+        inner: the optimizer inside that updates the parameters, or the same one.
         model: the converted model.
-        units: its units.
-        settings: of the gates' group, checked by `check_settings`.
-        defaults: further settings of a new group, where its optimizer has such.
-        memory: what the controller keeps in the group.
+        units: the units of the model.
+        settings: settings of the gates' group, checked by `check_settings`.
+        defaults: further settings of a new group; those that the optimizer does not know are
+            left out.
 
     Raises:
         ValueError: the gates need a group that they cannot have.
@@ -54,23 +59,23 @@ def hold_gates(
     targets = [p for unit in units if unit.fitted is not None for p in unit.fitted.parameters()]
     before = [{**group, "params": list(group["params"])} for group in groups]
     try:
-        _hold_targets(optimizer, inner, model, targets)
+        _add_targets(optimizer, inner, model, targets)
         group = _group_for(gates, optimizer, inner, model, settings, defaults)
-    except Exception:  # of add_param_group, say: everything is where it was
+    except Exception:  # from add_param_group, for example: put everything back
         for changed, old in zip(groups, before, strict=False):
             changed.update(old)
         del groups[len(before) :]
         raise
-    for key, value in {STEP: 0, PAUSED: False, **memory}.items():
-        group.setdefault(key, value)
+    group.setdefault(STEP, 0)
+    group.setdefault(PAUSED, False)
 
 
-def _hold_targets(
+def _add_targets(
     optimizer: Optimizer, inner: Optimizer, model: nn.Module, own: list[nn.Parameter]
 ) -> None:
-    """Put the parameters of matched targets in a group without weight decay, if there can be one.
+    """Put the parameters of fitted targets in a group without weight decay, where possible.
 
-    They are no weights: decay would draw amplitude and frequency to 0.
+    Weight decay would draw their amplitudes and frequencies to 0.
     """
     groups = inner.param_groups
     holding = [group for group in groups if not set(own).isdisjoint(group["params"])]

@@ -13,8 +13,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from transfer_surgery._sharding import like_shard
-from transfer_surgery.transfer.schedule import whole_gates
+from transfer_surgery._sharding import shard_like
+from transfer_surgery.transfer.schedule import count_of
 from transfer_surgery.units import Gate
 
 # Budgets closer than this to 0 or 1 mean no more than a gate at its end: converted gates,
@@ -74,52 +74,57 @@ def project(
     """
     if not gates:
         return
+    # Gather all gates on one device; a model may be spread over several.
     log_alphas = [gate.log_alpha.detach() for gate in gates]
-    device = log_alphas[0].device  # a model may be spread over several
+    device = log_alphas[0].device
     logits = torch.cat([gate.logit().flatten().to(device) for gate in gates])
 
+    # Choose the gates that go. Before the transfer begins that is all of them.
     number = logits.numel()
-    # Who goes is decided when the turn comes; those that wait are one.
-    going = number if progress <= 0 else max(1, whole_gates(fraction, number))
+    going = number if progress <= 0 else max(1, count_of(fraction, number))
     at = slice(None) if going == number else logits.topk(going, largest=False, sorted=False).indices
-    # Past the end by a little more than is looked for: what is there already does not move.
-    way = torch.where(logits < _END, _END + 0.01 - logits, 0.0)
-    way[at] = _way(logits[at], progress, _ITERATIONS_FROM_NEAR if near else _ITERATIONS)
+
+    # The others return to the source, a little past the end: gates that are there do not move.
+    offset = torch.where(logits < _END, _END + 0.01 - logits, 0.0)
+    iterations = _ITERATIONS_FROM_NEAR if near else _ITERATIONS
+    offset[at] = _common_offset(logits[at], progress, iterations)
     if skip is not None:
-        way = torch.where(skip.to(device) != 0, 0.0, way)
-    parts = torch.split(way, [log_alpha.numel() for log_alpha in log_alphas])
+        offset = torch.where(skip.to(device) != 0, 0.0, offset)
+
+    # Write each site's part, or this rank's shard of it.
+    parts = torch.split(offset, [log_alpha.numel() for log_alpha in log_alphas])
     own = [
-        like_shard(part.view(log_alpha.shape).to(log_alpha.device), log_alpha)
+        shard_like(part.view(log_alpha.shape).to(log_alpha.device), log_alpha)
         for log_alpha, part in zip(log_alphas, parts, strict=True)
     ]
     torch._foreach_add_(log_alphas, own)
 
 
 @torch.no_grad()
-def settle(gate: Gate, kept: Tensor) -> None:
-    """Move each gate of a site to an end: those of a mask to the source, others to the target."""
+def move_to_ends(gate: Gate, kept: Tensor) -> None:
+    """Move each gate of a site to an end: the kept ones to the source, the others to the target.
+
+    Args:
+        gate: the gates of the site; changed in place.
+        kept: a boolean mask of the gates' shape.
+    """
     logits = gate.logit()
     to_source = (_END + 0.01 - logits).clamp_min(0.0)
     to_target = (-_END - 0.01 - logits).clamp_max(0.0)
     gate.log_alpha.add_(torch.where(kept, to_source, to_target))
 
 
-def _way(logits: Tensor, progress: float, iterations: int) -> Tensor:
-    """The common offset of the gates that go."""
+def _common_offset(logits: Tensor, progress: float, iterations: int) -> Tensor:
+    """What is added to the ``log_alpha`` of each gate that goes."""
     if progress >= 1:
         highest = logits.amax()
         return torch.where(highest > -_END, -_END - 0.01 - highest, 0.0)
     offset = _offset(logits, 1 - progress, iterations)
     if progress > 0:
         return offset
+    # Before the transfer begins, only gates that left the source are moved back.
     away = torch.sigmoid(logits).mean() < 1 - 5 * _MARGIN
     return torch.where(away, offset, 0.0)
-
-
-def logit_of_budget(budget: float) -> float:
-    """``log(b / (1 - b))`` of a budget, which counts from 1e-4 to 1 - 1e-4."""
-    budget = min(max(budget, _MARGIN), 1 - _MARGIN)
-    return math.log(budget / (1 - budget))
 
 
 def _offset(logits: Tensor, budget: float, iterations: int) -> Tensor:
@@ -130,7 +135,8 @@ def _offset(logits: Tensor, budget: float, iterations: int) -> Tensor:
     the error: a lower bound for the bracket that catches Newton where gates are widely spread.
     What is near enough stays: between two clusters of gates the slope is that of rounding.
     """
-    goal = logit_of_budget(budget)
+    budget = min(max(budget, _MARGIN), 1 - _MARGIN)
+    goal = math.log(budget / (1 - budget))
     low, high = goal - logits.amax(), goal - logits.amin()
     d = torch.zeros_like(low).clamp(low, high)
     for _ in range(iterations):

@@ -1,10 +1,14 @@
-"""Transfer schedules: what share of the gates is away from 0 at which step, and who goes first."""
+"""Transfer schedules: what share of the gates is transferred at which step, and who goes first."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass
+
+from transfer_surgery.units import GatedActivation, matches_glob
+
+Sites = Mapping[str, GatedActivation]
 
 SHAPES = ("cosine", "linear")
 ORDERS = ("joint", "front_to_back", "back_to_front")
@@ -20,13 +24,15 @@ class TransferSchedule:
             are kept at their source: those with the highest ``log_alpha`` when their turn comes
             (``order="joint"``), or those of the sites that come last in the order.
         start: when the transfer starts: a share of `total_steps` (a float) or optimizer steps (an
-            int). Before it no gate is moved.
-        end: when it ends, likewise; the rest is for the transferred network.
+            int). No gate is moved before.
+        end: when the transfer ends, in the same units. The remaining steps train the transferred
+            network.
         shape: ``"cosine"`` (slow at both ends) or ``"linear"``.
-        order: ``"joint"``: all gates together, what they learn decides who goes first.
-            ``"front_to_back"`` or ``"back_to_front"``: one part of the network after the other, the
-            stages of a zoo model (``stem``, ``layer1``, ...), or site by site where none are known.
-            A sequence of globs on site paths: the sites of the first go first, and so on.
+        order: ``"joint"``: all gates go together, and what they learn decides who goes first.
+            ``"front_to_back"`` or ``"back_to_front"``: one part of the network goes after the
+            other. The parts are the stages of a zoo model (``stem``, ``layer1``, ...), or the sites
+            where no stages are known. A sequence of globs on site paths: the sites of the first
+            glob go first, then those of the second, and so on.
 
     ``TransferSchedule(n, start=0, end=1.0, shape="linear")`` gives the paper's *Line* and *Copy*
     when the model was converted with ``gate="line"`` or ``gate="copy"``.
@@ -99,21 +105,23 @@ class TransferSchedule:
         return 1 - self.fraction * self.progress(step)
 
 
-def turns(sizes: Sequence[int], fraction: float, progress: float) -> list[tuple[float, float]]:
-    """For groups of gates that go one after the other: each one's fraction and progress.
+def split_in_order(
+    sizes: Sequence[int], fraction: float, progress: float
+) -> list[tuple[float, float]]:
+    """Fraction and progress of each of several groups that go one after the other.
 
     The mean over all gates is that of a joint transfer: a group of many gates takes longer.
 
     Args:
         sizes: the number of gates of each group, in the order in which they go.
-        fraction: of all gates.
-        progress: of all gates that go.
+        fraction: the share of all gates that goes.
+        progress: how far these gates have gone, from 0 to 1.
 
     Examples:
-        >>> turns([10, 10, 20], 0.75, 0.5)
+        >>> split_in_order([10, 10, 20], 0.75, 0.5)
         [(1.0, 1.0), (1.0, 0.5), (0.5, 0.0)]
     """
-    going = whole_gates(fraction, sum(sizes))
+    going = count_of(fraction, sum(sizes))
     gone, before, result = progress * going, 0, []
     for size in sizes:
         mine = min(max(going - before, 0), size)
@@ -123,6 +131,54 @@ def turns(sizes: Sequence[int], fraction: float, progress: float) -> list[tuple[
     return result
 
 
-def whole_gates(fraction: float, number: int) -> int:
-    """A fraction of so many gates, rounded up."""
+def count_of(fraction: float, number: int) -> int:
+    """How many gates a fraction of `number` gates is, rounded up."""
     return math.ceil(fraction * number - 1e-6)  # 0.1 * 30 is 3.0000000000000004
+
+
+def groups_in_order(sites: Sites, order: str | Sequence[str]) -> list[list[GatedActivation]]:
+    """Groups of units in the order in which they are to be transferred.
+
+    Args:
+        sites: the units of a model, by path.
+        order: as in `TransferSchedule`.
+
+    Raises:
+        ValueError: a glob matches none of the sites that earlier globs left, or no glob matches a
+            site.
+    """
+    if not isinstance(order, str):
+        return _groups_of_globs(sites, order)
+    # A model may hold several converted ones, which go in the order of its modules.
+    roots = {path: path.removesuffix(unit.path) for path, unit in sites.items()}
+    place = {root: number for number, root in enumerate(dict.fromkeys(roots.values()))}
+    paths = sorted(sites, key=lambda path: (place[roots[path]], sites[path].position))
+    units = [sites[path] for path in paths]
+    if order == "joint":
+        return [units]
+    # One group per stage; one per site where no stages are known.
+    stages: dict[tuple[str, str], list[GatedActivation]] = {}
+    for path in paths:
+        stages.setdefault((roots[path], sites[path].stage), []).append(sites[path])
+    groups = list(stages.values()) if len(stages) > 1 else [[unit] for unit in units]
+    return groups if order == "front_to_back" else groups[::-1]
+
+
+def _groups_of_globs(sites: Sites, globs: Sequence[str]) -> list[list[GatedActivation]]:
+    left = dict(sites)
+    groups = []
+    for glob in globs:
+        chosen = {
+            path: unit
+            for path, unit in left.items()
+            if matches_glob(path, glob) or matches_glob(unit.path, glob)
+        }
+        if not chosen:
+            raise ValueError(
+                f"order: {glob!r} matches none of the sites that are left: {', '.join(left)}."
+            )
+        groups.append(list(chosen.values()))
+        left = {path: unit for path, unit in left.items() if path not in chosen}
+    if left:
+        raise ValueError(f"order: no glob matches {', '.join(left)}; add '*' as the last one.")
+    return groups

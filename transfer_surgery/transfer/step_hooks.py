@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -10,38 +11,49 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from transfer_surgery._sharding import anywhere, is_fsdp, local, reshard
-from transfer_surgery.transfer.controllers import Controller
+from transfer_surgery._sharding import any_rank, is_fsdp, local, reshard
+from transfer_surgery._stacklevel import user_stacklevel
+from transfer_surgery.transfer.controllers import Projection, Risk
 from transfer_surgery.transfer.frozen_gates import FrozenWatch
 from transfer_surgery.transfer.nonfinite import FiniteWatch
-from transfer_surgery.units import gated_activations
-
-STEP = "transfer_step"
-"""Key of a parameter group: optimizer steps since the start of the transfer, without pauses."""
-
-PAUSED = "transfer_paused"
-"""Key of a parameter group: whether the schedule's clock stands still."""
+from transfer_surgery.transfer.param_groups import PAUSED, STEP, gates_group, next_step
+from transfer_surgery.transfer.skipped_steps import SkippedSteps
+from transfer_surgery.units import GatedActivation, gated_activations
 
 Closure = Callable[[], Any]
 
 
 class StepHooks:
-    """The two hooks of one optimizer.
+    """The hooks of one optimizer.
 
     Args:
         optimizer: the optimizer; not kept.
-        model: its model; the gated activations and the names of parameters are kept.
+        model: its model.
         controller: what moves the gates.
     """
 
-    def __init__(self, optimizer: Optimizer, model: nn.Module, controller: Controller) -> None:
-        self.controller = controller
+    def __init__(
+        self, optimizer: Optimizer, model: nn.Module, controller: Risk | Projection
+    ) -> None:
+        self.model = model
+        self.risk = controller if isinstance(controller, Risk) else None
+        self.projection = controller if isinstance(controller, Projection) else None
+        self.units = dict(gated_activations(model))
+        self.without_fit = [path for path, unit in self.units.items() if unit.fitted is None]
+        self.places = [
+            (parent, name, unit)
+            for parent in model.modules()
+            for name, unit in parent._modules.items()
+            if isinstance(unit, GatedActivation)
+        ]
         self.finite = FiniteWatch(optimizer, model)
-        units = dict(gated_activations(model))
-        self.frozen = FrozenWatch(units if controller.by_gradient else {})
-        self.plain = {path: unit for path, unit in units.items() if unit.fitted is None}
+        self.frozen = FrozenWatch(self.units if self.risk is not None else {})
+        self.skipped = SkippedSteps()
         self.sharded = [module for module in model.modules() if is_fsdp(module)]
-        self.empty = False
+        self.is_off = False
+        self.is_retired = False
+        """Whether another optimizer moves these gates now."""
+        self.retirement_reported = False
 
     def before_step(
         self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -49,17 +61,23 @@ class StepHooks:
         """Add the risk's gradient now, or in the closure after each evaluation of it."""
         if _is_nested(optimizer):
             return None
-        _refuse_capture()
-        self._refuse_new_targets()
+        # See whether there is anything to do.
+        _check_no_capture()
+        self._check_units()
+        self.is_off = self.is_retired or not self.units
+        if self.is_off:
+            self._warn_if_retired()
+            return None
         reshard(self.sharded)
+        self.count_skipped(optimizer)
         self.frozen.start(gates_group(optimizer).get("lr"))
-        self.empty = False
+        # With a closure there are no gradients yet.
         if kwargs.get("closure") is not None:
             return args, kwargs | {"closure": self._with_risk(kwargs["closure"], optimizer)}
         if len(args) > 1 and args[1] is not None:  # args[0] is the optimizer
             return (args[0], self._with_risk(args[1], optimizer), *args[2:]), kwargs
-        self.empty = _is_empty(optimizer)
-        if not self.empty:
+        self.is_off = _is_empty(optimizer)
+        if not self.is_off:
             self._check_finite(optimizer, "nothing was updated")
             self._add_gradient(optimizer)
         return None
@@ -67,25 +85,61 @@ class StepHooks:
     def after_step(
         self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> None:
-        """Count the step; let the controller move the gates, and see whether they move at all."""
-        if self.empty or _is_nested(optimizer):
+        """Count the step, move the gates along a schedule, and see whether they move at all."""
+        if self.is_off or _is_nested(optimizer):
             return
         reshard(self.sharded)  # a closure may have run the model
-        group, step = gates_group(optimizer), _next_step(optimizer)
+        # A fused optimizer says on the device whether it skipped the step.
+        found_inf: Tensor | None = getattr(optimizer, "found_inf", None)
+        if found_inf is not None and found_inf.device.type == "cpu":
+            if bool(found_inf):
+                return
+            found_inf = None
+        group, step = gates_group(optimizer), next_step(optimizer)
+        if found_inf is not None and not group.get(PAUSED, False):
+            self.skipped.add(found_inf)
         group[STEP] = step
-        self.controller.follow(group, step, getattr(optimizer, "found_inf", None))
-        if self.frozen.is_due() and self.controller.needs_movement(step):
+        if self.projection is not None:
+            self.projection.follow(step, found_inf)
+        if self.risk is not None and self.frozen.is_due() and step > self.risk.warmup:
             self.frozen.look(optimizer)
 
-    def _refuse_new_targets(self) -> None:
-        """Targets that were matched, or loaded, since then have parameters that nobody trains."""
-        new = [path for path, unit in self.plain.items() if unit.fitted is not None]
+    def count_skipped(self, optimizer: Optimizer, wait: bool = False) -> None:
+        """Take skipped steps from the count; with `wait` also those not yet known on the host."""
+        group = gates_group(optimizer)
+        if STEP in group:
+            group[STEP] -= self.skipped.take(wait)
+
+    def _check_units(self) -> None:
+        """Refuse units that came into the model since: nobody would move their gates."""
+        new = [path for path in self.without_fit if self.units[path].fitted is not None]
         if new:
             names = ", ".join(new[:3]) + (", ..." if len(new) > 3 else "")
             raise RuntimeError(
-                f"{names}: matched since the optimizer "
-                "was wrapped, which does not know the parameters of these targets: call "
-                "match_targets or load_state_dict first, then make and wrap the optimizer."
+                f"{names}: fitted since the optimizer was wrapped, which does not know the "
+                "parameters of these targets: call match_targets or load_state_dict first, then "
+                "make and wrap the optimizer."
+            )
+        if all(parent._modules.get(name) is unit for parent, name, unit in self.places):
+            return
+        # Units are gone. The weights may train on, unless new units took their place.
+        present = [unit for unit in self.model.modules() if isinstance(unit, GatedActivation)]
+        known = {id(unit) for unit in self.units.values()}
+        if any(id(unit) not in known for unit in present):
+            raise RuntimeError(
+                "the model was converted again since this optimizer was wrapped, and its new gates "
+                "would never move: make a new optimizer and call wrap_optimizer on it."
+            )
+        if not present:
+            self.units, self.places, self.without_fit = {}, [], []
+
+    def _warn_if_retired(self) -> None:
+        if self.is_retired and not self.retirement_reported:
+            self.retirement_reported = True
+            warnings.warn(
+                "another optimizer was wrapped for the same gates since, and moves them now: this "
+                "one trains its parameters only.",
+                stacklevel=user_stacklevel(),
             )
 
     def _with_risk(self, closure: Closure, optimizer: Optimizer) -> Closure:
@@ -98,36 +152,23 @@ class StepHooks:
             trial = f"evaluation {evaluations} of the closure, the weights are those of a trial"
             self._check_finite(optimizer, trial if evaluations > 1 else "nothing was updated")
             self._add_gradient(optimizer)
-            if loss is None:
+            if loss is None or self.risk is None:
                 return loss
             with torch.no_grad():
-                risk = self.controller.loss(gates_group(optimizer), _next_step(optimizer))
-            if risk is None:
-                return loss
+                risk = self.risk.loss(gates_group(optimizer), next_step(optimizer))
             return loss + (risk.to(loss.device) if isinstance(loss, Tensor) else risk.item())
 
         return evaluate
 
     def _add_gradient(self, optimizer: Optimizer) -> None:
-        # Fused optimizers unscale inside `step`; others are unscaled by now.
-        scale = getattr(optimizer, "grad_scale", None)
-        self.controller.add_gradient(gates_group(optimizer), _next_step(optimizer), scale)
+        if self.risk is not None:
+            # Fused optimizers unscale inside `step`; others are unscaled by now.
+            scale = getattr(optimizer, "grad_scale", None)
+            self.risk.add_gradient(gates_group(optimizer), next_step(optimizer), scale)
 
     def _check_finite(self, optimizer: Optimizer, state: str) -> None:
         if getattr(optimizer, "found_inf", None) is None:  # a GradScaler skips the step itself
-            self.finite.check(_next_step(optimizer), state)
-
-
-def gates_group(optimizer: Optimizer) -> dict[str, Any]:
-    """The gates' group. Looked up each time: `load_state_dict` replaces the groups."""
-    groups = optimizer.param_groups
-    return next((group for group in groups if STEP in group), groups[0])
-
-
-def _next_step(optimizer: Optimizer) -> int:
-    """The number of the step being taken, from 1; in a pause that of the step before."""
-    group = gates_group(optimizer)
-    return int(group.get(STEP, 0)) + (not group.get(PAUSED, False))
+            self.finite.check(next_step(optimizer), state)
 
 
 # What torch makes of every `step` to run its hooks.
@@ -142,7 +183,7 @@ def _is_nested(optimizer: Optimizer) -> bool:
     return calls > 1
 
 
-def _refuse_capture() -> None:
+def _check_no_capture() -> None:
     if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
         raise RuntimeError(
             "optimizer.step() is being captured in a CUDA graph: a replay would not run the hooks "
@@ -151,7 +192,7 @@ def _refuse_capture() -> None:
 
 
 def _is_empty(optimizer: Optimizer) -> bool:
-    """Whether this is no step of a training, but one that only creates the optimizer's state.
+    """Whether this step only creates the optimizer's state.
 
     `torch.distributed.checkpoint` takes such a step, with zero gradients and learning rates of 0.
     """
@@ -159,10 +200,10 @@ def _is_empty(optimizer: Optimizer) -> bool:
     if not all(_is_zero(group.get("lr", 1.0)) for group in groups):
         return False
     grads = [p.grad for group in groups for p in group["params"] if p.grad is not None]
-    return bool(grads) and not anywhere(any(bool(local(g).any()) for g in grads), grads)
+    return bool(grads) and not any_rank(any(bool(local(g).any()) for g in grads), grads)
 
 
 def _is_zero(lr: float | Tensor) -> bool:
-    if isinstance(lr, Tensor):  # one on a GPU is the user's own: not looked at, not DCP's
+    if isinstance(lr, Tensor):  # DCP's is on the CPU; one on a GPU is not read
         return lr.device.type == "cpu" and float(lr) == 0
     return lr == 0

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from transfer_surgery._float32 import Float32Module
-from transfer_surgery._sharding import whole
+from transfer_surgery._sharding import gathered
 from transfer_surgery.activations import Activation
 from transfer_surgery.units.granularity import Granularity
 from transfer_surgery.units.kernels import Numbers, fitted_value
@@ -46,7 +46,7 @@ class TargetParameters(Float32Module):
     def whole(self) -> Numbers:
         """``(a, w, c, b)`` in float32, gathered where FSDP2 shards them; None: folded away."""
         a, w, c, b = (
-            None if p is None else whole(p).float() for p in (self.a, self.w, self.c, self.b)
+            None if p is None else gathered(p).float() for p in (self.a, self.w, self.c, self.b)
         )
         return a, w, c, b
 

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from transfer_surgery._float32 import Float32Module
-from transfer_surgery._sharding import whole
+from transfer_surgery._sharding import gathered
 from transfer_surgery.units.gate_settings import (
     Bernoulli,
     Copy,
@@ -188,7 +188,7 @@ class Gate(Float32Module):
 
     def full_log_alpha(self) -> Tensor:
         """``log_alpha`` in float32 and whole, where FSDP2 shards it or its policy casts it."""
-        return whole(self.log_alpha).float()
+        return gathered(self.log_alpha).float()
 
     def logit(self) -> Tensor:
         """``s`` with ``P(z != 0) = sigmoid(s)``: ``log_alpha`` plus a constant, per gate.
