@@ -21,7 +21,7 @@ from transfer_surgery.matching import (
 )
 from transfer_surgery.reports import History, report
 from transfer_surgery.sites import find_activations
-from transfer_surgery.surgery import activation_sparsity, bake, convert, fold_targets, revert
+from transfer_surgery.surgery import bake, convert, fold_targets, revert
 from transfer_surgery.transfer import (
     FrozenGatesWarning,
     ScheduleEndedWarning,
@@ -61,7 +61,6 @@ __all__ = [
     "ScheduleEndedWarning",
     "TransferRestartedWarning",
     "TransferSchedule",
-    "activation_sparsity",
     "bake",
     "convert",
     "distill",

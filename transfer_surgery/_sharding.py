@@ -62,7 +62,7 @@ def shard_like(values: Tensor, tensor: Tensor) -> Tensor:
     return everywhere.redistribute(placements=tensor.placements)  # type: ignore[attr-defined]
 
 
-def refuse_sharded(model: nn.Module) -> None:
+def check_not_sharded(model: nn.Module) -> None:
     """Raise TypeError where FSDP2 manages the parameters: its modules must not be replaced."""
     for path, module in model.named_modules():
         if is_fsdp(module):

@@ -251,19 +251,13 @@ def test_frozen_layers_and_modes_stay_as_they_are():
     assert not any(p.requires_grad for p in model.parameters())
 
 
-def test_bake_folds_for_an_example_input():
+def test_folding_looks_at_the_example_before_it_changes_anything():
     model = images(nn.Conv2d(6, 6, 3))
     match_targets(convert(model, "sin", example_input=IMAGES), [IMAGES])
-    bake(swap_targets(model), fold=IMAGES[:2])
-    assert str(model[1]) == "ActivationModule(sin)"
-
-
-def test_bake_looks_at_the_example_before_it_changes_anything():
-    model = images(nn.Conv2d(6, 6, 3))
-    match_targets(convert(model, "sin", example_input=IMAGES), [IMAGES])
+    bake(swap_targets(model))
     before = str(model)
     with pytest.raises(ValueError, match="a batch is a list"):
-        bake(model, fold=[IMAGES, 3])
+        fold_targets(model, [IMAGES, 3])
     assert str(model) == before
 
 

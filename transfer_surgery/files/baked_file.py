@@ -17,7 +17,7 @@ from transfer_surgery.files.model_file import load_weights, spec_from_json
 from transfer_surgery.files.model_spec import ModelSpec
 from transfer_surgery.files.safetensors_file import replace_file, require_safetensors
 from transfer_surgery.files.site_config import SiteConfig
-from transfer_surgery.surgery import bake
+from transfer_surgery.surgery import bake, fold_targets
 from transfer_surgery.units import TargetParameters, gated_activations
 
 _FORMAT, _VERSION = "transfer_surgery.baked", 1
@@ -43,7 +43,7 @@ def save_baked(
         file: the file, by custom ``.safetensors``.
         made_by: how the model is made before its conversion.
         harden: as for `bake`.
-        fold: as for `bake`.
+        fold: an example input, with which `fold_targets` is called; None: it is not.
 
     Returns:
         The same model object, baked.
@@ -54,7 +54,9 @@ def save_baked(
     """
     safetensors = require_safetensors()
     config, baked = describe(model), _outcomes(model, harden)
-    bake(model, harden, fold)
+    bake(model, harden)
+    if fold is not None:
+        fold_targets(model, fold)
     about = {"format": _FORMAT, "version": _VERSION, **made_by.to_dict()}
     about |= {"gates": json.loads(config.to_json()), "baked": baked}
     metadata = {"format": "pt", "transfer_surgery": json.dumps(about)}

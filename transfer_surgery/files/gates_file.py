@@ -22,7 +22,7 @@ from transfer_surgery.files.safetensors_file import (
 )
 from transfer_surgery.files.site_config import SiteConfig
 from transfer_surgery.sites import Plan, Site, find_activations, prepare_rewrites, undisturbed
-from transfer_surgery.surgery import insert_units, refuse_unfit
+from transfer_surgery.surgery import check_model, insert_units
 from transfer_surgery.units import (
     GatedActivation,
     gate_settings,
@@ -138,7 +138,7 @@ def insert_gates(
     model: nn.Module, config: GateConfig, tensors: Mapping[str, Tensor], example_input: Any
 ) -> nn.Module:
     """Convert exactly the sites of a config, with these values; see `load_gates`."""
-    refuse_unfit(model)
+    check_model(model)
     plan = _with_listed_names(model, find_activations(model, example_input))
     config.refuse_other_sites(type(model).__name__, config.at(plan))
     units = {site.path: build_unit(site, plan[site.path]) for site in config.sites}

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import weakref
-from collections import Counter
-from collections.abc import Callable, Collection, Iterable
-from typing import Any
+from collections.abc import Collection
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from transfer_surgery._dataflow import sharing_parameters
 from transfer_surgery.matching.least_squares import NormalEquations
 from transfer_surgery.matching.two_networks import TwoNetworks
 from transfer_surgery.units import GatedActivation
@@ -35,44 +33,9 @@ def can_be_refitted(module: nn.Module) -> bool:
 
 
 def layers_to_refit(model: nn.Module) -> list[nn.Module]:
-    """The layers that can be refitted and share their weight with no other one."""
-    layers = [module for module in model.modules() if can_be_refitted(module)]
-    uses = Counter(layer.weight for layer in layers)
-    return [layer for layer in layers if uses[layer.weight] == 1]
-
-
-def norms_behind(
-    model: nn.Module, layers: Iterable[nn.Module], run: Callable[[], Any]
-) -> dict[nn.Module, nn.Module]:
-    """The batch norm that reads the output of a layer, where both are called once.
-
-    Args:
-        model: the model that contains the layers.
-        layers: the layers in question.
-        run: calls the model.
-    """
-    outputs: dict[nn.Module, list[weakref.ref[Tensor]]] = {layer: [] for layer in layers}
-    inputs: dict[nn.Module, list[nn.Module | None]] = {}
-
-    def read(norm: nn.Module, args: tuple[Tensor, ...]) -> None:
-        writers = [layer for layer, seen in outputs.items() if seen and seen[-1]() is args[0]]
-        inputs[norm].append(writers[0] if writers else None)
-
-    handles = [
-        layer.register_forward_hook(lambda m, _, output: outputs[m].append(weakref.ref(output)))
-        for layer in outputs
-    ]
-    for norm in model.modules():
-        if isinstance(norm, nn.modules.batchnorm._BatchNorm) and norm.running_mean is not None:
-            inputs[norm] = []
-            handles.append(norm.register_forward_pre_hook(read))
-    try:
-        run()
-    finally:
-        for handle in handles:
-            handle.remove()
-    once = {norm: writers[0] for norm, writers in inputs.items() if len(writers) == 1}
-    return {layer: norm for norm, layer in once.items() if layer and len(outputs[layer]) == 1}
+    """The layers that can be refitted and share no parameter with another module."""
+    shared = sharing_parameters(model)
+    return [m for m in model.modules() if can_be_refitted(m) and m not in shared]
 
 
 class LayerFit:

@@ -15,9 +15,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from transfer_surgery._dataflow import norms_behind
 from transfer_surgery._running import as_batches, prediction_mode
-from transfer_surgery._sharding import refuse_sharded
-from transfer_surgery.matching.layer_refit import layers_to_refit, norms_behind, refit_layer
+from transfer_surgery._sharding import check_not_sharded
+from transfer_surgery.matching.layer_refit import layers_to_refit, refit_layer
 from transfer_surgery.matching.least_squares import Inputs, Solution, TargetFit, grouped
 from transfer_surgery.matching.match_report import MatchReport, MatchRow, warn_of_poor_fits
 from transfer_surgery.matching.relu_budget import squared_gradients
@@ -88,7 +89,7 @@ def match_targets(
     """
     if weights not in (None, "gradient"):
         raise ValueError(f"weights={weights!r}: use None or 'gradient'.")
-    refuse_sharded(model)
+    check_not_sharded(model)
     units = _without_kept(select_units(model, include, exclude))
     networks = TwoNetworks(model, list(units.values()), as_batches(batches, model))
     before = {unit: _numbers(unit) for unit in units.values()}

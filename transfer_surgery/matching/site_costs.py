@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from transfer_surgery._running import as_batches, prediction_mode
-from transfer_surgery._sharding import refuse_sharded
+from transfer_surgery._sharding import check_not_sharded
 from transfer_surgery.matching.two_networks import TwoNetworks
 from transfer_surgery.reports import Column, Table
 from transfer_surgery.units import select_units
@@ -88,7 +88,7 @@ def sensitivity(
         >>> [row.path for row in sensitivity(model, [x])]
         ['3', '1']
     """
-    refuse_sharded(model)
+    check_not_sharded(model)
     units = select_units(model, include, exclude)
     networks = TwoNetworks(model, list(units.values()), as_batches(batches, model))
     count = 0

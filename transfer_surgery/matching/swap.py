@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from transfer_surgery._sharding import refuse_sharded
+from transfer_surgery._sharding import check_not_sharded
 from transfer_surgery.matching.relu_budget import choose_kept
 from transfer_surgery.transfer import move_to_ends, project
 from transfer_surgery.units import select_units
@@ -55,7 +55,7 @@ def swap_targets(
           (0): ActivationModule(sin)
         )
     """
-    refuse_sharded(model)
+    check_not_sharded(model)
     units = select_units(model, include, exclude)
     if (keep is None) != (batches is None):
         raise ValueError("give keep= and batches= together: the batches say which gates to keep.")

@@ -49,12 +49,6 @@ class Recipe:
     seen: frozenset[CallKey]
 
 
-def original_class(owner: nn.Module) -> type[nn.Module] | None:
-    """The class that a rewritten owner had before; None for other modules."""
-    recipe = vars(type(owner)).get("_transfer_surgery_recipe")
-    return None if recipe is None else type(owner).__bases__[0]
-
-
 def rewritten_class(base: type[nn.Module], recipe: Recipe) -> type[nn.Module]:
     """The subclass of ``base`` that a recipe describes; the same one for the same recipe."""
     if (base, recipe) not in _CLASSES:

@@ -4,15 +4,13 @@ from transfer_surgery.surgery.baking import bake
 from transfer_surgery.surgery.conversion import convert, revert
 from transfer_surgery.surgery.folding import fold_targets
 from transfer_surgery.surgery.insertion import insert_units
-from transfer_surgery.surgery.refuse import refuse_unfit
-from transfer_surgery.surgery.sparsity import activation_sparsity
+from transfer_surgery.surgery.refuse import check_model
 
 __all__ = [
-    "activation_sparsity",
     "bake",
+    "check_model",
     "convert",
     "fold_targets",
     "insert_units",
-    "refuse_unfit",
     "revert",
 ]

@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor, nn
 
-from transfer_surgery._running import to_device_of
-from transfer_surgery._sharding import refuse_sharded
+from transfer_surgery._sharding import check_not_sharded
 from transfer_surgery.activations import Activation, ActivationModule
-from transfer_surgery.surgery.folding import fold_targets
 from transfer_surgery.surgery.insertion import share_hooks, swap_children
 from transfer_surgery.units import (
     FittedActivation,
@@ -70,27 +66,24 @@ class _Overwriting(nn.Module):
 
 
 @torch.no_grad()
-def bake(model: nn.Module, harden: bool = False, fold: Any = None) -> nn.Module:
+def bake(model: nn.Module, harden: bool = False) -> nn.Module:
     """Replace every gated unit by what it computes in eval mode, in place.
 
-    A site whose gates are all 1 gets its original activation back, one whose gates are all 0
-    becomes the target activation (with its parameters, where it was matched), any other a
-    `MixedActivation`. Outputs equal the eval outputs of
-    the gated model: bit for bit where all gates are 0 or 1, to rounding otherwise. The baked
-    model computes the same in training mode: nothing is sampled any more.
+    A site whose gates are all 1 gets its original activation back. One whose gates are all 0
+    becomes the target activation, with its parameters where it was matched. Any other becomes a
+    `MixedActivation`. Outputs equal the eval outputs of the gated model: bit for bit where all
+    gates are 0 or 1, to rounding otherwise. The baked model computes the same in training mode:
+    nothing is sampled any more. `fold_targets` then moves fitted numbers into the layers around.
 
     Args:
         model: a converted model.
         harden: round gates between 0 and 1 first (0.5 becomes 0); this changes the outputs.
-        fold: an example input; the numbers of matched targets then go into the layers around them
-            where that is exact, see `fold_targets`, which reports it.
 
     Returns:
         The same model object.
 
     Raises:
-        ValueError: the model is not converted, or `fold` is no batch; it is then unchanged.
-        RuntimeError: folding would change outputs; the model is then baked, but not folded.
+        ValueError: the model is not converted.
         TypeError: the model is sharded by FSDP2; the message says what to do.
 
     Examples:
@@ -102,8 +95,7 @@ def bake(model: nn.Module, harden: bool = False, fold: Any = None) -> nn.Module:
           (0): ActivationModule(sin)
         )
     """
-    refuse_sharded(model)
-    fold = None if fold is None else to_device_of(model, fold)
+    check_not_sharded(model)
     baked: dict[nn.Module, nn.Module] = {
         unit: _bake_unit(unit, harden) for _, unit in gated_activations(model)
     }
@@ -112,8 +104,6 @@ def bake(model: nn.Module, harden: bool = False, fold: Any = None) -> nn.Module:
         share_hooks(unit, module)
     swap_children(model, baked)
     recompute_activations(model, enabled=False)
-    if fold is not None:
-        fold_targets(model, fold)
     return model
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from transfer_surgery._sharding import refuse_sharded
+from transfer_surgery._sharding import check_not_sharded
 from transfer_surgery.activations import Activation, get_activation
 from transfer_surgery.sites import (
     Plan,
@@ -25,7 +25,7 @@ from transfer_surgery.surgery.insertion import (
     share_hooks,
     swap_children,
 )
-from transfer_surgery.surgery.refuse import refuse_unfit
+from transfer_surgery.surgery.refuse import check_model
 from transfer_surgery.units import (
     GatedActivation,
     GateSettings,
@@ -98,7 +98,7 @@ def convert(
         True
     """
     # Look before anything is changed: the arguments, the model, its sites.
-    refuse_unfit(model)
+    check_model(model)
     target, settings = get_activation(target), gate_settings(gate)
     include, exclude = (p if p is None else as_patterns(p, model) for p in (include, exclude))
     whole = plan if plan is not None else find_activations(model, example_input)
@@ -150,7 +150,7 @@ def revert(model: nn.Module) -> nn.Module:
           (1): ReLU()
         )
     """
-    refuse_sharded(model)
+    check_not_sharded(model)
     originals: dict[nn.Module, nn.Module] = {
         unit: unit.replaced[0] for _, unit in gated_activations(model) if unit.replaced
     }

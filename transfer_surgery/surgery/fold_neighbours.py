@@ -2,23 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_leaves
 
+from transfer_surgery._dataflow import Readers, sharing_parameters
 from transfer_surgery.units import FittedActivation, TargetParameters
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
-_PASSING = (F.dropout, F.dropout1d, F.dropout2d, F.dropout3d, F.alpha_dropout)
-"""In evaluation they give back what they get."""
 _NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.GroupNorm, nn.LayerNorm)
-_NORM_CALLS = (F.batch_norm, F.group_norm)
-"""Of modules that do more than their norm, such as timm's BatchNormAct2d."""
 
 
 @dataclass
@@ -45,9 +39,9 @@ def find_neighbours(
     known = (nn.Linear, *CONVOLUTIONS, *_NORMS)
     layers = {m: path for path, m in model.named_modules() if type(m) in known}
     norms = {m: path for path, m in model.named_modules() if isinstance(m, _NORMS)}
-    with _Readers({*layers, *sites.values()}, [m for m in norms if m not in layers]) as readers:
+    with Readers({*layers, *sites.values()}, [m for m in norms if m not in layers]) as readers:
         readers.note_output(run())
-    shared = _sharing_parameters(model)
+    shared = sharing_parameters(model)
     layers |= norms
     return {path: _around(site, layers, readers, shared) for path, site in sites.items()}
 
@@ -55,7 +49,7 @@ def find_neighbours(
 def _around(
     site: FittedActivation,
     layers: Mapping[nn.Module, str],
-    readers: _Readers,
+    readers: Readers,
     shared: set[nn.Module],
 ) -> Neighbours:
     calls = readers.calls.get(site, [])
@@ -94,84 +88,3 @@ def _along_channels(fitted: TargetParameters, x: Tensor, layer: Any) -> bool:
 
 def _has_hooks(layer: nn.Module) -> bool:
     return bool(layer._forward_hooks or layer._forward_pre_hooks)
-
-
-def _sharing_parameters(model: nn.Module) -> set[nn.Module]:
-    owners: dict[int, list[nn.Module]] = {}
-    for module in model.modules():
-        for parameter in module._parameters.values():
-            if parameter is not None:
-                owners.setdefault(id(parameter), []).append(module)
-    return {module for several in owners.values() if len(several) > 1 for module in several}
-
-
-class _Readers(TorchFunctionMode):
-    """Who reads each tensor: modules that are looked at, or a call outside of them (None).
-
-    Args:
-        modules: those that are looked at.
-        norms: of which only the call that has their weight is looked at, as what writes a tensor.
-    """
-
-    def __init__(self, modules: set[nn.Module], norms: Iterable[Any]) -> None:
-        super().__init__()
-        self.calls: dict[nn.Module, list[tuple[Tensor, Tensor]]] = {}
-        self.read: dict[int, list[nn.Module | None]] = {}
-        self._kept: list[Any] = []  # so that no other tensor gets the same id
-        self._inside = 0
-        self._modules = modules
-        self._norms = {id(norm.weight): norm for norm in norms if norm.weight is not None}
-
-    def __enter__(self) -> _Readers:
-        self._handles = [m.register_forward_pre_hook(self._begin) for m in self._modules]
-        self._handles += [m.register_forward_hook(self._end) for m in self._modules]
-        super().__enter__()  # type: ignore[no-untyped-call]
-        return self
-
-    def __exit__(self, *error: Any) -> None:
-        super().__exit__(*error)  # type: ignore[no-untyped-call]
-        for handle in self._handles:
-            handle.remove()
-
-    def _begin(self, module: nn.Module, args: tuple[Any, ...]) -> None:
-        if not self._inside:
-            self._note(args, module)
-        self._inside += 1
-
-    def _end(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
-        self._inside -= 1
-        self.calls.setdefault(module, []).append((args[0], output))
-        self._kept.append(output)
-
-    def __torch_function__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
-    ) -> Any:
-        result = func(*args, **(kwargs or {}))
-        if func in _PASSING and result is args[0]:
-            return result
-        if not self._inside and any(isinstance(leaf, Tensor) for leaf in tree_leaves(result)):
-            self._note((args, kwargs), None)
-            self._kept.append(result)
-            if func in _NORM_CALLS and id(weight := (kwargs or {}).get("weight")) in self._norms:
-                self.calls.setdefault(self._norms[id(weight)], []).append((args[0], result))
-        return result
-
-    def note_output(self, output: Any) -> None:
-        """What the model returns is read by the caller."""
-        self._note(output, None)
-
-    def _note(self, values: Any, reader: nn.Module | None) -> None:
-        for leaf in tree_leaves(values):
-            if isinstance(leaf, Tensor):
-                self._kept.append(leaf)
-                self.read.setdefault(id(leaf), []).append(reader)
-
-    def writer(self, tensor: Tensor) -> nn.Module | None:
-        """The module whose output this is."""
-        return next(
-            (m for m, calls in self.calls.items() if any(y is tensor for _, y in calls)), None
-        )
-
-    def only_reader(self, tensor: Tensor) -> nn.Module | None:
-        readers = self.read.get(id(tensor), [])
-        return readers[0] if len(readers) == 1 else None

@@ -1,4 +1,4 @@
-"""fold_targets: the numbers of matched targets go into the layers around them, where it is exact.
+"""fold_targets: the numbers of fitted targets go into the layers around them, where it is exact.
 
 ``a * f(w*x + c) + b`` behind a layer with weight ``W`` and bias ``d`` is ``a * f(x) + b`` behind
 one with ``w*W`` and ``w*d + c``; a layer that reads it can take ``a`` and, without padding, ``b``.
@@ -58,7 +58,7 @@ class FoldReport(Table[FoldRow]):
 
     def __str__(self) -> str:
         if not self.rows:
-            return "no site has a matched target alone: there is nothing to fold"
+            return "no site has a fitted target alone: there is nothing to fold"
         return super().__str__()
 
     def notes(self) -> tuple[str, ...]:
@@ -68,7 +68,7 @@ class FoldReport(Table[FoldRow]):
 
 @torch.no_grad()
 def fold_targets(model: nn.Module, example_input: Any) -> FoldReport:
-    """Move the numbers of a baked model's matched targets into neighbouring layers, in place.
+    """Move the numbers of a baked model's fitted targets into neighbouring layers, in place.
 
     One run shows which layer writes a site's input and which one reads its output. Where nothing
     else reads the tensor between, ``w`` and ``c`` go into a linear layer, a convolution or the
@@ -83,7 +83,7 @@ def fold_targets(model: nn.Module, example_input: Any) -> FoldReport:
             of all inputs.
 
     Returns:
-        A row per site that has a matched target and no source any more, and the number of
+        A row per site that has a fitted target and no source any more, and the number of
         parameters before and after.
 
     Raises:
@@ -160,24 +160,24 @@ class _Changes:
 
 def _fold(changes: _Changes, path: str, site: FittedActivation, near: Neighbours) -> FoldRow:
     """Fold one site; each of its numbers that is gone is None then."""
-    numbers = site.fitted
+    fitted = site.fitted
     if near.before is not None:
-        layer, w, c = near.before, _wide(numbers.w), _wide(numbers.c)
+        layer, w, c = near.before, _wide(fitted.w), _wide(fitted.c)
         bias = 0.0 if layer.bias is None else layer.bias.double()
         ones = [1] * (layer.weight.dim() - 1)
         changes.write(layer, "bias", bias * w + c)
         changes.write(layer, "weight", layer.weight.double() * w.reshape(-1, *ones))
-        changes.write(numbers, "w", None)
-        changes.write(numbers, "c", None)
+        changes.write(fitted, "w", None)
+        changes.write(fitted, "c", None)
     if near.after is not None:
         _fold_behind(changes, site, near.after)
-    left = [name for name in "awcb" if getattr(numbers, name) is not None]
+    left = [name for name in "awcb" if getattr(fitted, name) is not None]
     return FoldRow(path, near.before_name, near.after_name, ", ".join(left))
 
 
 def _fold_behind(changes: _Changes, site: FittedActivation, layer: Any) -> None:
-    numbers = site.fitted
-    a, b = _wide(numbers.a), _wide(numbers.b)
+    fitted = site.fitted
+    a, b = _wide(fitted.a), _wide(fitted.b)
     padded = isinstance(layer, CONVOLUTIONS) and _is_padded(layer)
     # A gate whose amplitude is next to nothing computes a constant: b / a would be huge.
     scale = torch.where(a.abs() > 1e-3 * b.abs(), a, 1.0) if padded else a
@@ -186,24 +186,24 @@ def _fold_behind(changes: _Changes, site: FittedActivation, layer: Any) -> None:
     by_group = weight.unflatten(0, (groups, -1))
     ones = [1] * (weight.dim() - 2)
 
-    def spread(values: Tensor) -> Tensor:
+    def per_input_channel(values: Tensor) -> Tensor:
         """One per input channel, as ``(groups, 1, channels of a group, 1, ...)``."""
         values = values.expand(groups * weight.shape[1])
         return values.reshape(groups, 1, -1, *ones)
 
     if not padded:
         bias = 0.0 if layer.bias is None else layer.bias.double()
-        shift = (by_group * spread(b)).flatten(2).sum(2).flatten()
+        shift = (by_group * per_input_channel(b)).flatten(2).sum(2).flatten()
         changes.write(layer, "bias", bias + shift)
-        changes.write(numbers, "b", None)
+        changes.write(fitted, "b", None)
     elif bool((b == 0).all()):
-        changes.write(numbers, "b", None)
+        changes.write(fitted, "b", None)
     else:
-        changes.write(numbers, "b", b / scale)
-    changes.write(layer, "weight", (by_group * spread(scale)).flatten(0, 1))
+        changes.write(fitted, "b", b / scale)
+    changes.write(layer, "weight", (by_group * per_input_channel(scale)).flatten(0, 1))
     rest = a / scale if padded else torch.ones_like(a)
     whole = bool((rest == 1).all())
-    changes.write(numbers, "a", None if whole else rest)
+    changes.write(fitted, "a", None if whole else rest)
 
 
 def _wide(parameter: nn.Parameter | None) -> Tensor:

@@ -16,9 +16,14 @@ from transfer_surgery.units import GatedActivation
 
 _MODULE_STATE = frozenset(vars(nn.Module()))
 _HOOKS = (
-    *("_forward_hooks", "_forward_hooks_with_kwargs", "_forward_hooks_always_called"),
-    *("_forward_pre_hooks", "_forward_pre_hooks_with_kwargs"),
-    *("_backward_hooks", "_backward_pre_hooks", "_is_full_backward_hook"),
+    "_forward_hooks",
+    "_forward_hooks_with_kwargs",
+    "_forward_hooks_always_called",
+    "_forward_pre_hooks",
+    "_forward_pre_hooks_with_kwargs",
+    "_backward_hooks",
+    "_backward_pre_hooks",
+    "_is_full_backward_hook",
 )
 
 
@@ -39,6 +44,7 @@ def insert_units(
         units: the units to put in, by site path.
         recipes: the generated code, by owner path.
     """
+    # Make and find all that is needed.
     owners = {path: model.get_submodule(path) for path in recipes}
     classes = {path: _rewritten_type(owners[path], recipe) for path, recipe in recipes.items()}
     default = next(model.parameters(), torch.zeros(())).device
@@ -56,7 +62,7 @@ def insert_units(
             unit.train(original.training)
             share_hooks(original, unit)
         places.append((holder, name, unit, original))
-    # A module with one caller is that site under each of its names.
+    # Assign. A module with one caller is that site under each of its names.
     everywhere = {old: unit for _, _, unit, old in places if old is not None and callers[old] == 1}
     for holder, name, unit, _ in places:
         holder._modules[name] = unit

@@ -1,4 +1,4 @@
-"""Models unfit for surgery, refused with the fix before anything is changed."""
+"""check_model: whether a model can be converted, asked before anything is changed."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _WRAPPERS = {
 }
 
 
-def refuse_unfit(model: nn.Module) -> None:
+def check_model(model: nn.Module) -> None:
     """Raise where surgery would do harm, or would have no effect.
 
     Raises:
@@ -43,10 +43,10 @@ def refuse_unfit(model: nn.Module) -> None:
                 f"{where} is gated already: the model was converted before. Call revert(model) "
                 "first, or convert once with all sites."
             )
-        _refuse_without_values(where, module)
+        _check_values(where, module)
 
 
-def _refuse_without_values(where: str, module: nn.Module) -> None:
+def _check_values(where: str, module: nn.Module) -> None:
     """Gates made now would be wiped out when the parameters get their values."""
     own = itertools.chain(
         module.named_parameters(recurse=False), module.named_buffers(recurse=False)
