@@ -15,7 +15,7 @@ help:
 	@echo 'make slow    the tests that take minutes, also those that CI has no time for'
 	@echo '             (marked long: two of three model families, benchmarks/controller.py)'
 	@echo 'make docs    the documentation as pages in site/; a warning is an error'
-	@echo 'make lint    ruff: rules and format'
+	@echo 'make lint    ruff: rules and format; import-linter: the order of the rooms'
 	@echo 'make types   mypy'
 	@echo 'make clean   remove what the tools wrote; .venv stays'
 	@echo 'PYTHON=python3.12 chooses the interpreter that .venv is made with.'
@@ -38,7 +38,7 @@ docs: $(STAMP)
 lint: $(STAMP)
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
-	$(VENV)/bin/lint-imports
+	$(VENV)/bin/lint-imports --no-cache
 
 types: $(STAMP)
 	$(PY) -m mypy

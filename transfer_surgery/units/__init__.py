@@ -1,14 +1,6 @@
 """What stands at a call site: gates, and ``z * source + (1 - z) * target``."""
 
 from transfer_surgery.units.fitted_target import FittedActivation, TargetParameters
-from transfer_surgery.units.gate_settings import (
-    Bernoulli,
-    Copy,
-    GateSettings,
-    HardConcrete,
-    Line,
-    SampledSettings,
-)
 from transfer_surgery.units.gated_activation import GatedActivation
 from transfer_surgery.units.gates import (
     Gate,
@@ -35,7 +27,7 @@ from transfer_surgery.units.kernels import (
     kernel_choice,
 )
 from transfer_surgery.units.recompute import recompute_activations
-from transfer_surgery.units.select import (
+from transfer_surgery.units.selection import (
     as_patterns,
     gated_activations,
     is_selected,
@@ -43,6 +35,14 @@ from transfer_surgery.units.select import (
     select,
     select_units,
     stage_of,
+)
+from transfer_surgery.units.settings import (
+    Bernoulli,
+    Copy,
+    GateSettings,
+    HardConcrete,
+    Line,
+    SampledSettings,
 )
 
 __all__ = [

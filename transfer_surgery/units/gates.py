@@ -17,7 +17,9 @@ from torch import Tensor, nn
 
 from transfer_surgery._float32 import Float32Module
 from transfer_surgery._sharding import gathered
-from transfer_surgery.units.gate_settings import (
+from transfer_surgery.units.hard_concrete import hard_concrete
+from transfer_surgery.units.kernels import values_readable
+from transfer_surgery.units.settings import (
     Bernoulli,
     Copy,
     GateSettings,
@@ -25,8 +27,6 @@ from transfer_surgery.units.gate_settings import (
     Line,
     SampledSettings,
 )
-from transfer_surgery.units.hard_concrete import hard_concrete
-from transfer_surgery.units.kernels import values_readable
 
 GateShape = tuple[int, ...]
 
