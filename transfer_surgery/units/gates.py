@@ -168,8 +168,8 @@ class Gate(Float32Module):
         if self.learned:
             # Float32 on the generator's device, whatever torch's defaults are.
             place = None if generator is None else generator.device
-            start = torch.randn(self.shape, generator=generator, dtype=torch.float32, device=place)
-            self.log_alpha = nn.Parameter(start + 8.0)
+            normal = torch.randn(self.shape, generator=generator, dtype=torch.float32, device=place)
+            self.log_alpha = nn.Parameter(self.settings.start(normal))
         else:
             self.register_buffer("progress", torch.zeros((), dtype=torch.float32))
 
@@ -209,17 +209,6 @@ class SampledGate(Gate):
     """Base class of gates that are learned and drawn at random; see `SampledSettings`."""
 
     settings: SampledSettings
-
-    def __init__(
-        self,
-        shape: GateShape,
-        settings: GateSettings | None = None,
-        *,
-        generator: torch.Generator | None = None,
-    ) -> None:
-        super().__init__(shape, settings, generator=generator)
-        if self.settings.init == "alpha":
-            self.log_alpha.data.clamp_min_(1e-3).log_()
 
     def draw_noise(self, batch: int) -> Tensor:
         """``eps ~ U(0, 1)`` of Eq. 15, never exactly 0 or 1.

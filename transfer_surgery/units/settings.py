@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any, ClassVar
 
+from torch import Tensor
+
 
 @dataclass(frozen=True)
 class GateSettings:
@@ -16,6 +18,10 @@ class GateSettings:
 
     name: ClassVar[str] = ""
     """The registered name; `register_gate` sets it."""
+
+    def start(self, normal: Tensor) -> Tensor:
+        """Where ``log_alpha`` starts, made of standard normal numbers: ``N(8, 1)``."""
+        return normal + 8.0
 
     def to_dict(self) -> dict[str, Any]:
         """The registered name and all settings, as JSON can hold them; see `gate_settings`."""
@@ -35,6 +41,10 @@ class SampledSettings(GateSettings):
             raise ValueError(f"init={self.init!r}: use 'log_alpha' (keeps outputs) or 'alpha'.")
         if self.noise not in ("batch", "example", "none"):
             raise ValueError(f"noise={self.noise!r}: use 'batch', 'example' or 'none'.")
+
+    def start(self, normal: Tensor) -> Tensor:
+        start = super().start(normal)
+        return start if self.init == "log_alpha" else start.clamp_min(1e-3).log()
 
 
 @dataclass(frozen=True)
