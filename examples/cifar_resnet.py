@@ -28,7 +28,7 @@ from transfer_surgery import (
     wrap_optimizer,
 )
 from transfer_surgery.cli.finetuning.images import load_cifar10
-from transfer_surgery.cli.finetuning.training import Machine, fit, predict
+from transfer_surgery.cli.finetuning.training import Machine, predict, train
 
 
 class Block(nn.Module):
@@ -128,7 +128,7 @@ def main(
     schedule = TransferSchedule(epochs * len(data.train), fraction=fraction, order=order)
     wrap_optimizer(optimizer, model, transfer=schedule)
     history = History(model)
-    after = fit(model, data, optimizer, machine, epochs=epochs, title="transfer", history=history)
+    after = train(model, data, optimizer, machine, epochs=epochs, title="transfer", history=history)
     table = report(model)
     summary.add("transferred", after.accuracy, transferred=table.total.transferred)
     print(table)

@@ -37,7 +37,7 @@ from transfer_surgery import (
     wrap_optimizer,
 )
 from transfer_surgery.cli.finetuning.images import Unlabelled, load_images
-from transfer_surgery.cli.finetuning.training import Machine, fit, predict, some_images
+from transfer_surgery.cli.finetuning.training import Machine, predict, some_images, train
 
 
 def main(
@@ -115,7 +115,7 @@ def main(
     if pretrain_epochs is None:
         pretrain_epochs = 0 if fits and (weights or pretrained) else 15
     if pretrain_epochs:
-        fit(model, data, optimizer(), machine, epochs=pretrain_epochs, title="train")
+        train(model, data, optimizer(), machine, epochs=pretrain_epochs, title="train")
     before = predict(model, data.test, machine)
     summary.add("trained", before.accuracy)
 
@@ -148,7 +148,7 @@ def main(
         schedule = TransferSchedule(epochs * len(data.train)) if gamma is None else None
         wrapped = wrap_optimizer(optimizer(), model, transfer=schedule, gamma=gamma)
         history = History(model)
-        transferred = fit(
+        transferred = train(
             model, data, wrapped, machine, epochs=epochs, title="transfer", history=history
         )
         history.plot().figure.savefig(output / "transfer.png", dpi=100)

@@ -9,12 +9,14 @@ import onnxruntime
 import pytest
 import timm
 import torch
+from safetensors.torch import save_file
 
 from tests.helpers.kinds import KINDS, become
 from tests.helpers.shell import in_process, invoke, shell
-from transfer_surgery import bake, load_baked, load_model, save_gates, save_model
+from transfer_surgery import Bernoulli, bake, load_baked, load_model, save_gates, save_model
+from transfer_surgery.files import read_gates
 
-NETS = Path(__file__).parents[1] / "helpers" / "compiled.py"
+NETS = Path(__file__).parents[1] / "helpers" / "networks.py"
 
 
 @pytest.fixture(autouse=True)
@@ -24,12 +26,12 @@ def _somewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder of `convert`, after "training"."""
-    folder = tmp_path_factory.mktemp("run")
+    """A file of `convert`, after "training"."""
+    file = tmp_path_factory.mktemp("run") / "run.safetensors"
     size = ("--set", "num_classes=10", "--input-size", "3x32x32")
-    invoke("convert", "test_resnet", *size, "-o", folder)
-    save_model(become(load_model(folder), *KINDS), folder)
-    return folder
+    invoke("convert", "test_resnet", *size, "-o", file)
+    save_model(become(load_model(file), *KINDS), file)
+    return file
 
 
 # --- from a shell --------------------------------------------------------------------------------
@@ -52,9 +54,10 @@ def test_from_a_checkpoint_to_files_that_run_elsewhere(tmp_path: Path) -> None:
     converted = load_model(tmp_path / "run").eval()
     assert torch.equal(converted(x), model(x))
 
-    printed = in_process("finetune", "run", "--data", "digits", "--epochs", 1).stdout
-    assert "transferred, test accuracy" in printed
-    assert printed.splitlines()[-1].endswith("%, 100.0% transferred")
+    told = in_process("finetune", "run", "--data", "digits", "--epochs", 1)
+    assert "transferred, test accuracy" in told.stderr
+    assert told.stdout.startswith("run: test accuracy ")
+    assert told.stdout.endswith("%, 100.0% transferred\n")
     converted = become(load_model(tmp_path / "run").eval(), *KINDS)
     save_model(converted, tmp_path / "run")
     told = in_process("report", "run", "--by", "stage", "--plot", "gates.png")
@@ -79,11 +82,10 @@ def test_the_installed_command_has_a_line_and_a_status_for_success_mistakes_and_
     assert "transfer-surgery" in printed
     _, said = shell("plan", "resnt50", folder=tmp_path, fails=2)
     assert "there is no model 'resnt50'. Did you mean resnet50 or" in said
-    (tmp_path / "config.json").write_text('{"model_type": "bert"}')
-    (tmp_path / "gates.safetensors").write_text("")
-    printed, said = shell("report", ".", folder=tmp_path, fails=1)
+    save_file({"x": torch.zeros(1)}, tmp_path / "foreign")
+    printed, said = shell("report", "foreign", folder=tmp_path, fails=1)
     assert not printed
-    assert said.startswith("Error: config.json is no checkpoint of gates: it was written by anothe")
+    assert said.startswith("Error: foreign was written by another program, not by transfer_surgery")
     assert said.count("\n") == 1
 
 
@@ -113,24 +115,45 @@ def test_a_plan_says_why_sites_stay() -> None:
     assert "not converted: " in printed
 
 
+def test_what_a_model_prints_is_not_among_the_results() -> None:
+    Path("nets.py").write_text(
+        "from torch import nn\nprint('imported')\n"
+        "class Net(nn.ReLU):\n"
+        "    def forward(self, x): print('runs'); return super().forward(x) + 1\n"
+        "def make(): print('made'); return nn.Sequential(Net(), nn.ReLU(), nn.Linear(4, 4))\n"
+    )
+    told = in_process("plan", "nets.py:make", "--input-size", 4, "--json")
+    assert [site["path"] for site in json.loads(told.stdout)] == ["0.relu_0", "1"]
+    assert {"imported", "made", "runs"} <= set(told.stderr.splitlines())
+
+
+def test_a_model_whose_code_fails_ends_with_a_line() -> None:
+    Path("nets.py").write_text("def make(): return {}['name']\n")
+    message = invoke("plan", "nets.py:make", fails=1)
+    assert "nets.py:make raised KeyError: 'name'" in message
+    Path("nets.py").write_text("def make(:\n")
+    assert "nets.py raised SyntaxError" in invoke("plan", "nets.py:make", fails=1)
+
+
 def test_all_ways_to_name_a_model() -> None:
-    for name in ("timm:resnet18", "torchvision:resnet18", "resnet18.a1_in1k", f"{NETS}:modules"):
-        size = "2x5x5" if name.endswith("modules") else "3x32x32"
+    for name in ("timm:resnet18", "torchvision:resnet18", "resnet18.a1_in1k", f"{NETS}:small_cnn"):
+        size = "2x5x5" if name.endswith("small_cnn") else "3x32x32"
         assert "sites would be converted" in invoke("plan", name, "--input-size", size)
 
 
-def test_options_of_convert_reach_the_gates_and_folders_are_not_replaced() -> None:
+def test_options_of_convert_reach_the_gates_and_files_are_not_replaced() -> None:
     options = ("--input-size", "2x5x5", "--granularity", "layer", "--gate", "bernoulli")
     options += ("--target", "snake(a=0.5)", "--noise", "none", "--source", "gelu")
-    convert = ("convert", f"{NETS}:Functional", *options, "-o", "run")
+    convert = ("convert", f"{NETS}:functional", *options, "-o", "run")
     printed = invoke(*convert)
     assert "weights are random" in printed
     assert "run: 1 sites, 1 gates, gelu -> snake(a=0.5)" in printed
-    assert "run holds a model already" in invoke(*convert, fails=2)
+    assert "run exists already" in invoke(*convert, fails=2)
+    Path("run.training.pt").touch()
     invoke(*convert, "--force")
-    config = json.loads(Path("run/config.json").read_text())["sites"][0]
-    assert config["granularity"] == "layer"
-    assert (config["gate"]["name"], config["gate"]["noise"]) == ("bernoulli", "none")
+    assert not Path("run.training.pt").exists()
+    (unit,) = read_gates("run").values()
+    assert (unit.granularity, unit.gate.settings) == ("layer", Bernoulli(noise="none"))
 
 
 @pytest.mark.parametrize(
@@ -141,7 +164,7 @@ def test_options_of_convert_reach_the_gates_and_folders_are_not_replaced() -> No
         (["plan", "zoo:resnet50"], "write timm:NAME, torchvision:NAME or FILE.py:FUNCTION"),
         (["plan", "resnet50.mine"], "there are the weights resnet50.a1_in1k, "),
         (["plan", "missing.py:make"], "missing.py."),
-        (["plan", f"{NETS}:module"], "has no function 'module'. Did you mean modules"),
+        (["plan", f"{NETS}:small_cn"], "has no function 'small_cn'. Did you mean small_cnn"),
         (["plan", "test_vit", "--set", "size=3"], "unexpected keyword argument 'size'"),
         (["plan", "test_vit", "--set", "size"], "'size': write NAME=VALUE"),
         (["plan", "test_vit", "--input-size", "3,32"], "write a shape such as 3x64x64"),
@@ -152,10 +175,10 @@ def test_options_of_convert_reach_the_gates_and_folders_are_not_replaced() -> No
         (["convert", "test_vit", "-o", "run", "--gate", "hard"], "unknown gate 'hard'. Known: "),
         (["convert", "test_vit", "-o", "run", "--granularity", "row"], "'row' is not one of"),
         (["convert", "test_vit", "-o", "run", "--weights", "no.pth"], "'no.pth' does not exist"),
-        (["convert", f"{NETS}:modules", "-o", "run", "--pretrained"], "a zoo's weights are for"),
+        (["convert", f"{NETS}:small_cnn", "-o", "run", "--pretrained"], "a zoo's weights are for"),
         (["report", "nowhere"], "'nowhere' does not exist"),
         (["export", "nowhere", "-o", "model.onnx"], "'nowhere' does not exist"),
-        (["export", ".", "-o", "model", "--format", "tflite"], "'tflite' is not one of"),
+        (["export", __file__, "-o", "model", "--format", "tflite"], "'tflite' is not one of"),
     ],
 )
 def test_what_there_is_not_ends_with_status_2(arguments: list[str], message: str) -> None:
@@ -166,11 +189,11 @@ def test_what_there_is_not_ends_with_status_2(arguments: list[str], message: str
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["plan", f"{NETS}:Functional", "--input-size", "3x5x5"], "does not run on the example in"),
-        (["plan", f"{NETS}:Functional"], "Pass example_input"),
-        (["report", "."], "holds no config.json"),
-        (["bake", ".", "-o", "model"], "holds no model.json, which says how its model is made"),
-        (["export", ".", "-o", "model"], "holds no model.json"),
+        (["plan", f"{NETS}:functional", "--input-size", "3x5x5"], "does not run on the example in"),
+        (["plan", f"{NETS}:functional"], "Pass example_input"),
+        (["report", __file__], "is damaged, or no safetensors file"),
+        (["bake", __file__, "-o", "model"], "is damaged, or no safetensors file"),
+        (["export", __file__, "-o", "model"], "is damaged, or no safetensors file"),
     ],
 )
 def test_what_cannot_be_done_ends_with_status_1(arguments: list[str], message: str) -> None:
@@ -182,6 +205,7 @@ def test_what_cannot_be_done_ends_with_status_1(arguments: list[str], message: s
     ("name", "content", "message"),
     [
         ("weights.pth", b"nothing", "cannot be read as a checkpoint of tensors alone"),
+        ("weights.pth", b"hello", "weights.pth cannot be read as a checkpoint of tensors alone"),
         ("weights.safetensors", b"nothing", "is damaged, or no safetensors file"),
         ("weights.pth", {"lr": 0.1}, "holds a dict, no state dict: names and tensors"),
         ("weights.pth", [NETS], "cannot be read as a checkpoint of tensors alone"),
@@ -216,9 +240,7 @@ def test_a_report_needs_no_more_than_save_gates_wrote(run: Path, tmp_path: Path)
     assert 0.2 < found["total"]["transferred"] < 0.8
     save_gates(load_model(run), tmp_path / "gates")
     assert json.loads(invoke("report", tmp_path / "gates", "--json")) == found
-    text = (tmp_path / "gates" / "config.json").read_text()
-    (tmp_path / "gates" / "config.json").write_text(text.replace('"version": ', '"version": 9'))
-    assert "reads up to" in invoke("report", tmp_path / "gates", fails=1)
+    assert "holds 'gates', not model" in invoke("bake", tmp_path / "gates", "-o", "b", fails=1)
 
 
 def test_bake_hardens_and_folds(run: Path) -> None:
@@ -231,7 +253,7 @@ def test_bake_hardens_and_folds(run: Path) -> None:
     assert sum(p.numel() for p in folded.parameters()) < sum(p.numel() for p in model.parameters())
 
 
-def test_a_baked_file_is_exported_like_its_folder(run: Path) -> None:
+def test_a_baked_file_is_exported_like_the_converted_one(run: Path) -> None:
     x = torch.randn(3, 3, 32, 32)
     invoke("bake", run, "-o", "model.safetensors")
     invoke("export", "model.safetensors", "--format", "torch-export", "-o", "model.pt2")
@@ -239,11 +261,6 @@ def test_a_baked_file_is_exported_like_its_folder(run: Path) -> None:
         expected = bake(load_model(run)).eval()(x)
         found = torch.export.load("model.pt2").module()(x)
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
-
-
-def test_a_foreign_file_is_not_exported(run: Path) -> None:
-    message = invoke("export", run / "model.safetensors", "-o", "model.onnx", fails=1)
-    assert "is no baked network of this library: it was written by another program" in message
 
 
 # --- the command itself --------------------------------------------------------------------------

@@ -1,14 +1,17 @@
-"""load_gates refuses other models, damaged and foreign folders, and changes nothing then."""
+"""load_gates refuses other models, damaged and foreign files, and changes nothing then."""
 
 import copy
 import dataclasses
 import json
 import os
 import pickle
+import re
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import nn
 
 from tests.helpers.checkpoints import (
@@ -30,6 +33,7 @@ from transfer_surgery import (
     save_gates,
 )
 from transfer_surgery.activations import registry as activations
+from transfer_surgery.files import read_gates
 from transfer_surgery.units import gates
 
 # --- sites that differ ---------------------------------------------------------------------------
@@ -46,30 +50,30 @@ def convolution():
 @pytest.mark.parametrize(
     ("base", "message"),
     [
-        (lambda: chain(nn.SiLU()), r"1: source relu in the checkpoint, silu here"),
-        (wide, r"1: shape \(6,\) in the checkpoint, \(7,\) here"),
+        (lambda: chain(nn.SiLU()), r"1: source relu in the file, silu here"),
+        (wide, r"1: shape \[6\] in the file, \[7\] here"),
         (lambda: chain(nn.Identity()), "1: there is no such site here"),
         (lambda: chain(nn.LeakyReLU(0.3)), r"leaky_relu\(negative_slope=0\.3\) here"),
         (lambda: chain(nn.RReLU()), "1: .* here"),
     ],
 )
-def test_a_base_model_with_other_sites_is_refused_and_they_are_named(base, message, tmp_path):
-    saved(tmp_path)
-    text = refuses(ValueError, message, base(), tmp_path)
+def test_a_base_model_with_other_sites_is_refused_and_they_are_named(base, message, file):
+    saved(file)
+    text = refuses(ValueError, message, base(), file)
     assert "1 of the sites of this Sequential" in text
-    assert "a Sequential with 1 sites" in text
+    assert f"not those of {file}, which has 1 sites" in text
 
 
-def test_all_sites_that_differ_are_named_up_to_twenty(tmp_path):
-    saved(tmp_path, nn.Sequential(*[nn.ReLU() for _ in range(25)]))
+def test_all_sites_that_differ_are_named_up_to_twenty(file):
+    saved(file, nn.Sequential(*[nn.ReLU() for _ in range(25)]))
     model = nn.Sequential(*[nn.ReLU() if i == 3 else nn.Tanh() for i in range(25)])
-    text = refuses(ValueError, "24 of the sites", model, tmp_path)
+    text = refuses(ValueError, "24 of the sites", model, file)
     assert "\n  0: " in text
     assert "\n  3: " not in text
     assert "... and 4 more" in text
 
 
-def test_another_axis_of_the_channels_is_refused(tmp_path):
+def test_another_axis_of_the_channels_is_refused(file):
     class Net(nn.Module):
         def __init__(self, axis):
             super().__init__()
@@ -80,147 +84,126 @@ def test_another_axis_of_the_channels_is_refused(tmp_path):
             return self.act(self.pre(x))
 
     x = torch.zeros(2, 4, 4)
-    save_gates(convert(Net(1), example_input=x), tmp_path)
-    message = "act: channel_axis 1 in the checkpoint, -1 here"
-    refuses(ValueError, message, Net(-1), tmp_path, example_input=x)
-    save_gates(convert(Net(1), granularity="layer", example_input=x), tmp_path / "layer")
-    load_gates(Net(-1), tmp_path / "layer", example_input=x)
+    save_gates(convert(Net(1), example_input=x), file)
+    message = "act: axis 1 in the file, -1 here"
+    refuses(ValueError, message, Net(-1), file, example_input=x)
+    save_gates(convert(Net(1), granularity="layer", example_input=x), file)
+    load_gates(Net(-1), file, example_input=x)
 
 
-def test_a_name_that_means_another_call_by_now_is_refused(tmp_path):
-    saved(tmp_path, Calls())
-    message = r"relu_0: call \(1, 2\) in the checkpoint, \(1, 3\) here"
-    text = refuses(ValueError, message, CallsOneMore(), tmp_path)
-    assert r"gelu_0: call (2, 2) in the checkpoint, (3, 3) here" in text
+def test_a_name_that_means_another_call_by_now_is_refused(file):
+    saved(file, Calls())
+    message = r"relu_0: call \[1, 2\] in the file, \[1, 3\] here"
+    text = refuses(ValueError, message, CallsOneMore(), file)
+    assert r"gelu_0: call [2, 2] in the file, [3, 3] here" in text
 
 
-def test_names_given_in_another_order_of_modes_are_refused(tmp_path):
+def test_names_given_in_another_order_of_modes_are_refused(file):
     plan = find_activations(WhenTraining(), X, modes=("train", "eval"))
-    save_gates(convert(WhenTraining(), plan=plan), tmp_path)
-    refuses(
-        ValueError, r"relu_0: call \(1, 2\) in the checkpoint, \(2, 2\)", WhenTraining(), tmp_path
-    )
-    load_gates(convert(WhenTraining(), plan=plan), tmp_path)
+    save_gates(convert(WhenTraining(), plan=plan), file)
+    refuses(ValueError, r"relu_0: call \[1, 2\] in the file, \[2, 2\]", WhenTraining(), file)
+    load_gates(convert(WhenTraining(), plan=plan), file)
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"target": "cos"}, "1: target sin in the checkpoint, cos here"),
-        ({"gate": "bernoulli"}, "1: gate hard_concrete in the checkpoint, bernoulli here"),
-        ({"granularity": "layer"}, r"granularity channel .*; shape \(6,\) .*, \(1,\) here"),
-        ({"gate": HardConcrete(noise="example")}, "1: noise batch in the checkpoint, example here"),
+        ({"target": "cos"}, "1: target sin in the file, cos here"),
+        ({"gate": "bernoulli"}, "1: gate hard_concrete in the file, bernoulli here"),
+        ({"granularity": "layer"}, r"granularity channel .*; shape \[6\] .*, \[1\] here"),
+        ({"gate": HardConcrete(noise="example")}, "1: noise batch in the file, example here"),
         ({"gate": HardConcrete(temperature=0.5)}, "1: temperature 0.666.* 0.5 here"),
         ({"gate": HardConcrete(stretch=(-0.2, 1.2))}, "1: stretch .* here"),
     ],
 )
-def test_a_model_converted_in_another_way_is_refused(options, message, tmp_path):
-    saved(tmp_path)
-    refuses(ValueError, message, convert(chain(), example_input=X, **options), tmp_path)
+def test_a_model_converted_in_another_way_is_refused(options, message, file):
+    saved(file)
+    refuses(ValueError, message, convert(chain(), example_input=X, **options), file)
 
 
-def test_a_converted_model_with_more_or_fewer_sites_is_refused(tmp_path):
+def test_a_converted_model_with_more_or_fewer_sites_is_refused(file):
     base = chain(nn.ReLU(), nn.Linear(6, 6), nn.SiLU())
-    one, two = tmp_path / "one", tmp_path / "two"
+    one, two = file, file.with_name("two.safetensors")
     model = saved(one, copy.deepcopy(base), source="silu")
     both = saved(two, base)
-    refuses(ValueError, "1: has gates here, none in the checkpoint", both, one)
+    refuses(ValueError, "1: it has gates here and none in the file", both, one)
     refuses(ValueError, "1: there is no such site here", model, two)
 
 
-# --- folders that are no checkpoints -------------------------------------------------------------
+# --- damaged and foreign files -------------------------------------------------------------------
 
 
-def edit(folder, **changes):
-    file = folder / "config.json"
-    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+def rewrite(file, change, tensors=None):
+    """Save a file again with another description, or with other tensors."""
+    with safe_open(file, "pt") as opened:
+        held = {key: opened.get_tensor(key) for key in opened.keys()}  # noqa: SIM118
+        about = json.loads(opened.metadata()["transfer_surgery"])
+    about = change(about) or about
+    save_file(held if tensors is None else tensors, file, {"transfer_surgery": json.dumps(about)})
 
 
-def edit_site(folder, **changes):
-    site = json.loads((folder / "config.json").read_text())["sites"][0]
-    edit(folder, sites=[site | changes])
+def edit(**changes):
+    return lambda file: rewrite(file, lambda about: about.update(changes))
 
 
-def cut(file, length):
-    file.write_bytes(file.read_bytes()[:length])
+def edit_site(**changes):
+    return lambda file: rewrite(file, lambda about: about["sites"]["1"].update(changes))
 
 
-def foreign(folder):
-    (folder / "config.json").write_text('{"model_type": "bert"}')
+def without_a_field(file):
+    rewrite(file, lambda about: about["sites"]["1"].pop("position") and None)
+
+
+def deep(file):
+    save_file({"x": torch.zeros(1)}, file, {"transfer_surgery": "[" * 100_000})
+
+
+def cut(length):
+    return lambda file: file.write_bytes(file.read_bytes()[:length])
 
 
 DAMAGES = {
-    "cut config": (lambda f: cut(f / "config.json", 100), "config.json is no checkpoint of gates"),
-    "empty config": (lambda f: cut(f / "config.json", 0), "config.json is no checkpoint of gates"),
-    "binary config": (
-        lambda f: (f / "config.json").write_bytes(b"\xff\xfe{}"),
-        "config.json is no",
+    "cut values": (cut(-4), "is damaged, or no safetensors file"),
+    "cut header": (cut(20), "is damaged, or no safetensors file"),
+    "empty": (cut(0), "is damaged, or no safetensors file"),
+    "a pickle": (lambda f: f.write_bytes(pickle.dumps(Explosive())), "is damaged"),
+    "deep": (deep, "is damaged"),
+    "another program": (lambda f: save_file({}, f, {"format": "pt"}), "written by another program"),
+    "a list": (lambda f: rewrite(f, lambda about: [about]), "written by another program"),
+    "newer": (edit(version=2), "has version 2, and .* reads versions up to 1: upgrade"),
+    "no version": (edit(version=None), "written by another program"),
+    "baked": (edit(kind="baked"), "holds 'baked', not gates or model"),
+    "no sites": (edit(sites={}), "it does not describe its sites"),
+    "sites of a list": (edit(sites=["1"]), "it does not describe its sites"),
+    "no dict": (edit(sites={"1": []}), "it does not describe its sites"),
+    "a missing field": (without_a_field, "position"),
+    "a field too many": (edit_site(color="red"), "color"),
+    "a wrong type": (edit_site(shape=6), "shape 6 in the file"),
+    "a wrong word": (edit_site(granularity=[]), r"its granularity in the file is \[\]"),
+    "a text": (edit_site(neurons="many"), "the site '1' cannot be built: .*'many'"),
+    "a flag": (edit_site(fitted="yes"), "the site '1' cannot be built: fitted is 'yes'"),
+    "too many gates": (
+        edit_site(shape=[10**13], gate={"name": "line"}),
+        r"1: .*shape \[10000000000000\] in",
     ),
-    "deep config": (lambda f: (f / "config.json").write_text("[" * 100_000), "config.json is no"),
-    "a list": (lambda f: (f / "config.json").write_text("[]"), "written by another program"),
-    "another program": (foreign, "written by another program"),
-    "newer": (lambda f: edit(f, version=3), "version 3, .* reads up to 2: upgrade"),
-    "no version": (lambda f: edit(f, version=None), "its version or its list of sites is missing"),
-    "no sites": (lambda f: edit(f, sites=[]), "it has no sites"),
-    "a missing field": (
-        lambda f: edit(f, sites=[{"path": "1"}]),
-        "expected the fields path, source",
-    ),
-    "a field too many": (lambda f: edit_site(f, color="red"), "expected the fields path, source"),
-    "a wrong type": (lambda f: edit_site(f, shape=6), "site '1': shape is 6"),
-    "a wrong word": (lambda f: edit_site(f, granularity=[]), r"site '1': granularity is \[\]"),
-    "other numbers": (lambda f: edit_site(f, neurons=7), "are of different saves"),
-    "cut gates": (lambda f: cut(f / "gates.safetensors", -4), "gates.safetensors is damaged"),
-    "cut header": (lambda f: cut(f / "gates.safetensors", 20), "gates.safetensors is damaged"),
-    "empty gates": (lambda f: cut(f / "gates.safetensors", 0), "gates.safetensors is damaged"),
+    "too many learned": (edit_site(shape=[10**13]), r"1: shape \[10000000000000\] in"),
+    "far too many": (edit_site(shape=[10**18, 10**18]), "1: shape"),
 }
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
-@pytest.mark.parametrize("converted", [False, True], ids=["base", "converted"])
-def test_damaged_and_foreign_files_are_refused(damage, converted, tmp_path):
-    saved(tmp_path)
+def test_damaged_and_foreign_files_are_refused(damage, file, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    saved(file)
     change, message = DAMAGES[damage]
-    change(tmp_path)
-    model = convert(chain(), example_input=X) if converted else chain()
-    refuses(ValueError, message, model, tmp_path)
-
-
-@pytest.mark.parametrize(
-    ("names", "message"),
-    [
-        ([], "holds no config.json.* It holds: nothing"),
-        (["adapter_config.json", "adapter_model.safetensors"], "It holds: adapter_config.json, ad"),
-        (["config.json"], "holds no gates.safetensors"),
-    ],
-)
-def test_folders_without_the_files_say_what_they_hold(names, message, tmp_path):
-    for name in names:
-        (tmp_path / name).write_text("{}")
-    refuses(FileNotFoundError, message, chain(), tmp_path)
-
-
-def test_a_missing_folder_is_refused(tmp_path):
-    refuses(FileNotFoundError, "none is no folder", chain(), tmp_path / "none")
-
-
-def test_values_that_do_not_fit_the_config_are_refused(tmp_path):
-    from safetensors import safe_open
-    from safetensors.torch import save_file
-
-    saved(tmp_path)
-    file = tmp_path / "gates.safetensors"
-    with safe_open(file, "pt") as opened:
-        metadata = opened.metadata()
-    for tensors, message in (
-        ({"1.gate.log_alpha": torch.zeros(7)}, r"log_alpha is torch.float32 of shape \(7,\); the"),
-        ({"1.gate.log_alpha": torch.zeros(6, dtype=torch.int32)}, "log_alpha is torch.int32 of"),
-        ({"2.gate.log_alpha": torch.zeros(6)}, "1.gate.log_alpha is missing; the gates"),
-        ({"1.gate.log_alpha": torch.zeros(6), "x": torch.zeros(1)}, "x is torch.* need missing"),
-    ):
-        save_file(tensors, file, metadata)
-        refuses(ValueError, message, chain(), tmp_path)
-        refuses(ValueError, message, convert(chain(), example_input=X), tmp_path)
+    change(file)
+    text = refuses(ValueError, message, chain(), file)
+    assert str(file) in text
+    with pytest.raises(ValueError, match=re.escape(str(file))):
+        read_gates(file)  # where no model tells what the sites are
+    if damage not in ("a missing field", "a text"):  # a converted model has these itself
+        refuses(ValueError, re.escape(str(file)), convert(chain(), example_input=X), file)
+    assert not Path("exploded").exists()
 
 
 class Explosive:
@@ -228,18 +211,31 @@ class Explosive:
         return os.mkdir, ("exploded",)
 
 
-def test_a_pickle_in_disguise_is_not_unpickled(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    saved(tmp_path)
-    for name in ("gates.safetensors", "config.json"):
-        (tmp_path / name).write_bytes(pickle.dumps(Explosive()))
-        refuses(ValueError, "is damaged|is no checkpoint", chain(), tmp_path)
-    assert not Path("exploded").exists()
+def test_missing_files_and_folders_are_refused(file):
+    refuses(FileNotFoundError, "saved.safetensors does not exist", chain(), file)
+    refuses(FileNotFoundError, "is a folder", chain(), file.parent)
 
 
-def test_activations_and_gates_that_are_not_registered_are_named(
-    tmp_path, monkeypatch, own_registry
-):
+@pytest.mark.parametrize(
+    ("tensors", "message"),
+    [
+        ({"1.gate.log_alpha": torch.zeros(7)}, r"log_alpha is torch.float32 of shape \(7,\); the"),
+        ({"1.gate.log_alpha": torch.zeros(6, dtype=torch.int32)}, "log_alpha is torch.int32 of"),
+        ({"2.gate.log_alpha": torch.zeros(6)}, "1.gate.log_alpha is missing; the gates"),
+        ({"1.gate.log_alpha": torch.zeros(6), "x": torch.zeros(1)}, "x is torch.* need missing"),
+        ({"1.gate.log_alpha": torch.full((6,), torch.nan)}, "values that are not a number"),
+    ],
+)
+def test_values_that_do_not_fit_the_sites_are_refused(tensors, message, file):
+    saved(file)
+    rewrite(file, lambda about: about, tensors)
+    refuses(ValueError, message, chain(), file)
+    refuses(ValueError, message, convert(chain(), example_input=X), file)
+    with pytest.raises(ValueError, match=message):
+        read_gates(file)
+
+
+def test_activations_and_gates_that_are_not_registered_are_named(file, monkeypatch, own_registry):
     register_bump()
     monkeypatch.setattr(gates, "_REGISTRY", dict(gates._REGISTRY))
 
@@ -251,21 +247,21 @@ def test_activations_and_gates_that_are_not_registered_are_named(
     class Mine(gates.HardConcreteGate):
         pass
 
-    saved(tmp_path, target="bump(width=2.0)", gate="checkpoint_gate")
+    saved(file, target="bump(width=2.0)", gate="checkpoint_gate")
     model = chain()
     monkeypatch.delitem(gates._REGISTRY, "checkpoint_gate")
-    refuses(ValueError, "gate 'checkpoint_gate', which .* register_gate for it", model, tmp_path)
+    refuses(ValueError, "unknown gate 'checkpoint_gate'.* @register_gate", model, file)
     monkeypatch.setitem(gates._REGISTRY, "checkpoint_gate", Mine)
     entry = activations._REGISTRY["bump"]
     monkeypatch.delitem(activations._REGISTRY, "bump")
-    message = "activation 'bump', which .* register_activation for it"
-    refuses(ValueError, message, model, tmp_path)
+    message = "unknown activation 'bump.* @register_activation"
+    refuses(ValueError, message, model, file)
     monkeypatch.setitem(activations._REGISTRY, "bump", dataclasses.replace(entry, defaults={}))
-    refuses(ValueError, "'bump' has no parameter 'width'", model, tmp_path)
+    refuses(ValueError, "'bump' has no parameter 'width'", model, file)
 
 
-def test_gates_on_the_meta_device_are_refused(tmp_path):
-    saved(tmp_path)
+def test_gates_on_the_meta_device_are_refused(file):
+    saved(file)
     model = convert(chain(), example_input=X).to("meta")
-    with pytest.raises(ValueError, match=r"1\.gate\.log_alpha is on the meta device"):
-        load_gates(model, tmp_path)
+    with pytest.raises(ValueError, match="the gates are on the meta device"):
+        load_gates(model, file)

@@ -1,4 +1,4 @@
-"""Small networks with gates in folders, and what a refused load must not change; for tests."""
+"""Small networks with gates in files, and what a refused load must not change; for tests."""
 
 import pytest
 import torch
@@ -65,9 +65,9 @@ def spread(model, seed=1):
     return model
 
 
-def saved(folder, model=None, **options):
+def saved(file, model=None, **options):
     model = convert(chain() if model is None else model, example_input=X, **options)
-    save_gates(spread(model), folder)
+    save_gates(spread(model), file)
     return model
 
 
@@ -80,10 +80,10 @@ def everything(model):
     )
 
 
-def refuses(error, match, model, folder, **options):
+def refuses(error, match, model, file, **options):
     before, random = everything(model), torch.get_rng_state()
     with pytest.raises(error, match=match) as caught:
-        load_gates(model, folder, **({"example_input": X} | options))
+        load_gates(model, file, **({"example_input": X} | options))
     assert everything(model) == before
     assert torch.equal(torch.get_rng_state(), random)
     return str(caught.value)

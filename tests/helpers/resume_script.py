@@ -129,9 +129,8 @@ def save_parts(folder, step, run, dying):
     unfinished.mkdir(exist_ok=True)
     state = model.state_dict().items()
     save_file({k: v for k, v in state if ".gate." not in k}, unfinished / "model.safetensors")
-    if dying:  # when the config of the gates is to replace nothing
-        replace = iter(range(2))
-        sys.addaudithook(lambda event, _: event == "os.rename" and next(replace) and die())
+    if dying:  # when the gates are to get their name
+        sys.addaudithook(lambda event, _: event == "os.rename" and die())
     save_gates(model, unfinished / "gates")
     rest = {"step": step, "optimizer": optimizer.state_dict(), "scheduler": scheduler.state_dict()}
     torch.save(rest | {"random": torch.get_rng_state()}, unfinished / "rest.pt")

@@ -177,12 +177,12 @@ def test_targets_that_an_optimizer_does_not_know_are_an_error(how):
 
 def test_matched_targets_are_saved_and_loaded(tmp_path):
     model = swap_targets(free(network())).eval()
-    save_gates(model, tmp_path)
+    save_gates(model, tmp_path / "gates")
     for other in (base(), free(network())):
-        loaded = load_gates(other, tmp_path, example_input=X).eval()
+        loaded = load_gates(other, tmp_path / "gates", example_input=X).eval()
         assert torch.equal(loaded(X), model(X))
-    with pytest.raises(ValueError, match="matched True in the checkpoint, False here"):
-        load_gates(network(), tmp_path)
+    with pytest.raises(ValueError, match="fitted True in the file, False here"):
+        load_gates(network(), tmp_path / "gates")
 
 
 @pytest.mark.parametrize("first", ["optimizer", "targets"])

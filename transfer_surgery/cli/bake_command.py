@@ -7,42 +7,50 @@ from typing import Annotated
 import torch
 import typer
 
-from transfer_surgery.cli.options import Folder, Out, expected, tell
+from transfer_surgery.cli.options import Converted, Output, expected, tell
 from transfer_surgery.files import load_model, read_spec, save_baked
 
 
 def bake(
-    folder: Folder,
-    output: Out,
+    file: Converted,
+    output: Output,
     harden: Annotated[
-        bool, typer.Option("--harden", help="Round gates between 0 and 1; changes the outputs.")
+        bool,
+        typer.Option(
+            "--harden",
+            help="Round gates between 0 and 1, which changes the outputs. Default: they stay.",
+        ),
     ] = False,
     fold: Annotated[
-        bool, typer.Option("--fold", help="Move fitted numbers into neighbouring layers.")
+        bool,
+        typer.Option(
+            "--fold",
+            help="Move the numbers of fitted targets into neighbouring layers. Default: they stay.",
+        ),
     ] = False,
 ) -> None:
-    """Freeze the gates of a converted model into plain modules, and write its weights.
+    """Replace the gates of a converted model by plain modules, and write the network to a file.
 
-    FILE is a safetensors file of the baked model's state dict; its header says how the model is
-    made, and which activations it has now. Load it where transfer_surgery is installed:
+    The output is a safetensors file of the baked model's state dict; its metadata says how the
+    model is made, and which activations it has now. Load it where transfer_surgery is installed:
 
-    [dim]from transfer_surgery import load_baked; model = load_baked("model.safetensors")[/dim]
+    [dim]from transfer_surgery import load_baked; model = load_baked("baked.safetensors")[/dim]
 
-    The tensors have the names of the original model's, and mixed or matched sites some more. Do not
+    The tensors have the names of the original model's, and mixed or fitted sites some more. Do not
     load them into the original model: it would compute with its old activations. For use without
     transfer_surgery see [b]export[/b].
 
     [bold]Examples[/bold]
 
-    transfer-surgery bake run -o model.safetensors
+    transfer-surgery bake run.safetensors -o baked.safetensors
 
-    transfer-surgery bake run --harden --fold -o model.safetensors
+    transfer-surgery bake run.safetensors --harden --fold -o baked.safetensors
     """
     with expected():
-        spec, model = read_spec(folder), load_model(folder)
+        spec, model = read_spec(file, "model"), load_model(file)
         example = spec.example_input(model)
         if fold:
             torch.manual_seed(0)
             example = torch.randn_like(example)
-        save_baked(model, output, spec, harden=harden, fold=example if fold else None)
-    tell(f"wrote {output}")
+        folded = save_baked(model, output, spec, harden=harden, fold=example if fold else None)
+    tell(f"wrote {output}" if folded is None else f"{folded}\nwrote {output}")

@@ -1,86 +1,135 @@
-"""``transfer-surgery convert``: a model, with gates at its activations, in a folder."""
+"""``transfer-surgery convert``: a model, with gates at its activations, in a file."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import Annotated, Literal
 
+import torch
 import typer
 
-from transfer_surgery.cli.conversion import (
-    Conversion,
-    Granularity,
-    Pretrained,
-    Target,
-    Weights,
-    keep,
+from transfer_surgery.activations import get_activation
+from transfer_surgery.cli.finetuning.checkpoint import state_of
+from transfer_surgery.cli.options import (
+    Exclude,
+    Include,
+    InputSize,
+    Model,
+    Output,
+    Role,
+    Set,
+    Source,
+    asked,
+    choose,
+    expected,
+    model_spec,
+    tell,
 )
-from transfer_surgery.cli.options import InputSize, Model, Set, expected, model_spec
-from transfer_surgery.cli.plan_command import Exclude, Include, Role, Source
-from transfer_surgery.files import SPEC
+from transfer_surgery.cli.weights import read_weights
+from transfer_surgery.files import load_weights, save_model
+from transfer_surgery.reports import report
+from transfer_surgery.sites import find_activations
+from transfer_surgery.surgery import convert as convert_model
+from transfer_surgery.units import gate_settings
 
 
 def convert(
     model: Model,
-    output: Annotated[
-        Path,
-        typer.Option("--output", "-o", metavar="DIR", help="Folder to make.", show_default=False),
-    ],
-    target: Target = "sin",
-    granularity: Granularity = "channel",
+    output: Output,
+    target: Annotated[
+        str, typer.Option(help="Transfer to this activation, such as 'snake(a=0.5)'.")
+    ] = "sin",
+    granularity: Annotated[
+        Literal["layer", "channel", "neuron"],
+        typer.Option(help="Make one gate for each layer, channel or neuron."),
+    ] = "channel",
     gate: Annotated[
-        str, typer.Option(help="hard_concrete, or the paper's bernoulli, line, copy.")
+        str,
+        typer.Option(
+            help="Use this kind of gate: hard_concrete, or bernoulli, line or copy of the paper."
+        ),
     ] = "hard_concrete",
     noise: Annotated[
         Literal["batch", "example", "none"] | None,
         typer.Option(
-            help="Draw gates in training once per batch (the default), per example, or not at all."
+            help="Draw gates in training once per batch, per example, or not at all. "
+            "Default: per batch, where the gate is drawn."
         ),
     ] = None,
-    weights: Weights = None,
-    pretrained: Pretrained = False,
+    weights: Annotated[
+        Path | None,
+        typer.Option(
+            help="Load the weights from this .safetensors or .pth file. Default: random weights.",
+            exists=True,
+            dir_okay=False,
+        ),
+    ] = None,
+    pretrained: Annotated[
+        bool,
+        typer.Option(
+            "--pretrained", help="Load the weights that the zoo offers. Default: random weights."
+        ),
+    ] = False,
     source: Source = None,
     include: Include = None,
     exclude: Exclude = None,
     role: Role = None,
-    seed: Annotated[int, typer.Option(help="Of the gates' start, and of random weights.")] = 0,
+    seed: Annotated[int, typer.Option(help="Seed the start of the gates, and random weights.")] = 0,
     assignments: Set = None,
     input_size: InputSize = None,
     force: Annotated[
-        bool, typer.Option("--force", help="Replace what the folder holds of another model.")
+        bool,
+        typer.Option(
+            "--force", help="Replace a model that FILE holds already. Default: it is kept."
+        ),
     ] = False,
 ) -> None:
     """Put gates at a model's activations, and save it: same outputs, ready to be transferred.
 
-    DIR gets the gates as save_gates writes them (config.json, gates.safetensors), the weights
-    (model.safetensors) and how the model is made (model.json). Train it with [b]finetune[/b] or in
-    Python:
+    FILE is a safetensors file with the gates, the weights, and how the model is made. Train it with
+    [b]finetune[/b] or in Python:
 
-    [dim]model = transfer_surgery.load_model(DIR) ... transfer_surgery.save_model(model, DIR)[/dim]
+    [dim]from transfer_surgery import load_model, save_model[/dim]
+
+    [dim]model = load_model(FILE) ... save_model(model, FILE)[/dim]
 
     [bold]Examples[/bold]
 
-    transfer-surgery convert resnet50.a1_in1k --pretrained -o run
+    transfer-surgery convert resnet50.a1_in1k --pretrained -o run.safetensors
 
-    transfer-surgery convert resnet18 --set num_classes=10 --weights best.pth --target snake -o run
+    transfer-surgery convert resnet18 --set num_classes=10 --weights best.pth --target snake
+    -o run.safetensors
     """
     spec = model_spec(model, assignments, input_size)
-    if (output / SPEC).exists() and not force:
-        raise typer.BadParameter(f"{output} holds a model already; another folder, or --force.")
-    conversion = Conversion(
-        spec,
-        weights,
-        pretrained,
-        target=target,
-        granularity=granularity,
-        seed=seed,
-        gate=gate,
-        noise=noise,
-        source=source,
-        include=include,
-        exclude=exclude,
-        role=role,
-    )
-    network = conversion.run()
+    # What can be refused at once is refused before the model is made.
+    if weights is not None and pretrained:
+        raise typer.BadParameter("give --weights or --pretrained, not both.")
+    if output.exists() and not force:
+        raise typer.BadParameter(f"{output} exists already: choose another file, or --force.")
+    with asked(ValueError):
+        get_activation(target)
+        settings = gate_settings({"name": gate} | ({} if noise is None else {"noise": noise}))
+    torch.manual_seed(seed)
     with expected():
-        keep(network, output, spec)
+        network = spec.build(pretrained)
+        if weights is not None:
+            load_weights(network, read_weights(weights), weights)
+        whole = find_activations(network, spec.example_input(network))
+    if weights is None and not pretrained:
+        tell("The weights are random: neither --weights nor --pretrained was given.")
+    plan = choose(whole, source, include, exclude, role)
+    with expected():
+        convert_model(
+            network,
+            target,
+            plan=plan,
+            roles=role or ("hidden",),
+            granularity=granularity,
+            gate=settings,
+            seed=seed,
+        )
+        save_model(network, output, spec)
+        state_of(output).unlink(missing_ok=True)  # of the training of a model that was here
+    found = report(network)
+    total = found.total
+    tell(f"{output}: {len(found)} sites, {total.gates:,} gates, {total.source} -> {total.target}")

@@ -15,15 +15,27 @@ from transfer_surgery.cli.options import Json, show
 from transfer_surgery.units import VARIABLE, compiler_error, kernel_choice
 
 _PACKAGES = (
-    *("transfer-surgery", "torch", "triton", "timm", "torchvision", "transformers", "accelerate"),
-    *("lightning", "safetensors", "onnx", "onnxscript", "onnxruntime", "matplotlib", "typer"),
+    "transfer-surgery",
+    "torch",
+    "triton",
+    "timm",
+    "torchvision",
+    "transformers",
+    "accelerate",
+    "lightning",
+    "safetensors",
+    "onnx",
+    "onnxscript",
+    "onnxruntime",
+    "matplotlib",
+    "typer",
 )
 
 
 def doctor(as_json: Json = False) -> None:
     """Show versions, extras, devices, and which kernels compute gated activations on them.
 
-    Put its output into bug reports.
+    Put the output into bug reports.
 
     [bold]Example[/bold]
 
@@ -53,7 +65,7 @@ def _version(name: str) -> str | None:
 
 
 def _extras() -> dict[str, list[str]]:
-    """The packages that each extra asks for; none where this library is not installed itself."""
+    """The packages that each extra needs; empty where this library itself is not installed."""
     extras: dict[str, list[str]] = {}
     if _version("transfer-surgery") is not None:
         for line in requires("transfer-surgery") or ():

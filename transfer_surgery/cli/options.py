@@ -1,4 +1,4 @@
-"""What the commands share: how a model is named, what goes wrong, tables."""
+"""What the commands share: options, how errors end, tables."""
 
 from __future__ import annotations
 
@@ -6,23 +6,24 @@ import ast
 import re
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
-from torch import nn
 
 from transfer_surgery.files import ModelSpec, UnknownModelError
+from transfer_surgery.sites import Plan
 
 Model = Annotated[
     str,
     typer.Argument(
         metavar="MODEL",
-        help="resnet50, timm:resnet50.a1_in1k, torchvision:resnet50 or path/to/module.py:function.",
+        help="The model: resnet50, timm:resnet50.a1_in1k, torchvision:resnet50 or "
+        "path/to/module.py:function.",
         show_default=False,
     ),
 ]
@@ -31,30 +32,58 @@ Set = Annotated[
     typer.Option(
         "--set",
         metavar="NAME=VALUE",
-        help="An argument for the model, such as num_classes=10; repeat it for several.",
+        help="Pass an argument to the model, such as num_classes=10. Repeat it for several. "
+        "Default: the model's own.",
     ),
 ]
 InputSize = Annotated[
     str | None,
     typer.Option(
         metavar="CxHxW",
-        help="Shape of one example, such as 3x64x64. Default: the zoo's own.",
+        help="Give the shape of one example, such as 3x64x64. Default: the zoo's own.",
     ),
 ]
-Folder = Annotated[
+Source = Annotated[
+    list[str] | None,
+    typer.Option(help="Choose only these activations, such as relu. Repeatable. Default: all."),
+]
+Include = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="GLOB",
+        help="Choose only sites at these paths, such as 'layer1.*'. Repeatable. Default: all.",
+    ),
+]
+Exclude = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="GLOB", help="Leave out the sites at these paths. Repeatable. Default: none."
+    ),
+]
+Role = Annotated[
+    list[str] | None,
+    typer.Option(
+        help="Choose sites with this role: hidden, gating, output or bounding. Repeatable. "
+        "Default: hidden."
+    ),
+]
+Converted = Annotated[
     Path,
     typer.Argument(
-        metavar="DIR",
-        help="A folder of [b]convert[/b] or save_model.",
+        metavar="FILE",
+        help="A file that [b]convert[/b] or save_model wrote.",
         exists=True,
-        file_okay=False,
+        dir_okay=False,
         show_default=False,
     ),
 ]
-Out = Annotated[
-    Path, typer.Option("--output", "-o", metavar="FILE", help="Where to.", show_default=False)
+Output = Annotated[
+    Path,
+    typer.Option("--output", "-o", metavar="FILE", help="Write to this file.", show_default=False),
 ]
-Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
+Json = Annotated[
+    bool, typer.Option("--json", help="Print JSON instead of a table. Default: a table.")
+]
 
 _WIDE = 10_000  # columns; in a pipe no line of a table is broken
 
@@ -66,20 +95,37 @@ def model_spec(name: str, assignments: list[str] | None, input_size: str | None)
         key, equals, value = text.partition("=")
         if not equals or not key.isidentifier():
             raise typer.BadParameter(f"{text!r}: write NAME=VALUE, such as num_classes=10.")
-        arguments[key] = _literal(value)
+        try:
+            arguments[key] = ast.literal_eval(value)
+        except (ValueError, SyntaxError):
+            arguments[key] = value
     if input_size is not None and not re.fullmatch(r"[1-9]\d*(x[1-9]\d*)*", input_size):
         raise typer.BadParameter(f"--input-size {input_size}: write a shape such as 3x64x64.")
     file, colon, function = name.rpartition(":")
-    if file.endswith(".py"):  # the folder may be read from elsewhere
+    if file.endswith(".py"):  # the spec may be read in another folder
         name = f"{Path(file).resolve()}{colon}{function}"
     size = None if input_size is None else tuple(map(int, input_size.split("x")))
     return ModelSpec(name, arguments, size)
 
 
-def build(spec: ModelSpec, pretrained: bool = False) -> nn.Module:
-    """Make a model; names and arguments that are none are the user's mistakes."""
-    with asked(UnknownModelError), expected():
-        return spec.build(pretrained)
+def choose(
+    plan: Plan,
+    source: list[str] | None,
+    include: list[str] | None,
+    exclude: list[str] | None,
+    role: list[str] | None,
+) -> Plan:
+    """The sites that would be converted; it is no mistake of the options if a model has none."""
+    if not any((source, include, exclude, role)):
+        with expected():
+            return plan.select()
+    with asked(ValueError):
+        return plan.select(
+            source=source or None,
+            include=include or None,
+            exclude=exclude or None,
+            roles=role or ("hidden",),
+        )
 
 
 @contextmanager
@@ -96,18 +142,25 @@ _EXPECTED = (ValueError, TypeError, ImportError, OSError, RuntimeError)
 
 @contextmanager
 def expected(errors: tuple[type[Exception], ...] = _EXPECTED) -> Iterator[None]:
-    """Exit with status 1 and the message, without a traceback, where something cannot be done."""
+    """Run what may fail, and exit with status 1 and the message, without a traceback, if it does.
+
+    Names and arguments that no model has end with status 2. What a model prints goes to stderr, so
+    that stdout holds results only.
+    """
     try:
-        yield
-    except (typer.Exit, UnknownModelError):
+        with redirect_stdout(sys.stderr):
+            yield
+    except typer.Exit:
         raise
+    except UnknownModelError as error:
+        raise typer.BadParameter(str(error)) from error
     except errors as error:
         typer.echo(f"Error: {error}", err=True)
         raise typer.Exit(1) from error
 
 
 def tell(text: str) -> None:
-    """Say what was done; on stderr, so that stdout holds results only."""
+    """Say what was done, on stderr."""
     typer.echo(text, err=True)
 
 
@@ -120,10 +173,3 @@ def show(headings: Sequence[str], rows: Sequence[Sequence[str]], right: Sequence
         table.add_row(*map(escape, row))
     console = Console(width=None if sys.stdout.isatty() else _WIDE, highlight=False)
     console.print(table)
-
-
-def _literal(text: str) -> Any:
-    try:
-        return ast.literal_eval(text)
-    except (ValueError, SyntaxError):
-        return text

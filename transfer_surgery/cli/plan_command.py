@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from typing import Annotated, Any
+from typing import Any
 
 import typer
 
 from transfer_surgery.cli.options import (
+    Exclude,
+    Include,
     InputSize,
     Json,
     Model,
+    Role,
     Set,
-    asked,
-    build,
+    Source,
+    choose,
     expected,
     model_spec,
     show,
@@ -22,22 +25,6 @@ from transfer_surgery.cli.options import (
 from transfer_surgery.sites import Plan, Site, find_activations
 
 _GRANULARITIES = ("layer", "channel", "neuron")
-
-Source = Annotated[
-    list[str] | None,
-    typer.Option(help="Only these activations, such as relu; repeat it. Default: every one."),
-]
-Include = Annotated[
-    list[str] | None,
-    typer.Option(metavar="GLOB", help="Only sites at these paths, such as 'layer1.*'; repeat it."),
-]
-Exclude = Annotated[
-    list[str] | None, typer.Option(metavar="GLOB", help="Not the sites at these paths; repeat it.")
-]
-Role = Annotated[
-    list[str] | None,
-    typer.Option(help="hidden, gating, output or bounding; repeat it. Default: hidden."),
-]
 
 
 def plan(
@@ -64,8 +51,8 @@ def plan(
     transfer-surgery plan nets.py:make_net --set width=64 --input-size 3x32x32
     """
     spec = model_spec(model, assignments, input_size)
-    network = build(spec)
     with expected():
+        network = spec.build()
         whole = find_activations(network, spec.example_input(network))
     chosen = choose(whole, source, include, exclude, role)
     filtered = any((source, include, exclude, role))
@@ -80,26 +67,6 @@ def plan(
         typer.echo(f"note: {note}")
     gates = ", ".join(f"{_count(chosen, name):,} per {name}" for name in _GRANULARITIES)
     typer.echo(f"\n{len(chosen)} of {len(whole)} sites would be converted; gates: {gates}")
-
-
-def choose(
-    whole: Plan,
-    source: list[str] | None,
-    include: list[str] | None,
-    exclude: list[str] | None,
-    role: list[str] | None,
-) -> Plan:
-    """The sites that would be converted; a model without any is no mistake of the options."""
-    if not any((source, include, exclude, role)):
-        with expected():
-            return whole.select()
-    with asked(ValueError):
-        return whole.select(
-            source=source or None,
-            include=include or None,
-            exclude=exclude or None,
-            roles=role or ("hidden",),
-        )
 
 
 def _row(site: Site, chosen: set[str]) -> Sequence[str]:

@@ -14,19 +14,26 @@ from transfer_surgery.reports import report as report_of
 
 
 def report(
-    folder: Annotated[
+    file: Annotated[
         Path,
         typer.Argument(
-            metavar="DIR",
-            help="A folder of [b]convert[/b] or save_gates.",
+            metavar="FILE",
+            help="A file that [b]convert[/b], save_model or save_gates wrote.",
             exists=True,
-            file_okay=False,
+            dir_okay=False,
             show_default=False,
         ),
     ],
-    by: Annotated[Literal["site", "stage"], typer.Option(help="A row per what.")] = "site",
+    by: Annotated[
+        Literal["site", "stage"],
+        typer.Option(help="Print a row for each site, or for each stage of the model."),
+    ] = "site",
     plot: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Draw it, too: .png, .pdf or .svg.")
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="Draw the report to this .png, .pdf or .svg file, too. Default: no picture.",
+        ),
     ] = None,
     as_json: Json = False,
 ) -> None:
@@ -36,12 +43,12 @@ def report(
 
     [bold]Examples[/bold]
 
-    transfer-surgery report run --by stage
+    transfer-surgery report run.safetensors --by stage
 
-    transfer-surgery report run --plot gates.png --json
+    transfer-surgery report run.safetensors --plot gates.png --json
     """
     with expected():
-        found = report_of(read_gates(folder), by=by)
+        found = report_of(read_gates(file), by=by)
         if plot is not None:
             figure_of(found.plot()).savefig(plot, dpi=100)
             tell(f"wrote {plot}")

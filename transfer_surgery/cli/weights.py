@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import pickle
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from transfer_surgery.files import require_safetensors
+from transfer_surgery.files import read_tensors
 
 # Under which training scripts keep the weights; timm's keeps averaged ones, too, which are better.
 _KEYS = ("state_dict_ema", "model_ema", "state_dict", "model")
@@ -28,16 +27,14 @@ def read_weights(file: Path) -> dict[str, Tensor]:
         ValueError: the file is damaged, or holds no tensors by name.
     """
     if file.suffix == ".safetensors":
-        safetensors = require_safetensors()
-        try:
-            return dict(safetensors.torch.load_file(file))
-        except safetensors.SafetensorError as error:
-            raise ValueError(f"{file} is damaged, or no safetensors file: {error}.") from error
+        return read_tensors(file)[1]
     try:
         # timm's train.py keeps its arguments beside the weights; a Namespace runs no code
         with torch.serialization.safe_globals([argparse.Namespace]):
             held = torch.load(file, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+    except OSError:
+        raise
+    except Exception as error:  # torch lets those of its readers through: KeyError, EOFError ...
         raise ValueError(
             f"{file} cannot be read as a checkpoint of tensors alone "
             f"({str(error).strip().partition(chr(10))[0]}). Save model.state_dict()."

@@ -1,28 +1,22 @@
-"""A baked network in one safetensors file, and back."""
+"""save_baked and load_baked: a network with plain activations in a file, and back."""
 
 from __future__ import annotations
 
-import json
 import os
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from transfer_surgery.files.gate_config import GateConfig
-from transfer_surgery.files.gates_file import build_unit, describe, insert_gates, state_key
-from transfer_surgery.files.model_file import load_weights, spec_from_json
+from transfer_surgery.files.gates_file import insert_modules, plan_for, sites_in, state_key
+from transfer_surgery.files.model_file import load_weights, read_spec
 from transfer_surgery.files.model_spec import ModelSpec
-from transfer_surgery.files.safetensors_file import replace_file, require_safetensors
-from transfer_surgery.files.site_config import SiteConfig
-from transfer_surgery.surgery import bake, fold_targets
-from transfer_surgery.units import TargetParameters, gated_activations
-
-_FORMAT, _VERSION = "transfer_surgery.baked", 1
-# What a site was baked to, and a log_alpha whose gates are baked to the same.
-_STARTS = {"source": 9.0, "target": -9.0, "mixed": 0.0}
+from transfer_surgery.files.safetensors_file import read, write
+from transfer_surgery.files.unit_config import Config, build_unit, configs_of
+from transfer_surgery.sites import Site
+from transfer_surgery.surgery import FoldReport, bake, fold_targets, plain_module
+from transfer_surgery.units import HardConcrete, TargetParameters, gated_activations
 
 
 def save_baked(
@@ -32,7 +26,7 @@ def save_baked(
     *,
     harden: bool = False,
     fold: Any = None,
-) -> nn.Module:
+) -> FoldReport | None:
     """Bake a converted model and write it to a file, which `load_baked` reads.
 
     The tensors are the baked model's ``state_dict()``. Where all gates of a site were 0 or 1 and
@@ -40,40 +34,42 @@ def save_baked(
 
     Args:
         model: a converted model; it is baked.
-        file: the file, by custom ``.safetensors``.
+        file: the file, usually ``.safetensors``; folders on the way to it are made.
         made_by: how the model is made before its conversion.
-        harden: as for `bake`.
+        harden: round gates between 0 and 1, as `bake` does.
         fold: an example input, with which `fold_targets` is called; None: it is not.
 
     Returns:
-        The same model object, baked.
+        What `fold_targets` returns; None without `fold`.
 
     Raises:
         ImportError: safetensors is not installed.
-        ValueError: the model is not converted, or cannot be baked.
+        ValueError: the model is not converted or cannot be baked, or the file exists and holds
+            something else.
     """
-    safetensors = require_safetensors()
-    config, baked = describe(model), _outcomes(model, harden)
+    sites = configs_of(model)
+    for path, unit in gated_activations(model):
+        z = unit.gate.predict()
+        kept, gone = (z > 0.5, z <= 0.5) if harden else (z == 1, z == 0)
+        outcome = "source" if kept.all() else "target" if gone.all() else "mixed"
+        # Nothing of the gates is left but their number.
+        sites[path] |= {"gate": HardConcrete().to_dict(), "outcome": outcome}
     bake(model, harden)
-    if fold is not None:
-        fold_targets(model, fold)
-    about = {"format": _FORMAT, "version": _VERSION, **made_by.to_dict()}
-    about |= {"gates": json.loads(config.to_json()), "baked": baked}
-    metadata = {"format": "pt", "transfer_surgery": json.dumps(about)}
-    tensors = {k: v.detach().cpu().clone().contiguous() for k, v in model.state_dict().items()}
-    replace_file(Path(file), safetensors.torch.save(tensors, metadata))
-    return model
+    report = None if fold is None else fold_targets(model, fold)
+    write(Path(file), "baked", {"made_by": made_by.to_dict(), "sites": sites}, model.state_dict())
+    return report
 
 
 def load_baked(file: str | os.PathLike[str]) -> nn.Module:
     """The baked network of a file that `save_baked`, or the command ``bake``, wrote.
 
-    The zoo makes the original model, whose activations are then replaced by plain modules.
+    The file names the code that makes the original model, and that code is run: load files that you
+    trust. Its activations are then replaced by plain modules.
 
     Raises:
         ImportError: safetensors, or the zoo that makes the model, is not installed.
         FileNotFoundError: there is no file.
-        ValueError: the file is damaged, foreign or too new, or the model has changed since.
+        ValueError: it is damaged, foreign or too new, or the model has changed since.
 
     Examples:
         >>> import tempfile
@@ -81,52 +77,51 @@ def load_baked(file: str | os.PathLike[str]) -> nn.Module:
         >>> spec = ModelSpec("test_resnet", {"num_classes": 10}, (3, 32, 32))
         >>> model = spec.build()
         >>> _ = swap_targets(convert(model, "sin", example_input=spec.example_input(model)))
-        >>> with tempfile.NamedTemporaryFile(suffix=".safetensors") as file:
-        ...     _ = save_baked(model, file.name, spec)
-        ...     load_baked(file.name).act1
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     save_baked(model, f"{folder}/baked.safetensors", spec)
+        ...     load_baked(f"{folder}/baked.safetensors").act1
         ActivationModule(sin)
     """
-    return read_baked(Path(file))[0]
-
-
-def read_baked(file: Path) -> tuple[nn.Module, ModelSpec]:
-    """`load_baked`, and how the original model is made."""
-    about, tensors = _read(file)
-    try:
-        spec = spec_from_json(about, _FORMAT, _VERSION)
-        data = json.loads(about)
-        config = GateConfig.from_json(json.dumps(data["gates"]))
-        outcomes = {site.path: _STARTS[data["baked"][site.path]] for site in config.sites}
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{file} is no baked network of this library: {error}.") from error
-    config.refuse_unknown()
-    config = replace(
-        config, sites=tuple(replace(s, gate={"name": "hard_concrete"}) for s in config.sites)
-    )
-    starts = [_start(site, outcomes[site.path]) for site in config.sites]
-    values = {key: value for each in starts for key, value in each.items()}
+    file = Path(file)
+    spec = read_spec(file, "baked")
+    about, tensors = read(file, "baked")
+    sites = sites_in(file, about)
+    outcomes = {path: site.pop("outcome", None) for path, site in sites.items()}
     model = spec.build()
-    insert_gates(model, config, values, spec.example_input(model))
-    bake(model)
+    plan = plan_for(model, file, sites, spec.example_input(model))
+    plain = {
+        path: _plain(file, path, config, plan[path], outcomes[path])
+        for path, config in sites.items()
+        if outcomes[path] != "source"  # there the network's own code stays
+    }
+    for path, module in plain.items():
+        for name, _ in module.named_buffers():  # the gates of a mixture
+            z = tensors.get(state_key(path, name), torch.zeros(()))
+            if not ((z >= 0) & (z <= 1)).all():
+                raise ValueError(f"{file}: {state_key(path, name)} has values outside 0 to 1.")
+    insert_modules(model, plan, plain)
     _fit_parameters(model, tensors)
-    load_weights(model, tensors, str(file))
-    return model, spec
+    load_weights(model, tensors, file)
+    return model
 
 
-def _outcomes(model: nn.Module, harden: bool) -> dict[str, str]:
-    """For each site, what `bake` makes of it."""
-    found = {}
-    for path, unit in gated_activations(model):
-        z = unit.gate.predict()
-        kept, transferred = (z > 0.5, z <= 0.5) if harden else (z == 1, z == 0)
-        found[path] = "source" if kept.all() else "target" if transferred.all() else "mixed"
-    return found
+def holds_baked(file: Path) -> bool:
+    """Whether a file is one of `save_baked`, and not one of `save_model`.
+
+    Raises:
+        FileNotFoundError: there is no file.
+        ValueError: it is neither.
+    """
+    return bool(read(file, "model", "baked")[0]["kind"] == "baked")
 
 
-def _start(site: SiteConfig, log_alpha: float) -> dict[str, Tensor]:
-    unit = build_unit(site)
-    unit.log_alpha.data.fill_(log_alpha)
-    return {state_key(site.path, key): value for key, value in unit.state_dict().items()}
+def _plain(file: Path, path: str, config: Config, site: Site, outcome: Any) -> nn.Module:
+    """The module at a site, before its values are loaded."""
+    if outcome not in ("target", "mixed"):
+        raise ValueError(f"{file}: the site {path!r} has the outcome {outcome!r}.")
+    unit = build_unit(file, path, config, site)
+    z = torch.full(unit.gate.shape, 0.0 if outcome == "target" else 0.5)
+    return plain_module(unit, z)
 
 
 def _fit_parameters(model: nn.Module, tensors: dict[str, Tensor]) -> None:
@@ -138,15 +133,3 @@ def _fit_parameters(model: nn.Module, tensors: dict[str, Tensor]) -> None:
                 module._parameters[name] = None
             elif saved is not None and parameter is None:
                 module._parameters[name] = nn.Parameter(torch.empty_like(saved))
-
-
-def _read(file: Path) -> tuple[str, dict[str, Tensor]]:
-    safetensors = require_safetensors()
-    if not file.is_file():
-        raise FileNotFoundError(f"there is no file {file}.")
-    try:
-        with safetensors.safe_open(file, framework="pt") as opened:
-            about = (opened.metadata() or {}).get("transfer_surgery", "{}")
-            return about, {key: opened.get_tensor(key) for key in opened.keys()}  # noqa: SIM118
-    except safetensors.SafetensorError as error:
-        raise ValueError(f"{file} is damaged, or no safetensors file: {error}.") from error

@@ -25,14 +25,14 @@ def export_program(
 ) -> ExportedProgram:
     """Write a baked network with `torch.export.save`; ``torch.export.load(path).module()`` runs it.
 
-    It computes what the model does in eval mode, for batches of any size. Loading it needs torch,
-    neither this library nor the model's code.
+    It computes what the model does in eval mode, for batches of any size. To load it, torch is
+    enough: neither this library nor the model's code is needed.
 
     Args:
         model: a model after `transfer_surgery.bake`; it is not changed.
         example_input: a batch of its input: a tensor, a tuple of arguments or a dict of keyword
-            arguments. All but the number of examples is fixed by it.
-        path: the file, by custom ``.pt2``.
+            arguments. It fixes all sizes but the number of examples.
+        path: the output file, usually ``.pt2``.
 
     Returns:
         The program that was written.
@@ -61,15 +61,15 @@ def export_program(
 def export_onnx(
     model: nn.Module, example_input: Any, path: str | os.PathLike[str]
 ) -> torch.onnx.ONNXProgram:
-    """Write a baked network as ONNX, for onnxruntime and its like.
+    """Write a baked network as ONNX, which onnxruntime and other programs run.
 
     It computes what the model does in eval mode, for batches of any size. Weights of more than
-    about 2 GB go into a second file beside it, as the format asks for.
+    about 2 GB go into a second file beside it, because the format demands it.
 
     Args:
         model: a model after `transfer_surgery.bake`; it is not changed.
         example_input: as for `export_program`.
-        path: the file, by custom ``.onnx``.
+        path: the output file, usually ``.onnx``.
 
     Returns:
         The program that was written.
@@ -100,9 +100,9 @@ def export_onnx(
 
 
 def _arguments(model: nn.Module, example_input: Any) -> _Arguments:
-    """Positional and keyword arguments, a single example as two.
+    """Positional and keyword arguments; a single example is doubled.
 
-    For `torch.export` an axis of length 1 in the example has this length always.
+    `torch.export` takes an axis of length 1 in the example for one that always has this length.
     """
     _refuse_gates(model)
     batch = to_device_of(model, example_input)
@@ -127,7 +127,7 @@ def _trace(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> E
 
 
 def _axes(arguments: _Arguments, axis: Any) -> list[dict[int, Any] | None]:
-    """What is said of the first axis of each tensor; None for what is no tensor."""
+    """What torch is told about the first axis of each tensor; None for other arguments."""
     leaves = pytree.tree_leaves(arguments)
     size = next(len(leaf) for leaf in leaves if isinstance(leaf, Tensor) and leaf.dim() > 0)
 
@@ -141,7 +141,7 @@ def _axes(arguments: _Arguments, axis: Any) -> list[dict[int, Any] | None]:
 
 @contextmanager
 def _explained(model: nn.Module) -> Iterator[None]:
-    """What torch says of a model that it cannot export, in a line and with what to do."""
+    """Turn what torch says about a model that it cannot export into one line with advice."""
     try:
         yield
     except Exception as error:

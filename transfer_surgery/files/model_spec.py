@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import difflib
 import importlib.util
-from collections.abc import Callable, Mapping
+import math
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,9 +16,11 @@ from torch import nn
 
 from transfer_surgery.sites import find_example_input
 
+_MOST = 2**28  # numbers in one example; a file may claim any number
+
 
 class UnknownModelError(ValueError):
-    """A name or an argument that no model goes by."""
+    """There is no model with this name, or it does not take this argument."""
 
 
 @dataclass(frozen=True)
@@ -24,11 +28,12 @@ class ModelSpec:
     """A model that can be made again.
 
     Args:
-        name: as timm users write it, ``"resnet50.a1_in1k"``, or ``"timm:resnet50"``,
-            ``"torchvision:resnet50"``, ``"path/to/module.py:function"``. Without a prefix timm's
-            model of that name is meant, else torchvision's.
-        arguments: of the function that makes it, such as ``{"num_classes": 10}``.
-        input_size: shape of one example, such as ``(3, 64, 64)``; None: as the zoo's adapter says.
+        name: ``"resnet50.a1_in1k"``, ``"timm:resnet50"``, ``"torchvision:resnet50"`` or
+            ``"path/to/module.py:function"``. A name without a prefix means timm's model of that
+            name, or else torchvision's.
+        arguments: what the function that makes the model is called with, such as
+            ``{"num_classes": 10}``.
+        input_size: shape of one example, such as ``(3, 64, 64)``; None: the zoo's adapter says it.
 
     Examples:
         >>> spec = ModelSpec("test_resnet", {"num_classes": 10}, (3, 64, 64))
@@ -45,18 +50,19 @@ class ModelSpec:
         """Make the model.
 
         Args:
-            pretrained: with the weights that the zoo has for it, which are downloaded.
+            pretrained: whether it gets the weights that the zoo has for it, which are downloaded.
 
         Raises:
             UnknownModelError: there is no such model, or it does not take the arguments.
             OSError: the weights cannot be had.
+            RuntimeError: the code that makes the model failed.
         """
         zoo, _, name = self.name.rpartition(":")
         if zoo.endswith(".py"):
             if pretrained:
                 raise UnknownModelError(
-                    f"{self.name} is a file, and a zoo's weights are for its own models. Load them "
-                    "in the function, or give a checkpoint."
+                    f"{self.name} is a file, and a zoo's weights are for its own models. Load the "
+                    "weights in the function, or give a checkpoint."
                 )
             return self._call(_function(Path(zoo), name))
         makers = {"timm": _make_timm, "torchvision": _make_torchvision}
@@ -71,10 +77,10 @@ class ModelSpec:
         raise UnknownModelError(_unknown(name, known if not zoo else {zoo: known.get(zoo, [])}))
 
     def example_input(self, model: nn.Module) -> Any:
-        """A batch of two for the model, where `input_size` or a zoo's adapter tells its shape.
+        """A batch of two for the model.
 
         Raises:
-            ValueError: neither does.
+            ValueError: neither `input_size` nor a zoo's adapter tells its shape.
         """
         if self.input_size is None:
             return find_example_input(model)
@@ -90,24 +96,36 @@ class ModelSpec:
         """The inverse of `to_dict`, after JSON.
 
         Raises:
-            ValueError: it is none.
+            ValueError: the data does not say how a model is made.
         """
         match data:
-            case {"name": str(name), "arguments": dict(arguments), "input_size": None | list()}:
-                size = data["input_size"]
-                return cls(name, arguments, None if size is None else tuple(map(int, size)))
+            case {"name": str(name), "arguments": dict(arguments), "input_size": None}:
+                return cls(name, arguments)
+            case {"name": str(name), "arguments": dict(arguments), "input_size": [*size]}:
+                if all(type(n) is int and n > 0 for n in size) and math.prod(size) <= _MOST:
+                    return cls(name, arguments, tuple(size))
         raise ValueError(f"{data!r} does not say how a model is made: name, arguments, input_size")
 
     def _call(self, make: Callable[..., Any], *args: Any) -> nn.Module:
-        try:
+        with _explained(self.name):
             model = make(*args, **self.arguments)
-        except TypeError as error:
-            if "argument" not in str(error):
-                raise
-            raise UnknownModelError(f"{self.name}: {error}.") from error
         if not isinstance(model, nn.Module):
             raise UnknownModelError(f"{self.name} returns a {type(model).__name__}, no nn.Module.")
         return model
+
+
+@contextmanager
+def _explained(name: str) -> Iterator[None]:
+    """Say whose code failed: what a user's function raises may be anything."""
+    try:
+        yield
+    except (UnknownModelError, OSError, ImportError):
+        raise
+    except Exception as error:
+        message = f"{name} raised {type(error).__name__}: {error}."
+        if isinstance(error, TypeError) and "argument" in str(error):
+            raise UnknownModelError(message) from error
+        raise RuntimeError(message) from error
 
 
 def _function(file: Path, name: str) -> Callable[..., Any]:
@@ -116,7 +134,8 @@ def _function(file: Path, name: str) -> Callable[..., Any]:
     if spec is None or spec.loader is None or not file.is_file():
         raise UnknownModelError(f"there is no file {file}.")
     module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    with _explained(str(file)):
+        spec.loader.exec_module(module)
     if not callable(getattr(module, name, None)):
         known = [key for key, value in vars(module).items() if callable(value)]
         raise UnknownModelError(f"{file} has no function {name!r}.{_close(name, known)}")
@@ -142,7 +161,7 @@ def _make_torchvision(name: str, pretrained: bool, **arguments: Any) -> Any:
 
 
 def _zoo_names() -> dict[str, list[str]]:
-    """The models of each zoo that is installed; the first one goes first."""
+    """The models of each zoo that is installed, timm first."""
     names: dict[str, list[str]] = {}
     try:
         import timm

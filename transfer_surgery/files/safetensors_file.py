@@ -1,114 +1,134 @@
-"""The two files of a checkpoint of gates; each is replaced as a whole, and knows of the other."""
+"""One safetensors file: tensors, and in its metadata JSON that says what they are."""
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
+import secrets
+from collections.abc import Mapping
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
+import torch
 from torch import Tensor
 
-from transfer_surgery.files.gate_config import GateConfig
+from transfer_surgery._sharding import gathered
 
-CONFIG, GATES = "config.json", "gates.safetensors"
+_KEY, _VERSION = "transfer_surgery", 1
 
 
-def require_safetensors() -> ModuleType:
-    """The package safetensors.
+def write(file: Path, kind: str, about: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
+    """Write a file as a whole; in a distributed run rank 0 does.
+
+    Args:
+        file: the file; folders on the way to it are made.
+        kind: what it holds: ``"gates"``, ``"model"`` or ``"baked"``.
+        about: what the tensors are, as JSON has it.
+        tensors: the tensors by name, on any device. Sharded ones are gathered, on every rank.
 
     Raises:
-        ImportError: it is not installed.
+        ImportError: safetensors is not installed.
+        ValueError: the file exists and this library did not write it, or it is of another kind;
+            `about` is not JSON.
     """
+    safetensors = _require_safetensors()
+    values = {k: gathered(v).detach().to("cpu", copy=True).contiguous() for k, v in tensors.items()}
+    distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
+    if distributed and torch.distributed.get_rank() != 0:
+        return
+    _check_replaceable(file, kind)
+    try:
+        text = json.dumps({"kind": kind, "version": _VERSION, **about})
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{file} cannot hold what describes this model: {error}.") from error
+    file.parent.mkdir(parents=True, exist_ok=True)
+    replace_file(file, safetensors.torch.save(values, {"format": "pt", _KEY: text}))
+
+
+def read(file: Path, *kinds: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """What a file says about its tensors, and these, on the CPU.
+
+    Raises:
+        ImportError: safetensors is not installed.
+        FileNotFoundError: there is no file.
+        ValueError: it is damaged, too new, of another program, or of none of these kinds.
+    """
+    if not file.is_file():
+        raise FileNotFoundError(f"{file} {'is a folder' if file.is_dir() else 'does not exist'}.")
+    metadata, tensors = read_tensors(file)
+    try:
+        about = json.loads(metadata.get(_KEY, "null"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{file} is damaged: {error}.") from error
+    if not isinstance(about, dict) or type(about.get("version")) is not int:
+        raise ValueError(f"{file} was written by another program, not by transfer_surgery.")
+    if about["version"] > _VERSION:
+        raise ValueError(
+            f"{file} has version {about['version']}, and this transfer_surgery reads versions up "
+            f"to {_VERSION}: upgrade it."
+        )
+    if about.get("kind") not in kinds:
+        raise ValueError(f"{file} holds {about.get('kind')!r}, not {' or '.join(kinds)}.")
+    return about, tensors
+
+
+def read_tensors(file: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
+    """Metadata and tensors of any safetensors file; the tensors stay on the disk until used.
+
+    Raises:
+        ImportError: safetensors is not installed.
+        ValueError: the file is damaged.
+    """
+    safetensors = _require_safetensors()
+    try:
+        with safetensors.safe_open(file, framework="pt") as opened:
+            tensors = {key: opened.get_tensor(key) for key in opened.keys()}  # noqa: SIM118
+            return opened.metadata() or {}, tensors
+    except safetensors.SafetensorError as error:
+        raise ValueError(f"{file} is damaged, or no safetensors file: {error}.") from error
+
+
+def replace_file(file: Path, data: bytes) -> None:
+    """Replace a file as a whole: at any moment its name means the old or the new content.
+
+    The data go to a new file beside it first. Its name is random, and it must not exist yet: what
+    another user has prepared there, such as a link, is not followed.
+    """
+    temporary = file.with_name(f".{secrets.token_hex(16)}.tmp")
+    try:
+        with temporary.open("xb") as opened:
+            opened.write(data)
+            opened.flush()
+            os.fsync(opened.fileno())
+        os.replace(temporary, file)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    if os.name == "posix":  # the new name is on the disk only once its folder is
+        folder = os.open(file.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+
+
+def _check_replaceable(file: Path, kind: str) -> None:
+    """Raise where something would be lost: a file of another program, or of another kind."""
+    if not file.exists() or (file.is_file() and file.stat().st_size == 0):
+        return
+    try:
+        read(file, kind)
+    except (FileNotFoundError, ValueError) as error:
+        raise ValueError(f"{error} It is not replaced: choose another file.") from error
+
+
+def _require_safetensors() -> ModuleType:
     try:
         import safetensors.torch
     except ImportError as error:
         raise ImportError(
-            "checkpoints of gates need safetensors: pip install 'transfer-surgery[checkpoints]'"
+            "gates and models are kept in safetensors files: "
+            "pip install 'transfer-surgery[checkpoints]'"
         ) from error
     return safetensors
-
-
-def write_files(folder: Path, config: GateConfig, tensors: dict[str, Tensor]) -> None:
-    """Write a checkpoint, so that a kill leaves the old one, the new one, or one that is refused.
-
-    Raises:
-        ImportError: safetensors is not installed.
-        ValueError: the folder holds the config of another program.
-    """
-    safetensors = require_safetensors()
-    text = config.to_json()
-    folder.mkdir(parents=True, exist_ok=True)
-    before = _earlier_config(folder)
-    metadata = {"format": "pt", "config": _digest(text)}
-    replace_file(folder / GATES, safetensors.torch.save(tensors, metadata))
-    if before != text:  # saving again replaces one file only, which cannot be done by half
-        replace_file(folder / CONFIG, text.encode())
-
-
-def read_files(folder: Path) -> tuple[GateConfig, dict[str, Tensor]]:
-    """Read a checkpoint; the tensors are on the CPU, under their names in the file.
-
-    Raises:
-        ImportError: safetensors is not installed.
-        FileNotFoundError: there is no folder, or no checkpoint in it.
-        ValueError: the files are damaged, foreign, too new, or of different saves.
-    """
-    safetensors = require_safetensors()
-    if not folder.is_dir():
-        raise FileNotFoundError(f"{folder} is no folder; give the one given to save_gates.")
-    for name in (CONFIG, GATES):
-        if not (folder / name).is_file():
-            held = ", ".join(sorted(path.name for path in folder.iterdir())[:5]) or "nothing"
-            raise FileNotFoundError(
-                f"{folder} holds no {name}, so that it is no checkpoint of save_gates, or one that "
-                f"was never finished. It holds: {held}."
-            )
-    config, text = _read_config(folder)
-    try:
-        with safetensors.safe_open(folder / GATES, framework="pt") as file:
-            digest = (file.metadata() or {}).get("config")
-            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-    except safetensors.SafetensorError as error:
-        raise ValueError(f"{folder / GATES} is damaged: {error}.") from error
-    if digest != _digest(text):
-        raise ValueError(
-            f"{folder}: {GATES} and {CONFIG} are of different saves, as when a save of other "
-            "sites into this folder was interrupted. Use another checkpoint."
-        )
-    return config, tensors
-
-
-def replace_file(path: Path, data: bytes) -> None:
-    """Replace a file as a whole: at any moment its name means the old or the new content."""
-    temporary = path.with_name(f"{path.name}.tmp")
-    with temporary.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
-
-
-def _digest(text: str) -> str:
-    """Ties values to the config that describes them; spaces and line ends do not count."""
-    return hashlib.sha256(json.dumps(json.loads(text), sort_keys=True).encode()).hexdigest()
-
-
-def _earlier_config(folder: Path) -> str | None:
-    """Text of the config that the folder holds, if any; another program's is not overwritten."""
-    if not (folder / CONFIG).exists():
-        return None
-    try:
-        return _read_config(folder)[1]
-    except ValueError as error:
-        raise ValueError(f"{error} Save the gates into a folder of their own.") from error
-
-
-def _read_config(folder: Path) -> tuple[GateConfig, str]:
-    file = folder / CONFIG
-    try:
-        text = file.read_text(encoding="utf-8")
-        return GateConfig.from_json(text), text
-    except (ValueError, RecursionError) as error:  # decoding errors are ValueErrors
-        raise ValueError(f"{file} is no checkpoint of gates: {error}.") from error

@@ -6,7 +6,7 @@ A gate whose prediction is exactly 0 is *transferred* (pure target), one at exac
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -106,14 +106,14 @@ class Report(Table[ReportRow]):
         return plot_report(self, ax)
 
 
-def report(model: nn.Module, *, by: str = "site") -> Report:
+def report(model: nn.Module | Mapping[str, GatedActivation], *, by: str = "site") -> Report:
     """Count transferred, kept and mixed gates of a converted model, site by site.
 
     The numbers of all sites travel to the host together, so a report waits for a GPU only once. If
     FSDP2 shards the gates, they are gathered first: call it on every rank, not only on the first.
 
     Args:
-        model: a converted model, in train or eval mode.
+        model: a converted model, in train or eval mode; or its units, by path.
         by: ``"site"``, or ``"stage"`` for sums over the stages that the model's adapter names
             (``stem``, ``layer1``, ...). A site without a stage belongs to that of its top module.
 
@@ -144,7 +144,8 @@ def report(model: nn.Module, *, by: str = "site") -> Report:
     """  # noqa: E501
     if by not in _GROUPINGS:
         raise ValueError(f"by={by!r}: expected one of {', '.join(map(repr, _GROUPINGS))}.")
-    units = list(gated_activations(model))
+    found = gated_activations(model) if isinstance(model, nn.Module) else model.items()
+    units = list(found)
     with torch.no_grad():
         statistics = [_statistics(unit) for _, unit in units]
         # A model may be spread over several devices: gather on one of them first.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import enum
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, NamedTuple
@@ -136,6 +136,26 @@ class Plan:
             if site.path == path:
                 return site
         raise KeyError(f"no site {path!r}; the plan has {', '.join(s.path for s in self.sites)}")
+
+    def call_number(self, site: Site, chosen: Collection[str]) -> tuple[int, int] | None:
+        """Which of the activation calls in its owner's code a site is, as (number, of how many).
+
+        Args:
+            site: a site of the plan.
+            chosen: paths of the sites that are converted.
+
+        Returns:
+            What tells whether a name such as ``relu_0`` still means the same call, once the code
+            has a new one. None for a site that is a child module.
+        """
+        if site.way == "child":
+            return None
+        calls = {key for keys in self.calls[site.owner].keys.values() for key in keys}
+        own = (s for s in self.sites if s.owner == site.owner and s.way != "child")
+        calls |= {s.key for s in own if s.path in chosen}
+        # By position, seen from the owner's ``forward``: line numbers alone change too easily.
+        order = sorted(calls, key=lambda call: (call.location[::-1], call.number))
+        return order.index(site.key) + 1, len(order)
 
     def filter(self, keep: Callable[[Site], bool]) -> Plan:
         """A plan with the sites for which ``keep(site)`` is true."""

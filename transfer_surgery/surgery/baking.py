@@ -96,21 +96,20 @@ def bake(model: nn.Module, harden: bool = False) -> nn.Module:
         )
     """
     check_not_sharded(model)
-    baked: dict[nn.Module, nn.Module] = {
-        unit: _bake_unit(unit, harden) for _, unit in gated_activations(model)
-    }
-    for unit, module in baked.items():
-        module.train(unit.training)
-        share_hooks(unit, module)
+    baked: dict[nn.Module, nn.Module] = {}
+    for _, unit in gated_activations(model):
+        z = unit.gate.predict().detach()
+        baked[unit] = plain_module(unit, (z > 0.5).to(z.dtype) if harden else z)
+    for gated_unit, module in baked.items():
+        module.train(gated_unit.training)
+        share_hooks(gated_unit, module)
     swap_children(model, baked)
     recompute_activations(model, enabled=False)
     return model
 
 
-def _bake_unit(unit: GatedActivation, harden: bool) -> nn.Module:
-    z = unit.gate.predict().detach()
-    if harden:
-        z = (z > 0.5).to(z.dtype)
+def plain_module(unit: GatedActivation, z: Tensor) -> nn.Module:
+    """What a unit computes where its gates have these values, as a module without gates."""
     if bool((z == 1).all()):
         if unit.replaced:
             return unit.replaced[0]

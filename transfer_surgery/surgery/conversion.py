@@ -110,6 +110,7 @@ def convert(
     # Make a unit for each chosen site.
     stages = stages_of(model, [site.path for site in chosen])
     generator = torch.Generator().manual_seed(torch.initial_seed() if seed is None else seed)
+    paths = {site.path for site in chosen}
     units = {
         site.path: GatedActivation(
             site.source,
@@ -122,12 +123,13 @@ def convert(
             inplace=site.inplace,
             position=position,
             stage=stages[site.path],
+            call=whole.call_number(site, paths),
         )
         for position, (site, g) in enumerate(zip(chosen, granularities, strict=True))
     }
     # Generate the code that calls them, then put both in.
     with undisturbed():
-        recipes = prepare_rewrites(model, whole, {site.path for site in chosen})
+        recipes = prepare_rewrites(model, whole, paths)
     insert_units(model, whole, units, recipes)
     return model
 

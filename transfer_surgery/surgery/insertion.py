@@ -30,7 +30,7 @@ _HOOKS = (
 def insert_units(
     model: nn.Module,
     plan: Plan,
-    units: Mapping[str, GatedActivation],
+    units: Mapping[str, nn.Module],
     recipes: Mapping[str, Recipe],
 ) -> None:
     """Put units in their places and give rewritten owners their class.
@@ -41,7 +41,7 @@ def insert_units(
     Args:
         model: the model.
         plan: all of its sites.
-        units: the units to put in, by site path.
+        units: the units, or the plain modules of a baked network, by site path.
         recipes: the generated code, by owner path.
     """
     # Make and find all that is needed.
@@ -58,7 +58,8 @@ def insert_units(
         unit.to(_device(model.get_submodule(site.owner), default)).train(holder.training)
         original = holder._modules[name] if site.way == "child" else None
         if original is not None:
-            unit.replaced = (original,)
+            if isinstance(unit, GatedActivation):
+                unit.replaced = (original,)
             unit.train(original.training)
             share_hooks(original, unit)
         places.append((holder, name, unit, original))

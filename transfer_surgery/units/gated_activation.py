@@ -31,6 +31,8 @@ class GatedActivation(nn.Module):
         inplace: the original worked in place; in training the result may take the input's memory.
         position: its place in the order in which the model's activations run.
         stage: the part of the model that it belongs to, such as ``"layer1"``.
+        call: which of the activation calls in the code of its owner it is, as (number, of how
+            many); None where it took the place of a module.
 
     Examples:
         >>> import torch
@@ -60,6 +62,7 @@ class GatedActivation(nn.Module):
         inplace: bool = False,
         position: int = 0,
         stage: str = "",
+        call: tuple[int, int] | None = None,
     ) -> None:
         super().__init__()
         if target.operands:
@@ -70,7 +73,7 @@ class GatedActivation(nn.Module):
         self.source, self.target, self.gate = source, target, gate
         self.granularity, self.neurons, self.path = granularity, neurons, path
         self.overwrites_input, self.inplace = overwrites_input, inplace
-        self.position, self.stage = position, stage
+        self.position, self.stage, self.call = position, stage, call
         self.fitted: TargetParameters | None = None
         # The module that this unit stands in for, in a tuple: it is no child of the unit.
         self.replaced: tuple[nn.Module, ...] = ()
@@ -86,6 +89,21 @@ class GatedActivation(nn.Module):
             device = next(self.gate.parameters(), torch.zeros(())).device
             self.fitted = parameters.to(device)
         return self.fitted
+
+    def config(self) -> dict[str, Any]:
+        """All that makes the unit again but its values and its path, as JSON has it."""
+        return {
+            "source": str(self.source),
+            "target": str(self.target),
+            "gate": self.gate.settings.to_dict(),
+            "granularity": self.granularity.to_dict(),
+            "shape": list(self.gate.shape),
+            "neurons": self.neurons,
+            "position": self.position,
+            "stage": self.stage,
+            "call": self.call and list(self.call),
+            "fitted": self.fitted is not None,
+        }
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         # A model that was only converted takes the checkpoint of a matched one: the unit gets the

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import pickle
 from collections.abc import Callable, Mapping
 from io import BytesIO
 from pathlib import Path
@@ -15,8 +14,10 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from transfer_surgery.files import replace_file
 
-STATE = "training.pt"
-"""Its name beside the model that is trained."""
+
+def state_of(file: Path) -> Path:
+    """The file with the state of the training of the model in `file`."""
+    return file.with_suffix(".training.pt")
 
 
 class Checkpoint:
@@ -64,18 +65,18 @@ class Checkpoint:
             return 0
         try:
             state = torch.load(self.file, map_location="cpu", weights_only=True)
-            there = state["settings"]
-        except (pickle.UnpicklingError, RuntimeError, EOFError, KeyError, TypeError) as error:
+            there = dict(state["settings"])
+        except Exception as error:  # torch lets those of its readers through
             raise ValueError(f"{self.file} is damaged, or no state of a training.") from error
-        if there != self.settings:
-            different = [
-                f"{name} was {there.get(name)}, is {value} now"
-                for name, value in self.settings.items()
-                if there.get(name) != value
-            ]
+        different = [
+            f"{name} was {there.get(name)} and is {value} now"
+            for name, value in self.settings.items()
+            if there.get(name) != value
+        ]
+        if different:
             raise ValueError(
                 f"{self.file}: {'; '.join(different)}. Go on with the same settings, or begin anew "
-                "in another folder."
+                "with another file."
             )
         self.model.load_state_dict(state["model"])
         scheduler.load_state_dict(state["scheduler"])

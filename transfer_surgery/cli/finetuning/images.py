@@ -64,15 +64,6 @@ def load_images(
     return load_folder(Path(name), batch_size=batch_size, device=device, config=config)
 
 
-def count_classes(name: str) -> int:
-    """Of the data set of this name, or the folder of this name, of which no image is read."""
-    if name in ("digits", "cifar10"):
-        return 10
-    from torchvision.datasets.folder import find_classes
-
-    return len(find_classes(_part(Path(name), "train"))[0])
-
-
 def load_digits(*, batch_size: int, device: torch.device, size: int = 32) -> ImageData:
     """1,797 scanned digits, 8x8 grey, that come with scikit-learn: 1,198 to train, 599 to test."""
     try:

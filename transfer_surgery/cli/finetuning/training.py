@@ -1,4 +1,4 @@
-"""The training loop: plain PyTorch, with a progress bar that tells how far the gates are."""
+"""The training loop: plain PyTorch, with a bar that shows how many gates are transferred."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ def some_images(data: ImageData, machine: Machine, number: int = 512) -> list[Te
     return batches
 
 
-def fit(
+def train(
     model: nn.Module,
     data: ImageData,
     optimizer: Optimizer,
@@ -99,18 +99,17 @@ def fit(
     """Train with cross entropy and one cycle of the learning rate.
 
     Args:
-        model: on its device already.
-        data: images to train on, and to test with now and then.
-        optimizer: with its highest learning rate.
+        model: the model, which is on its device already.
+        data: images to train on, and to test with about eight times.
+        optimizer: an optimizer whose learning rates are the highest of the cycle.
         machine: device, precision and compilation.
-        epochs: passes over the training images, at least one.
-        title: name of the progress bar.
-        history: of a converted model; about 200 records are made.
-        checkpoint: where the state after each epoch is kept, and a training that was killed goes on
-            from.
+        epochs: how often to go through the training images, at least once.
+        title: the name of the progress bar.
+        history: the history of a converted model, which gets about 200 records.
+        checkpoint: keeps the state after each epoch, from which a training that was killed goes on.
 
     Returns:
-        What the trained model says of the test images.
+        The outputs of the trained model for the test images.
     """
     steps = epochs * len(data.train)
     peaks = [group["lr"] for group in optimizer.param_groups]
@@ -157,7 +156,7 @@ def _train_step(
 
 
 def _record(history: History | None, step: int, loss: float, lr: float) -> str:
-    """Add to the history, and say in a few words how things stand."""
+    """Add to the history, and return the loss and the share of transferred gates as text."""
     if history is None:
         return f"loss {loss:.3f}"
     total = history.record(step, loss=loss, lr=lr).total
