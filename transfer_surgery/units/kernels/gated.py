@@ -98,7 +98,7 @@ class _GatedFormula:
 
     def blended(self, *tensors: Tensor) -> Tensor:
         """The same as long as all values are finite, in fewer passes over memory."""
-        return gated_value(*self._arguments(tensors), select=False)
+        return gated_value(*self._arguments(tensors), False)
 
     def _arguments(self, tensors: Sequence[Tensor]) -> Any:
         x, z, *others = tensors
@@ -177,14 +177,14 @@ def _with_zero_gradient(x: Tensor, *others: Tensor) -> Tensor:
     """
     if not (torch.is_grad_enabled() and any(other.requires_grad for other in others)):
         return x
-    result: Tensor = _ZeroGradient.apply(x, *others)  # type: ignore[no-untyped-call]
+    result: Tensor = _ZeroGradient.apply(x, *others)
     return result
 
 
 def _with_zero_gradient_in_place(x: Tensor, *others: Tensor) -> Tensor:
     """The same, with a result that is no view: it can be overwritten."""
     others = tuple(other for other in others if other.requires_grad)
-    result: Tensor = _ZeroGradientInPlace.apply(x, *others) if others else x  # type: ignore[no-untyped-call]
+    result: Tensor = _ZeroGradientInPlace.apply(x, *others) if others else x
     return result
 
 
