@@ -94,16 +94,22 @@ class _GatedFormula:
 
     def plain(self, *tensors: Tensor) -> Tensor:
         formula = straight_through_value if self.straight_through else gated_value
-        return formula(*self._arguments(tensors))
+        return formula(**self._arguments(tensors))
 
     def blended(self, *tensors: Tensor) -> Tensor:
         """The same as long as all values are finite, in fewer passes over memory."""
-        return gated_value(*self._arguments(tensors), False)
+        return gated_value(**self._arguments(tensors), select=False)
 
-    def _arguments(self, tensors: Sequence[Tensor]) -> Any:
+    def _arguments(self, tensors: Sequence[Tensor]) -> dict[str, Any]:
         x, z, *others = tensors
-        operands, known = tuple(others[: self.operands]), iter(others[self.operands :])
-        return x, z, self.source, self.target, operands, _numbers_of(self.present, known)
+        return {
+            "x": x,
+            "z": z,
+            "source": self.source,
+            "target": self.target,
+            "operands": tuple(others[: self.operands]),
+            "numbers": _numbers_of(self.present, iter(others[self.operands :])),
+        }
 
     def value(self, *tensors: Tensor) -> Tensor:
         (y,) = self._finite_or_selected(lambda function: (function(*tensors),), tensors[0])
