@@ -204,7 +204,7 @@ def test_a_missing_channel_axis_is_the_same_clear_error():
 
 
 def test_another_input_size_with_neuron_gates_is_told_of_channel_gates():
-    with pytest.raises(ValueError, match=r"net\.act: .*neurons \(3, 4\).*\(3, 5\).*PerChannel"):
+    with pytest.raises(ValueError, match=r"net\.act: .*neurons \(3, 4\).*\(3, 5\).*'channel'"):
         unit((3, 4), "neuron")(torch.randn(2, 3, 5))
 
 

@@ -142,7 +142,9 @@ class GatedActivation(nn.Module):
             return
         found = self.granularity.gate_shape(x.shape)
         if found != self.gate.shape:
-            alternative = ", or use PerChannel" if self.granularity.name == "neuron" else ""
+            alternative = (
+                ", or use granularity='channel'" if self.granularity.name == "neuron" else ""
+            )
             raise ValueError(
                 f"{self.path}: gates were made for {self.granularity}s {self.gate.shape}, the "
                 f"input has {found}. Fix: convert with an example_input of this "
