@@ -13,8 +13,17 @@ from safetensors.torch import save_file
 
 from tests.helpers.kinds import KINDS, become
 from tests.helpers.shell import in_process, invoke, shell
-from transfer_surgery import Bernoulli, bake, load_baked, load_model, save_gates, save_model
+from transfer_surgery import (
+    Bernoulli,
+    PerLayer,
+    bake,
+    load_baked,
+    load_model,
+    save_gates,
+    save_model,
+)
 from transfer_surgery.files import read_gates
+from transfer_surgery.units import VARIABLE
 
 NETS = Path(__file__).parents[1] / "helpers" / "networks.py"
 
@@ -153,7 +162,7 @@ def test_options_of_convert_reach_the_gates_and_files_are_not_replaced() -> None
     invoke(*convert, "--force")
     assert not Path("run.training.pt").exists()
     (unit,) = read_gates("run").values()
-    assert (unit.granularity, unit.gate.settings) == ("layer", Bernoulli(noise="none"))
+    assert (unit.granularity, unit.gate.settings) == (PerLayer(), Bernoulli(noise="none"))
 
 
 @pytest.mark.parametrize(
@@ -274,11 +283,13 @@ def test_help_has_examples_and_completion_is_on() -> None:
         assert f"transfer-surgery {name}" in invoke(name, "--help")
 
 
-def test_the_doctor_names_versions_extras_and_kernels() -> None:
-    found = json.loads(invoke("doctor", "--json"))
+def test_the_doctor_names_versions_extras_and_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(VARIABLE, "eager")
+    found = json.loads(in_process("doctor", "--json").stdout)
     assert found["versions"]["torch"] == torch.__version__.partition("+")[0]
     assert found["missing"]["cli"] == []
-    assert found["devices"][0] | {"name": ""} == {"device": "cpu", "name": "", "kernels": "eager"}
+    assert found["devices"][0]["device"] == "cpu"
+    assert found["devices"][0]["kernels"] == f"eager ({VARIABLE}=eager)"
     printed = invoke("doctor")
     assert "cli installed" in printed
     assert f"timm {timm.__version__}" in printed

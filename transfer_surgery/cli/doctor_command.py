@@ -11,7 +11,7 @@ from importlib.metadata import PackageNotFoundError, requires, version
 import torch
 import typer
 
-from transfer_surgery.cli.options import Json, show
+from transfer_surgery.cli.options import Json, expected, show
 from transfer_surgery.units import VARIABLE, compiler_error, kernel_choice
 
 _PACKAGES = (
@@ -46,15 +46,17 @@ def doctor(as_json: Json = False) -> None:
         extra: [name for name in names if _version(name) is None]
         for extra, names in _extras().items()
     }
+    with expected():  # trying the compiler may print
+        devices = _devices()
     if as_json:
-        found = {"versions": versions, "missing": extras, "devices": _devices()}
+        found = {"versions": versions, "missing": extras, "devices": devices}
         typer.echo(json.dumps(found, indent=2))
         return
     show(("package", "version"), [(name, found or "-") for name, found in versions.items()])
     typer.echo()
     show(("extra", "state"), [(extra, _state(extra, lacks)) for extra, lacks in extras.items()])
     typer.echo()
-    show(("device", "name", "kernels"), [tuple(device.values()) for device in _devices()])
+    show(("device", "name", "kernels"), [tuple(device.values()) for device in devices])
 
 
 def _version(name: str) -> str | None:
