@@ -1,10 +1,11 @@
+import copy
 import json
 
 import pytest
 import torch
 from torch import nn
 
-from transfer_surgery import PerChannel, PerLayer, PerNeuron, convert
+from transfer_surgery import PerChannel, PerLayer, PerNeuron, convert, load_gates, save_gates
 from transfer_surgery.units import granularity_of
 
 SHAPE = (2, 3, 4, 5)
@@ -63,6 +64,16 @@ def test_an_axis_that_is_given_overrides_the_one_that_was_found():
     )
     assert [unit.gate.shape for unit in (model[1], model[2])] == [(5,), (6,)]
     assert [unit.granularity for unit in (model[1], model[2])] == [PerChannel(-1), PerChannel(1)]
+
+
+def test_gates_along_an_axis_that_was_given_come_back_into_the_base_model(tmp_path):
+    base, x = nn.Sequential(nn.Conv2d(3, 6, 1), nn.ReLU()), torch.zeros(2, 3, 4, 5)
+    model = convert(copy.deepcopy(base), granularity=PerChannel(-1), example_input=x)
+    save_gates(model, tmp_path / "gates.safetensors")
+    for again in (base, convert(copy.deepcopy(base), granularity=PerChannel(-1), example_input=x)):
+        load_gates(again, tmp_path / "gates.safetensors", example_input=x)
+        assert again[1].granularity == PerChannel(-1)
+        assert torch.equal(again[1].log_alpha, model[1].log_alpha)
 
 
 @pytest.mark.parametrize("axis", [0, 4, -4, -5])

@@ -30,7 +30,7 @@ _WRAPPERS = {
 }
 _WRAPPED = {"_orig_mod", "_checkpoint_wrapped_module"}
 # These depend on the size of the example, are for reports only, or say how the gates started.
-_NOT_COMPARED = {"neurons", "position", "stage", "init"}
+_NOT_COMPARED = {"neurons", "position", "stage", "init", "found"}
 _SHOWN = 20
 
 
@@ -68,8 +68,10 @@ def configs_at(plan: Plan, saved: Mapping[str, Config]) -> dict[str, Config | st
             continue
         config = saved[site.path]
         try:
-            granularity = granularity_of({**config["granularity"], "axis": site.channel_axis})
-        except (KeyError, TypeError, ValueError):
+            granularity = granularity_of(config["granularity"])
+            if config["granularity"].get("found"):
+                granularity = granularity_of(granularity.name, site.channel_axis)
+        except (AttributeError, KeyError, TypeError, ValueError):
             found[site.path] = f"its granularity in the file is {config.get('granularity')!r}"
             continue
         if site.reason is not None:

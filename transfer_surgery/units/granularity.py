@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any, ClassVar
 
 from torch import Tensor
@@ -80,10 +80,13 @@ class PerChannel(Granularity):
     Args:
         axis: the axis of the channels in the input, whose axis 0 holds the examples. In `convert`
             it overrides the axis that was found.
+        found: whether `convert` found the axis. `load_gates` then compares it with the axis that
+            it finds; one that was given is used again.
     """
 
     name = "channel"
     axis: int
+    found: bool = field(default=False, compare=False, repr=False)
 
     def axes(self, dims: int) -> tuple[int, ...]:
         axis = self.axis + dims if self.axis < 0 else self.axis
@@ -121,10 +124,11 @@ def granularity_of(
     """
     if isinstance(granularity, Granularity):
         return granularity
+    found = True
     if isinstance(granularity, Mapping):
-        axis = granularity.get("axis", axis)
+        axis, found = granularity.get("axis", axis), granularity.get("found", False)
         granularity = str(granularity.get("name"))
-    known = {"layer": PerLayer(), "channel": PerChannel(axis), "neuron": PerNeuron()}
+    known = {"layer": PerLayer(), "channel": PerChannel(axis, found), "neuron": PerNeuron()}
     if granularity not in known:
         raise ValueError(
             f"unknown granularity {granularity!r}; known: {', '.join(known)}, or PerLayer(), "
