@@ -333,6 +333,14 @@ def test_bfloat16_agrees_to_its_rounding(row, tmp_path):
     assert {p.dtype for p in half.model.parameters()} == {torch.float32}
 
 
+def test_in_bfloat16_activations_still_see_and_return_float32():
+    seen, narrow = [], training("relu->sin", photos(), MIXED, precision="bf16")
+    for _, unit in gated_activations(narrow.model):
+        unit.register_forward_hook(lambda _, x, y: seen.extend([x[0].dtype, y.dtype]))
+    narrow._train_epoch()
+    assert set(seen) == {torch.float32}
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("c++") is None, reason="inductor needs a compiler")
 @pytest.mark.parametrize(("row", "noise"), [("resin->sin", "none"), ("Copy", "batch")])

@@ -50,6 +50,7 @@ class Training:
         initialise(model, row.source, protocol)
         model.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.model = row.convert(model, protocol, task.example)
+        machine.widen_products(self.model)
         self.weights = [p for name, p in model.named_parameters() if "log_alpha" not in name]
         self.optimizer = SGD(
             model.parameters(),
