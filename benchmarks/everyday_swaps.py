@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import copy
 import json
+import os
 import time
 import warnings
 from dataclasses import asdict
@@ -28,6 +29,7 @@ from rich.console import Console
 from sparsity import share_of_zeros
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import OneCycleLR
+from torchvision.datasets import MNIST
 
 from transfer_surgery import (
     MatchWarning,
@@ -39,7 +41,6 @@ from transfer_surgery import (
 )
 from transfer_surgery.cli.finetuning.images import Look, MemoryLoader
 from transfer_surgery.cli.finetuning.training import Machine, predict
-from transfer_surgery.reproduce.images import load_mnist
 
 BATCH = 128
 TRAIN_LR, TUNE_LR = 4e-3, 2e-4
@@ -136,12 +137,14 @@ def table(
 
 def mnist(machine: Machine, limit: int | None) -> tuple[MemoryLoader, MemoryLoader]:
     """Padded to 32x32, as for LeNet-5."""
-    data = load_mnist(machine.device, limit)
+    folder = os.environ.get("TRANSFER_SURGERY_DATA")
     look = Look(machine.device, 32, mean=(0.1307,), std=(0.3081,))
-    return (
-        MemoryLoader(F.pad(data.x_train, (2,) * 4), data.y_train, BATCH, look, training=True),
-        MemoryLoader(F.pad(data.x_test, (2,) * 4), data.y_test, BATCH, look),
-    )
+    loaders = []
+    for training in (True, False):
+        data = MNIST(folder or ".data", train=training, download=not folder)
+        images = F.pad(data.data[:limit, None], (2,) * 4)
+        loaders.append(MemoryLoader(images, data.targets[:limit], BATCH, look, training))
+    return loaders[0], loaders[1]
 
 
 def swapped(

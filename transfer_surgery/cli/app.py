@@ -13,7 +13,6 @@ from transfer_surgery.cli.export_command import export
 from transfer_surgery.cli.finetuning.command import finetune
 from transfer_surgery.cli.plan_command import plan
 from transfer_surgery.cli.report_command import report
-from transfer_surgery.reproduce.command import reproduce
 
 
 def _help(command: Callable[..., Any]) -> str:
@@ -30,4 +29,3 @@ app = typer.Typer(
 )
 for command in (plan, convert, finetune, report, bake, export, doctor):
     app.command(help=_help(command))(command)
-app.add_typer(reproduce, name="reproduce")

@@ -14,8 +14,6 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from transfer_surgery.reproduce.images import crop_and_flip, read_cifar10
-
 
 class Loader(Protocol):
     """Batches of normalised images and their labels; a DataLoader is one."""
@@ -108,6 +106,30 @@ def load_cifar10(
     )
 
 
+def read_cifar10() -> list[tuple[Tensor, Tensor]]:
+    """Training and test part of CIFAR-10: images (N, 3, 32, 32), uint8, and labels.
+
+    Raises:
+        ImportError: torchvision is not installed and there is no $TRANSFER_SURGERY_DATA.
+    """
+    folder = os.environ.get("TRANSFER_SURGERY_DATA")
+    if folder:
+        import numpy as np
+
+        with np.load(Path(folder) / "cifar10.npz") as file:
+            parts = [(file[f"x_{part}"], file[f"y_{part}"]) for part in ("train", "test")]
+    else:
+        try:
+            from torchvision.datasets import CIFAR10
+        except ImportError as error:
+            raise ImportError(
+                "CIFAR-10 is read by torchvision: pip install 'transfer-surgery[timm]'"
+            ) from error
+        sets = [CIFAR10(".data", train=part, download=True) for part in (True, False)]
+        parts = [(part.data, part.targets) for part in sets]
+    return [(torch.as_tensor(x).permute(0, 3, 1, 2), torch.as_tensor(y).long()) for x, y in parts]
+
+
 def load_folder(
     folder: Path, *, batch_size: int, device: torch.device, config: dict[str, Any]
 ) -> ImageData:
@@ -190,3 +212,21 @@ class MemoryLoader:
         if images.shape[-1] == self.look.size:
             return images
         return F.interpolate(images, size=self.look.size, mode="bilinear", antialias=True)
+
+
+def crop_and_flip(images: Tensor, padding: int = 4) -> Tensor:
+    """A random crop of each zero-padded image, every second one mirrored.
+
+    Args:
+        images: of shape (N, C, H, W), any dtype.
+        padding: pixels of zeros at each side.
+
+    Returns:
+        Images of the same shape.
+    """
+    number, _, height, width = images.shape
+    windows = F.pad(images, (padding,) * 4).unfold(2, height, 1).unfold(3, width, 1)
+    top, left = torch.randint(2 * padding + 1, (2, number), device=images.device)
+    crops = windows[torch.arange(number, device=images.device), :, top, left]
+    mirrored = torch.rand(number, 1, 1, 1, device=images.device) < 0.5
+    return torch.where(mirrored, crops.flip(3), crops)
