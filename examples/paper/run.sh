@@ -1,16 +1,17 @@
 #!/usr/bin/env bash
-# All of docs/paper.md that fits two CPU cores, in about two hours; what is finished is not done again.
+# All of docs/paper.md that takes two CPU cores minutes, in about two hours; what is finished is not done again.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
-reproduce() { .venv/bin/transfer-surgery reproduce "$@"; }
+paper() { .venv/bin/python examples/paper/paper.py "$@"; }
 
 make install
-reproduce figure1
-reproduce figure1 --study
-reproduce figure2
-reproduce study bessel
-reproduce table1 mnist
-reproduce study mnist
-reproduce table1 resnet20 --quick
-cp runs/paper/*.json docs/paper/
-reproduce document
+paper figure1
+paper figure1 --study
+paper figure2
+paper study bessel
+paper table1 mnist
+paper study mnist
+paper table1 resnet20 --quick
+paper precision --quick
+cp runs/paper/*.json examples/paper/results/
+paper document
