@@ -185,7 +185,7 @@ def _cell(network: Mapping[str, Sequence[float | None]] | None, digits: int) -> 
 
 
 def settings_table(rows: Sequence[Mapping[str, Any]]) -> str:
-    """A line per row of `figure1.vary_settings`; a network that was not looked at has empty cells.
+    """A line per row of `studies.vary_settings`; a network that was not looked at has empty cells.
 
     Columns are, for each network, the share of the seeds that found the sine of w = 2, the share of
     those whose gate was transferred, where there is a gate, and the median of the final w.
