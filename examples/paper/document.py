@@ -74,25 +74,19 @@ def tables(results: Results) -> Iterator[str]:
     yield from filter(None, (table(results) for table in _OF_RESULTS.values()))
 
 
-def draw(results: Path, pictures: Path, name: str = "*") -> Iterator[Path]:
-    """Draw the picture of each file of results.
+def pictures_of(page: str) -> list[str]:
+    """Names of the results whose pictures a page shows, as ``(paper/mnist.png)``."""
+    return re.findall(r"\(paper/([\w-]+)\.png\)", page)
 
-    Args:
-        results: their folder.
-        pictures: the folder of the pictures.
-        name: of one file of results; by default all.
-    """
-    for file in sorted(results.glob(f"{name}.json")):
-        data = json.loads(file.read_text())
-        if "networks" in data:
-            figure = draw_figure1(data)
-        elif "runs" not in data:
-            continue  # a study: tables only
-        elif (found := Results.from_json(file.read_text())).task == "bessel":
-            shown = [run for run in found.runs if run["row"] in NETWORKS]  # as in the paper
-            figure = draw_figure2(shown or found.runs)
-        else:
-            figure = draw_figure3(found)
-        picture = pictures / f"{file.stem}.png"
-        figure.savefig(picture, dpi=100)
-        yield picture
+
+def draw(file: Path, picture: Path) -> None:
+    """Draw the picture of a file of results."""
+    data = json.loads(file.read_text())
+    if "networks" in data:
+        figure = draw_figure1(data)
+    elif (found := Results.from_json(file.read_text())).task == "bessel":
+        shown = [run for run in found.runs if run["row"] in NETWORKS]  # as in the paper
+        figure = draw_figure2(shown or found.runs)
+    else:
+        figure = draw_figure3(found)
+    figure.savefig(picture, dpi=100)

@@ -83,7 +83,7 @@ def figure1(assignments: Set = None, study: bool = False, out: Out = _OUT) -> No
     result = run_figure1(settings)
     print(figure1_table(result))
     _write(out / "figure1.json", json.dumps(result))
-    _draw(out, out, "figure1")
+    _draw(out / "figure1.json", out)
 
 
 @app.command()
@@ -164,7 +164,8 @@ def document(
     text = _or_complain(lambda: pages.fill(page.read_text(), results))
     page.write_text(text)
     typer.echo(f"wrote {page}")
-    _draw(results, pictures)
+    for name in pages.pictures_of(text):
+        _draw(results / f"{name}.json", pictures)
 
 
 def _chosen(
@@ -210,7 +211,7 @@ def _run(
     _write(out / f"{name}.json", results.to_json())
     for text in pages.tables(results):
         print(f"\n{text}")
-    _draw(out, out, name)
+    _draw(out / f"{name}.json", out)
     missing = [job for job in experiment.jobs(machine, out / name) if not job.file.exists()]
     if missing:
         typer.echo(f"{len(missing)} trainings are left: the same command goes on with them.")
@@ -242,9 +243,10 @@ def _write(file: Path, text: str) -> None:
     typer.echo(f"wrote {file}")
 
 
-def _draw(results: Path, pictures: Path, name: str = "*") -> None:
-    for picture in pages.draw(results, pictures, name):
-        typer.echo(f"wrote {picture}")
+def _draw(results: Path, pictures: Path) -> None:
+    picture = pictures / f"{results.stem}.png"
+    pages.draw(results, picture)
+    typer.echo(f"wrote {picture}")
 
 
 def _or_complain(call: Callable[[], Value]) -> Value:
