@@ -65,7 +65,6 @@ def data_folder() -> Path:
     folder = os.environ.get("TRANSFER_SURGERY_DATA")
     if not folder:
         pytest.skip(
-            "needs real data: run `python shared/data/unpack.py DEST` (from the folder above the "
-            "repository) and set TRANSFER_SURGERY_DATA=DEST"
+            "needs real data: set TRANSFER_SURGERY_DATA to a folder with cifar10.npz and weights/"
         )
     return Path(folder)

@@ -66,7 +66,7 @@ class Readers(TorchFunctionMode):
 
     Args:
         modules: those that are looked at.
-        norms: of which only the call that has their weight is looked at, as what writes a tensor.
+        norms: norms for which only the call with their weight counts as the writer of a tensor.
     """
 
     def __init__(self, modules: set[nn.Module], norms: Iterable[Any]) -> None:

@@ -30,7 +30,7 @@ def log_probabilities(logits: Tensor, temperature: float = 1.0) -> Tensor:
 
     Args:
         logits: ``(N, classes)``; ``(N, tokens, classes)``; ``(N, classes, height, width)``, and so
-            on. A single class, or ``(N,)``, is the logit of yes against no, in two columns then.
+            on. A single logit, also of shape ``(N,)``, is read as yes or no: two columns.
         temperature: by which the logits are divided.
 
     Returns:

@@ -8,7 +8,7 @@ import sys
 def user_stacklevel() -> int:
     """The ``stacklevel`` of ``warnings.warn`` that points outside of torch and this package.
 
-    It is no constant: schedulers, compilers and decorators add frames around a step. From Python
+    It is not a constant: schedulers, compilers and decorators add frames around a step. From Python
     3.12 on ``skip_file_prefixes`` does this.
     """
     level, frame = 1, sys._getframe(1)

@@ -207,7 +207,7 @@ def test_activations_inside_norms_and_with_learned_tensors_are_found_in_timm(nam
 
 def test_an_activation_with_operands_is_refused_as_a_target():
     model = nn.Sequential(nn.Linear(4, 8), nn.ReLU())
-    with pytest.raises(ValueError, match="star_relu takes scale, bias from the call site"):
+    with pytest.raises(ValueError, match="star_relu takes scale, bias from the site"):
         convert(model, target="star_relu", example_input=torch.zeros(1, 4))
     assert type(model[1]) is nn.ReLU
 

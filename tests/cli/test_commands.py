@@ -200,9 +200,9 @@ def test_what_there_is_not_ends_with_status_2(arguments: list[str], message: str
     [
         (["plan", f"{NETS}:functional", "--input-size", "3x5x5"], "does not run on the example in"),
         (["plan", f"{NETS}:functional"], "Pass example_input"),
-        (["report", __file__], "is damaged, or no safetensors file"),
-        (["bake", __file__, "-o", "model"], "is damaged, or no safetensors file"),
-        (["export", __file__, "-o", "model"], "is damaged, or no safetensors file"),
+        (["report", __file__], "is damaged, or is not a safetensors file"),
+        (["bake", __file__, "-o", "model"], "is damaged, or is not a safetensors file"),
+        (["export", __file__, "-o", "model"], "is damaged, or is not a safetensors file"),
     ],
 )
 def test_what_cannot_be_done_ends_with_status_1(arguments: list[str], message: str) -> None:
@@ -215,8 +215,8 @@ def test_what_cannot_be_done_ends_with_status_1(arguments: list[str], message: s
     [
         ("weights.pth", b"nothing", "cannot be read as a checkpoint of tensors alone"),
         ("weights.pth", b"hello", "weights.pth cannot be read as a checkpoint of tensors alone"),
-        ("weights.safetensors", b"nothing", "is damaged, or no safetensors file"),
-        ("weights.pth", {"lr": 0.1}, "holds a dict, no state dict: names and tensors"),
+        ("weights.safetensors", b"nothing", "is damaged, or is not a safetensors file"),
+        ("weights.pth", {"lr": 0.1}, "holds a dict, which is not a state dict"),
         ("weights.pth", [NETS], "cannot be read as a checkpoint of tensors alone"),
         ("weights.pth", {"fc.weight": torch.zeros(3)}, "does not fit this VisionTransformer"),
     ],

@@ -115,7 +115,7 @@ def test_what_is_no_converted_model_is_refused(tmp_path: Path) -> None:
     assert "'resnet18' does not exist" in message
     (tmp_path / "file").write_text("other")
     message = invoke("finetune", "file", "--data", "digits", fails=1)
-    assert "file is damaged, or no safetensors file" in message
+    assert "file is damaged, or is not a safetensors file" in message
 
 
 @pytest.mark.parametrize(

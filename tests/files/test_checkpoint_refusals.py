@@ -163,9 +163,9 @@ def cut(length):
 
 
 DAMAGES = {
-    "cut values": (cut(-4), "is damaged, or no safetensors file"),
-    "cut header": (cut(20), "is damaged, or no safetensors file"),
-    "empty": (cut(0), "is damaged, or no safetensors file"),
+    "cut values": (cut(-4), "is damaged, or is not a safetensors file"),
+    "cut header": (cut(20), "is damaged, or is not a safetensors file"),
+    "empty": (cut(0), "is damaged, or is not a safetensors file"),
     "a pickle": (lambda f: f.write_bytes(pickle.dumps(Explosive())), "is damaged"),
     "deep": (deep, "is damaged"),
     "another program": (lambda f: save_file({}, f, {"format": "pt"}), "written by another program"),

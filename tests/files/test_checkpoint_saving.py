@@ -33,7 +33,10 @@ def a_model(file):
     ("write", "message"),
     [
         (foreign, "was written by another program, not by transfer_surgery"),
-        (lambda file: file.write_bytes(b"other program"), "is damaged, or no safetensors file"),
+        (
+            lambda file: file.write_bytes(b"other program"),
+            "is damaged, or is not a safetensors file",
+        ),
         (a_model, "holds 'model', not gates"),
         (lambda file: file.mkdir(), "is a folder"),
     ],

@@ -25,7 +25,7 @@ X = torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(0))
 
 
 class Functional(nn.Module):
-    """Its call sites have no stages, and run in another order than their names say."""
+    """Its sites have no stages, and run in another order than their names say."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""What an activation computes, its derivative, and which torch calls mean it."""
+"""What an activation computes, and which torch calls mean it."""
 
 import transfer_surgery.activations.builtin
 import transfer_surgery.activations.handwritten  # noqa: F401 - both register what they define

@@ -1,4 +1,4 @@
-"""The ``transfer-surgery`` command; its parts need the extras ``cli`` and ``plots``."""
+"""The ``transfer-surgery`` command. It needs the extra ``cli``, and ``plots`` for `report --plot`."""
 
 from __future__ import annotations
 

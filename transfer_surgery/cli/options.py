@@ -115,7 +115,7 @@ def choose(
     exclude: list[str] | None,
     role: list[str] | None,
 ) -> Plan:
-    """The sites that would be converted; it is no mistake of the options if a model has none."""
+    """The sites that would be converted. A model without any is not an error of the options."""
     if not any((source, include, exclude, role)):
         with expected():
             return plan.select()
@@ -130,7 +130,7 @@ def choose(
 
 @contextmanager
 def asked(*errors: type[Exception]) -> Iterator[None]:
-    """Exit with status 2 and the message where the user asked for what there is not."""
+    """Exit with status 2 and the message when an argument names something that does not exist."""
     try:
         yield
     except errors as error:

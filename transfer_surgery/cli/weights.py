@@ -48,4 +48,6 @@ def _state(held: Any, file: Path) -> dict[str, Tensor]:
         state = {_PREFIXES.sub("", str(key)): value for key, value in inner.items()}
         if state and all(isinstance(value, Tensor) for value in state.values()):
             return state
-    raise ValueError(f"{file} holds a {type(held).__name__}, no state dict: names and tensors.")
+    raise ValueError(
+        f"{file} holds a {type(held).__name__}, which is not a state dict of names and tensors."
+    )

@@ -26,7 +26,7 @@ from transfer_surgery.sites import Plan, find_activations, prepare_rewrites, und
 from transfer_surgery.surgery import check_model, insert_units
 from transfer_surgery.units import GatedActivation
 
-# Gates at one site whose number no tensor in the file vouches for: those without a log_alpha.
+# Limit for gates without log_alpha, whose number no tensor in the file confirms.
 _MOST_GATES = 2**28
 
 

@@ -110,7 +110,9 @@ class ModelSpec:
         with _explained(self.name):
             model = make(*args, **self.arguments)
         if not isinstance(model, nn.Module):
-            raise UnknownModelError(f"{self.name} returns a {type(model).__name__}, no nn.Module.")
+            raise UnknownModelError(
+                f"{self.name} returns a {type(model).__name__}, which is not an nn.Module."
+            )
         return model
 
 

@@ -86,7 +86,7 @@ def read_tensors(file: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
             tensors = {key: opened.get_tensor(key) for key in opened.keys()}  # noqa: SIM118
             return opened.metadata() or {}, tensors
     except safetensors.SafetensorError as error:
-        raise ValueError(f"{file} is damaged, or no safetensors file: {error}.") from error
+        raise ValueError(f"{file} is damaged, or is not a safetensors file: {error}.") from error
 
 
 def replace_file(file: Path, data: bytes) -> None:

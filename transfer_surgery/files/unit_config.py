@@ -134,7 +134,7 @@ def build_unit(file: Path, path: str, config: Config, site: Site | None = None) 
     Raises:
         ValueError: no unit has such a config.
     """
-    # The start of the gates is overwritten: torch's own random numbers are not used up for it.
+    # The initial values are overwritten, so torch's global generator is not used.
     generator = None if torch.get_default_device().type == "meta" else torch.Generator()
     try:
         gate = make_gate(gate_settings(config["gate"]), tuple(map(int, config["shape"])), generator)

@@ -38,8 +38,8 @@ def distill(
     temperature (Hinton, Vinyals and Dean 2015). With `features`, the relative squared errors of
     what modules inside the networks return are added. A few hundred steps after `match_targets` and
     `swap_targets` are worth several epochs with labels. The answers are read as logits:
-    ``(N, classes)``, ``(N, tokens, classes)``, ``(N, classes, height, width)``; a single one is
-    that of yes against no. For regression, and for other losses, optimizers or schedules, write an
+    ``(N, classes)``, ``(N, tokens, classes)``, ``(N, classes, height, width)``; a single logit
+    is read as yes or no. For regression, and for other losses, optimizers or schedules, write an
     ordinary training loop.
 
     Args:

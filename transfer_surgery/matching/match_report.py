@@ -27,8 +27,8 @@ class MatchRow:
         path: where its unit lives in the model.
         source: the activation that the network had.
         target: the activation that was fitted to it.
-        r2: share of the variance of the wanted values that the target explains, all gates together;
-            it is negative where the mean would be better, and None where the site did not run.
+        r2: share of the original outputs' variance that the target explains, over all gates; it is
+            negative where the mean would be better, and None where the site did not run.
         periods: median over gates of the number of periods that the data spans; None where the
             target is not periodic.
         divergence: mean KL divergence of the model's outputs, read as logits, from the original

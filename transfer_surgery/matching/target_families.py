@@ -21,7 +21,7 @@ FREQUENCIES = (0.4, 0.6, 0.8, 1.0, 1.3)
 """Frequencies of sinusoids to try: ``w`` times the standard deviation of the input."""
 
 MIN_PERIODS = 0.5
-"""A sinusoid spans at least so many periods over the data of its gate."""
+"""A sinusoid spans at least this many periods over the data of its gate."""
 
 _LEAST_BEND = 5e-3
 """Least second coefficient of a parabola as a share of the first, for input of unit variance."""

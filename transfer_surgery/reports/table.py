@@ -71,7 +71,7 @@ class Table(Generic[Row]):
     rows: tuple[Row, ...]
 
     def total_row(self) -> Row | None:
-        """The last line of the printed table, which is none of its `rows`; None: there is none."""
+        """The last line of the printed table, which is not among `rows`; None if there is none."""
         return None
 
     def notes(self) -> tuple[str, ...]:

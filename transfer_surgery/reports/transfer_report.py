@@ -1,4 +1,4 @@
-"""What became of the gates: one row per call site or stage, from the prediction gates of Eq. 16.
+"""What became of the gates: one row per site or stage, from the prediction gates of Eq. 16.
 
 A gate whose prediction is exactly 0 is *transferred* (pure target), one at exactly 1 is *kept*
 (pure source), and any other is *mixed*.
@@ -24,7 +24,7 @@ _GROUPINGS = ("site", "stage")
 
 @dataclass(frozen=True)
 class ReportRow:
-    """The gates of one call site, or of several together.
+    """The gates of one site, or of several together.
 
     Args:
         path: where the site's unit lives in the model, or the name of a stage, or ``"total"``.
@@ -68,7 +68,7 @@ class Report(Table[ReportRow]):
     """What became of the gates: a table whose rows are in the order of the model's modules.
 
     Args:
-        rows: one per call site or stage.
+        rows: one per site or stage.
         total: all gates together; not one of the rows.
         by: ``"site"`` or ``"stage"``.
     """
@@ -118,7 +118,7 @@ def report(model: nn.Module | Mapping[str, GatedActivation], *, by: str = "site"
             (``stem``, ``layer1``, ...). A site without a stage belongs to that of its top module.
 
     Returns:
-        A `Report` with one row per call site or stage.
+        A `Report` with one row per site or stage.
 
     Raises:
         ValueError: the model was not converted, or ``by`` is neither.

@@ -135,7 +135,7 @@ def convert(
 
 
 def revert(model: nn.Module) -> nn.Module:
-    """Undo `convert`: the original modules, classes and ``state_dict`` keys are back, gates gone.
+    """Undo `convert`: restore the modules, classes and state_dict keys, and remove the gates.
 
     Returns:
         The same model object.

@@ -35,7 +35,7 @@ def find_neighbours(
         sites: its matched targets.
         run: calls it.
     """
-    # Only the classes of torch itself: what a subclass computes, nobody knows, but for its norm.
+    # Only torch's own classes: a subclass may compute anything, apart from its norm.
     known = (nn.Linear, *CONVOLUTIONS, *_NORMS)
     layers = {m: path for path, m in model.named_modules() if type(m) in known}
     norms = {m: path for path, m in model.named_modules() if isinstance(m, _NORMS)}

@@ -39,7 +39,7 @@ class FoldRow:
 
 @dataclass(frozen=True, repr=False)
 class FoldReport(Table[FoldRow]):
-    """What went where: a table.
+    """Which numbers moved to which layers: a table.
 
     Args:
         rows: a row per site.
@@ -79,8 +79,8 @@ def fold_targets(model: nn.Module, example_input: Any) -> FoldReport:
     Args:
         model: a model after `transfer_surgery.bake`.
         example_input: a batch of its input: a tensor, a tuple of arguments or a dict of keyword
-            arguments; small will do. The way that it takes through the model is taken as the way
-            of all inputs.
+            arguments. A small batch is enough. All inputs must take the same path through the
+            model as this one.
 
     Returns:
         A row per site that has a fitted target and no source any more, and the number of
@@ -159,7 +159,7 @@ class _Changes:
 
 
 def _fold(changes: _Changes, path: str, site: FittedActivation, near: Neighbours) -> FoldRow:
-    """Fold one site; each of its numbers that is gone is None then."""
+    """Fold one site; its numbers that have moved become None."""
     fitted = site.fitted
     if near.before is not None:
         layer, w, c = near.before, _wide(fitted.w), _wide(fitted.c)

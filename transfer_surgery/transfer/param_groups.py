@@ -17,7 +17,7 @@ STEP = "transfer_step"
 """Optimizer steps since the start of the transfer, without pauses and skipped steps."""
 
 PAUSED = "transfer_paused"
-"""Whether the schedule's clock stands still."""
+"""Whether the schedule is paused."""
 
 
 def gates_group(optimizer: Optimizer) -> dict[str, Any]:

@@ -105,7 +105,12 @@ class StepHooks:
             self.frozen.look(optimizer)
 
     def count_skipped(self, optimizer: Optimizer, wait: bool = False) -> None:
-        """Take skipped steps from the count; with `wait` also those not yet known on the host."""
+        """Subtract skipped steps from the count.
+
+        Args:
+            optimizer: the wrapped optimizer.
+            wait: subtract also those that the host does not know yet.
+        """
         group = gates_group(optimizer)
         if STEP in group:
             group[STEP] -= self.skipped.take(wait)

@@ -1,4 +1,4 @@
-"""What stands at a call site: gates, and ``z * source + (1 - z) * target``."""
+"""What stands at a site: gates, and ``z * source + (1 - z) * target``."""
 
 from transfer_surgery.units.fitted_target import FittedActivation, TargetParameters
 from transfer_surgery.units.gated_activation import GatedActivation

@@ -1,4 +1,4 @@
-"""The module at a call site: source and target activation with the gates between them."""
+"""The module at a site: source and target activation with the gates between them."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ class GatedActivation(nn.Module):
         super().__init__()
         if target.operands:
             raise ValueError(
-                f"{path}: {target} takes {', '.join(target.operands)} from the call site of a "
+                f"{path}: {target} takes {', '.join(target.operands)} from the site of a "
                 "network that has it; it can be a source, not a target."
             )
         self.source, self.target, self.gate = source, target, gate
@@ -75,7 +75,7 @@ class GatedActivation(nn.Module):
         self.overwrites_input, self.inplace = overwrites_input, inplace
         self.position, self.stage, self.call = position, stage, call
         self.fitted: TargetParameters | None = None
-        # The module that this unit stands in for, in a tuple: it is no child of the unit.
+        # The module that this unit stands in for, in a tuple: it is not a child of the unit.
         self.replaced: tuple[nn.Module, ...] = ()
 
     def add_fitted_target(self) -> TargetParameters:
@@ -91,7 +91,7 @@ class GatedActivation(nn.Module):
         return self.fitted
 
     def config(self) -> dict[str, Any]:
-        """All that makes the unit again but its values and its path, as JSON has it."""
+        """Everything needed to build the unit again except its values and its path, as JSON."""
         return {
             "source": str(self.source),
             "target": str(self.target),

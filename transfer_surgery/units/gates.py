@@ -137,7 +137,7 @@ class Gate(Float32Module):
     """Base class of gates.
 
     Args:
-        shape: shape of the gates of one call site: ``(1,)`` per layer (FSDP2 takes no scalars),
+        shape: shape of the gates of one site: ``(1,)`` per layer (FSDP2 takes no scalars),
             ``(C,)`` per channel, the feature shape per neuron.
         settings: of the class that the gate is registered with; None: its defaults.
         generator: source of the initial values, ``log_alpha ~ N(8, 1)``; with a generator the

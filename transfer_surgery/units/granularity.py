@@ -65,7 +65,7 @@ class Granularity:
 
 @dataclass(frozen=True)
 class PerLayer(Granularity):
-    """All elements of a call site share one gate."""
+    """All elements of a site share one gate."""
 
     name = "layer"
 

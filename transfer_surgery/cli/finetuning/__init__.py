@@ -1,1 +1,1 @@
-"""What ``transfer-surgery finetune`` and the examples share: images, and a plain training loop."""
+"""What ``finetune``, examples and benchmarks share: images, and a plain training loop."""

@@ -67,7 +67,9 @@ class Checkpoint:
             state = torch.load(self.file, map_location="cpu", weights_only=True)
             there = dict(state["settings"])
         except Exception as error:  # torch lets those of its readers through
-            raise ValueError(f"{self.file} is damaged, or no state of a training.") from error
+            raise ValueError(
+                f"{self.file} is damaged, or is not the state of a training."
+            ) from error
         different = [
             f"{name} was {there.get(name)} and is {value} now"
             for name, value in self.settings.items()

@@ -28,7 +28,7 @@ def finetune(
         ),
     ],
     epochs: Annotated[
-        int, typer.Option(min=1, help="Go through the training images so often.")
+        int, typer.Option(min=1, help="Number of passes over the training images.")
     ] = 10,
     order: Annotated[
         Literal["joint", "front_to_back", "back_to_front"],
@@ -50,11 +50,11 @@ def finetune(
             help="First fit the targets of a trained model to 512 images. Default: no fit.",
         ),
     ] = False,
-    opt: Annotated[str, typer.Option(help="Use this optimizer of timm's.")] = "sgd",
+    opt: Annotated[str, typer.Option(help="Name of a timm optimizer.")] = "sgd",
     lr: Annotated[float, typer.Option(help="Set the highest learning rate.")] = 0.01,
     weight_decay: Annotated[float, typer.Option(help="Set the weight decay.")] = 5e-4,
     batch_size: Annotated[
-        int, typer.Option(min=1, help="Train with so many images in a batch.")
+        int, typer.Option(min=1, help="Number of images in a training batch.")
     ] = 64,
     device: Annotated[
         str, typer.Option(help="Run on cpu, cuda, or auto: on cuda where there is one.")

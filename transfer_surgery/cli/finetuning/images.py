@@ -155,7 +155,7 @@ def load_folder(
 def _part(folder: Path, name: str) -> Path:
     if not (folder / name).is_dir():
         raise FileNotFoundError(
-            f"{folder / name} is no folder. Known data: digits, cifar10, or a folder with "
+            f"{folder / name} is not a folder. Known data: digits, cifar10, or a folder with "
             "train/CLASS/IMAGE and val/CLASS/IMAGE."
         )
     return folder / name
@@ -169,7 +169,7 @@ class Look:
         device: where they are kept, resized and normalised.
         size: side of a batch's images in pixels.
         mean: of each channel, of values between 0 and 1.
-        std: likewise.
+        std: standard deviation of each channel, on the same scale.
         crop: whether training images are shifted and mirrored at random.
     """
 

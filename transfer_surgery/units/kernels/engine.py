@@ -51,7 +51,7 @@ def kernel_choice() -> str:
     """What the environment asks for.
 
     Raises:
-        ValueError: something that is no choice.
+        ValueError: the value is not one of CHOICES.
     """
     choice = os.environ.get(VARIABLE, "auto")
     if choice not in CHOICES:

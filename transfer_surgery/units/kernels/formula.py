@@ -86,7 +86,7 @@ def straight_through_value(
     operands: tuple[Tensor, ...] = (),
     numbers: Numbers | None = None,
 ) -> Tensor:
-    """`gated_value` whose exact gates have a gradient, too, as Bernoulli gates need it."""
+    """`gated_value` in which exact gates also get a gradient, as Bernoulli gates need."""
     y = gated_value(x, z, source, target, operands, numbers)
     # Selecting gives exact gates no gradient: add theirs with the value 0.
     difference = (source(x, *operands) - fitted_value(x, target, numbers)).detach()

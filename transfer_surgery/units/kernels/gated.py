@@ -188,7 +188,7 @@ def _with_zero_gradient(x: Tensor, *others: Tensor) -> Tensor:
 
 
 def _with_zero_gradient_in_place(x: Tensor, *others: Tensor) -> Tensor:
-    """The same, with a result that is no view: it can be overwritten."""
+    """The same, with a result that is not a view: it can be overwritten."""
     others = tuple(other for other in others if other.requires_grad)
     result: Tensor = _ZeroGradientInPlace.apply(x, *others) if others else x
     return result
