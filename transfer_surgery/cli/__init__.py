@@ -1,4 +1,4 @@
-"""The ``transfer-surgery`` command. It needs the extra ``cli``, and ``plots`` for `report --plot`."""
+"""The ``transfer-surgery`` command. It needs the extra ``cli``; `report --plot` needs ``plots``."""
 
 from __future__ import annotations
 

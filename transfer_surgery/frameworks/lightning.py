@@ -97,8 +97,8 @@ def _only(optimizers: list[Optimizer]) -> Optimizer:
         return optimizers[0]
     raise ValueError(
         f"configure_optimizers gave {len(optimizers)} optimizers, and TransferCallback supports a "
-        "single optimizer: call wrap_optimizer in configure_optimizers, on the one that trains the converted "
-        "network, and leave out the callback."
+        "single optimizer: call wrap_optimizer in configure_optimizers, on the one that trains the "
+        "converted network, and leave out the callback."
     )
 
 
