@@ -8,7 +8,7 @@ from transfer_surgery.matching.layer_refit import layers_to_refit
 
 def test_a_layer_that_shares_its_weight_with_any_module_is_not_refitted():
     model = nn.Sequential(nn.Embedding(5, 4), nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 5))
-    assert layers_to_refit(model) == [model[1], model[3]]
+    assert layers_to_refit(model) == ([model[1], model[3]], {})
     model[3].weight = model[0].weight
     assert sharing_parameters(model) == {model[0], model[3]}
-    assert layers_to_refit(model) == [model[1]]
+    assert layers_to_refit(model) == ([model[1]], {model[3]: "it shares a parameter"})

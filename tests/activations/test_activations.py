@@ -13,6 +13,7 @@ from transfer_surgery import get_activation, register_activation
 from transfer_surgery.activations import (
     Activation,
     ActivationModule,
+    activation_module,
     recognise,
     registered_activations,
 )
@@ -158,6 +159,18 @@ def test_forward_and_backward_are_bit_identical_to_torchs_own(name, dtype):
     exact = {"rtol": 0, "atol": 0, "equal_nan": True}
     torch.testing.assert_close(activation(x), y, **exact)
     torch.testing.assert_close(torch.autograd.grad(activation(x), x, grad)[0], expected, **exact)
+
+
+@pytest.mark.parametrize("name", NATIVE)
+def test_the_module_of_an_activation_is_torchs_own_where_there_is_one(name):
+    module, x = activation_module(name), torch.randn(500) * 3
+    assert torch.equal(module(x), get_activation(name)(x))
+    own = type(module).__module__.startswith("torch.nn")
+    assert own == (name.split("(")[0] not in ("quick_gelu", "swish", "squared_relu", "clamp"))
+
+
+def test_a_variant_keeps_its_bits_in_a_module_of_its_own():
+    assert type(activation_module("relu(variant='clamp(x, 0)')")) is ActivationModule
 
 
 # torch has no second derivative of hardsigmoid either

@@ -1,13 +1,16 @@
 """Layers refitted behind a site: least squares for their weights, and which layers can be."""
 
 import copy
+import warnings
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.nn.utils import parametrizations, prune
 
-from transfer_surgery.matching.layer_refit import LayerFit, can_be_refitted
+from transfer_surgery import convert, match_targets
+from transfer_surgery.matching.layer_refit import LayerFit, layers_to_refit
 
 
 @pytest.mark.parametrize(
@@ -63,11 +66,37 @@ def test_inputs_that_are_0_leave_their_weights_alone(ridge):
             torch.testing.assert_close(value, getattr(layer, name).detach(), rtol=1e-4, atol=1e-5)
 
 
-def test_layers_that_compute_something_else_are_left_alone():
-    assert can_be_refitted(nn.Conv2d(2, 2, 3))
-    assert can_be_refitted(nn.Linear(2, 2))
-    assert not can_be_refitted(nn.Conv2d(2, 2, 3, groups=2))
-    assert not can_be_refitted(nn.Conv2d(2, 2, 3, padding="same"))
-    assert not can_be_refitted(nn.Conv2d(2, 2, 3, padding=1, padding_mode="reflect"))
-    normed = torch.nn.utils.parametrizations.weight_norm(nn.Linear(2, 2))
-    assert not can_be_refitted(normed)
+def test_only_plain_trainable_weights_are_refitted_and_the_others_are_named():
+    frozen = nn.Linear(2, 2).requires_grad_(False)
+    pruned = prune.l1_unstructured(nn.Linear(2, 2), "weight", amount=1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # the older kind of weight norm, still used
+        older = torch.nn.utils.weight_norm(nn.Linear(2, 2))
+    expected = {
+        nn.Conv2d(2, 2, 3): None,
+        nn.Linear(2, 2): None,
+        nn.Conv2d(2, 2, 3, groups=2): "a grouped convolution",
+        nn.Conv2d(2, 2, 3, padding="same"): "its padding",
+        nn.Conv2d(2, 2, 3, padding=1, padding_mode="reflect"): "its padding",
+        nn.Conv1d(2, 2, 3): "a Conv1d",
+        nn.ConvTranspose2d(2, 2, 3): "a ConvTranspose2d",
+        parametrizations.weight_norm(nn.Linear(2, 2)): "its weight is computed at each call",
+        older: "its weight is computed at each call",
+        pruned: "its weight is computed at each call",
+        frozen: "frozen",
+    }
+    layers, left = layers_to_refit(nn.ModuleList(expected))
+    assert layers == [layer for layer, reason in expected.items() if reason is None]
+    assert left == {layer: reason for layer, reason in expected.items() if reason}
+
+
+def test_layers_that_are_left_alone_keep_their_weights_and_stand_in_the_report():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 2))
+    model[2].requires_grad_(False)
+    before = model[2].weight.clone()
+    x = torch.randn(256, 4)
+    report = match_targets(convert(model, example_input=x), [x], refit=True)
+    assert torch.equal(model[2].weight, before)
+    assert (report.refitted, report.left) == (("4",), {"2": "frozen"})
+    assert "1 layer was not refitted: 2 (frozen)." in str(report)

@@ -529,3 +529,13 @@ def test_such_a_module_is_compiled_exported_and_pickled_after_bake(location):
     exported = torch.export.export(network, (X,)).module()
     for copied in (compiled, exported, pickle.loads(pickle.dumps(network))):
         assert torch.equal(copied(X), expected)
+
+
+@torch.no_grad()
+def test_baked_sites_are_torchs_own_modules_where_torch_has_one():
+    model = nn.Sequential(nn.Conv2d(4, 3, 1), nn.SiLU(), nn.Conv2d(3, 2, 1), nn.GELU())
+    convert(model, "hardtanh(min_val=0.0, max_val=3.0)", example_input=X)
+    model[1].log_alpha.fill_(-8.0)
+    bake(model)
+    assert str(model[1]) == "Hardtanh(min_val=0.0, max_val=3.0)"
+    assert type(model[3]) is nn.GELU

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from transfer_surgery.activations.registry import register_activation
 
@@ -31,77 +31,83 @@ def _module_calls(name: str, *positional: str) -> dict[Callable[..., Any], tuple
     return both
 
 
-@register_activation("relu", calls=_module_calls("relu") | _methods("relu"))
+@register_activation("relu", calls=_module_calls("relu") | _methods("relu"), module=nn.ReLU)
 def _relu(x: Tensor) -> Tensor:
     return torch.relu(x)
 
 
-@register_activation("relu6", calls=_module_calls("relu6"))
+@register_activation("relu6", calls=_module_calls("relu6"), module=nn.ReLU6)
 def _relu6(x: Tensor) -> Tensor:
     return F.relu6(x)
 
 
-@register_activation("leaky_relu", calls=_module_calls("leaky_relu", "negative_slope"))
+@register_activation(
+    "leaky_relu", calls=_module_calls("leaky_relu", "negative_slope"), module=nn.LeakyReLU
+)
 def _leaky_relu(x: Tensor, negative_slope: float = 0.01) -> Tensor:
     return F.leaky_relu(x, negative_slope)
 
 
-@register_activation("elu", calls=_module_calls("elu", "alpha"))
+@register_activation("elu", calls=_module_calls("elu", "alpha"), module=nn.ELU)
 def _elu(x: Tensor, alpha: float = 1.0) -> Tensor:
     return F.elu(x, alpha)
 
 
-@register_activation("selu", calls=_module_calls("selu") | _methods("selu"))
+@register_activation("selu", calls=_module_calls("selu") | _methods("selu"), module=nn.SELU)
 def _selu(x: Tensor) -> Tensor:
     return F.selu(x)
 
 
-@register_activation("celu", calls=_module_calls("celu", "alpha"))
+@register_activation("celu", calls=_module_calls("celu", "alpha"), module=nn.CELU)
 def _celu(x: Tensor, alpha: float = 1.0) -> Tensor:
     return F.celu(x, alpha)
 
 
-@register_activation("gelu", calls={F.gelu: ("approximate",)})
+@register_activation("gelu", calls={F.gelu: ("approximate",)}, module=nn.GELU)
 def _gelu(x: Tensor, approximate: str = "none") -> Tensor:
     return F.gelu(x, approximate=approximate)
 
 
-@register_activation("silu", calls=_module_calls("silu"))
+@register_activation("silu", calls=_module_calls("silu"), module=nn.SiLU)
 def _silu(x: Tensor) -> Tensor:
     return F.silu(x)
 
 
-@register_activation("mish", calls=_module_calls("mish"))
+@register_activation("mish", calls=_module_calls("mish"), module=nn.Mish)
 def _mish(x: Tensor) -> Tensor:
     return F.mish(x)
 
 
-@register_activation("hardswish", calls=_module_calls("hardswish"))
+@register_activation("hardswish", calls=_module_calls("hardswish"), module=nn.Hardswish)
 def _hardswish(x: Tensor) -> Tensor:
     return F.hardswish(x)
 
 
-@register_activation("hardsigmoid", calls=_module_calls("hardsigmoid"))
+@register_activation("hardsigmoid", calls=_module_calls("hardsigmoid"), module=nn.Hardsigmoid)
 def _hardsigmoid(x: Tensor) -> Tensor:
     return F.hardsigmoid(x)
 
 
-@register_activation("hardtanh", calls=_module_calls("hardtanh", "min_val", "max_val"))
+@register_activation(
+    "hardtanh", calls=_module_calls("hardtanh", "min_val", "max_val"), module=nn.Hardtanh
+)
 def _hardtanh(x: Tensor, min_val: float = -1.0, max_val: float = 1.0) -> Tensor:
     return F.hardtanh(x, min_val, max_val)
 
 
-@register_activation("threshold", calls=_module_calls("threshold", "threshold", "value"))
+@register_activation(
+    "threshold", calls=_module_calls("threshold", "threshold", "value"), module=nn.Threshold
+)
 def _threshold(x: Tensor, threshold: float = 0.0, value: float = 0.0) -> Tensor:
     return F.threshold(x, threshold, value)
 
 
-@register_activation("softplus", calls={F.softplus: ("beta", "threshold")})
+@register_activation("softplus", calls={F.softplus: ("beta", "threshold")}, module=nn.Softplus)
 def _softplus(x: Tensor, beta: float = 1.0, threshold: float = 20.0) -> Tensor:
     return F.softplus(x, beta, threshold)
 
 
-@register_activation("tanh", calls=_methods("tanh") | {F.tanh: ()})
+@register_activation("tanh", calls=_methods("tanh") | {F.tanh: ()}, module=nn.Tanh)
 def _tanh(x: Tensor) -> Tensor:
     return torch.tanh(x)
 
@@ -109,6 +115,7 @@ def _tanh(x: Tensor) -> Tensor:
 @register_activation(
     "sigmoid",
     calls=_methods("sigmoid") | {F.sigmoid: (), torch.special.expit: ()},
+    module=nn.Sigmoid,
 )
 def _sigmoid(x: Tensor) -> Tensor:
     return torch.sigmoid(x)

@@ -24,6 +24,7 @@ class _Entry:
     value: Value
     defaults: Mapping[str, Any]
     operands: tuple[str, ...]
+    module: type[nn.Module] | None = None
 
 
 _REGISTRY: dict[str, _Entry] = {}
@@ -95,6 +96,22 @@ class ActivationModule(nn.Module):
         return str(self.activation)
 
 
+def activation_module(activation: str | Activation) -> nn.Module:
+    """The plain module of an activation: torch's own where there is one.
+
+    Tools that go by type (quantisation, fusion, attribution) know that one.
+
+    Examples:
+        >>> activation_module("leaky_relu(negative_slope=0.2)"), activation_module("sin")
+        (LeakyReLU(negative_slope=0.2), ActivationModule(sin))
+    """
+    activation = get_activation(activation)
+    module, parameters = activation._entry.module, dict(activation.parameters)
+    if module is None or "variant" in parameters:  # a variant rounds differently
+        return ActivationModule(activation)
+    return module(**parameters)
+
+
 def _activate(x: Tensor, activation: Activation, *operands: Tensor) -> Tensor:
     """One torch call, as far as the finder can see, whatever the activation consists of."""
     if has_torch_function_unary(x):
@@ -117,6 +134,7 @@ def register_activation(
     *,
     calls: Mapping[Callable[..., Any], tuple[str, ...]] | None = None,
     operands: tuple[str, ...] = (),
+    module: type[nn.Module] | None = None,
 ) -> Callable[[Value], Value]:
     """Register ``value(x, *operands, **parameters)`` as an activation; a decorator.
 
@@ -126,6 +144,8 @@ def register_activation(
             them, each with the names of its positional arguments after the input.
         operands: names of tensors that the value takes after ``x``, such as a learned slope; an
             activation with operands can be a source, not a target.
+        module: a module that computes the same bits and takes the parameters by name, such as
+            ``nn.LeakyReLU``: what `bake` puts where this activation is left.
 
     Returns:
         A decorator that returns the function unchanged.
@@ -150,7 +170,7 @@ def register_activation(
         if missing:
             raise ValueError(f"activation {name!r}: give parameter {missing[0]!r} a default value.")
         defaults = {p.name: p.default for p in parameters}
-        _REGISTRY[name] = _Entry(value, defaults, operands)
+        _REGISTRY[name] = _Entry(value, defaults, operands, module)
         for function, positional in (calls or {}).items():
             _CALLS[function] = (name, positional)
         return value

@@ -20,29 +20,46 @@ _CHUNK = 2**24
 """Elements of the unfolded input that are worked on at a time: 64 MB."""
 
 
-def can_be_refitted(module: nn.Module) -> bool:
-    """Whether a module is a linear layer, or a convolution without groups that pads zeros."""
-    if type(module) is nn.Linear:
-        return True
-    return (
-        type(module) is nn.Conv2d
-        and module.groups == 1
-        and module.padding_mode == "zeros"
-        and not isinstance(module.padding, str)
-    )
-
-
-def layers_to_refit(model: nn.Module) -> list[nn.Module]:
-    """The layers that can be refitted and share no parameter with another module."""
+def layers_to_refit(model: nn.Module) -> tuple[list[nn.Module], dict[nn.Module, str]]:
+    """The linear layers that can be refitted; and the others, each with the reason."""
     shared = sharing_parameters(model)
-    return [m for m in model.modules() if can_be_refitted(m) and m not in shared]
+    layers: list[nn.Module] = []
+    left: dict[nn.Module, str] = {}
+    for module in model.modules():
+        if isinstance(module, nn.Linear | nn.modules.conv._ConvNd):
+            if reason := _why_not(module, module in shared):
+                left[module] = reason
+            else:
+                layers.append(module)
+    return layers, left
+
+
+def _why_not(module: nn.Linear | nn.modules.conv._ConvNd, is_shared: bool) -> str | None:
+    """Why a layer cannot be refitted, in a few words; None where it can."""
+    weight = module._parameters.get("weight")
+    if weight is None or module._forward_pre_hooks:
+        return "its weight is computed at each call"  # weight norm, pruning
+    if type(module) not in (nn.Linear, nn.Conv2d):
+        return f"a {type(module).__name__}"
+    if type(weight) is not nn.Parameter:
+        return f"its weight is a {type(weight).__name__}"
+    if not weight.requires_grad:
+        return "frozen"
+    if is_shared:
+        return "it shares a parameter"
+    if isinstance(module, nn.Conv2d):
+        if module.groups > 1:
+            return "a grouped convolution"
+        if isinstance(module.padding, str) or module.padding_mode != "zeros":
+            return "its padding"
+    return None
 
 
 class LayerFit:
     """``min |W' x' + d - W x|^2 + ridge * |W' - W|^2`` over batches, ``x`` the original input.
 
     Args:
-        layer: a layer that `can_be_refitted`.
+        layer: one of `layers_to_refit`.
         ridge: as a share of the mean square of the inputs.
         offset: fit ``d`` of a layer that has no bias, for a batch norm behind it to take; the
             ``d`` of a layer that has a bias is always fitted.
@@ -118,7 +135,7 @@ def refit_layer(
 
     Args:
         networks: both networks.
-        layer: a layer that `can_be_refitted`.
+        layer: one of `layers_to_refit`.
         calls: how often it runs on a batch.
         transferred: the sites that are fitted already.
         norm: the batch norm behind it, which takes the offset of a layer without a bias.

@@ -61,9 +61,11 @@ def match_targets(
             labels drawn from its answers, as in second-order quantisation; it takes a backward pass
             per site and batch. On an image classifier this was worse than None. It is here for
             networks with rare outputs: a toy detector of a rare event found 19 % of the events
-            after ``refit=True``, and 100 % with gradient weights, which alone rescued it.
+            after ``refit=True``, and 100 % with gradient weights.
         refit: also refit each linear layer and ordinary convolution behind a site, by least
-            squares, such that its outputs come near those of the original network. The new weights
+            squares, so that its outputs stay close to those of the original network. Layers whose
+            weight is not a plain trainable parameter of their own are left alone; the report names
+            them. The new weights
             suit the targets and not the sources: as long as gates are at the source, **the outputs
             are wrong, and swap_targets(model) has to be the next call**. The report says so. (Or
             swap first: a swapped network can be matched and refitted, too.)
@@ -93,7 +95,7 @@ def match_targets(
     units = _without_kept(select_units(model, include, exclude))
     networks = TwoNetworks(model, list(units.values()), as_batches(batches, model))
     before = {unit: _numbers(unit) for unit in units.values()}
-    refitted: list[nn.Module] = []
+    refitted: dict[nn.Module, str | None] = {}
     try:
         with prediction_mode(model):
             rows = tuple(_fit_in_order(networks, units, weights, refitted if refit else None))
@@ -102,9 +104,11 @@ def match_targets(
         for unit, numbers in before.items():
             _put_back(unit, numbers)
         raise
-    paths = tuple(path for path, module in model.named_modules() if module in refitted)
+    reasons = {p: refitted[m] for p, m in model.named_modules() if m in refitted}
+    paths = tuple(path for path, reason in reasons.items() if reason is None)
+    left = {path: reason for path, reason in reasons.items() if reason is not None}
     waiting = any(bool((unit.gate.predict() != 0).all()) for unit in units.values())
-    report = MatchReport(rows, paths, needs_swap=bool(paths) and waiting)
+    report = MatchReport(rows, paths, left, needs_swap=bool(paths) and waiting)
     warn_of_poor_fits(report, stacklevel=3)
     return report
 
@@ -121,17 +125,20 @@ def _fit_in_order(
     networks: TwoNetworks,
     units: dict[str, GatedActivation],
     weights: str | None,
-    refitted: list[nn.Module] | None,
+    refitted: dict[nn.Module, str | None] | None,
 ) -> Iterator[MatchRow]:
-    """Fit each site and, unless ``refitted`` is None, each layer behind one; a row per site."""
+    """Fit each site and, unless ``refitted`` is None, each layer behind one; a row per site.
+
+    ``refitted`` gets these layers, with the reason where one was left alone.
+    """
     first = networks.batches[0]
     wanted = networks.log_probabilities(first)
     paths = {unit: path for path, unit in units.items()}
 
     # Find out what runs, how often, and which batch norms can take an offset.
-    layers = [] if refitted is None else layers_to_refit(networks.model)
+    layers, left = ([], {}) if refitted is None else layers_to_refit(networks.model)
     norms = norms_behind(networks.model, layers, lambda: networks.run(first)) if layers else {}
-    calls_of = networks.count_calls([*units.values(), *layers])
+    calls_of = networks.count_calls([*units.values(), *layers, *left])
 
     done: set[GatedActivation] = set()
     for module, calls in calls_of.items():
@@ -148,8 +155,9 @@ def _fit_in_order(
             divergence = _divergence(networks.log_probabilities(first, done, "now"), wanted)
             yield _row(paths[module], module, solution, inputs, divergence)
         elif done and refitted is not None:
-            refit_layer(networks, module, calls, done, norms.get(module))
-            refitted.append(module)
+            refitted[module] = left.get(module)
+            if module not in left:
+                refit_layer(networks, module, calls, done, norms.get(module))
 
     # List what did not run.
     for unit in paths.keys() - done:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from transfer_surgery.reports import Column, Table
@@ -52,6 +53,7 @@ class MatchReport(Table[MatchRow]):
     Args:
         rows: one per site.
         refitted: paths of the layers whose weights were refitted.
+        left: layers behind a site that were not refitted, and why.
         needs_swap: whether the outputs are wrong until `swap_targets` is called: layers were
             refitted to the targets while gates are at the source.
     """
@@ -65,20 +67,28 @@ class MatchReport(Table[MatchRow]):
         Column("divergence", "KL", ".4f"),
     )
     refitted: tuple[str, ...] = ()
+    left: Mapping[str, str] = field(default_factory=dict)
     needs_swap: bool = False
 
     def notes(self) -> tuple[str, ...]:
-        if not self.refitted:
-            return ()
-        layers = "1 layer was" if len(self.refitted) == 1 else f"{len(self.refitted)} layers were"
-        wrong = "; the outputs are wrong until you call swap_targets(model)" * self.needs_swap
-        return (f"{layers} refitted to these targets{wrong}.",)
+        notes = []
+        if self.refitted:
+            wrong = "; the outputs are wrong until you call swap_targets(model)" * self.needs_swap
+            notes.append(f"{_layers(len(self.refitted))} refitted to these targets{wrong}.")
+        if self.left:
+            named = ", ".join(f"{path} ({reason})" for path, reason in self.left.items())
+            notes.append(f"{_layers(len(self.left))} not refitted: {named}.")
+        return tuple(notes)
 
     def plot(self, ax: Axes | None = None) -> Axes:
         """`transfer_surgery.reports.plot_match` of this report."""
         from transfer_surgery.reports import plot_match
 
         return plot_match(self, ax)
+
+
+def _layers(count: int) -> str:
+    return "1 layer was" if count == 1 else f"{count} layers were"
 
 
 def warn_of_poor_fits(report: MatchReport, stacklevel: int) -> None:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from transfer_surgery._sharding import check_not_sharded
-from transfer_surgery.activations import Activation, ActivationModule
+from transfer_surgery.activations import Activation, ActivationModule, activation_module
 from transfer_surgery.surgery.insertion import share_hooks, swap_children
 from transfer_surgery.units import (
     FittedActivation,
@@ -70,7 +70,8 @@ def bake(model: nn.Module, harden: bool = False) -> nn.Module:
     """Replace every gated unit by what it computes in eval mode, in place.
 
     A site whose gates are all 1 gets its original activation back. One whose gates are all 0
-    becomes the target activation, with its parameters where it was matched. Any other becomes a
+    becomes the target activation: torch's own module where there is one, with its fitted numbers
+    where it was matched. Any other becomes a
     `MixedActivation`. Outputs equal the eval outputs of the gated model: bit for bit where all
     gates are 0 or 1, to rounding otherwise. The baked model computes the same in training mode:
     nothing is sampled any more. `fold_targets` then moves fitted numbers into the layers around.
@@ -113,11 +114,18 @@ def plain_module(unit: GatedActivation, z: Tensor) -> nn.Module:
     if bool((z == 1).all()):
         if unit.replaced:
             return unit.replaced[0]
-        plain: nn.Module = ActivationModule(unit.source)
+        plain = _plain_activation(unit, unit.source)
     elif bool((z == 0).all()):
-        fitted = unit.fitted
-        plain = FittedActivation(unit.target, fitted) if fitted else ActivationModule(unit.target)
+        if unit.fitted is not None:
+            plain = FittedActivation(unit.target, unit.fitted)
+        else:
+            plain = _plain_activation(unit, unit.target)
     else:
         z = z.clone()
         plain = MixedActivation(unit.source, unit.target, z, unit.granularity, unit.fitted)
     return _Overwriting(plain) if unit.overwrites_input else plain
+
+
+def _plain_activation(unit: GatedActivation, activation: Activation) -> nn.Module:
+    # A site whose source takes tensors passes them on to whatever stands there.
+    return ActivationModule(activation) if unit.source.operands else activation_module(activation)

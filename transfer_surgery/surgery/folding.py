@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from transfer_surgery._running import call_model, logits_of, prediction_mode, to_device_of
-from transfer_surgery.activations import ActivationModule
+from transfer_surgery.activations import activation_module
 from transfer_surgery.reports import Column, Table
 from transfer_surgery.surgery.fold_neighbours import CONVOLUTIONS, Neighbours, find_neighbours
 from transfer_surgery.surgery.insertion import share_hooks, swap_children
@@ -126,7 +126,7 @@ def fold_targets(model: nn.Module, example_input: Any) -> FoldReport:
             changed.undo()
             raise
     plain: dict[nn.Module, nn.Module] = {
-        site: ActivationModule(site.activation).train(site.training)
+        site: activation_module(site.activation).train(site.training)
         for site in sites.values()
         if not any(True for _ in site.parameters())
     }
