@@ -52,6 +52,12 @@ def log_probabilities(logits: Tensor, temperature: float = 1.0) -> Tensor:
     return F.log_softmax(rows / temperature, -1)
 
 
+def kl_divergence(now: Tensor, wanted: Tensor) -> Tensor:
+    """Mean KL divergence of answers from the wanted ones, both as `log_probabilities`."""
+    # Rounding can put it below zero, which no divergence is.
+    return F.kl_div(now, wanted, log_target=True, reduction="batchmean").clamp_min(0)
+
+
 @contextmanager
 def prediction_mode(model: nn.Module) -> Iterator[None]:
     """Evaluation mode without gradients; then every module is in the mode in which it was.

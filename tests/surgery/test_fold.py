@@ -285,7 +285,7 @@ def test_a_failure_leaves_the_model_as_it_was(monkeypatch):
 
 def test_gates_are_refused():
     model = convert(images(), "sin", example_input=IMAGES)
-    with pytest.raises(ValueError, match=r"1: there are still gates; call bake\(model\) first"):
+    with pytest.raises(ValueError, match=r"still has gates at 1 sites, such as '1': call bake"):
         fold_targets(model, IMAGES)
 
 

@@ -185,7 +185,7 @@ class Tracker:
 
     def _match(self, record: Record, inplace: bool) -> Match | None:
         for formula in _FORMULAS.get(record.label, ()):
-            bound = _fit(formula.term, record, _Bound({}))
+            bound = _bind(formula.term, record, _Bound({}))
             if bound is None:
                 continue
             names = dict(bound.names)
@@ -208,7 +208,7 @@ class Tracker:
         return None
 
 
-def _fit(part: Any, given: Any, bound: _Bound) -> _Bound | None:
+def _bind(part: Any, given: Any, bound: _Bound) -> _Bound | None:
     """Bind the names in a part of a formula to what was given there."""
     if isinstance(part, str):
         known = bound.names.setdefault(part, given)
@@ -227,7 +227,7 @@ def _fit(part: Any, given: Any, bound: _Bound) -> _Bound | None:
         for one, operand in zip(part.operands, operands, strict=False):
             if isinstance(one, _Term) and isinstance(operand, Record) and trial is not None:
                 trial = trial._replace(inner=(*trial.inner, (given, operand)))
-            trial = None if trial is None else _fit(one, operand, trial)
+            trial = None if trial is None else _bind(one, operand, trial)
         if trial is not None and len(part.operands) == len(operands):
             return trial
     return None

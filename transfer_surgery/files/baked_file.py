@@ -100,7 +100,7 @@ def load_baked(file: str | os.PathLike[str]) -> nn.Module:
             if not ((z >= 0) & (z <= 1)).all():
                 raise ValueError(f"{file}: {state_key(path, name)} has values outside 0 to 1.")
     insert_modules(model, plan, plain)
-    _fit_parameters(model, tensors)
+    _drop_folded(model, tensors)
     load_weights(model, tensors, file)
     return model
 
@@ -124,7 +124,7 @@ def _plain(file: Path, path: str, config: Config, site: Site, outcome: Any) -> n
     return plain_module(unit, z)
 
 
-def _fit_parameters(model: nn.Module, tensors: dict[str, Tensor]) -> None:
+def _drop_folded(model: nn.Module, tensors: dict[str, Tensor]) -> None:
     """Take away the numbers that `fold_targets` moved, and add the biases that it made."""
     for path, module in model.named_modules():
         for name, parameter in module._parameters.items():

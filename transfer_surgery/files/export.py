@@ -15,7 +15,7 @@ from torch.utils import _pytree as pytree
 
 from transfer_surgery._running import prediction_mode, to_device_of
 from transfer_surgery.sites import example_arguments, fake_arguments
-from transfer_surgery.units import GatedActivation
+from transfer_surgery.surgery import check_no_gates
 
 _Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 
@@ -79,7 +79,7 @@ def export_onnx(
         ValueError: the model still has gates, or there is no tensor in `example_input`.
         RuntimeError: torch cannot export the model, or the model fixes the batch size.
     """
-    _refuse_gates(model)
+    check_no_gates(model)
     try:
         import onnx  # noqa: F401 - torch imports both, and names neither when it cannot
         import onnxscript  # noqa: F401
@@ -104,19 +104,10 @@ def _arguments(model: nn.Module, example_input: Any) -> _Arguments:
 
     `torch.export` takes an axis of length 1 in the example for one that always has this length.
     """
-    _refuse_gates(model)
+    check_no_gates(model)
     batch = to_device_of(model, example_input)
     args, kwargs = fake_arguments(example_arguments(batch), None, True)
     return args, kwargs
-
-
-def _refuse_gates(model: nn.Module) -> None:
-    gated = [path for path, m in model.named_modules() if isinstance(m, GatedActivation)]
-    if gated:
-        raise ValueError(
-            f"{type(model).__name__} still has gates at {len(gated)} sites, such as "
-            f"{gated[0]!r}: call bake(model) first."
-        )
 
 
 def _trace(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> ExportedProgram:

@@ -8,10 +8,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
-from transfer_surgery._running import as_batches, prediction_mode
+from transfer_surgery._running import as_batches, kl_divergence, prediction_mode
 from transfer_surgery._sharding import check_not_sharded
 from transfer_surgery.matching.two_networks import TwoNetworks
 from transfer_surgery.reports import Column, Table
@@ -100,8 +99,7 @@ def sensitivity(
             count += wanted.shape[0]
             for path, unit in units.items():
                 now = networks.log_probabilities(batch, {unit})
-                # Rounding can put it below zero, which no divergence is.
-                kl = F.kl_div(now, wanted, log_target=True, reduction="sum").clamp_min(0)
+                kl = kl_divergence(now, wanted) * wanted.shape[0]
                 changed = (now.argmax(1) != wanted.argmax(1)).sum()
                 found[path] += torch.stack([kl.double(), changed.double()]).cpu()
     rows = []

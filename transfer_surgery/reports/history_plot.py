@@ -12,6 +12,7 @@ from transfer_surgery.reports.axes import (
     height_of,
     row_labels,
 )
+from transfer_surgery.reports.transfer_report import by_stage
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -54,7 +55,7 @@ def plot_history(history: History, ax: Axes | None = None) -> Axes:
     if "lr" in history.value_names():
         strips["lr"] = history.value("lr")
     sites = len(history.paths)
-    stages = _stages(history)
+    stages = by_stage(history.stages, range(sites))
     rows = [i for members in stages.values() for i in members]
     above = (_STRIP_INCHES + _GAP_INCHES) * len(strips)
     ax = ax or axes_for_lines(sites, above)
@@ -71,14 +72,6 @@ def plot_history(history: History, ax: Axes | None = None) -> Axes:
     # Strips, stages and colour bar take a part of its room.
     _draw_around(ax, mesh, steps, strips, stages)
     return ax
-
-
-def _stages(history: History) -> dict[str, list[int]]:
-    """The numbers of the sites of each stage, in the order in which the stages appear."""
-    stages: dict[str, list[int]] = {}
-    for i, stage in enumerate(history.stages):
-        stages.setdefault(stage, []).append(i)
-    return stages
 
 
 def _draw_around(

@@ -6,9 +6,9 @@ A gate whose prediction is exactly 0 is *transferred* (pure target), one at exac
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 _GROUPINGS = ("site", "stage")
+_Member = TypeVar("_Member")
 
 
 @dataclass(frozen=True)
@@ -153,7 +154,8 @@ def report(model: nn.Module | Mapping[str, GatedActivation], *, by: str = "site"
     rows = tuple(_row(path, unit, *n) for (path, unit), n in zip(units, numbers, strict=True))
     total = _sum("total", rows)
     if by == "stage":
-        rows = tuple(_sum(stage, members) for stage, members in _stages(units, rows).items())
+        stages = by_stage((stage_of(path, unit) for path, unit in units), rows)
+        rows = tuple(_sum(stage, members) for stage, members in stages.items())
     return Report(rows, total, by)
 
 
@@ -186,13 +188,16 @@ def _row(
     )
 
 
-def _stages(
-    units: Sequence[tuple[str, GatedActivation]], rows: Sequence[ReportRow]
-) -> dict[str, list[ReportRow]]:
-    """The rows of each stage, in the order in which the stages appear."""
-    members: dict[str, list[ReportRow]] = {}
-    for (path, unit), row in zip(units, rows, strict=True):
-        members.setdefault(stage_of(path, unit), []).append(row)
+def by_stage(stages: Iterable[str], of: Iterable[_Member]) -> dict[str, list[_Member]]:
+    """What belongs to each stage, in the order in which the stages appear.
+
+    Args:
+        stages: the stage of each member.
+        of: the members.
+    """
+    members: dict[str, list[_Member]] = {}
+    for stage, member in zip(stages, of, strict=True):
+        members.setdefault(stage, []).append(member)
     return members
 
 

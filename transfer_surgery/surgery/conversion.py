@@ -18,6 +18,7 @@ from transfer_surgery.sites import (
     stages_of,
     undisturbed,
 )
+from transfer_surgery.surgery.checks import check_model
 from transfer_surgery.surgery.encoder_fast_path import reopen_fused_paths
 from transfer_surgery.surgery.insertion import (
     insert_units,
@@ -25,7 +26,6 @@ from transfer_surgery.surgery.insertion import (
     share_hooks,
     swap_children,
 )
-from transfer_surgery.surgery.refuse import check_model
 from transfer_surgery.units import (
     GatedActivation,
     GateSettings,

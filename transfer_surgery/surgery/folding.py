@@ -15,9 +15,10 @@ from torch import Tensor, nn
 from transfer_surgery._running import call_model, logits_of, prediction_mode, to_device_of
 from transfer_surgery.activations import activation_module
 from transfer_surgery.reports import Column, Table
+from transfer_surgery.surgery.checks import check_no_gates
 from transfer_surgery.surgery.fold_neighbours import CONVOLUTIONS, Neighbours, find_neighbours
 from transfer_surgery.surgery.insertion import share_hooks, swap_children
-from transfer_surgery.units import FittedActivation, GatedActivation
+from transfer_surgery.units import FittedActivation
 
 
 @dataclass(frozen=True)
@@ -110,9 +111,7 @@ def fold_targets(model: nn.Module, example_input: Any) -> FoldReport:
         )
     """
     sites = {p: m for p, m in model.named_modules() if isinstance(m, FittedActivation)}
-    gated = [path for path, m in model.named_modules() if isinstance(m, GatedActivation)]
-    if gated:
-        raise ValueError(f"{', '.join(gated[:3])}: there are still gates; call bake(model) first.")
+    check_no_gates(model)
     batch = to_device_of(model, example_input)
     count = sum(p.numel() for p in model.parameters())
     changed = _Changes()

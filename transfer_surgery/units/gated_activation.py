@@ -13,7 +13,7 @@ from transfer_surgery.units.fitted_target import TargetParameters
 from transfer_surgery.units.gates import Gate
 from transfer_surgery.units.granularity import Granularity, PerLayer
 from transfer_surgery.units.kernels import gated
-from transfer_surgery.units.recompute import with_recipes
+from transfer_surgery.units.recompute import with_remakes
 
 
 class GatedActivation(nn.Module):
@@ -134,7 +134,7 @@ class GatedActivation(nn.Module):
             numbers=None if self.fitted is None else self.fitted.expand(x),
             in_place=self.training and self.inplace,
         )
-        return with_recipes(function, x, self.granularity.expand(z, x))
+        return with_remakes(function, x, self.granularity.expand(z, x))
 
     def _check_size(self, x: Tensor) -> None:
         """Raise a ValueError where the input has another size than the gates were made for."""

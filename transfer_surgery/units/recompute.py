@@ -2,7 +2,7 @@
 
 A ReLU in place leaves one tensor behind, which the next convolution keeps as well. A gated unit
 reads its input in backward: a second one. While a model with this switched on runs forward, its
-tensors that autograd saves are replaced by recipes where they can be made again from others that
+tensors that autograd saves are replaced by remakes, functions that make them again from others that
 are saved anyway: the input of a unit behind a batch norm from the input of the norm, the output of
 any other unit from the unit's input.
 """
@@ -20,8 +20,8 @@ from torch import Tensor, nn
 
 from transfer_surgery.units.kernels import values_readable
 
-Recipe = Callable[[], Tensor]
-_current: ContextVar[tuple[_Recipes, ...]] = ContextVar("recipes", default=())
+Remake = Callable[[], Tensor]
+_current: ContextVar[tuple[_Remakes, ...]] = ContextVar("remakes", default=())
 
 
 def recompute_activations(model: nn.Module, enabled: bool = True) -> nn.Module:
@@ -29,11 +29,11 @@ def recompute_activations(model: nn.Module, enabled: bool = True) -> nn.Module:
 
     It costs an element-wise pass per site in backward. Gradients are those without it, to rounding:
     the output of a batch norm is computed again from the statistics that it kept. A norm whose
-    ``bias`` is frozen is left alone. Compiled models need it not (the compiler decides what to
-    keep) and ignore it, and `torch.func` transforms do not run with it.
+    ``bias`` is frozen is left alone. Recomputation has no effect on compiled models, where
+    the compiler decides what to keep. `torch.func` transforms do not run with it.
 
     Args:
-        model: a converted model, or a part of it; what is called, not a wrapper around it.
+        model: a converted model or a part of it: the module that you call, not a wrapper around it.
         enabled: on or off.
 
     Returns:
@@ -57,8 +57,8 @@ def recompute_activations(model: nn.Module, enabled: bool = True) -> nn.Module:
     return model
 
 
-def with_recipes(function: Callable[..., Tensor], x: Tensor, *gates: Tensor | None) -> Tensor:
-    """``function(x, *gates)`` of a unit; in a run with recomputation one of these gets a recipe.
+def with_remakes(function: Callable[..., Tensor], x: Tensor, *gates: Tensor | None) -> Tensor:
+    """``function(x, *gates)`` of a unit; with recomputation its input or its result gets a remake.
 
     Args:
         function: the gated activation; it draws no random numbers.
@@ -69,59 +69,59 @@ def with_recipes(function: Callable[..., Tensor], x: Tensor, *gates: Tensor | No
     # Other kinds of tensors (sharded ones) have no place in memory by which to know them.
     if not (running and torch.is_grad_enabled() and type(x) is Tensor):
         return function(x, *gates)
-    recipes, of_input = running[-1], _output_of_norm(x)
+    remakes, of_input = running[-1], _output_of_norm(x)
     if of_input is not None:
-        recipes.know(x, of_input)
+        remakes.know(x, of_input)
     y = function(x, *gates)
     if of_input is None and not _at_source(gates[0]):
         given = [None if t is None else t.detach() for t in (x, *gates)]
-        recipes.know(y, lambda: function(*given))
+        remakes.know(y, lambda: function(*given))
     return y
 
 
 def _at_source(gates: Tensor | None) -> bool:
-    """Where all gates are 1, as far as one may look: a ReLU keeps its output, not its input."""
+    """Whether all gates are known to be 1; a ReLU then keeps its output instead of its input."""
     return gates is not None and values_readable(gates) and bool((gates == 1).all())
 
 
 def _begin(module: nn.Module, args: tuple[Any, ...]) -> None:
     if torch.compiler.is_compiling():
         return
-    recipes = _Recipes()
-    recipes.__enter__()
-    _current.set((*_current.get(), recipes))
+    remakes = _Remakes()
+    remakes.__enter__()
+    _current.set((*_current.get(), remakes))
 
 
 def _end(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
     if torch.compiler.is_compiling():
         return
-    *outer, recipes = _current.get()
+    *outer, remakes = _current.get()
     _current.set(tuple(outer))
-    recipes.__exit__()
+    remakes.__exit__()
 
 
-class _Recipes(torch.autograd.graph.saved_tensors_hooks):
+class _Remakes(torch.autograd.graph.saved_tensors_hooks):
     """How to make tensors again that autograd is about to save in one run of a model."""
 
     def __init__(self) -> None:
         super().__init__(self._pack, _unpack)
         # Autograd hands over aliases of the tensors: they are known by their place in memory,
         # which is theirs while the tensor lives.
-        self._known: dict[tuple[Any, ...], tuple[weakref.ref[Tensor], int, Recipe]] = {}
+        self._known: dict[tuple[Any, ...], tuple[weakref.ref[Tensor], int, Remake]] = {}
 
-    def know(self, tensor: Tensor, recipe: Recipe) -> None:
-        """Where this tensor would be saved, the recipe is."""
-        self._known[_place(tensor)] = weakref.ref(tensor), tensor._version, recipe
+    def know(self, tensor: Tensor, remake: Remake) -> None:
+        """Save this remake instead of the tensor."""
+        self._known[_place(tensor)] = weakref.ref(tensor), tensor._version, remake
 
-    def _pack(self, saved: Tensor) -> Recipe:
-        original, version, recipe = self._known.get(_place(saved), (None, 0, None))
+    def _pack(self, saved: Tensor) -> Remake:
+        original, version, remake = self._known.get(_place(saved), (None, 0, None))
         tensor = None if original is None else original()
-        if tensor is not None and tensor._version == version and recipe is not None:
+        if tensor is not None and tensor._version == version and remake is not None:
             shape = saved.shape
             if shape == tensor.shape and saved.stride() == tensor.stride():
-                return recipe
+                return remake
             if saved.is_contiguous() and tensor.is_contiguous():  # linear layers flatten tokens
-                return lambda: recipe().view(shape)
+                return lambda: remake().view(shape)
         return partial(_unchanged, saved, saved._version)
 
 
@@ -135,16 +135,16 @@ def _unchanged(saved: Tensor, version: int) -> Tensor:
     return saved
 
 
-def _unpack(recipe: Recipe) -> Tensor:
+def _unpack(remake: Remake) -> Tensor:
     with torch.no_grad():
-        return recipe()
+        return remake()
 
 
 def _place(tensor: Tensor) -> tuple[Any, ...]:
     return tensor.data_ptr(), tensor.dtype, tensor.numel()
 
 
-def _output_of_norm(x: Tensor) -> Recipe | None:
+def _output_of_norm(x: Tensor) -> Remake | None:
     """How to make the output of a batch norm again from what the norm itself keeps."""
     node: Any = x.grad_fn
     kind = "" if node is None else node.name()
@@ -161,13 +161,13 @@ def _output_of_norm(x: Tensor) -> Recipe | None:
         mean, scale = node._saved_running_mean, (node._saved_running_var + eps).rsqrt()
     like = x.dtype
 
-    def recipe() -> Tensor:
+    def remake() -> Tensor:
         shape = [1, -1, *[1] * (given.dim() - 2)]
         factor = scale if weight is None else scale * weight
         y: Tensor = (given - mean.view(shape)) * factor.view(shape)
         return (y if bias is None else y + bias.view(shape)).to(like)
 
-    return recipe
+    return remake
 
 
 def _parameter(node: Any) -> Tensor | None:

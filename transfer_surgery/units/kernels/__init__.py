@@ -1,11 +1,10 @@
 """Eq. 1 as one formula: in plain tensor code, evaluated again in backward, compiled."""
 
-from transfer_surgery.units.kernels.engine import CHOICES, VARIABLE, compiler_error, kernel_choice
+from transfer_surgery.units.kernels.engine import VARIABLE, compiler_error, kernel_choice
 from transfer_surgery.units.kernels.formula import Numbers, fitted_value, gated_value
 from transfer_surgery.units.kernels.gated import gated, values_readable
 
 __all__ = [
-    "CHOICES",
     "VARIABLE",
     "Numbers",
     "compiler_error",

@@ -1,4 +1,4 @@
-"""check_model: whether a model can be converted, asked before anything is changed."""
+"""Whether a model can be converted, or has been baked; asked before anything is changed."""
 
 from __future__ import annotations
 
@@ -44,6 +44,20 @@ def check_model(model: nn.Module) -> None:
                 "first, or convert once with all sites."
             )
         _check_values(where, module)
+
+
+def check_no_gates(model: nn.Module) -> None:
+    """Raise where a model has not been baked.
+
+    Raises:
+        ValueError: it has gates.
+    """
+    gated = [path for path, m in model.named_modules() if isinstance(m, GatedActivation)]
+    if gated:
+        raise ValueError(
+            f"{type(model).__name__} still has gates at {len(gated)} sites, such as "
+            f"{gated[0]!r}: call bake(model) first."
+        )
 
 
 def _check_values(where: str, module: nn.Module) -> None:
