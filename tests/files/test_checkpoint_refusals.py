@@ -35,6 +35,7 @@ from transfer_surgery import (
 from transfer_surgery.activations import registry as activations
 from transfer_surgery.files import read_gates
 from transfer_surgery.units import gates
+from transfer_surgery.units.gate_kinds import HardConcreteGate
 
 # --- sites that differ ---------------------------------------------------------------------------
 
@@ -244,7 +245,7 @@ def test_activations_and_gates_that_are_not_registered_are_named(file, monkeypat
         pass
 
     @register_gate("checkpoint_gate", MySettings)
-    class Mine(gates.HardConcreteGate):
+    class Mine(HardConcreteGate):
         pass
 
     saved(file, target="bump(width=2.0)", gate="checkpoint_gate")

@@ -14,7 +14,7 @@ from torch import Tensor
 from transfer_surgery import HardConcrete, TransferSchedule
 from transfer_surgery.transfer import project
 from transfer_surgery.units import Gate, make_gate
-from transfer_surgery.units.gates import HardConcreteGate
+from transfer_surgery.units.gate_kinds import HardConcreteGate
 
 SHIFT = -2 / 3 * math.log(0.1 / 1.1)  # P(z != 0) = sigmoid(log_alpha + SHIFT), Eq. 14
 

@@ -19,7 +19,7 @@ from transfer_surgery.units import (
     make_gate,
     registered_gates,
 )
-from transfer_surgery.units.gates import HardConcreteGate
+from transfer_surgery.units.gate_kinds import HardConcreteGate
 
 BETA, XI, ZETA = 2 / 3, -0.1, 1.1  # section 4.2
 

@@ -1,5 +1,6 @@
 """What stands at a site: gates, and ``z * source + (1 - z) * target``."""
 
+import transfer_surgery.units.gate_kinds  # noqa: F401 - registers the gates of the paper
 from transfer_surgery.units.fitted_target import FittedActivation, TargetParameters
 from transfer_surgery.units.gated_activation import GatedActivation
 from transfer_surgery.units.gates import (

@@ -1,8 +1,8 @@
 """Gates: the random variables ``z`` that choose between source (1) and target (0), section 3.3.
 
 A gate module holds one number per gate and answers three questions: a sample for training, the
-value for prediction, and ``P(z != 0)`` for the structural risk. `HardConcreteGate` is the paper's
-proposal; the others are the baselines of section 4.1.
+value for prediction, and ``P(z != 0)`` for the structural risk. The paper's kinds of gates are in
+`gate_kinds`.
 """
 
 from __future__ import annotations
@@ -17,16 +17,8 @@ from torch import Tensor, nn
 
 from transfer_surgery._float32 import Float32Module
 from transfer_surgery._sharding import gathered
-from transfer_surgery.units.hard_concrete import hard_concrete
 from transfer_surgery.units.kernels import values_readable
-from transfer_surgery.units.settings import (
-    Bernoulli,
-    Copy,
-    GateSettings,
-    HardConcrete,
-    Line,
-    SampledSettings,
-)
+from transfer_surgery.units.settings import GateSettings, SampledSettings
 
 GateShape = tuple[int, ...]
 
@@ -226,78 +218,3 @@ class SampledGate(Gate):
         if values_readable(log_alpha) and log_alpha.abs().min().item() >= _CERTAIN:
             return torch.full(shape, 0.5, **like)
         return torch.rand(shape, **like).clamp(2.0**-25, 1 - 2.0**-24)
-
-
-@register_gate("hard_concrete", HardConcrete)
-class HardConcreteGate(SampledGate):
-    """Rectified binary concrete gate, Eq. 10-16 (Louizos et al. 2018).
-
-    Examples:
-        >>> gate = HardConcreteGate((3,))
-        >>> gate.predict()
-        tensor([1., 1., 1.], grad_fn=<ClampBackward1>)
-    """
-
-    settings: HardConcrete
-
-    def sample(self, batch: int) -> Tensor:
-        if self.settings.noise == "none":
-            return self.predict()
-        return self._value(self.draw_noise(batch))
-
-    def predict(self) -> Tensor:
-        return self._value(None)
-
-    def _value(self, eps: Tensor | None) -> Tensor:
-        return hard_concrete(
-            self.full_log_alpha(), eps, self.settings.temperature, self.settings.stretch
-        )
-
-    def logit(self) -> Tensor:
-        xi, zeta = self.settings.stretch
-        return self.full_log_alpha() - self.settings.temperature * math.log(-xi / zeta)  # Eq. 14
-
-
-@register_gate("bernoulli", Bernoulli)
-class BernoulliGate(SampledGate):
-    """``z ~ Bernoulli(sigmoid(log_alpha))``, the paper's `Bern`, with straight-through gradients.
-
-    The prediction is the likelier of 0 and 1, so that conversion changes nothing.
-    """
-
-    straight_through = True
-
-    def sample(self, batch: int) -> Tensor:
-        p = torch.sigmoid(self.full_log_alpha())
-        return (self.draw_noise(batch) < p).to(p.dtype) + (p - p.detach())
-
-    def predict(self) -> Tensor:
-        return (self.full_log_alpha() > 0).float()
-
-
-class _ScheduledGate(Gate):
-    """A gate without parameters: a function of the schedule's `progress` in [0, 1]."""
-
-    learned = False
-
-    def sample(self, batch: int) -> Tensor:
-        return self.predict()
-
-    def probability(self) -> Tensor:
-        return (self.predict() != 0).to(self.progress.dtype)
-
-
-@register_gate("line", Line)
-class LineGate(_ScheduledGate):
-    """``z`` falls linearly from 1 to 0 with the schedule: the paper's `Line`."""
-
-    def predict(self) -> Tensor:
-        return (1 - self.progress).expand(self.shape)
-
-
-@register_gate("copy", Copy)
-class CopyGate(_ScheduledGate):
-    """``z`` is 1 in the first half of the schedule and 0 from then on: the paper's `Copy`."""
-
-    def predict(self) -> Tensor:
-        return (self.progress < 0.5).to(self.progress.dtype).expand(self.shape)
