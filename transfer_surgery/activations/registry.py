@@ -89,7 +89,7 @@ class ActivationModule(nn.Module):
         self.activation = get_activation(activation)
 
     def forward(self, x: Tensor, *operands: Tensor) -> Tensor:
-        # A call site passes what its source needs; a target that took its place needs nothing.
+        # A site passes what its source needs; a target that took its place needs nothing.
         return _activate(x, self.activation, *operands[: len(self.activation.operands)])
 
     def extra_repr(self) -> str:

@@ -12,11 +12,10 @@ from collections.abc import Collection, Iterable, Iterator
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from transfer_surgery._dataflow import norms_behind
-from transfer_surgery._running import as_batches, prediction_mode
+from transfer_surgery._running import as_batches, kl_divergence, prediction_mode
 from transfer_surgery._sharding import check_not_sharded
 from transfer_surgery.matching.layer_refit import layers_to_refit, refit_layer
 from transfer_surgery.matching.least_squares import Inputs, Solution, TargetFit, grouped
@@ -152,8 +151,8 @@ def _fit_in_order(
                 )
             _write(module, solution)
             done.add(module)
-            divergence = _divergence(networks.log_probabilities(first, done, "now"), wanted)
-            yield _row(paths[module], module, solution, inputs, divergence)
+            divergence = kl_divergence(networks.log_probabilities(first, done, "now"), wanted)
+            yield _row(paths[module], module, solution, inputs, divergence.item())
         elif done and refitted is not None:
             refitted[module] = left.get(module)
             if module not in left:
@@ -220,11 +219,6 @@ def _row(
         divergence,
         inputs.count,
     )
-
-
-def _divergence(now: Tensor, wanted: Tensor) -> float:
-    # Rounding can put it below zero, which no divergence is.
-    return F.kl_div(now, wanted, log_target=True, reduction="batchmean").clamp_min(0).item()
 
 
 def _numbers(unit: GatedActivation) -> dict[str, Tensor] | None:
