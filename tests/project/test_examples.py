@@ -133,7 +133,7 @@ def test_the_cifar_resnet_is_that_of_he_et_al(depth: int, parameters: int) -> No
     assert sum(p.numel() for p in model.parameters()) == parameters
     plan = find_activations(model, torch.zeros(1, 3, 32, 32))
     assert len(plan) == depth - 1
-    assert {(site.kind, site.way) for site in plan} == {("function", "fx")}
+    assert {(site.kind, site.way) for site in plan} == {("function", "edit")}
 
 
 def test_crops_are_shifted_windows_of_the_image_or_of_its_mirror() -> None:

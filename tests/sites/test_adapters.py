@@ -115,7 +115,7 @@ def test_the_recipe_decides_about_sites(my_model):
         "head": "output"
     }
     assert plan["mixer.gelu_0"].channel_axis == -1
-    assert plan["blocks.0.relu_0"].way == "fx"
+    assert plan["blocks.0.relu_0"].way == "edit"
     assert plan["blocks.1.relu_0"].reason == "MyZooAdapter leaves FusedBlock as it is"
 
 

@@ -218,11 +218,11 @@ def test_converting_one_caller_of_a_shared_module_leaves_the_other_alone():
     assert torch.equal(model(X), before)
 
 
-def test_owners_that_fx_cannot_trace_are_dispatched_and_the_plan_says_so():
+def test_calls_of_one_place_are_sites_that_take_turns():
     plan = find_activations(Untraceable(), X)
-    assert {site.way for site in plan} == {"dispatch"}
+    assert {site.way for site in plan} == {"edit"}
     assert len(plan) == X.dim()
-    assert "cannot trace" in plan.notes[0]
+    assert not plan.notes
 
 
 def test_sites_of_one_training_mode_are_found():
@@ -359,14 +359,18 @@ def test_the_fused_path_of_transformer_layers_does_not_hide_a_replaced_activatio
     torch.testing.assert_close(layer(x), expected(x))
 
 
-def test_an_owner_whose_trace_cannot_be_written_as_code_is_dispatched_and_the_plan_says_so():
-    class Marked(nn.Module):
-        def forward(self, x, marker=object):
-            return F.relu(x)
-
-    plan = find_activations(Marked(), X)
-    assert plan["relu_0"].way == "dispatch"
-    assert "a default or attribute" in plan.notes[0] or "an argument" in plan.notes[0]
+def test_a_call_without_source_is_intercepted_and_the_plan_says_why():
+    namespace = {"nn": nn, "F": F}
+    code = "class Typed(nn.Module):\n    def forward(self, x):\n        return F.relu(x) - 0.1"
+    exec(compile(code, "<typed>", "exec"), namespace)
+    model = namespace["Typed"]().eval()
+    before = model(X)
+    plan = find_activations(model, X)
+    assert plan["relu_0"].way == "intercept"
+    assert "relu_0: intercepted, because there is no source for <typed>" in plan.notes
+    assert torch.equal(convert(model, plan=plan)(X), before)
+    model.relu_0.log_alpha.data.fill_(-8.0)
+    assert torch.equal(model(X), torch.sin(X) - 0.1)
 
 
 def test_a_step_whose_first_input_is_a_constant_still_depends_on_the_input():

@@ -6,6 +6,7 @@ from transfer_surgery.activations.formulas import (
     Match,
     Record,
     Tracker,
+    may_be_activation,
     overwrites,
     register_formula,
 )
@@ -14,10 +15,12 @@ from transfer_surgery.activations.registry import (
     ActivationModule,
     Call,
     activation_module,
+    argument_names,
     get_activation,
     recognise,
     register_activation,
     registered_activations,
+    registered_name,
 )
 
 __all__ = [
@@ -28,10 +31,13 @@ __all__ = [
     "Record",
     "Tracker",
     "activation_module",
+    "argument_names",
     "get_activation",
+    "may_be_activation",
     "overwrites",
     "recognise",
     "register_activation",
     "register_formula",
     "registered_activations",
+    "registered_name",
 ]

@@ -21,6 +21,7 @@ from transfer_surgery.activations.registry import (
     get_activation,
     recognise,
     register_variant,
+    registered_name,
 )
 
 _ARITHMETIC = {"mul": "*", "multiply": "*", "add": "+", "sub": "-", "pow": "**"} | {
@@ -250,6 +251,11 @@ def _describe(
     if tensors + numbers != len(args) or tensors < (2 if name in ("max", "maximum") else 1):
         return None
     return _ARITHMETIC[name], args
+
+
+def may_be_activation(function: Any) -> bool:
+    """Whether a torch function may mean an activation, or be a part of one."""
+    return registered_name(function) is not None or _base_name(function) in _ARITHMETIC
 
 
 def _base_name(function: Any) -> str:

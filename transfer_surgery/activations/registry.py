@@ -289,3 +289,16 @@ def _common_name(activation: Activation) -> Activation | None:
         if None in bounds:
             return None
     return activation
+
+
+def argument_names(function: Any) -> tuple[str, ...]:
+    """Names of the positional arguments after the input of a call that means an activation."""
+    return _CALLS[function][1] if registered_name(function) else ()
+
+
+def registered_name(function: Any) -> str | None:
+    """Name of the activation that calls of a torch function may mean."""
+    try:
+        return _CALLS[function][0]
+    except (KeyError, TypeError):  # an unhashable callable is none of ours
+        return None

@@ -1,9 +1,9 @@
 """Which activation calls a model makes, and the code that redirects each of them."""
 
 from transfer_surgery.sites.call_location import CallKey
+from transfer_surgery.sites.caller import Recipe, prepare_recipes, rewritten_class
 from transfer_surgery.sites.find import find_activations
 from transfer_surgery.sites.plan import Plan, Site
-from transfer_surgery.sites.rewrite import Recipe, prepare_rewrites, rewritten_class
 from transfer_surgery.sites.stand_in import (
     example_arguments,
     fake_arguments,
@@ -22,7 +22,7 @@ __all__ = [
     "fake_arguments",
     "find_activations",
     "find_example_input",
-    "prepare_rewrites",
+    "prepare_recipes",
     "probe_copy",
     "rewritten_class",
     "stages_of",

@@ -1,8 +1,8 @@
 """Where in an owner's code a call happens: the identity of a call site.
 
 A call site is the chain of source positions from the owner's ``forward`` down to the call, and its
-count among calls from that chain. The same chain is read when the model runs (finder, dispatch)
-and when fx traces the owner, in either training mode, so all of them mean the same site.
+count among calls from that chain. The finder and the interceptor read the same chain, in either
+training mode, so all of them mean the same site.
 """
 
 from __future__ import annotations
@@ -17,19 +17,18 @@ from typing import NamedTuple
 
 import torch
 import torch.utils.checkpoint
-from torch import fx, nn
+from torch import nn
 
 GENERATED = "<transfer_surgery"
 """Start of the file name of generated code."""
 
-Location = tuple[tuple[str, int, int], ...]
+Location = tuple[tuple[str, int, int, int, int], ...]
 
 # With the separator: torchvision is none of torch's.
 _FOLDERS = (f"{Path(module).parent}{os.sep}" for module in (torch.__file__, __file__))
 _LIBRARY = (*_FOLDERS, GENERATED)
 _MODULE_CALL = nn.Module._call_impl.__code__
 _CHECKPOINT = torch.utils.checkpoint.__file__
-_TRACE = fx.Tracer.trace.__code__
 
 
 class CallKey(NamedTuple):
@@ -50,20 +49,17 @@ class KeyCounter:
         return CallKey(location, self._seen[location] - 1)
 
 
-def locate() -> list[tuple[Location, nn.Module | None]]:
+def locate() -> list[tuple[Location, nn.Module]]:
     """The current call seen from each module on the stack, the innermost module first.
 
     Returns:
-        Pairs of the location within a module's own code and that module; the module is None for
-        the owner that fx is tracing.
+        Pairs of the location within a module's own code and that module.
     """
-    found: list[tuple[Location, nn.Module | None]] = []
-    chain: list[tuple[str, int, int]] = []
+    found: list[tuple[Location, nn.Module]] = []
+    chain: list[tuple[str, int, int, int, int]] = []
     frame: FrameType | None = sys._getframe(1)
     while frame is not None:
         code = frame.f_code
-        if code is _TRACE:
-            return [*found, (tuple(chain), None)]
         if code is _MODULE_CALL:
             found.append((tuple(chain), frame.f_locals["self"]))
             chain = []
@@ -85,8 +81,12 @@ def is_checkpointed(owner: nn.Module) -> bool:
     return False
 
 
-def _position(code: CodeType, instruction: int) -> tuple[str, int, int]:
-    """Name, line and column within the function: the same on another machine and Python version."""
+def _position(code: CodeType, instruction: int) -> tuple[str, int, int, int, int]:
+    """Name of a function, and where in it an expression starts and ends.
+
+    Lines count from the function's own: the same on another machine and Python version.
+    """
     positions = itertools.islice(code.co_positions(), instruction // 2, None)
-    line, _, column, _ = next(positions)
-    return code.co_qualname, (line or 0) - code.co_firstlineno, column or 0
+    line, end_line, column, end_column = (number or 0 for number in next(positions))
+    first = code.co_firstlineno
+    return code.co_qualname, line - first, column, end_line - first, end_column

@@ -8,16 +8,17 @@ caller. Nothing of the model is touched and, on fake tensors, nothing is compute
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any
 
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from transfer_surgery.sites.caller import check_edits
 from transfer_surgery.sites.observation import Observation
 from transfer_surgery.sites.observer import Observer
 from transfer_surgery.sites.plan import OwnerCall, Plan, Site
-from transfer_surgery.sites.rewrite import generate_recipe
+from transfer_surgery.sites.route import Expression, unseen_calls
+from transfer_surgery.sites.source import Function
 from transfer_surgery.sites.stand_in import (
     Uncopyable,
     example_arguments,
@@ -25,7 +26,6 @@ from transfer_surgery.sites.stand_in import (
     probe_copy,
     undisturbed,
 )
-from transfer_surgery.sites.trace import Untraceable
 from transfer_surgery.sites.zoo import adapt_sites, find_example_input
 
 
@@ -57,13 +57,13 @@ def find_activations(
     arguments = example_arguments(
         find_example_input(model) if example_input is None else example_input
     )
-    observations, probe, notes = _observe(model, arguments, modes)
-    return _plan(model, probe, observations, notes)
+    observations, notes = _observe(model, arguments, modes)
+    return _plan(model, observations, notes)
 
 
 def _observe(
     model: nn.Module, arguments: Any, modes: Sequence[str]
-) -> tuple[dict[str, Observation], nn.Module, list[str]]:
+) -> tuple[dict[str, Observation], list[str]]:
     """Run the probe in each mode: on fake tensors, or for real where values steer the model."""
     errors: list[Exception] = []
     for fake, double in ((True, True), (True, False), (False, True), (False, False)):
@@ -87,7 +87,7 @@ def _run(
     modes: Sequence[str],
     fake: FakeTensorMode | None,
     double: bool,
-) -> tuple[dict[str, Observation], nn.Module, list[str]]:
+) -> tuple[dict[str, Observation], list[str]]:
     observations: dict[str, Observation] = {}
     notes = []
     for mode in modes:
@@ -100,12 +100,10 @@ def _run(
             if not observations:
                 raise
             notes.append(f"{mode} mode was not examined: {type(error).__name__}: {error}")
-    return observations, probe_copy(model, fake), notes
+    return observations, notes
 
 
-def _plan(
-    model: nn.Module, probe: nn.Module, observations: dict[str, Observation], notes: list[str]
-) -> Plan:
+def _plan(model: nn.Module, observations: dict[str, Observation], notes: list[str]) -> Plan:
     merged: dict[tuple[str, Any], dict[str, Any]] = {}
     for mode, observation in observations.items():
         for event in observation.sites():
@@ -114,8 +112,9 @@ def _plan(
             fields["calls"] = max(fields["calls"], event.calls)
             fields["overwrites_input"] |= event.overwrites_input
             fields["reason"] = fields["reason"] or event.reason
-    calls = _owner_calls(observations)
-    _assign_ways(model, merged)
+    calls = _owner_calls(observations, merged)
+    walked = set[str]().union(*(one.walked for one in observations.values()))
+    _assign_ways(model, merged, walked)
     sites = [
         Site(
             owner=owner,
@@ -126,29 +125,43 @@ def _plan(
         )
         for (owner, key), f in merged.items()
     ]
-    sites = adapt_sites(model, sites)
-    return Plan(tuple(_check_traces(probe, sites, calls, notes)), tuple(notes), calls)
+    sites = check_edits(model, adapt_sites(model, sites), calls)
+    notes += [
+        f"{site.path}: intercepted, because {site.why}"
+        for site in sites
+        if site.way == "intercept" and site.reason is None
+    ]
+    return Plan(tuple(sites), tuple(notes), calls)
 
 
-def _owner_calls(observations: dict[str, Observation]) -> dict[str, OwnerCall]:
-    calls: dict[str, OwnerCall] = {}
-    for observation in observations.values():
-        for owner, (args, kwargs) in observation.arguments.items():
-            if owner in calls:
-                continue
-            seen = {m: o for m, o in observations.items() if owner in o.arguments}
-            calls[owner] = OwnerCall(
-                args,
-                kwargs,
-                children={mode: one.children[owner] for mode, one in seen.items()},
-                keys={mode: frozenset(one.keys[owner]) for mode, one in seen.items()},
-                modules={k: v for one in seen.values() for k, v in one.modules[owner].items()},
-            )
-    return calls
+def _owner_calls(
+    observations: dict[str, Observation], merged: dict[tuple[str, Any], dict[str, Any]]
+) -> dict[str, OwnerCall]:
+    seen = set[Expression]().union(*(one.expressions for one in observations.values()))
+    functions: dict[str, set[Function]] = {}
+    for (owner, _), f in merged.items():
+        if f["route"] is not None:
+            functions.setdefault(owner, set()).update(f["route"].functions)
+    unseen = {owner: unseen_calls(several, seen) for owner, several in functions.items()}
+    owners = dict.fromkeys(owner for one in observations.values() for owner in one.keys)
+    return {
+        owner: OwnerCall(
+            keys={m: frozenset(o.keys[owner]) for m, o in observations.items() if owner in o.keys},
+            modules={
+                path: child
+                for one in observations.values()
+                for path, child in one.modules.get(owner, {}).items()
+            },
+            unseen=unseen.get(owner, ()),
+        )
+        for owner in owners
+    }
 
 
-def _assign_ways(model: nn.Module, merged: dict[tuple[str, Any], dict[str, Any]]) -> None:
-    """Decide how each site is rewritten and where its unit will live."""
+def _assign_ways(
+    model: nn.Module, merged: dict[tuple[str, Any], dict[str, Any]], walked: set[str]
+) -> None:
+    """Decide how each site is redirected and where its unit will live."""
     callers: dict[str, list[tuple[str, Any]]] = {}
     for (owner, key), f in merged.items():
         if f["module"] is not None:
@@ -157,17 +170,21 @@ def _assign_ways(model: nn.Module, merged: dict[tuple[str, Any], dict[str, Any]]
         sites = callers.get(f["module"], [])
         own = [site for site in sites if site[0] == owner]
         if f["module"] is None:
-            f["way"], base = "fx", f["source"].name
+            base = f["source"].name
         elif len(sites) == 1:
-            f["way"], f["path"] = "child", f["module"]
+            f["way"], f["path"], f["why"] = "child", f["module"], None
             continue
         else:
             names = _registered_names(model, owner, f["module"])
             private = len(own) == len(names) and (len(own) == 1 or _runs_in_order(model, owner))
             if private:
                 f["way"], f["path"] = "child", _join(owner, names[own.index((owner, key))])
+                f["why"] = None
                 continue
-            f["way"], base = "fx", names[0] if names else f["module"].rpartition(".")[2]
+            base = names[0] if names else f["module"].rpartition(".")[2]
+        if owner in walked:
+            f["route"], f["why"] = None, "its code walks over its children"
+        f["way"] = "intercept" if f["route"] is None else "edit"
         f["path"] = _free_name(model, owner, base, {g.get("path") for g in merged.values()})
 
 
@@ -192,23 +209,3 @@ def _free_name(model: nn.Module, owner: str, base: str, taken: set[str | None]) 
 
 def _join(owner: str, name: str) -> str:
     return f"{owner}.{name}" if owner else name
-
-
-def _check_traces(
-    probe: nn.Module, sites: list[Site], calls: dict[str, OwnerCall], notes: list[str]
-) -> list[Site]:
-    """Try to rewrite each owner that has to be; dispatch where fx cannot trace it."""
-    dispatched = set()
-    for owner in dict.fromkeys(s.owner for s in sites if s.way == "fx" and s.reason is None):
-        try:
-            owned = [site for site in sites if site.owner == owner]
-            with undisturbed():
-                generate_recipe(probe, owner, calls[owner], owned, {s.path for s in owned})
-        except Untraceable as error:
-            dispatched.add(owner)
-            notes.append(
-                f"{owner or 'the model'}: dispatched by position, fx cannot trace it: {error}"
-            )
-    return [
-        replace(s, way="dispatch") if s.owner in dispatched and s.way == "fx" else s for s in sites
-    ]

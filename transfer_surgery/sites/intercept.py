@@ -1,7 +1,7 @@
-"""Gated units without rewriting: redirect an owner's activation calls while it runs.
+"""Gated units without editing: redirect a caller's activation calls while its own code runs.
 
-Used where torch.fx cannot trace an owner, or where a call differs from what was traced. Slower than
-generated code, and not for ``torch.compile(fullgraph=True)``.
+Used where the source is missing or does not show the call. Slower than edited code, and not for
+``torch.compile(fullgraph=True)``.
 """
 
 from __future__ import annotations
@@ -26,21 +26,21 @@ class Entry(NamedTuple):
     is_module: bool
 
 
-def dispatched_forward(
-    base: type[nn.Module],
+def intercepted_forward(
+    forward: Callable[..., Any],
     owner: nn.Module,
     table: tuple[Entry, ...],
     seen: frozenset[CallKey],
     args: Any,
     kwargs: Any,
 ) -> Any:
-    """Run ``base.forward`` on the owner with its listed activation calls going to their units.
+    """Run ``forward`` on the owner with its listed activation calls going to their units.
 
     An activation call that is not among those `seen` at conversion stays what it is, with a
     warning.
     """
-    with _Dispatch(owner, table, seen):
-        return base.forward(owner, *args, **kwargs)
+    with _Interceptor(owner, table, seen):
+        return forward(owner, *args, **kwargs)
 
 
 def hidden_units(table: tuple[Entry, ...]) -> property:
@@ -50,14 +50,14 @@ def hidden_units(table: tuple[Entry, ...]) -> property:
     def read(self: nn.Module) -> dict[str, nn.Module | None]:
         held: dict[str, nn.Module | None] = vars(self)["_modules"]
         modes = _get_current_function_mode_stack()  # type: ignore[no-untyped-call]
-        if not any(isinstance(mode, _Dispatch) and mode.owner is self for mode in modes):
+        if not any(isinstance(mode, _Interceptor) and mode.owner is self for mode in modes):
             return held
         return {name: child for name, child in held.items() if name not in units}
 
     return property(read, lambda self, value: vars(self).update(_modules=value))
 
 
-class _Dispatch(TorchFunctionMode):
+class _Interceptor(TorchFunctionMode):
     def __init__(
         self, owner: nn.Module, table: tuple[Entry, ...], seen: frozenset[CallKey]
     ) -> None:
@@ -78,7 +78,7 @@ class _Dispatch(TorchFunctionMode):
         else:
             if is_checkpointed(self.owner) and (self.owner.training or torch.is_grad_enabled()):
                 raise RuntimeError(
-                    f"{self.owner.get_submodule(unit).path}: its owner calls it inside "
+                    f"{self.owner.get_submodule(unit).path}: its caller calls it inside "
                     "torch.utils.checkpoint, whose recomputation would not see the gates. Call a "
                     "child module inside checkpoint instead, or convert without this site "
                     "(exclude=)."
@@ -94,11 +94,11 @@ class _Dispatch(TorchFunctionMode):
         if depth is None or depth > 1:
             return None
         inner = places[0][1]
-        if depth == 1 and (inner is None or any(True for _ in inner.children())):
+        if depth == 1 and any(True for _ in inner.children()):
             return None
         key = self._counter.key(places[depth][0])
         if depth == 0 and key not in self._seen:
-            function, line, _ = key.location[0]
+            function, line, *_ = key.location[0]
             warnings.warn(
                 f"{type(self.owner).__name__} calls {activation} ({function}, line {line + 1} of "
                 "it) in a branch that did not run when the model was converted: it has no gates. "

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from transfer_surgery.activations import Activation
 from transfer_surgery.sites.call_location import CallKey, KeyCounter, Location
 from transfer_surgery.sites.plan import ActivationChild
+from transfer_surgery.sites.route import Expression, Route
 
 NOT_LIVE = "it does not depend on the input"
 
@@ -32,6 +33,10 @@ class Event:
     role: str
     reason: str | None
     order: int
+    file: str
+    line: int
+    route: Route | None
+    why: str | None
     module: str | None = None
     overwrites_input: bool = False
     calls: int = 0
@@ -49,19 +54,22 @@ class Event:
 
     def fields(self) -> dict[str, Any]:
         """The part of a `Site` that an event knows."""
-        names = ("source", "kind", "shape", "channel_axis", "inplace", "role", "reason", "module")
+        names: tuple[str, ...] = ("source", "kind", "shape", "channel_axis", "inplace", "role", "reason", "module")
+        names += ("file", "line", "route", "why")
         return {n: getattr(self, n) for n in (*names, "overwrites_input", "calls")}
 
 
 @dataclass
 class Observation:
-    """All sites of one run, the arguments of each owner and the children that it called."""
+    """All sites of one run, and what was seen in the code of each owner."""
 
     events: dict[tuple[str, CallKey], Event] = field(default_factory=dict)
-    arguments: dict[str, tuple[tuple[Any, ...], dict[str, Any]]] = field(default_factory=dict)
-    children: dict[str, tuple[str, ...]] = field(default_factory=dict)
     keys: dict[str, set[CallKey]] = field(default_factory=dict)
     modules: dict[str, dict[str, ActivationChild]] = field(default_factory=dict)
+    expressions: set[Expression] = field(default_factory=set)
+    """Of all activation calls."""
+    walked: set[str] = field(default_factory=set)
+    """Owners whose code looks at the table of their children."""
 
     def sites(self) -> list[Event]:
         """The sites in the order of their first calls; owners are complete in another order."""
@@ -94,7 +102,7 @@ class Frame:
     counter: KeyCounter = field(default_factory=KeyCounter)
     listed: KeyCounter = field(default_factory=KeyCounter)
     events: list[Event] = field(default_factory=list)
-    children: list[nn.Module] = field(default_factory=list)
+    children: int = 0
     keys: list[CallKey] = field(default_factory=list)
     modules: dict[str, ActivationChild] = field(default_factory=dict)
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -26,8 +27,8 @@ from transfer_surgery.activations import (
 )
 from transfer_surgery.sites.call_location import Location, locate
 from transfer_surgery.sites.observation import NOT_LIVE, Event, Frame, Observation
-from transfer_surgery.sites.plan import ActivationChild, Leaf
-from transfer_surgery.sites.stand_in import is_packed
+from transfer_surgery.sites.plan import ActivationChild
+from transfer_surgery.sites.route import Expression, NoRouteError, call_frames, find_route
 from transfer_surgery.sites.tensor_facts import (
     SQUASHING,
     channel_axis,
@@ -68,7 +69,9 @@ class Observer(TorchFunctionMode):
         self._overwritten: dict[int, tuple[Tensor, Event]] = {}
         self._written: dict[int, Tensor] = {}
         self._paths = {id(module): path for path, module in probe.named_modules()}
-        for module in probe.modules():
+        for module in list(probe.modules()):
+            if type(vars(module).get("_modules")) is dict:
+                vars(module)["_modules"] = _Children(module._modules, partial(self._walk, module))
             for tensor in pytree.tree_leaves(vars(module)):  # also those it keeps in plain lists
                 if isinstance(tensor, Tensor):
                     mark_constant(tensor)
@@ -91,14 +94,19 @@ class Observer(TorchFunctionMode):
         places = locate()
         called_from: Location = places[1][0] if len(places) > 1 else ()
         if self._stack:
-            self._stack[-1].children.append(module)
+            self._stack[-1].children += 1
         self._stack.append(Frame(self._paths[id(module)], module, called_from, args, kwargs))
+
+    def _walk(self, module: nn.Module) -> None:
+        if self._stack and self._stack[-1].module is module:
+            self.observation.walked.add(self._stack[-1].path)
 
     def _leave(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         frame = self._stack.pop()
         if self._stack and frame.is_one_activation(output) and self._is_untouched(frame.events[0]):
             caller, event = self._stack[-1], frame.events[0]
             event.owner, event.module, event.kind = caller.path, frame.path, "module"
+            self._trace(event, caller.module, (module, self._names_below(caller.path, frame.path)))
             if event.source.name in _LISTED_NAMES:
                 event.key = caller.draw_listed_key(frame.called_from)
             else:
@@ -114,13 +122,6 @@ class Observer(TorchFunctionMode):
         observation = self.observation
         observation.keys.setdefault(frame.path, set()).update(frame.keys)
         observation.modules.setdefault(frame.path, {}).update(frame.modules)
-        if frame.path not in observation.arguments:
-            template = pytree.tree_map(_stand_in, (frame.args, frame.kwargs), is_leaf=is_packed)
-            names = {id(child): name for name, child in frame.module.named_modules()}
-            observation.arguments[frame.path] = template
-            observation.children[frame.path] = tuple(
-                names.get(id(child), "?") for child in frame.children
-            )
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None
@@ -205,11 +206,41 @@ class Observer(TorchFunctionMode):
             role=role_of(call.activation, x),
             reason=reason,
             order=next(self._order),
+            file="",
+            line=0,
+            route=None,
+            why=None,
             input=x,
             output=out,
         )
+        self._trace(event, frame.module, call, match)
         frame.events.append(event)
         return event
+
+    @staticmethod
+    def _names_below(owner: str, path: str) -> tuple[str, ...] | None:
+        names, above = path.split("."), owner.split(".") if owner else []
+        return tuple(names[len(above) :]) if names[: len(above)] == above else None
+
+    def _trace(
+        self,
+        event: Event,
+        owner: nn.Module,
+        called: Call | tuple[nn.Module, tuple[str, ...] | None],
+        match: Match | None = None,
+    ) -> None:
+        """Note where in the source a call is, and how it can be edited there."""
+        frames = call_frames(owner)
+        if frames:
+            event.file, event.line = frames[-1].f_code.co_filename, frames[-1].f_lineno
+        try:
+            event.route, event.why = find_route(owner, frames, called, match), None
+            end = event.route.end
+            self.observation.expressions.add(Expression(end.function, end.position))
+        except NoRouteError as error:
+            event.route, event.why = None, str(error)
+            if error.expression is not None:
+                self.observation.expressions.add(error.expression)
 
     def _is_untouched(self, event: Event) -> bool:
         """Whether the result of an activation has not been changed in place since."""
@@ -234,7 +265,30 @@ class Observer(TorchFunctionMode):
                     event.overwrites_input = True
 
 
-def _stand_in(value: Any) -> Any:
-    if is_packed(value):
-        return Leaf.PACKED
-    return Leaf.TENSOR if isinstance(value, Tensor) else value
+
+class _Children(dict[str, Any]):
+    """The table of a module's children, which tells when the module's own code walks over it."""
+
+    def __init__(self, held: dict[str, Any], note: Callable[[], None]) -> None:
+        super().__init__(held)
+        self._note = note
+
+    def __iter__(self) -> Iterator[str]:
+        self._note()
+        return super().__iter__()
+
+    def __len__(self) -> int:
+        self._note()
+        return super().__len__()
+
+    def keys(self) -> Any:
+        self._note()
+        return super().keys()
+
+    def values(self) -> Any:
+        self._note()
+        return super().values()
+
+    def items(self) -> Any:
+        self._note()
+        return super().items()

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-import enum
 import math
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from torch import nn
 
 from transfer_surgery.activations import Activation, get_activation
 from transfer_surgery.sites.call_location import CallKey
+from transfer_surgery.sites.route import Expression, Route
 from transfer_surgery.units import Granularity, granularity_of, is_selected, select
 
 ROLES = ("hidden", "gating", "output", "bounding")
@@ -20,25 +21,16 @@ ROLES = ("hidden", "gating", "output", "bounding")
 ``bounding`` keeps coordinates and the like within limits."""
 
 
-class Leaf(enum.Enum):
-    """Stands for a tensor, or a packed sequence, in the arguments of an `OwnerCall`."""
-
-    TENSOR = "tensor"
-    PACKED = "packed sequence"
-
-
 @dataclass(frozen=True)
 class OwnerCall:
-    """How an owner was called: its arguments, with `Leaf.TENSOR` in the place of each tensor."""
+    """What was seen in the code of an owner."""
 
-    args: tuple[Any, ...]
-    kwargs: Mapping[str, Any]
-    children: Mapping[str, tuple[str, ...]]
-    """For each examined mode, the children that the owner called, in order."""
     keys: Mapping[str, frozenset[CallKey]]
     """For each examined mode, the activation calls in the owner's code, sites or not."""
     modules: Mapping[str, ActivationChild]
     """The activation modules that the owner called, by their paths in the model."""
+    unseen: tuple[tuple[Expression, str], ...] = ()
+    """Activation calls that are written in functions to edit, but did not run."""
 
 
 class ActivationChild(NamedTuple):
@@ -65,8 +57,12 @@ class Site:
         overwrites_input: whether the overwritten input is read again later.
         calls: how often it runs in one forward.
         modes: the training modes in which it runs, of ``("eval", "train")``.
-        way: ``"child"`` (a child module is replaced), ``"fx"`` (the owner's forward is rewritten)
-            or ``"dispatch"`` (calls are redirected by position while the owner runs).
+        file: the source file with the call; empty where there is none.
+        line: its line there.
+        way: ``"child"`` (a child module is replaced), ``"edit"`` (the call is replaced in the
+            source of the function that makes it) or ``"intercept"`` (the call is redirected while
+            the original code runs).
+        why: why the call is not edited; None where it is, and for children.
         reason: why it cannot be converted; None where it can.
         module: path of the activation module that is called, None for functions and methods.
         owner_type: type of the owner.
@@ -85,12 +81,16 @@ class Site:
     overwrites_input: bool
     calls: int
     modes: tuple[str, ...]
+    file: str
+    line: int
     way: str
+    why: str | None
     reason: str | None
     module: str | None
     owner_type: type[nn.Module]
     module_type: type[nn.Module] | None
     key: CallKey = field(repr=False)
+    route: Route | None = field(repr=False, default=None)
 
     def gate_shape(self, granularity: str | Granularity) -> tuple[int, ...]:
         """Shape of the gates: ``(1,)`` per layer, ``(C,)`` per channel, or the feature shape."""
@@ -118,7 +118,7 @@ class Plan:
     Attributes:
         sites: all sites found, convertible or not; those that only run in training come last.
         notes: what could not be examined, and why.
-        calls: for each owner, how it was called; needed to rewrite it.
+        calls: for each owner, what was seen in its code.
     """
 
     sites: tuple[Site, ...]
@@ -205,7 +205,7 @@ class Plan:
         return f"Asked for roles={roles}; the sites found are:\n{self}"
 
     def __str__(self) -> str:
-        header = ("path", "activation", "kind", "role", "shape", "axis", "calls", "way")
+        header = ("path", "activation", "kind", "role", "shape", "axis", "calls", "where", "way")
         rows = [
             (
                 site.path,
@@ -215,6 +215,7 @@ class Plan:
                 "x".join(map(str, site.shape)),
                 str(site.channel_axis),
                 str(site.calls),
+                f"{Path(site.file).name}:{site.line}" if site.file else "",
                 site.way if site.reason is None else f"not converted: {site.reason}",
             )
             for site in self.sites

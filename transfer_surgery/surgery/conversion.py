@@ -14,7 +14,7 @@ from transfer_surgery.sites import (
     Plan,
     Site,
     find_activations,
-    prepare_rewrites,
+    prepare_recipes,
     stages_of,
     undisturbed,
 )
@@ -129,7 +129,7 @@ def convert(
     }
     # Generate the code that calls them, then put both in.
     with undisturbed():
-        recipes = prepare_rewrites(model, whole, paths)
+        recipes = prepare_recipes(model, whole, paths)
     insert_units(model, whole, units, recipes)
     return model
 

@@ -1,0 +1,200 @@
+"""The class of a caller: its own class with an edited ``forward``, or with calls intercepted.
+
+A caller keeps its identity: its class becomes a subclass made at run time, as in
+``torch.nn.utils.parametrize``. A `Recipe` holds all of it as text and positions, so that callers
+can be pickled and deep-copied; those with the same recipe share the class.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from torch import nn
+from torch.nn.utils.parametrize import type_before_parametrizations
+
+from transfer_surgery.sites.call_location import CallKey
+from transfer_surgery.sites.edit import Redirect, UneditableError, edit_forward
+from transfer_surgery.sites.intercept import Entry, hidden_units, intercepted_forward
+from transfer_surgery.sites.plan import OwnerCall, Plan, Site
+from transfer_surgery.sites.route import Expression
+
+_CLASSES: dict[tuple[type[nn.Module], Recipe], type[nn.Module]] = {}
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """All that makes a caller's class: hashable, picklable, free of machine paths.
+
+    Attributes:
+        redirects: the expressions to edit.
+        intercepted: the calls that are redirected while the code runs.
+        table: all calls that go to units of the caller.
+        seen: all activation calls in the caller's code, converted or not.
+        unseen: activation calls that did not run when the model was examined.
+    """
+
+    redirects: tuple[Redirect, ...]
+    intercepted: tuple[Entry, ...]
+    table: tuple[Entry, ...]
+    seen: frozenset[CallKey]
+    unseen: tuple[tuple[Expression, str], ...]
+
+
+def rewritten_class(base: type[nn.Module], recipe: Recipe) -> type[nn.Module]:
+    """The subclass of ``base`` that a recipe describes; the same one for the same recipe."""
+    if (base, recipe) not in _CLASSES:
+        _CLASSES[base, recipe] = _make_class(base, recipe)
+    return _CLASSES[base, recipe]
+
+
+def _make_class(base: type[nn.Module], recipe: Recipe) -> type[nn.Module]:
+    forward: Any = base.forward
+    if recipe.redirects:
+        forward = edit_forward(forward, base, recipe.redirects, recipe.unseen)
+    members: dict[str, Any] = {"forward": forward}
+    if recipe.intercepted:
+
+        def intercept(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+            return intercepted_forward(
+                forward, self, recipe.intercepted, recipe.seen, args, kwargs
+            )
+
+        members = {"forward": intercept, "_modules": hidden_units(recipe.table)}
+
+    def reduce(self: nn.Module, protocol: Any) -> Any:
+        """As the base class wants it done: it may have a way of its own."""
+        reduced: Any = base.__reduce_ex__(self, protocol)
+        function, args, *rest = reduced
+        plain = (base if value is type(self) else value for value in (function, *args))
+        return _rebuild, (recipe, *plain), *rest
+
+    members |= {
+        "_transfer_surgery_recipe": recipe,
+        "__reduce_ex__": reduce,
+        "__module__": base.__module__,
+        "__qualname__": base.__qualname__,
+        "__doc__": base.__doc__,
+    }
+    return type(base.__name__, (base,), members)
+
+
+def _rebuild(recipe: Recipe, function: Any, *args: Any) -> nn.Module:
+    """A caller as its base class makes it, of the rewritten class."""
+    caller: nn.Module = function(*args)
+    object.__setattr__(caller, "__class__", rewritten_class(type(caller), recipe))
+    return caller
+
+
+def prepare_recipes(model: nn.Module, plan: Plan, chosen: set[str]) -> dict[str, Recipe]:
+    """The recipe of each caller that gets units of its own; the model stays as it is.
+
+    Args:
+        model: the model.
+        plan: all of its sites.
+        chosen: paths of the sites to convert; the others keep their calls.
+
+    Raises:
+        ValueError: a caller's class cannot be subclassed in place.
+    """
+    callers = dict.fromkeys(s.owner for s in plan if s.path in chosen and s.way != "child")
+    recipes = {}
+    for caller in callers:
+        sites = [s for s in plan if s.owner == caller and s.way != "child"]
+        recipes[caller] = make_recipe(sites, plan.calls[caller], chosen)
+        _check_class(model, caller, recipes[caller])
+    return recipes
+
+
+def _check_class(model: nn.Module, caller: str, recipe: Recipe) -> None:
+    base = type_before_parametrizations(model.get_submodule(caller))
+    try:
+        object.__setattr__(object.__new__(base), "__class__", rewritten_class(base, recipe))
+    except TypeError as error:
+        raise ValueError(
+            f"{caller or 'the model'}: its class {base.__name__} cannot be extended "
+            f"({error}); leave it out with exclude={caller!r}."
+        ) from error
+
+
+def make_recipe(sites: Sequence[Site], calls: OwnerCall, chosen: set[str]) -> Recipe:
+    """The recipe of one caller.
+
+    Args:
+        sites: its sites that are no children, in the order in which they run.
+        calls: what was seen in its code.
+        chosen: paths of the sites to convert.
+    """
+    keys = frozenset[CallKey]().union(*calls.keys.values())
+    names = {s.path: s.path.rpartition(".")[2] for s in sites if s.path in chosen}
+    entries = {
+        s.path: Entry(s.key, names[s.path], s.kind == "module") for s in sites if s.path in names
+    }
+    intercepted = [entries[s.path] for s in sites if s.path in names and s.way == "intercept"]
+    redirects = [
+        Redirect(several[0].route, units)
+        for several in same_place(sites)
+        if several[0].route is not None and any(units := _turns(several, keys, names))
+    ]
+    table = tuple(entries.values())
+    return Recipe(tuple(redirects), tuple(intercepted), table, keys, calls.unseen)
+
+
+def same_place(sites: Iterable[Site]) -> list[list[Site]]:
+    """Edited sites that are calls of one expression on one way from ``forward``."""
+    places: dict[Any, list[Site]] = defaultdict(list)
+    for site in sites:
+        if site.way == "edit" and site.route is not None:
+            places[site.route.hops, site.route.end].append(site)
+    return list(places.values())
+
+
+def _turns(
+    several: list[Site], keys: Iterable[CallKey], names: dict[str, str]
+) -> tuple[str | None, ...]:
+    """The units that take turns at a place; None for calls that stay as they are."""
+    locations = {site.key.location for site in several}
+    if len(locations) > 1 or several[0].route.end.expected is not None:
+        return tuple(names.get(site.path) for site in several)
+    count = sum(key.location in locations for key in keys)
+    units: list[str | None] = [None] * count
+    for site in several:
+        units[site.key.number] = names.get(site.path)
+    return tuple(units)
+
+
+def check_edits(
+    model: nn.Module, sites: Sequence[Site], calls: Mapping[str, OwnerCall]
+) -> list[Site]:
+    """Edit each caller's functions, without using them; what cannot be edited is intercepted."""
+    unfit: dict[str, str] = {}
+    for caller in dict.fromkeys(site.owner for site in sites if site.way == "edit"):
+        own = [site for site in sites if site.owner == caller and site.way == "edit"]
+        unfit |= {s.path: why for several in same_place(own) for s, why in _unfit(several)}
+        own = [site for site in own if site.path not in unfit]
+        base = type_before_parametrizations(model.get_submodule(caller))
+        try:
+            rewritten_class(base, make_recipe(own, calls[caller], {site.path for site in own}))
+        except (UneditableError, SyntaxError) as error:
+            unfit |= {site.path: str(error) for site in own}
+        except TypeError:  # the class cannot be extended: `convert` says so
+            continue
+    return [
+        replace(site, way="intercept", why=unfit[site.path], route=None)
+        if site.path in unfit
+        else site
+        for site in sites
+    ]
+
+
+def _unfit(several: list[Site]) -> Iterator[tuple[Site, str]]:
+    """Of calls of one expression, those whose turns cannot be told, and why."""
+    if len(several) == 1:
+        return
+    for site in several:
+        if site.route is not None and site.route.again:
+            yield site, "torch.utils.checkpoint repeats an expression that is several sites"
+        elif len({s.key.location for s in several}) > 1 and len({s.modes for s in several}) > 1:
+            yield site, "its calls come in another order in training"
