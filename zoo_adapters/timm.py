@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from torch import Tensor, nn
@@ -44,11 +44,6 @@ class TimmAdapter(Adapter):
         from timm.layers.eca import CecaModule, EcaModule
 
         return -1 if issubclass(site.owner_type, (EcaModule, CecaModule)) else None
-
-    def notrace_functions(self, model: nn.Module) -> tuple[Callable[..., Any], ...]:
-        from timm.models import get_notrace_functions
-
-        return tuple(get_notrace_functions())  # type: ignore[no-untyped-call]
 
     def stages(self, model: nn.Module) -> Mapping[str, Iterable[str]]:
         """``stem``, then each numbered block of the coarse ``group_matcher``, under its own name.

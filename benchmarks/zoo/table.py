@@ -13,7 +13,7 @@ from typing import Any
 from zoo.records import PACKAGES, problem
 
 Record = Mapping[str, Any]
-
+WAYS = ("child", "edit", "fx", "intercept")
 
 _BOXES = (
     "clamps of boxes, once per image: two here, one there; clamps whose lower "
@@ -94,8 +94,9 @@ def _totals(records: list[Record]) -> str:
         "hidden activations": lambda r: r.get("sites", {}).get("hidden", 0),
         "of these converted": lambda r: r.get("converted", 0),
         "- by replacing a child": lambda r: r.get("ways", {}).get("child", 0),
-        "- by rewriting the owner (fx)": lambda r: r.get("ways", {}).get("fx", 0),
-        "- by dispatch": lambda r: r.get("ways", {}).get("dispatch", 0),
+        "- by editing the call": lambda r: r.get("ways", {}).get("edit", 0),
+        "- in the graph of a GraphModule": lambda r: r.get("ways", {}).get("fx", 0),
+        "- by intercepting the call": lambda r: r.get("ways", {}).get("intercept", 0),
         "gating activations": lambda r: r.get("sites", {}).get("gating", 0),
         "output activations": lambda r: r.get("sites", {}).get("output", 0),
         "modules called": lambda r: r.get("kinds", {}).get("module", 0),
@@ -231,11 +232,11 @@ def _families(records: list[Record]) -> str:
                 family,
                 f"{sum(r['ok'] for r in members)} / {len(members)}",
                 *(f"{total[role]:,}" for role in ("hidden", "gating", "output")),
-                *(f"{ways[way]:,}" for way in ("child", "fx", "dispatch")),
+                *(f"{ways[way]:,}" for way in WAYS),
                 f"{median(times):.1f}" if times else "",
             ]
         )
-    roles_and_ways = ["hidden", "gating", "output", "child", "fx", "dispatch"]
+    roles_and_ways = ["hidden", "gating", "output", *WAYS]
     return _table(["family", "models", *roles_and_ways, "find, s"], rows)
 
 

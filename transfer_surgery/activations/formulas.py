@@ -1,7 +1,7 @@
 """Hand-written activations: a few torch calls that together mean one, such as ``x * sigmoid(x)``.
 
-A formula is Python text. The finder, the fx tracer and the dispatch show a `Tracker` every torch
-call that they see; it remembers how values were made and tells when a call completes a formula.
+A formula is Python text. The finder and the interceptor show a `Tracker` every torch call that
+they see; it remembers how values were made and tells when a call completes a formula.
 """
 
 from __future__ import annotations

@@ -58,9 +58,7 @@ def _make_class(base: type[nn.Module], recipe: Recipe) -> type[nn.Module]:
     if recipe.intercepted:
 
         def intercept(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-            return intercepted_forward(
-                forward, self, recipe.intercepted, recipe.seen, args, kwargs
-            )
+            return intercepted_forward(forward, self, recipe.intercepted, recipe.seen, args, kwargs)
 
         members = {"forward": intercept, "_modules": hidden_units(recipe.table)}
 

@@ -225,7 +225,9 @@ class _Editor(ast.NodeTransformer):
         if self.unseen and isinstance(node, ast.Call):
             name = self.unseen.get(Position.of(node))
             if name is not None:
-                new = ast.copy_location(self._missed(new, name, "in a branch that did not run"), node)
+                new = ast.copy_location(
+                    self._missed(new, name, "in a branch that did not run"), node
+                )
         self.done[key] = new
         return new
 
@@ -297,9 +299,7 @@ class _Editor(ast.NodeTransformer):
         edit, hop = self.edit, hops[0][1]
         ways = [edit.ways[i] for i, _ in hops]
         ways = [_Way(way.hops[1:], way.end, way.units) for way in ways]
-        given = [
-            ast.keyword(f"{_PREFIX}{j}", edit.given(i)) for j, (i, _) in enumerate(hops)
-        ]
+        given = [ast.keyword(f"{_PREFIX}{j}", edit.given(i)) for j, (i, _) in enumerate(hops)]
         if hop.how in ("super", "property"):
             copied = edit.refer("c", _copy_of_method(ways, edit.caller))
             if hop.how == "property":

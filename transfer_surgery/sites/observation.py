@@ -54,9 +54,9 @@ class Event:
 
     def fields(self) -> dict[str, Any]:
         """The part of a `Site` that an event knows."""
-        names: tuple[str, ...] = ("source", "kind", "shape", "channel_axis", "inplace", "role", "reason", "module")
-        names += ("file", "line", "route", "why")
-        return {n: getattr(self, n) for n in (*names, "overwrites_input", "calls")}
+        names = ["source", "kind", "shape", "channel_axis", "inplace", "role", "reason", "module"]
+        names += ["file", "line", "route", "why", "overwrites_input", "calls"]
+        return {name: getattr(self, name) for name in names}
 
 
 @dataclass

@@ -165,7 +165,7 @@ class Observer(TorchFunctionMode):
         if match is not None:
             if not is_live(match.input) or any(map(is_live, match.operands)):
                 # It looks like a formula, but what should be a learned tensor is not. The call
-                # counts all the same: the tracer and the dispatch do not know better.
+                # counts all the same: the interceptor does not know better.
                 self._stack[-1].draw_key(locate()[0][0])
                 return None, record, None
             activation = match.activation
@@ -263,7 +263,6 @@ class Observer(TorchFunctionMode):
                 _, event = self._overwritten.get(leaf.untyped_storage()._cdata, (None, None))
                 if event is not None:
                     event.overwrites_input = True
-
 
 
 class _Children(dict[str, Any]):

@@ -24,7 +24,13 @@ import torch
 import torch.utils.checkpoint
 from torch import Tensor, nn
 
-from transfer_surgery.activations import Call, Match, argument_names, may_be_activation, registered_name
+from transfer_surgery.activations import (
+    Call,
+    Match,
+    argument_names,
+    may_be_activation,
+    registered_name,
+)
 from transfer_surgery.sites.source import (
     SEEN,
     Function,
@@ -122,9 +128,10 @@ def call_frames(owner: nn.Module) -> list[FrameType]:
             if frame.f_locals["self"] is owner:
                 break
             frames = []  # the inside of a module that the owner calls is not the owner's code
-        elif code.co_filename != _MODULE_FILE and not code.co_filename.startswith(_HERE):
-            if frames or not _is_torch(code) or isinstance(_first_local(frame), nn.Module):
-                frames.append(frame)
+        elif code.co_filename == _MODULE_FILE or code.co_filename.startswith(_HERE):
+            pass
+        elif frames or not _is_torch(code) or isinstance(_first_local(frame), nn.Module):
+            frames.append(frame)
         frame = frame.f_back
     return frames[::-1]
 
@@ -194,7 +201,7 @@ def code_of(value: Any) -> CodeType | None:
         return code_of(value.__func__)
     if isinstance(value, FunctionType):
         return value.__code__
-    call = getattr(type(value), "__call__", None)
+    call = inspect.getattr_static(type(value), "__call__", None)
     return call.__code__ if isinstance(call, FunctionType) else None
 
 
@@ -360,7 +367,7 @@ class _Place:
             parts = [node.left, node.right]
         elif isinstance(node, ast.AugAssign) and isinstance(node.target, ast.Name):
             parts = [node.target, node.value]
-        elif isinstance(node, ast.Call) and self._is_part(node):
+        elif self._is_part(node):
             parts = self._arguments(node)
         else:
             raise NoRouteError(f"line {self.position.line} does not show the formula")
@@ -368,12 +375,14 @@ class _Place:
             value = self.value(part)
             if isinstance(value, Tensor):
                 named.setdefault(id(value), part)
-            elif isinstance(part, ast.BinOp) or (isinstance(part, ast.Call) and self._is_part(part)):
+            elif isinstance(part, ast.BinOp) or self._is_part(part):
                 self._read_formula(part, named, others)
             elif value is _UNKNOWN:
                 others.append(part)
 
-    def _is_part(self, node: ast.Call) -> bool:
+    def _is_part(self, node: Any) -> bool:
+        if not isinstance(node, ast.Call):
+            return False
         function = self.value(node.func)
         if isinstance(function, nn.Module):
             return not any(True for _ in function.parameters()) and isinstance(
@@ -436,12 +445,11 @@ def unseen_calls(
     for function in functions:
         space = vars(sys.modules.get(function.module, object))
         for node in ast.walk(function.parse()):
-            if not isinstance(node, ast.Call) or not isinstance(node.func, ast.Attribute | ast.Name):
-                continue
-            name = registered_name(_read_name(node.func, space))
-            expression = Expression(function, Position.of(node))
-            if name not in (None, "clamp") and expression not in seen:
-                found.append((expression, str(name)))
+            if isinstance(node, ast.Call):
+                name = registered_name(_read_name(node.func, space))
+                expression = Expression(function, Position.of(node))
+                if name not in (None, "clamp") and expression not in seen:
+                    found.append((expression, str(name)))
     return tuple(found)
 
 

@@ -1,11 +1,11 @@
 """From a code object that runs to its function in the source: the text, checked against the code.
 
-The source file is compiled again, and the function is taken only if the result is the very code that
-runs. So a file that was changed after its import is noticed, and never edited at the wrong place.
+The source file is compiled again, and the function is taken only if the result is the very code
+that runs. So a file that was changed after its import is noticed, and never edited in the wrong
+place.
 """
 
 from __future__ import annotations
-
 import __future__
 
 import ast
@@ -110,9 +110,7 @@ def read_function(code: CodeType, module: str) -> Function:
     else:
         text = "".join(file.text.splitlines(keepends=True)[first - 1 : node.end_lineno])
     flags = code.co_flags & _FUTURES
-    return Function(
-        module, code.co_qualname, first, text, node.col_offset, code.co_freevars, flags
-    )
+    return Function(module, code.co_qualname, first, text, node.col_offset, code.co_freevars, flags)
 
 
 def is_inside(inner: CodeType, outer: CodeType) -> bool:
@@ -159,8 +157,9 @@ class _File:
 
 
 def _holds(node: FunctionNode, at: Position) -> bool:
-    start, end = (node.lineno, node.col_offset), (node.end_lineno, node.end_col_offset)
-    return start <= (at.line, at.column) and (at.end_line, at.end_column) <= end
+    here = Position.of(node)
+    starts = (here.line, here.column) <= (at.line, at.column)
+    return starts and (at.end_line, at.end_column) <= (here.end_line, here.end_column)
 
 
 def _read_file(name: str) -> _File:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import cache
 from importlib.metadata import EntryPoint, entry_points
@@ -45,14 +45,6 @@ class Adapter:
 
     def leaf_types(self, model: nn.Module) -> tuple[type[nn.Module], ...]:
         """Types of modules to leave as they are: what they call is listed, not converted."""
-        return ()
-
-    def notrace_functions(self, model: nn.Module) -> tuple[Callable[..., Any], ...]:
-        """Functions that stay single calls when torch.fx traces a module that calls them.
-
-        That is, importable ones whose own code branches on sizes or values; without this, their
-        callers are dispatched by position, which is slower.
-        """
         return ()
 
     def stages(self, model: nn.Module) -> Mapping[str, Iterable[str]]:
@@ -110,12 +102,6 @@ def find_example_input(model: nn.Module) -> Any:
         "input. Pass example_input=: a tensor such as torch.zeros(2, 3, 224, 224), a tuple of "
         "positional arguments or a dict of keyword arguments."
     )
-
-
-def notrace_functions(model: nn.Module) -> tuple[Callable[..., Any], ...]:
-    """The functions that torch.fx must not look into, as the model's adapter says."""
-    adapter = find_adapter(model)
-    return () if adapter is None else adapter.notrace_functions(model)
 
 
 def stages_of(model: nn.Module, paths: Iterable[str]) -> dict[str, str]:
