@@ -319,6 +319,9 @@ def _swap(ways: Sequence[_Way], caller: _Caller) -> Callable[[Any], Any]:
     copy = None if known is None else _in_wrappers(known, edit)
     copies: WeakKeyDictionary[FunctionType, FunctionType] = WeakKeyDictionary()
 
+    # Without closure and defaults all functions with the same code are the same.
+    code = None if known is None or edit.function.free or known.__defaults__ else known.__code__
+
     @torch.compiler.assume_constant_result
     def copy_of(function: FunctionType) -> Any:
         if function not in copies:
@@ -330,7 +333,8 @@ def _swap(ways: Sequence[_Way], caller: _Caller) -> Callable[[Any], Any]:
 
     def swap(value: Any) -> Any:
         if isinstance(value, FunctionType):
-            return copy if value is known else copy_of(value)
+            is_known = value is known or (code is not None and value.__code__ is code)
+            return copy if is_known else copy_of(value)
         if isinstance(value, MethodType):
             function = value.__func__
             changed = copy if function is known else copy_of(function)

@@ -215,15 +215,17 @@ class Plan:
                 "x".join(map(str, site.shape)),
                 str(site.channel_axis),
                 str(site.calls),
-                f"{Path(site.file).name}:{site.line}" if site.file else "",
+                f"{Path(site.file).name}:{site.line}" if site.way != "child" else "",
                 site.way if site.reason is None else f"not converted: {site.reason}",
             )
             for site in self.sites
         ]
-        widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
+        # A plan of children alone has nothing to say about source files.
+        columns = [c for c in zip(header, *rows, strict=True) if any(c[1:]) or c[0] != "where"]
+        widths = [max(map(len, column)) for column in columns]
         lines = [
             "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
-            for row in (header, *rows)
+            for row in zip(*columns, strict=True)
         ]
         return "\n".join([*lines, *(f"note: {note}" for note in self.notes)])
 

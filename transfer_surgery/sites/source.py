@@ -108,7 +108,7 @@ def read_function(code: CodeType, module: str) -> Function:
     if isinstance(node, ast.Lambda):
         text = ast.get_source_segment(file.text, node) or ""
     else:
-        text = "".join(file.text.splitlines(keepends=True)[first - 1 : node.end_lineno])
+        text = "\n".join(file.text.split("\n")[first - 1 : node.end_lineno])
     flags = code.co_flags & _FUTURES
     return Function(module, code.co_qualname, first, text, node.col_offset, code.co_freevars, flags)
 
@@ -143,13 +143,14 @@ class _File:
 
     def node_of(self, code: CodeType) -> FunctionNode:
         """The smallest function around all of the code's instructions."""
-        found = [p for p in code.co_positions() if None not in p and p[0] != code.co_firstlineno]
-        found = found or [p for p in code.co_positions() if None not in p and p[3] > p[2] > 0]
+        places = [Position(*map(int, p)) for p in code.co_positions() if None not in p]  # type: ignore[arg-type]
+        found = [at for at in places if at.line != code.co_firstlineno]
+        found = found or [at for at in places if at.end_column > at.column > 0]
         nodes = [
             node
             for node in self.nodes[code.co_firstlineno]
             if getattr(node, "name", "<lambda>") == code.co_name
-            and all(_holds(node, Position(*p)) for p in found)  # type: ignore[arg-type]
+            and all(_holds(node, at) for at in found)
         ]
         if not nodes:
             raise NoSourceError(f"{code.co_qualname} is not written as a function")
