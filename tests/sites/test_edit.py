@@ -1,4 +1,4 @@
-"""The edited source is the user's own code: its tracebacks, copies, compilers and odd ways to call."""
+"""The edited source is the user's own code: tracebacks, copies, compilers, odd ways to call."""
 
 import copy
 import functools

@@ -154,7 +154,8 @@ def _turns(
 ) -> tuple[str | None, ...]:
     """The units that take turns at a place; None for calls that stay as they are."""
     locations = {site.key.location for site in several}
-    if len(locations) > 1 or several[0].route.end.expected is not None:
+    route = several[0].route
+    if len(locations) > 1 or (route is not None and route.end.expected is not None):
         return tuple(names.get(site.path) for site in several)
     count = sum(key.location in locations for key in keys)
     units: list[str | None] = [None] * count

@@ -64,7 +64,7 @@ def edit_forward(
     """
     ways = [_Way(r.route.hops, r.route.end, r.units) for r in redirects]
     edit = _Edit(ways, _Caller(base, dict(unseen)), entry=True)
-    copy = _in_wrappers(forward, edit)
+    copy: FunctionType | None = _in_wrappers(forward, edit)
     if copy is None:
         raise UneditableError(f"{base.__name__}.forward is not {edit.function.qualname}")
     return copy
@@ -159,11 +159,11 @@ class _Edit:
         inner: ast.stmt = ast.Expr(node) if isinstance(node, ast.Lambda) else node
         if name:
             inner = ast.ClassDef(name, [], [], [inner], [])
-        free = ast.arguments([], [ast.arg(n) for n in (*self.function.free, *self.objects)])
-        free.kwonlyargs, free.kw_defaults, free.defaults = [], [], []
+        names = [ast.arg(name) for name in (*self.function.free, *self.objects)]
+        free = ast.arguments([], names, None, [], [], None, [])
         outer = ast.FunctionDef("_outer", free, [inner], [])
         module = ast.fix_missing_locations(ast.Module([outer], []))
-        code = compile(module, file, "exec", self.function.flags, dont_inherit=True)
+        code: CodeType = compile(module, file, "exec", self.function.flags, dont_inherit=True)
         while code.co_name != self.function.name:
             code = next(c for c in code.co_consts if isinstance(c, CodeType))
         return code.replace(co_qualname=self.function.qualname)
@@ -248,7 +248,8 @@ class _Editor(ast.NodeTransformer):
         if ends[0][1].expected is not None:
             original = ast.Call(_read(f"{_PREFIX}f"), node.args, node.keywords)
         for number, (i, end) in reversed(list(enumerate(ends))):
-            unit, tests = self.edit.given(i), []
+            unit = self.edit.given(i)
+            tests: list[ast.expr] = []
             if end.expected is not None:
                 function: ast.expr = _read(f"{_PREFIX}f")
                 if number == 0:
@@ -316,13 +317,13 @@ def _swap(ways: Sequence[_Way], caller: _Caller) -> Callable[[Any], Any]:
     """From what the code calls to the same with its units, looked up each time as the user's is."""
     edit = _Edit(ways, caller, entry=False)
     known = SEEN.get(edit.function) or find_function(edit.function, caller.base)
-    copy = None if known is None else _in_wrappers(known, edit)
+    copy: Any = None if known is None else _in_wrappers(known, edit)
     copies: WeakKeyDictionary[FunctionType, FunctionType] = WeakKeyDictionary()
 
     # Without closure and defaults all functions with the same code are the same.
     code = None if known is None or edit.function.free or known.__defaults__ else known.__code__
 
-    @torch.compiler.assume_constant_result
+    @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
     def copy_of(function: FunctionType) -> Any:
         if function not in copies:
             edited = _in_wrappers(function, edit)
@@ -372,9 +373,8 @@ def find_function(meant: Function, base: type) -> Any:
         function = value.fget if isinstance(value, property) else value
         function = getattr(function, "__func__", function)
         while isinstance(function, FunctionType):
-            if leads_to(function, getattr(inspect.unwrap(function), "__code__", None)) and is_meant(
-                inspect.unwrap(function), meant
-            ):
+            inner: Any = inspect.unwrap(function)
+            if is_meant(inner, meant) and leads_to(function, inner.__code__):
                 return function
             function = getattr(function, "__wrapped__", None)
     return None

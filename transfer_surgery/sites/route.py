@@ -162,7 +162,8 @@ def find_route(
         raise NoRouteError("its forward is not what calls it")
     expression = None
     try:
-        hops, start = [], 0
+        hops: list[Hop] = []
+        start = 0
         while True:
             outer = frames[start].f_code
             function = read_function(outer, frames[start].f_globals.get("__name__", ""))
@@ -292,7 +293,7 @@ class _Place:
         if not isinstance(node, ast.Call) or self.value(node.func) is not called:
             raise NoRouteError(f"line {self.position.line} does not show which module it calls")
         direct = isinstance(node.func, ast.Attribute) and (node.func.attr,) == names
-        if not direct and (names is None or not self.is_method):
+        if names is None or not (direct or self.is_method):
             raise NoRouteError(f"line {self.position.line} may call other modules too")
         return End(self.function, self.position, None, None if direct else ("module", *names))
 
@@ -311,12 +312,12 @@ class _Place:
         expected = None if self._is_fixed(node.func) else function
         return End(self.function, self.position, positions, expected)
 
-    def _known_function(self, node: ast.AST) -> Any:
+    def _known_function(self, node: Any) -> Any:
         """The torch function that a call expression calls, if activations or formulas have it."""
         if not isinstance(node, ast.Call):
             return None
-        is_method = self._is_method(node.func)
-        function = getattr(Tensor, node.func.attr, None) if is_method else self.value(node.func)
+        func: Any = node.func
+        function = getattr(Tensor, func.attr, None) if self._is_method(func) else self.value(func)
         return function if may_be_activation(function) else None
 
     def _is_method(self, func: ast.expr) -> bool:
@@ -359,9 +360,7 @@ class _Place:
                 raise NoRouteError("the input of the formula has no name")
         return End(self.function, self.position, tuple(positions))
 
-    def _read_formula(
-        self, node: ast.AST, named: dict[int, ast.expr], others: list[ast.expr]
-    ) -> None:
+    def _read_formula(self, node: Any, named: dict[int, ast.expr], others: list[ast.expr]) -> None:
         """Collect what a formula's expression is made of: named tensors, and other expressions."""
         if isinstance(node, ast.BinOp):
             parts = [node.left, node.right]
