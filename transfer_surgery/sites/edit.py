@@ -166,7 +166,7 @@ class _Edit:
         code: CodeType = compile(module, file, "exec", self.function.flags, dont_inherit=True)
         while code.co_name != self.function.name:
             code = next(c for c in code.co_consts if isinstance(c, CodeType))
-        return code.replace(co_qualname=self.function.qualname)
+        return _rename(code, len(code.co_qualname), self.function.qualname)
 
     def apply_to(self, original: FunctionType) -> FunctionType:
         """A copy of a function with the edited code; all else is the function's own."""
@@ -174,6 +174,12 @@ class _Edit:
         cells = dict(zip(original.__code__.co_freevars, original.__closure__ or (), strict=True))
         cells |= {name: CellType(value) for name, value in self.objects.items()}
         return _like(original, code, tuple(cells[name] for name in code.co_freevars))
+
+
+def _rename(code: CodeType, length: int, qualname: str) -> CodeType:
+    """Give code and all code inside of it the qualified names that they have in the file."""
+    inner = [_rename(c, length, qualname) if isinstance(c, CodeType) else c for c in code.co_consts]
+    return code.replace(co_qualname=qualname + code.co_qualname[length:], co_consts=tuple(inner))
 
 
 def _like(original: FunctionType, code: CodeType, closure: tuple[CellType, ...]) -> FunctionType:
