@@ -158,3 +158,21 @@ def test_forward_mode_derivatives_are_those_of_the_formula():
         dual = torch.autograd.forward_ad.make_dual(x, torch.ones_like(x))
         found = torch.autograd.forward_ad.unpack_dual(gated(dual, z, *PAIR)).tangent
     torch.testing.assert_close(found, leaf.grad)
+
+
+def test_many_gradients_at_once_are_those_one_by_one():
+    x, z = inputs(3, 4, 5)
+    leaf = x.clone().requires_grad_()
+    y = gated(leaf, z, *PAIR)
+    grads = torch.randn(2, *y.shape)
+    (found,) = torch.autograd.grad(y, leaf, grads, is_grads_batched=True, retain_graph=True)
+    each = [torch.autograd.grad(y, leaf, grad, retain_graph=True)[0] for grad in grads]
+    torch.testing.assert_close(found, torch.stack(each))
+
+
+def test_convert_refuses_an_unknown_choice_before_it_changes_anything(monkeypatch):
+    monkeypatch.setenv(engine.VARIABLE, "nonsense")
+    model = nn.Sequential(nn.Linear(4, 4), nn.ReLU())
+    with pytest.raises(ValueError, match="use one of auto, eager, compiled"):
+        convert(model, example_input=torch.zeros(1, 4))
+    assert type(model[1]) is nn.ReLU

@@ -485,3 +485,14 @@ def test_gates_survive_deepcopy_and_pickle(settings):
     for other in (copy.deepcopy(gate), pickle.loads(pickle.dumps(gate))):
         assert torch.equal(other.predict(), gate.predict())
         assert (other.settings, other.shape) == (settings, (3,))
+
+
+@pytest.mark.parametrize("stretch", [(-0.01, 1.001), (-0.1, 1.0001), (-math.inf, math.inf)])
+def test_a_stretch_that_would_change_the_outputs_at_conversion_is_refused(stretch):
+    with pytest.raises(ValueError, match="conversion would change the outputs"):
+        HardConcrete(stretch=stretch)
+
+
+def test_a_class_in_place_of_settings_is_an_error_that_says_so():
+    with pytest.raises(ValueError, match=r"write HardConcrete\(\)"):
+        make_gate(HardConcrete, (3,))

@@ -35,6 +35,7 @@ from transfer_surgery.units import (
     gate_settings,
     gated_activations,
     granularity_of,
+    kernel_choice,
     make_gate,
     recompute_activations,
 )
@@ -99,6 +100,7 @@ def convert(
     """
     # Look before anything is changed: the arguments, the model, its sites.
     check_model(model)
+    kernel_choice()  # a mistake in the environment would end the first training step
     target, settings = get_activation(target), gate_settings(gate)
     include, exclude = (p if p is None else as_patterns(p, model) for p in (include, exclude))
     whole = plan if plan is not None else find_activations(model, example_input)

@@ -85,6 +85,8 @@ def gate_settings(gate: str | GateSettings | Mapping[str, Any]) -> GateSettings:
             cls = type(gate).__name__
             raise ValueError(f"{cls} has no gate: put @register_gate(name, {cls}) above its class.")
         return gate
+    if isinstance(gate, type):
+        raise ValueError(f"gate={gate.__name__}: a class; write {gate.__name__}().")
     values = dict(gate) if isinstance(gate, Mapping) else {"name": gate}
     name = values.pop("name", None)
     if name not in _REGISTRY:

@@ -124,6 +124,8 @@ def granularity_of(
     """
     if isinstance(granularity, Granularity):
         return granularity
+    if isinstance(granularity, type):
+        raise ValueError(f"granularity={granularity.__name__}: a class; write an object of it.")
     found = True
     if isinstance(granularity, Mapping):
         axis, found = granularity.get("axis", axis), granularity.get("found", False)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass
 from typing import Any, ClassVar
 
@@ -87,7 +88,18 @@ class HardConcrete(SampledSettings):
         xi, zeta = self.stretch
         if not (xi < 0 and zeta > 1):
             raise ValueError(f"stretch={self.stretch}: needs xi < 0 and zeta > 1 (Eq. 12).")
+        if self.init == "log_alpha" and not _least_start(xi, zeta) >= 1:
+            raise ValueError(
+                f"stretch={self.stretch}: gates that start from N(8, 1) would not be exactly 1, "
+                "and conversion would change the outputs. Widen it, as the default (-0.1, 1.1), or "
+                "use init='alpha' to train from scratch."
+            )
         object.__setattr__(self, "stretch", (xi, zeta))  # JSON gives a list back
+
+
+def _least_start(xi: float, zeta: float) -> float:
+    """Eq. 16 five standard deviations below the mean of N(8, 1), before it is clamped."""
+    return (zeta - xi) / (1 + math.exp(-3.0)) + xi
 
 
 @dataclass(frozen=True)

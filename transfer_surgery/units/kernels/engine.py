@@ -53,7 +53,7 @@ def kernel_choice() -> str:
     Raises:
         ValueError: the value is not one of CHOICES.
     """
-    choice = os.environ.get(VARIABLE, "auto")
+    choice = os.environ.get(VARIABLE) or "auto"
     if choice not in CHOICES:
         raise ValueError(f"{VARIABLE}={choice!r}: use one of {', '.join(CHOICES)}.")
     return choice

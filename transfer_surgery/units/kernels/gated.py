@@ -76,7 +76,10 @@ def _target(
 
 def values_readable(tensor: Tensor) -> bool:
     """Whether values may steer Python: on a CPU, outside of traces and transforms."""
-    return tensor.device.type == "cpu" and not is_transformed(tensor)
+    if tensor.device.type != "cpu" or is_transformed(tensor):
+        return False
+    # torch.autograd.grad(is_grads_batched=True) still has batched tensors of the older kind.
+    return not torch._C._functorch.is_legacy_batchedtensor(tensor)
 
 
 @dataclass(frozen=True)
@@ -120,7 +123,7 @@ class _GatedFormula:
     ) -> Sequence[Tensor]:
         found = list(
             self._finite_or_selected(
-                lambda function: _gradients(function, needed, grad, *tensors), tensors[0]
+                lambda function: _gradients(function, needed, grad, *tensors), tensors[0], grad
             )
         )
         if needed[1] and not self.straight_through:  # blending gives exact gates a gradient, too
@@ -129,9 +132,9 @@ class _GatedFormula:
         return found
 
     def _finite_or_selected(
-        self, compute: Callable[[Callable[..., Tensor]], Sequence[Tensor]], x: Tensor
+        self, compute: Callable[[Callable[..., Tensor]], Sequence[Tensor]], *given: Tensor
     ) -> Sequence[Tensor]:
-        if values_readable(x):
+        if all(values_readable(tensor) for tensor in given):
             found = compute(self.blended)
             if all(result.sum(dtype=torch.float64).isfinite() for result in found):
                 return found
