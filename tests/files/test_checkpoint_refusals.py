@@ -172,6 +172,7 @@ DAMAGES = {
     "another program": (lambda f: save_file({}, f, {"format": "pt"}), "written by another program"),
     "a list": (lambda f: rewrite(f, lambda about: [about]), "written by another program"),
     "newer": (edit(version=2), "has version 2, and .* reads versions up to 1: upgrade"),
+    "version 0": (edit(version=0), "is damaged: no file has version 0"),
     "no version": (edit(version=None), "written by another program"),
     "baked": (edit(kind="baked"), "holds 'baked', not gates or model"),
     "no sites": (edit(sites={}), "it does not describe its sites"),
@@ -181,6 +182,10 @@ DAMAGES = {
     "a field too many": (edit_site(color="red"), "color"),
     "a wrong type": (edit_site(shape=6), "shape 6 in the file"),
     "a wrong word": (edit_site(granularity=[]), r"its granularity in the file is \[\]"),
+    "axis of text": (
+        edit_site(granularity={"name": "channel", "axis": "1", "found": True}),
+        "1.*'axis': '1'|the site '1' cannot be built: .*'1'",
+    ),
     "a text": (edit_site(neurons="many"), "the site '1' cannot be built: .*'many'"),
     "a flag": (edit_site(fitted="yes"), "the site '1' cannot be built: fitted is 'yes'"),
     "too many gates": (

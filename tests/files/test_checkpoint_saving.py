@@ -1,7 +1,6 @@
 """save_gates: whole or not at all, also when it is killed; without safetensors a clear message."""
 
 import os
-import secrets
 import stat
 import subprocess
 import sys
@@ -15,6 +14,10 @@ from transfer_surgery import ModelSpec, convert, load_gates, save_gates, save_mo
 from transfer_surgery.files import replace_file
 
 
+def put(file, data):
+    replace_file(file, lambda path: path.write_bytes(data))
+
+
 def test_a_model_without_gates_is_not_saved(file):
     with pytest.raises(ValueError, match=r"call convert\(model, \.\.\.\) first"):
         save_gates(chain(), file)
@@ -25,8 +28,12 @@ def foreign(file):
     save_file({"foreign": torch.ones(3)}, file)
 
 
+def a_model_of(model, file):
+    save_model(model, file, ModelSpec("net.py:make"))
+
+
 def a_model(file):
-    save_model(convert(chain(), example_input=X), file, ModelSpec("net.py:make"))
+    a_model_of(convert(chain(), example_input=X), file)
 
 
 @pytest.mark.parametrize(
@@ -39,15 +46,16 @@ def a_model(file):
         ),
         (a_model, "holds 'model', not gates"),
         (lambda file: file.mkdir(), "is a folder"),
+        (lambda file: file.symlink_to(os.devnull), "is not a file"),
     ],
 )
 def test_a_file_that_holds_something_else_is_not_replaced(write, message, file):
     write(file)
-    before = file.is_dir() or file.read_bytes()
+    before = not file.is_file() or file.read_bytes()
     model = convert(chain(), example_input=X)
     with pytest.raises(ValueError, match=f"saved.safetensors {message}.* It is not replaced"):
         save_gates(model, file)
-    assert before == (file.is_dir() or file.read_bytes())
+    assert before == (not file.is_file() or file.read_bytes())
     assert [path.name for path in file.parent.iterdir()] == [file.name]
 
 
@@ -60,6 +68,25 @@ def test_saving_again_replaces_what_was_there(file):
     assert torch.equal(loaded[1].log_alpha, model[1].log_alpha)
 
 
+@pytest.mark.parametrize("save", [save_gates, a_model_of])
+def test_gates_that_are_not_a_number_do_not_replace_good_ones(save, file):
+    model = convert(chain(), example_input=X)
+    save(model, file)
+    before = file.read_bytes()
+    model[1].log_alpha.data[2] = torch.nan
+    with pytest.raises(
+        ValueError, match=r"1\.gate\.log_alpha has values that are not a number.*saved"
+    ):
+        save(model, file)
+    assert file.read_bytes() == before
+
+
+def test_weights_that_are_not_a_number_are_saved(file):
+    model = convert(chain(), example_input=X)
+    model[0].bias.data[2] = torch.nan
+    a_model_of(model, file)
+
+
 def test_an_empty_file_is_replaced_and_folders_are_made(file):
     file.touch()
     saved(file)
@@ -70,40 +97,56 @@ def test_an_empty_file_is_replaced_and_folders_are_made(file):
 
 
 def test_a_failure_leaves_the_old_file_and_nothing_else(file, monkeypatch):
-    replace_file(file, b"old")
+    put(file, b"old")
     for name in ("fsync", "replace"):
         with monkeypatch.context() as patch:
             patch.setattr(os, name, lambda *_: 1 / 0)
             with pytest.raises(ZeroDivisionError):
-                replace_file(file, b"new")
+                put(file, b"new")
         assert [path.name for path in file.parent.iterdir()] == [file.name]
         assert file.read_bytes() == b"old"
 
 
-def test_the_name_in_between_cannot_be_guessed_or_prepared(file, monkeypatch):
-    names = []
-    monkeypatch.setattr(os, "replace", lambda old, new: names.append(old))
-    replace_file(file, b"1")
-    replace_file(file, b"2")
-    assert len({path.name for path in names}) == 2
-    monkeypatch.undo()
-    monkeypatch.setattr(secrets, "token_hex", lambda _: "known")
-    victim = file.with_name("victim")
-    victim.write_bytes(b"precious")
-    file.with_name(".known.tmp").symlink_to(victim)
-    with pytest.raises(FileExistsError):
-        replace_file(file, b"data")
-    assert victim.read_bytes() == b"precious"
+def test_the_folder_in_between_has_another_name_each_time_and_is_closed_to_others(file):
+    folders = []
+
+    def write(path):
+        folders.append(path.parent)
+        assert stat.S_IMODE(path.parent.stat().st_mode) == 0o700
+        path.touch()
+
+    replace_file(file, write)
+    replace_file(file, write)
+    assert len({*folders, file.parent}) == 3
+    assert not any(folder.exists() for folder in folders)
 
 
 @pytest.mark.skipif(os.name != "posix", reason="modes of files")
 def test_the_mode_is_that_of_any_new_file(file):
     before = os.umask(0o027)
     try:
-        replace_file(file, b"data")
+        put(file, b"data")
     finally:
         os.umask(before)
     assert stat.S_IMODE(file.stat().st_mode) == 0o640
+
+
+@pytest.mark.skipif(os.name != "posix", reason="modes of files")
+def test_the_mode_stays_that_of_the_file_that_is_replaced(file):
+    put(file, b"old")
+    file.chmod(0o600)
+    put(file, b"new")
+    assert stat.S_IMODE(file.stat().st_mode) == 0o600
+
+
+def test_a_link_stays_and_what_it_points_to_is_replaced(file):
+    target = file.with_name("target")
+    file.symlink_to(target.name)
+    for data in (b"old", b"new"):  # at first there is nothing where it points to
+        put(file, data)
+        assert file.is_symlink()
+        assert not target.is_symlink()
+        assert target.read_bytes() == data
 
 
 # A process with torch in it is forked for each moment at which a save can be killed: whenever it
@@ -113,7 +156,6 @@ import os, resource, signal, sys
 import torch
 from torch import nn
 from transfer_surgery import ModelSpec, convert, load_gates, save_gates, save_model
-from transfer_surgery.files import replace_file
 
 torch.set_num_threads(1)
 X = torch.zeros(1, 4)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 import subprocess
 import sys
+import zipfile
 from itertools import cycle
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ import onnxruntime
 import pytest
 import timm
 import torch
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from tests.helpers.compiled import NETS
@@ -201,6 +203,39 @@ def test_gates_are_refused_and_nothing_is_written(export: Any, tmp_path: Path) -
     with pytest.raises(RuntimeError, match=r"cannot export this FixedBatch for batches of any"):
         export(FixedBatch(), x, tmp_path / "file")
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("export", [export_onnx, export_program])
+def test_only_an_empty_file_or_one_of_the_same_kind_is_replaced(
+    export: Any, tmp_path: Path
+) -> None:
+    x = torch.zeros(2, 4)
+    file, other, foreign = tmp_path / "file", tmp_path / "other", tmp_path / "foreign"
+    file.touch()
+    file.chmod(0o600)
+    for size in (3, 5):  # a smaller network and a larger one
+        export(nn.Linear(4, size), x, file)
+    assert file.stat().st_mode & 0o777 == 0o600
+    (export_program if export is export_onnx else export_onnx)(nn.Linear(4, 3), x, other)
+    save_file({"x": x}, foreign)
+    with zipfile.ZipFile(tmp_path / "zip", "w") as archive:
+        archive.writestr("zip/archive_format", b"other")
+    (tmp_path / "text").write_text("My thesis")
+    for path in (other, foreign, tmp_path / "zip", tmp_path / "text", tmp_path):
+        before = path.is_dir() or path.read_bytes()
+        with pytest.raises(ValueError, match=f"{path.name} is not .* It is not replaced: choose"):
+            export(nn.Linear(4, 3), x, path)
+        assert before == (path.is_dir() or path.read_bytes())
+
+
+def test_large_weights_go_beside_an_onnx_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("torch.onnx._internal.exporter._onnx_program._LARGE_MODEL_THRESHOLD", 100)
+    model, x = nn.Linear(40, 50), torch.randn(2, 40)
+    export_onnx(model, x, tmp_path / "model.onnx")
+    assert {path.name for path in tmp_path.iterdir()} == {"model.onnx", "model.onnx.data"}
+    assert_close(run_onnx(tmp_path / "model.onnx", x), model(x).detach())
 
 
 def test_without_onnx_the_error_says_what_to_install(

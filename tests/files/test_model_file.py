@@ -15,7 +15,9 @@ from torch import Tensor, nn
 from tests.helpers.kinds import KINDS, become, match, mix, transfer
 from transfer_surgery import (
     ModelSpec,
+    bake,
     convert,
+    fold_targets,
     load_baked,
     load_model,
     report,
@@ -67,6 +69,7 @@ def test_a_file_gives_back_the_baked_model(
     model, spec, x = converted(name, *KINDS)
     save_baked(model, tmp_path / "baked", spec, **options)
     again = load_baked(tmp_path / "baked").eval()
+    bake(model, **options)
     assert torch.equal(again(x), model(x))
     assert again.state_dict().keys() == model.state_dict().keys()
 
@@ -77,8 +80,27 @@ def test_a_folded_model_comes_back_without_the_numbers_that_are_gone(tmp_path: P
     before = sum(p.numel() for p in model.parameters())
     save_baked(model, tmp_path / "baked", spec, fold=x)
     again = load_baked(tmp_path / "baked").eval()
+    fold_targets(bake(model), x)
     assert torch.equal(again(x), model(x))
     assert sum(p.numel() for p in again.parameters()) < before
+
+
+@torch.no_grad()
+def test_a_model_keeps_gates_and_values_when_it_is_saved_baked_or_cannot_be(file: Path) -> None:
+    model, spec, x = converted("root", match)
+    state = {key: value.clone() for key, value in model.state_dict().items()}
+    tensors = [id(parameter) for parameter in model.parameters()]
+    foreign = file.with_name("foreign")
+    foreign.write_bytes(b"other program")
+    with pytest.raises(ValueError, match="It is not replaced"):
+        save_baked(model, foreign, spec)
+    with pytest.raises(RuntimeError):
+        save_baked(model, file, spec, fold=torch.zeros(2, 7, 5, 5))
+    assert not file.exists()
+    save_baked(model, file, spec, fold=x)
+    assert [id(parameter) for parameter in model.parameters()] == tensors
+    assert model.state_dict().keys() == state.keys()
+    assert all(torch.equal(value, state[key]) for key, value in model.state_dict().items())
 
 
 def test_the_tensors_of_a_transferred_model_have_the_names_of_the_original(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 from pathlib import Path
 from typing import Any
@@ -9,10 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from transfer_surgery._sharding import check_not_sharded
 from transfer_surgery.files.gates_file import insert_modules, plan_for, sites_in, state_key
 from transfer_surgery.files.model_file import load_weights, read_spec
 from transfer_surgery.files.model_spec import ModelSpec
-from transfer_surgery.files.safetensors_file import read, write
+from transfer_surgery.files.safetensors_file import check_replaceable, read, write
 from transfer_surgery.files.unit_config import Config, build_unit, configs_of
 from transfer_surgery.sites import Site
 from transfer_surgery.surgery import FoldReport, bake, fold_targets, plain_module
@@ -27,13 +29,14 @@ def save_baked(
     harden: bool = False,
     fold: Any = None,
 ) -> FoldReport | None:
-    """Bake a converted model and write it to a file, which `load_baked` reads.
+    """Write what `bake` makes of a converted model to a file, which `load_baked` reads.
 
     The tensors are the baked model's ``state_dict()``. Where all gates of a site were 0 or 1 and
     nothing was matched, these are the names of the original model's, and no others.
 
     Args:
-        model: a converted model; it is baked.
+        model: a converted model; it is not changed. What is baked is a copy of its modules, which
+            shares all tensors with it.
         file: the file, usually ``.safetensors``; folders on the way to it are made.
         made_by: how the model is made before its conversion.
         harden: round gates between 0 and 1, as `bake` does.
@@ -46,7 +49,11 @@ def save_baked(
         ImportError: safetensors is not installed.
         ValueError: the model is not converted or cannot be baked, or the file exists and holds
             something else.
+        TypeError: the model is sharded by FSDP2; the message says what to do.
     """
+    file = Path(file)
+    check_replaceable(file, "baked")
+    check_not_sharded(model)
     sites = configs_of(model)
     for path, unit in gated_activations(model):
         z = unit.gate.predict()
@@ -54,9 +61,11 @@ def save_baked(
         outcome = "source" if kept.all() else "target" if gone.all() else "mixed"
         # Nothing of the gates is left but their number.
         sites[path] |= {"gate": HardConcrete().to_dict(), "outcome": outcome}
-    bake(model, harden)
-    report = None if fold is None else fold_targets(model, fold)
-    write(Path(file), "baked", {"made_by": made_by.to_dict(), "sites": sites}, model.state_dict())
+    # Baking and folding put new tensors in place of old ones, and write into none.
+    shared = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
+    baked = bake(copy.deepcopy(model, shared), harden)
+    report = None if fold is None else fold_targets(baked, fold)
+    write(file, "baked", {"made_by": made_by.to_dict(), "sites": sites}, baked.state_dict())
     return report
 
 

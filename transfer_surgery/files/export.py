@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Iterator
+import zipfile
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,6 +16,7 @@ from torch.export import Dim, ExportedProgram
 from torch.utils import _pytree as pytree
 
 from transfer_surgery._running import prediction_mode, to_device_of
+from transfer_surgery.files.safetensors_file import replace_file
 from transfer_surgery.sites import example_arguments, fake_arguments
 from transfer_surgery.surgery import check_no_gates
 
@@ -32,13 +35,15 @@ def export_program(
         model: a model after `transfer_surgery.bake`; it is not changed.
         example_input: a batch of its input: a tensor, a tuple of arguments or a dict of keyword
             arguments. It fixes all sizes but the number of examples.
-        path: the output file, usually ``.pt2``.
+        path: the output file, usually ``.pt2``; folders on the way to it are made. A file that is
+            there is replaced only if it is empty or a program of torch.export.
 
     Returns:
         The program that was written.
 
     Raises:
-        ValueError: the model still has gates, or there is no tensor in `example_input`.
+        ValueError: the model still has gates, there is no tensor in `example_input`, or the file
+            exists and is something else.
         RuntimeError: torch.export cannot follow the model, or the model fixes the batch size.
 
     Examples:
@@ -53,8 +58,10 @@ def export_program(
         >>> program(torch.randn(5, 4)).shape
         torch.Size([5, 2])
     """
+    path = Path(path)
+    _check_replaceable(path, "a program of torch.export", _is_program)
     program = _trace(model, *_arguments(model, example_input))
-    torch.export.save(program, path)
+    replace_file(path, lambda new: torch.export.save(program, new))
     return program
 
 
@@ -69,16 +76,20 @@ def export_onnx(
     Args:
         model: a model after `transfer_surgery.bake`; it is not changed.
         example_input: as for `export_program`.
-        path: the output file, usually ``.onnx``.
+        path: the output file, usually ``.onnx``; folders on the way to it are made. A file that is
+            there is replaced only if it is empty or an ONNX file of torch.
 
     Returns:
         The program that was written.
 
     Raises:
         ImportError: onnx or onnxscript is not installed.
-        ValueError: the model still has gates, or there is no tensor in `example_input`.
+        ValueError: the model still has gates, there is no tensor in `example_input`, or the file
+            exists and is something else.
         RuntimeError: torch cannot export the model, or the model fixes the batch size.
     """
+    path = Path(path)
+    _check_replaceable(path, "an ONNX file of torch", _is_onnx)
     check_no_gates(model)
     try:
         import onnx  # noqa: F401 - torch imports both, and names neither when it cannot
@@ -95,8 +106,32 @@ def export_onnx(
         warnings.filterwarnings("ignore", message=".*shares the same shape constraints")
         program = torch.onnx.export(traced, dynamic_shapes=names, dynamo=True, verbose=False)
     assert program is not None
-    program.save(path)
+    replace_file(path, program.save)
     return program
+
+
+def _check_replaceable(file: Path, kind: str, is_kind: Callable[[Path], bool]) -> None:
+    """Raise where something would be lost: a file that is not of the kind to be written."""
+    if not file.exists() or (file.is_file() and file.stat().st_size == 0):
+        return
+    if not file.is_file() or not is_kind(file):
+        raise ValueError(f"{file} is not {kind}. It is not replaced: choose another file.")
+
+
+def _is_program(file: Path) -> bool:
+    """Whether a file is an archive as `torch.export.save` writes it."""
+    if not zipfile.is_zipfile(file):
+        return False
+    with zipfile.ZipFile(file) as archive:
+        names = [name for name in archive.namelist() if name.endswith("/archive_format")]
+        return any(archive.read(name) == b"pt2" for name in names)
+
+
+def _is_onnx(file: Path) -> bool:
+    """Whether a file starts as ONNX files of torch do, with the version and then the producer."""
+    with file.open("rb") as opened:
+        start = opened.read(11)
+    return start[:1] == b"\x08" and start[2:] == b"\x12\x07pytorch"
 
 
 def _arguments(model: nn.Module, example_input: Any) -> _Arguments:

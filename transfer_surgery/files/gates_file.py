@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from transfer_surgery._sharding import shard_like
-from transfer_surgery.files.safetensors_file import read, write
+from transfer_surgery.files.safetensors_file import is_below, read, write
 from transfer_surgery.files.unit_config import (
     Config,
     build_unit,
@@ -46,8 +46,8 @@ def save_gates(model: nn.Module, file: str | os.PathLike[str]) -> None:
 
     Raises:
         ImportError: safetensors is not installed.
-        ValueError: the model is not converted, an activation cannot be written as text, or the file
-            exists and holds something else.
+        ValueError: the model is not converted, an activation cannot be written as text, a gate is
+            NaN, or the file exists and holds something else. The file is then as it was.
 
     Examples:
         >>> import tempfile
@@ -142,7 +142,7 @@ def read_sites(file: Path) -> tuple[dict[str, Config], dict[str, Tensor], dict[s
     """What a file of gates or of a model says about its sites, their values, and the weights."""
     about, tensors = read(file, "gates", "model")
     sites = sites_in(file, about)
-    gates = {key: value for key, value in tensors.items() if _is_below(key, sites)}
+    gates = {key: value for key, value in tensors.items() if is_below(key, sites)}
     if about["kind"] == "gates":
         return sites, tensors, {}
     return sites, gates, {key: value for key, value in tensors.items() if key not in gates}
@@ -244,11 +244,6 @@ def _check_values(
 
 def _describe(tensor: Tensor | None) -> str:
     return "missing" if tensor is None else f"{tensor.dtype} of shape {tuple(tensor.shape)}"
-
-
-def _is_below(key: str, paths: Mapping[str, Any]) -> bool:
-    names = key.split(".")
-    return any(".".join(names[:length]) in paths for length in range(len(names)))
 
 
 def _with_listed_names(model: nn.Module, plan: Plan) -> Plan:

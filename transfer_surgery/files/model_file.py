@@ -31,7 +31,8 @@ def save_model(
     Raises:
         ImportError: safetensors is not installed.
         FileNotFoundError: `made_by` is None, and there is no file yet.
-        ValueError: the model is not converted, or the file exists and holds something else.
+        ValueError: the model is not converted, a gate is NaN, or the file exists and holds
+            something else. The file is then as it was.
 
     Examples:
         >>> import tempfile

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import os
-import secrets
-from collections.abc import Mapping
+import shutil
+import tempfile
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -30,20 +31,24 @@ def write(file: Path, kind: str, about: Mapping[str, Any], tensors: Mapping[str,
     Raises:
         ImportError: safetensors is not installed.
         ValueError: the file exists and this library did not write it, or it is of another kind;
-            `about` is not JSON.
+            `about` is not JSON; a value at a site is NaN, which no loader reads.
     """
     safetensors = _require_safetensors()
     values = {k: gathered(v).detach().to("cpu", copy=True).contiguous() for k, v in tensors.items()}
+    # Every rank has gathered the values, so all of them raise, or none.
+    for key, value in values.items():
+        if is_below(key, about["sites"]) and value.isnan().any():
+            raise ValueError(f"{key} has values that are not a number: {file} is not written.")
     distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
     if distributed and torch.distributed.get_rank() != 0:
         return
-    _check_replaceable(file, kind)
+    check_replaceable(file, kind)
     try:
         text = json.dumps({"kind": kind, "version": _VERSION, **about})
     except (TypeError, ValueError) as error:
         raise ValueError(f"{file} cannot hold what describes this model: {error}.") from error
-    file.parent.mkdir(parents=True, exist_ok=True)
-    replace_file(file, safetensors.torch.save(values, {"format": "pt", _KEY: text}))
+    data = safetensors.torch.save(values, {"format": "pt", _KEY: text})
+    replace_file(file, lambda path: path.write_bytes(data))
 
 
 def read(file: Path, *kinds: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -55,7 +60,8 @@ def read(file: Path, *kinds: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
         ValueError: it is damaged, too new, of another program, or of none of these kinds.
     """
     if not file.is_file():
-        raise FileNotFoundError(f"{file} {'is a folder' if file.is_dir() else 'does not exist'}.")
+        why = "is a folder" if file.is_dir() else "is not a file" if file.exists() else ""
+        raise FileNotFoundError(f"{file} {why or 'does not exist'}.")
     metadata, tensors = read_tensors(file)
     try:
         about = json.loads(metadata.get(_KEY, "null"))
@@ -68,6 +74,8 @@ def read(file: Path, *kinds: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
             f"{file} has version {about['version']}, and this transfer_surgery reads versions up "
             f"to {_VERSION}: upgrade it."
         )
+    if about["version"] < _VERSION:
+        raise ValueError(f"{file} is damaged: no file has version {about['version']}.")
     if about.get("kind") not in kinds:
         raise ValueError(f"{file} holds {about.get('kind')!r}, not {' or '.join(kinds)}.")
     return about, tensors
@@ -89,31 +97,44 @@ def read_tensors(file: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
         raise ValueError(f"{file} is damaged, or is not a safetensors file: {error}.") from error
 
 
-def replace_file(file: Path, data: bytes) -> None:
+def replace_file(file: Path, write: Callable[[Path], object]) -> None:
     """Replace a file as a whole: at any moment its name means the old or the new content.
 
-    The data go to a new file beside it first. Its name is random, and it must not exist yet: what
-    another user has prepared there, such as a link, is not followed.
+    The new file keeps the mode of the old one. Where the name is a symbolic link, the file that it
+    points to is replaced.
+
+    Args:
+        file: the file; folders on the way to it are made.
+        write: is called with a path in a new folder, which only this user can read, and writes
+            there. What it writes beside that path goes beside the file.
     """
-    temporary = file.with_name(f".{secrets.token_hex(16)}.tmp")
-    try:
-        with temporary.open("xb") as opened:
-            opened.write(data)
-            opened.flush()
-            os.fsync(opened.fileno())
-        os.replace(temporary, file)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
+    file = file.resolve()
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".", dir=file.parent) as folder:
+        write(Path(folder, file.name))
+        # A file beside it, whose name is longer, comes first: the file itself refers to it.
+        for written in sorted(Path(folder).iterdir(), reverse=True):
+            with written.open("rb+") as opened:
+                os.fsync(opened.fileno())
+            place = file.with_name(written.name)
+            if place.exists():
+                shutil.copymode(place, written)
+            os.replace(written, place)
     if os.name == "posix":  # the new name is on the disk only once its folder is
-        folder = os.open(file.parent, os.O_RDONLY)
+        folder_number = os.open(file.parent, os.O_RDONLY)
         try:
-            os.fsync(folder)
+            os.fsync(folder_number)
         finally:
-            os.close(folder)
+            os.close(folder_number)
 
 
-def _check_replaceable(file: Path, kind: str) -> None:
+def is_below(key: str, paths: Mapping[str, Any]) -> bool:
+    """Whether a key of a state dict belongs to a module at one of these paths."""
+    names = key.split(".")
+    return any(".".join(names[:length]) in paths for length in range(len(names)))
+
+
+def check_replaceable(file: Path, kind: str) -> None:
     """Raise where something would be lost: a file of another program, or of another kind."""
     if not file.exists() or (file.is_file() and file.stat().st_size == 0):
         return

@@ -114,7 +114,7 @@ def granularity_of(
         axis: the axis of the channels that ``"channel"`` means.
 
     Raises:
-        ValueError: there is no such granularity.
+        ValueError: there is no such granularity, or the axis is not an int.
 
     Examples:
         >>> granularity_of("channel", axis=-1)
@@ -130,6 +130,8 @@ def granularity_of(
     if isinstance(granularity, Mapping):
         axis, found = granularity.get("axis", axis), granularity.get("found", False)
         granularity = str(granularity.get("name"))
+    if type(axis) is not int:
+        raise ValueError(f"the axis of the channels is {axis!r}: give a whole number.")
     known = {"layer": PerLayer(), "channel": PerChannel(axis, found), "neuron": PerNeuron()}
     if granularity not in known:
         raise ValueError(

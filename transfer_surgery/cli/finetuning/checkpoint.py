@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -50,9 +49,7 @@ class Checkpoint:
             "scheduler": scheduler.state_dict(),
             "random": [torch.get_rng_state(), *torch.cuda.get_rng_state_all()],
         }
-        buffer = BytesIO()
-        torch.save(state, buffer)
-        replace_file(self.file, buffer.getvalue())
+        replace_file(self.file, lambda path: torch.save(state, path))
         self.saved()
 
     def restore(self, optimizer: Optimizer, scheduler: LRScheduler) -> int:
