@@ -104,7 +104,8 @@ def test_a_training_that_was_killed_goes_on_bit_for_bit(kill: Kill) -> None:
     invoke("finetune", "killed", *training, "--resume")
     assert_same("killed", "whole")
     Path("killed.training.pt").write_text("damaged")
-    assert "is damaged, or no state" in invoke("finetune", "killed", *training, "--resume", fails=1)
+    said = invoke("finetune", "killed", *training, "--resume", fails=1)
+    assert "is damaged, or is not the state of a training" in said
 
 
 # --- mistakes ------------------------------------------------------------------------------------
