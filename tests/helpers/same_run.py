@@ -30,9 +30,7 @@ def assert_same_runs(original: nn.Module, twin: nn.Module, *args: Any, runs: int
 
     The attributes of activation modules are left out: a unit answers for them by itself.
     """
-    replaced = [
-        f"{path}." for path, unit in twin.named_modules() if isinstance(unit, GatedActivation)
-    ]
+    units = [path for path, unit in twin.named_modules() if isinstance(unit, GatedActivation)]
     for training in (False, True):
         for seed in range(runs):
             wanted = {
