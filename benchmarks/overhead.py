@@ -89,7 +89,7 @@ def _section(name: str, model: nn.Module, images: Tensor, rounds: int, machine: 
     works: dict[str, Callable[[], Any]] = {
         "sampling, forward and backward": lambda: _sample(units, len(images)),
         "risk": lambda: add_risk_gradient(units, 1e-6, "sum"),
-        "projection": lambda: projection.follow({}, next(numbers), None),
+        "projection": lambda: projection.follow(next(numbers), None),
     }
     lines += ["", "| work | share of a step |", "|---|---|"]
     for work, function in works.items():

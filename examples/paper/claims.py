@@ -140,5 +140,7 @@ def rank_sum_p(smaller: Sequence[float], larger: Sequence[float]) -> float:
         >>> rank_sum_p([1.0, 2.0, 3.0], [4.0, 5.0, 6.0])
         0.05
     """
+    if min(len(smaller), len(larger)) < 2:  # scipy's permutations need two of each
+        return float(mannwhitneyu(smaller, larger, alternative="less", method="exact").pvalue)
     every = PermutationMethod(n_resamples=float("inf"))
     return float(mannwhitneyu(smaller, larger, alternative="less", method=every).pvalue)

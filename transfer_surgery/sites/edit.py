@@ -173,6 +173,10 @@ class _Edit:
         code = self.code(original.__code__.co_filename)
         cells = dict(zip(original.__code__.co_freevars, original.__closure__ or (), strict=True))
         cells |= {name: CellType(value) for name, value in self.objects.items()}
+        if missing := set(code.co_freevars) - set(cells):
+            raise UneditableError(
+                f"{self.function.qualname} reads {min(missing)} in a way of its own"
+            )
         return _like(original, code, tuple(cells[name] for name in code.co_freevars))
 
 
