@@ -2,7 +2,8 @@
 
 from transfer_surgery.units.kernels.engine import VARIABLE, compiler_error, kernel_choice
 from transfer_surgery.units.kernels.formula import Numbers, fitted_value, gated_value
-from transfer_surgery.units.kernels.gated import gated, values_readable
+from transfer_surgery.units.kernels.gated import gated
+from transfer_surgery.units.kernels.recomputed import values_readable
 
 __all__ = [
     "VARIABLE",

@@ -1,8 +1,8 @@
 """Who evaluates a formula in a training step: eager torch calls, or code that inductor makes.
 
 Compiling takes seconds, which a short run never earns back. A formula is therefore evaluated
-eagerly until that has taken as long as compiling takes, and compiled then: however long the run
-turns out to be, it takes at most twice the time that knowing its length would have saved.
+eagerly until that has taken as long as compiling takes, and compiled then: whatever the length of
+the run, this costs at most twice what the better choice would have cost.
 
 ``TRANSFER_SURGERY_KERNELS`` in the environment decides otherwise: ``eager`` never compiles,
 ``compiled`` does so at the first step.
@@ -73,7 +73,8 @@ def engine_for(formula: Formula, needed: tuple[bool, ...], x: Tensor) -> Engine:
     key = (formula, needed, x.dtype, x.device.type)
     if (engine := _engines.get(key)) is None:
         engine = Engine(formula, needed)
-        if len(_engines) < MOST_ENGINES:
+        engine.stays_eager = len(_engines) >= MOST_ENGINES
+        if not engine.stays_eager:
             _engines[key] = engine
     return engine
 
@@ -90,7 +91,7 @@ class Engine:
         self.formula, self.needed = formula, needed
         self.seconds = 0.0
         self.compiled: tuple[Callable[..., Any], Callable[..., Any]] | None = None
-        self.failed = False
+        self.stays_eager = False
 
     def value(self, *tensors: Tensor) -> Tensor:
         """The formula's value."""
@@ -108,7 +109,7 @@ class Engine:
             try:
                 return self._compiled()[half](*tensors)
             except Exception as error:
-                self.failed = True
+                self.stays_eager = True
                 _log.warning(
                     "%s stays eager, it cannot be compiled here: %s: %s. %s=eager keeps the "
                     "compiler out.",
@@ -123,7 +124,7 @@ class Engine:
         return result
 
     def _may_compile(self, x: Tensor) -> bool:
-        if self.failed or (choice := kernel_choice()) == "eager":
+        if self.stays_eager or (choice := kernel_choice()) == "eager":
             return False
         if x.is_cuda and torch.cuda.is_current_stream_capturing():
             return False  # nothing can be compiled while a CUDA graph is recorded

@@ -17,7 +17,7 @@ from transfer_surgery.units.kernels.formula import (
     gated_value,
     straight_through_value,
 )
-from transfer_surgery.units.kernels.recomputed import is_transformed, recomputed
+from transfer_surgery.units.kernels.recomputed import is_transformed, recomputed, values_readable
 
 
 def gated(
@@ -55,7 +55,10 @@ def gated(
     """
     present = None if numbers is None else tuple(n is not None for n in numbers)
     known = () if numbers is None else tuple(n for n in numbers if n is not None)
-    if values_readable(z) and values_readable(x) and z.numel():
+    formula = _GatedFormula(source, target, straight_through, len(operands), present)
+    if is_transformed(x, z, *operands, *known):
+        return formula.plain(x, z, *operands, *known)
+    if z.device.type == "cpu" and z.numel():  # elsewhere a look at the gates has to wait for them
         low, high = (end.item() for end in z.detach().aminmax())
         exact = not (z.requires_grad and straight_through)
         if exact and low == 1:
@@ -64,7 +67,6 @@ def gated(
             return source(_with_zero_gradient(x, z, *known), *operands)
         if exact and high == 0 and not operands:  # those keep their gradient, which is 0
             return _target(_with_zero_gradient(x, z), target, present, known)
-    formula = _GatedFormula(source, target, straight_through, len(operands), present)
     return recomputed(formula, x, z, *operands, *known)
 
 
@@ -72,14 +74,6 @@ def _target(
     x: Tensor, target: Activation, present: tuple[bool, ...] | None, known: tuple[Tensor, ...]
 ) -> Tensor:
     return target(x) if present is None else recomputed(_FittedFormula(target, present), x, *known)
-
-
-def values_readable(tensor: Tensor) -> bool:
-    """Whether values may steer Python: on a CPU, outside of traces and transforms."""
-    if tensor.device.type != "cpu" or is_transformed(tensor):
-        return False
-    # torch.autograd.grad(is_grads_batched=True) still has batched tensors of the older kind.
-    return not torch._C._functorch.is_legacy_batchedtensor(tensor)
 
 
 @dataclass(frozen=True)

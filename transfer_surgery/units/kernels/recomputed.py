@@ -17,26 +17,31 @@ from transfer_surgery.units.kernels.engine import Formula, engine_for
 def recomputed(formula: Formula, *tensors: Tensor) -> Tensor:
     """``formula.plain(*tensors)``, for which autograd keeps nothing but ``tensors``.
 
-    Under the transforms of `torch.func`, in forward-mode derivatives and in traces the plain code
-    runs as it is.
+    Where `is_transformed` the plain code has to run instead.
     """
-    if is_transformed(*tensors):
-        return formula.plain(*tensors)
     if not torch.is_grad_enabled() or not any(t.requires_grad for t in tensors):
         return formula.value(*tensors)
     result: Tensor = _Recomputed.apply(formula, *tensors)
     return result
 
 
-def is_traced() -> bool:
-    """Whether a compiler or `torch.jit.trace` is reading the code that runs."""
-    return torch.compiler.is_compiling() or torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
+def values_readable(tensor: Tensor) -> bool:
+    """Whether values may steer Python: on a CPU, outside of traces and transforms."""
+    if tensor.device.type != "cpu" or is_transformed(tensor):
+        return False
+    # torch.autograd.grad(is_grads_batched=True) still has batched tensors of the older kind.
+    return not torch._C._functorch.is_legacy_batchedtensor(tensor)
 
 
 def is_transformed(*tensors: Tensor) -> bool:
-    """Whether something other than eager reverse-mode autograd looks at these tensors."""
+    """Whether something other than eager reverse-mode autograd looks at these tensors.
+
+    A compiler, `torch.jit.trace`, a transform of `torch.func`, forward-mode derivatives, or a class
+    of tensors of its own, such as fake and sharded ones.
+    """
     return (
-        is_traced()
+        torch.compiler.is_compiling()
+        or torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
         or torch._C._functorch.peek_interpreter_stack() is not None
         or torch.autograd.forward_ad._current_level >= 0
         or any(type(t) not in (Tensor, torch.nn.Parameter) for t in tensors)
