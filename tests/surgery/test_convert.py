@@ -543,3 +543,11 @@ def test_baked_sites_are_torchs_own_modules_where_torch_has_one():
     bake(model)
     assert str(model[1]) == "Hardtanh(min_val=0.0, max_val=3.0)"
     assert type(model[3]) is nn.GELU
+
+
+def test_the_gates_of_a_baked_mixture_stay_float32_when_the_model_is_halved():
+    model = convert(nn.Sequential(nn.Conv2d(4, 3, 1), nn.ReLU()), example_input=X)
+    model[1].log_alpha.data.copy_(torch.tensor([9.0, 0.1, -9.0]))
+    expected = model[1].gate.predict()
+    baked = bake(model).to(torch.bfloat16)
+    assert torch.equal(baked[1].z, expected)

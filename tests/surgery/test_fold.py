@@ -17,6 +17,7 @@ from transfer_surgery import (
     swap_targets,
 )
 from transfer_surgery.activations import ActivationModule
+from transfer_surgery.surgery import folding
 from transfer_surgery.units import FittedActivation, TargetParameters
 from transfer_surgery.units.kernels import fitted_value
 
@@ -309,3 +310,42 @@ def test_the_report_counts_parameters():
     assert lines[2].split() == ["1", "0", "2", "-"]
     assert lines[-1] == f"{count:,} parameters before, {count - 24:,} after"
     assert report.to_dict()["rows"][0] == {"path": "1", "before": "0", "after": "2", "left": ""}
+
+
+def test_a_site_that_passes_tensors_of_its_source_goes_on_doing_so():
+    torch.manual_seed(0)
+    x = torch.randn(64, 4)
+    model = nn.Sequential(nn.Linear(4, 8), nn.PReLU(), nn.Linear(8, 2))
+    model = matched(model, x, "hardswish")
+    assert folded(model, x) == [("0", "2", "")]
+
+
+def test_a_second_fold_changes_nothing():
+    model = matched(images(nn.Conv2d(6, 6, 3, padding=1)), IMAGES)
+    assert folded(model, IMAGES) == [("0", "2", "b")]
+    assert [left for _, _, left in folded(model, IMAGES)] == ["b"]
+
+
+def test_every_output_is_compared(monkeypatch):
+    class TwoHeads(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body, self.act = nn.Linear(4, 8), nn.ReLU()
+            self.classes, self.boxes = nn.Linear(8, 2), nn.Linear(8, 4)
+
+        def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            h = self.act(self.body(x))
+            return self.classes(h), self.boxes(h)
+
+    torch.manual_seed(0)
+    x = torch.randn(64, 4)
+    model = matched(TwoHeads(), x)
+    write = folding._Changes.write
+
+    def damaged(self, module, name, value):
+        write(self, module, name, value)
+        model.boxes.bias.data += 1
+
+    monkeypatch.setattr(folding._Changes, "write", damaged)
+    with pytest.raises(RuntimeError, match="folding changed the outputs"):
+        fold_targets(model, x)

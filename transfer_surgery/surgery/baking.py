@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from transfer_surgery._float32 import Float32Module
 from transfer_surgery._sharding import check_not_sharded
 from transfer_surgery.activations import Activation, ActivationModule, activation_module
 from transfer_surgery.surgery.insertion import share_hooks, swap_children
@@ -19,7 +20,7 @@ from transfer_surgery.units import (
 )
 
 
-class MixedActivation(nn.Module):
+class MixedActivation(Float32Module):
     """Source where the fixed mask ``z`` is 1, target where it is 0, Eq. 1 between.
 
     Args:
@@ -114,18 +115,18 @@ def plain_module(unit: GatedActivation, z: Tensor) -> nn.Module:
     if bool((z == 1).all()):
         if unit.replaced:
             return unit.replaced[0]
-        plain = _plain_activation(unit, unit.source)
+        plain = plain_activation(unit.source, bool(unit.source.operands))
     elif bool((z == 0).all()):
         if unit.fitted is not None:
-            plain = FittedActivation(unit.target, unit.fitted)
+            plain = FittedActivation(unit.target, unit.fitted, bool(unit.source.operands))
         else:
-            plain = _plain_activation(unit, unit.target)
+            plain = plain_activation(unit.target, bool(unit.source.operands))
     else:
         z = z.clone()
         plain = MixedActivation(unit.source, unit.target, z, unit.granularity, unit.fitted)
     return _Overwriting(plain) if unit.overwrites_input else plain
 
 
-def _plain_activation(unit: GatedActivation, activation: Activation) -> nn.Module:
-    # A site whose source takes tensors passes them on to whatever stands there.
-    return ActivationModule(activation) if unit.source.operands else activation_module(activation)
+def plain_activation(activation: Activation, takes_operands: bool) -> nn.Module:
+    """The module of an activation at a site; torch's own take nothing but their input."""
+    return ActivationModule(activation) if takes_operands else activation_module(activation)

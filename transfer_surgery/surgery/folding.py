@@ -11,10 +11,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
-from transfer_surgery._running import call_model, logits_of, prediction_mode, to_device_of
-from transfer_surgery.activations import activation_module
+from transfer_surgery._running import call_model, prediction_mode, to_device_of
 from transfer_surgery.reports import Column, Table
+from transfer_surgery.surgery.baking import plain_activation
 from transfer_surgery.surgery.checks import check_no_gates
 from transfer_surgery.surgery.fold_neighbours import CONVOLUTIONS, Neighbours, find_neighbours
 from transfer_surgery.surgery.insertion import share_hooks, swap_children
@@ -116,16 +117,16 @@ def fold_targets(model: nn.Module, example_input: Any) -> FoldReport:
     count = sum(p.numel() for p in model.parameters())
     changed = _Changes()
     with prediction_mode(model):
-        expected = logits_of(call_model(model, batch))
+        expected = call_model(model, batch)
         neighbours = find_neighbours(model, sites, lambda: call_model(model, batch))
         try:
             rows = tuple(_fold(changed, p, site, neighbours[p]) for p, site in sites.items())
-            _compare(logits_of(call_model(model, batch)), expected)
+            _compare(call_model(model, batch), expected)
         except BaseException:
             changed.undo()
             raise
     plain: dict[nn.Module, nn.Module] = {
-        site: activation_module(site.activation).train(site.training)
+        site: plain_activation(site.activation, site.takes_operands).train(site.training)
         for site in sites.values()
         if not any(True for _ in site.parameters())
     }
@@ -160,7 +161,8 @@ class _Changes:
 def _fold(changes: _Changes, path: str, site: FittedActivation, near: Neighbours) -> FoldRow:
     """Fold one site; its numbers that have moved become None."""
     fitted = site.fitted
-    if near.before is not None:
+    # After an earlier fold some of the numbers are gone: what is left may not fit in either.
+    if near.before is not None and fitted.w is not None:
         layer, w, c = near.before, _wide(fitted.w), _wide(fitted.c)
         bias = 0.0 if layer.bias is None else layer.bias.double()
         ones = [1] * (layer.weight.dim() - 1)
@@ -168,7 +170,7 @@ def _fold(changes: _Changes, path: str, site: FittedActivation, near: Neighbours
         changes.write(layer, "weight", layer.weight.double() * w.reshape(-1, *ones))
         changes.write(fitted, "w", None)
         changes.write(fitted, "c", None)
-    if near.after is not None:
+    if near.after is not None and fitted.a is not None and fitted.b is not None:
         _fold_behind(changes, site, near.after)
     left = [name for name in "awcb" if getattr(fitted, name) is not None]
     return FoldRow(path, near.before_name, near.after_name, ", ".join(left))
@@ -216,13 +218,17 @@ def _is_padded(layer: Any) -> bool:
     return any(layer.padding)
 
 
-def _compare(found: Tensor, expected: Tensor) -> None:
-    """RuntimeError where outputs differ by more than rounding."""
-    largest = expected.abs().max().clamp_min(1e-30)
-    error = ((found - expected).abs().max() / largest).item()
-    allowed = 1e5 * torch.finfo(expected.dtype).eps if expected.dtype.itemsize > 2 else 0.1
-    if not error <= allowed:
-        raise RuntimeError(
-            f"folding changed the outputs by {error:.1e} of the largest one, which is more than "
-            "rounding; the model is as it was. Please report this network."
-        )
+def _compare(found: Any, expected: Any) -> None:
+    """RuntimeError where any floating output differs by more than rounding."""
+    for now, before in zip(tree_leaves(found), tree_leaves(expected), strict=True):
+        if not (isinstance(before, Tensor) and before.is_floating_point() and before.numel()):
+            continue
+        largest = before.abs().max().clamp_min(1e-30)
+        error = ((now - before).abs().max() / largest).item()
+        allowed = 1e5 * torch.finfo(before.dtype).eps if before.dtype.itemsize > 2 else 0.1
+        if not error <= allowed:
+            raise RuntimeError(
+                f"folding changed the outputs by {error:.1e} of the largest one, which is more "
+                "than rounding; the model is as it was. If the batch has no NaN in it, please "
+                "report this network."
+            )

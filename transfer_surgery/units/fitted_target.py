@@ -68,11 +68,21 @@ class FittedActivation(nn.Module):
     Args:
         activation: ``f``.
         parameters: ``a``, ``w``, ``c`` and ``b``.
+        takes_operands: whether the site passes tensors that the source took; ``f`` needs none.
+
+    Examples:
+        >>> from transfer_surgery import PerLayer, get_activation
+        >>> parameters = TargetParameters((1,), PerLayer())
+        >>> FittedActivation(get_activation("relu"), parameters)(torch.tensor([-1.0, 2.0])).tolist()
+        [0.0, 2.0]
     """
 
-    def __init__(self, activation: Activation, parameters: TargetParameters) -> None:
+    def __init__(
+        self, activation: Activation, parameters: TargetParameters, takes_operands: bool = False
+    ) -> None:
         super().__init__()
         self.activation, self.fitted = activation, parameters
+        self.takes_operands = takes_operands
 
     def forward(self, x: Tensor, *operands: Tensor) -> Tensor:
         return fitted_value(x, self.activation, self.fitted.expand(x))
