@@ -9,7 +9,7 @@ from torch import nn
 
 from transfer_surgery import convert, distill, match_targets, sensitivity, swap_targets
 from transfer_surgery._running import log_probabilities, logits_of
-from transfer_surgery.matching.relu_budget import squared_gradients
+from transfer_surgery.matching.site_gradients import site_calls
 from transfer_surgery.matching.two_networks import TwoNetworks
 
 
@@ -88,7 +88,8 @@ def test_a_single_logit_has_fisher_information():
     torch.manual_seed(0)
     model = convert(binary(), "sin", example_input=torch.zeros(1, 3)).eval()
     unit, x = model[1], torch.randn(20, 3)
-    (slopes,) = squared_gradients(TwoNetworks(model, [unit], [x]), unit, x, 1, seed=0)
+    (call,) = site_calls(TwoNetworks(model, [unit], [x]), [unit], x, seed=0)[unit]
+    slopes = call.squared_gradient
     p = model(x).sigmoid().detach()
     # d log p(label) / d logit is 1 - p where the label is yes, -p where it is no.
     yes, no = ((error * model[2].weight).square() for error in (1 - p, p))

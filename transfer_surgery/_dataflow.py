@@ -11,6 +11,8 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
+from transfer_surgery._running import hooked
+
 _PASSING = (F.dropout, F.dropout1d, F.dropout2d, F.dropout3d, F.alpha_dropout)
 """In evaluation they give back what they get."""
 _NORM_CALLS = (F.batch_norm, F.group_norm)
@@ -52,11 +54,8 @@ def norms_behind(
         if isinstance(norm, nn.modules.batchnorm._BatchNorm) and norm.running_mean is not None:
             inputs[norm] = []
             handles.append(norm.register_forward_pre_hook(read))
-    try:
+    with hooked(*handles):
         run()
-    finally:
-        for handle in handles:
-            handle.remove()
     once = {norm: writers[0] for norm, writers in inputs.items() if len(writers) == 1}
     return {layer: norm for norm, layer in once.items() if layer and len(outputs[layer]) == 1}
 

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils.hooks import RemovableHandle
 
 
 def logits_of(output: Any) -> Tensor:
@@ -65,14 +66,31 @@ def prediction_mode(model: nn.Module) -> Iterator[None]:
     Tensors that are made are ordinary ones also in `torch.inference_mode`, and compiled modules run
     as written: compiled code may leave out hooks.
     """
-    modes = {module: module.training for module in model.modules()}
-    try:
+    with modes_kept(model):
         model.eval()
         with torch.compiler.set_stance("force_eager"), torch.inference_mode(False), torch.no_grad():
             yield
+
+
+@contextmanager
+def modes_kept(*models: nn.Module) -> Iterator[None]:
+    """Afterwards every module is in the training or evaluation mode in which it was."""
+    modes = [(module, module.training) for model in models for module in model.modules()]
+    try:
+        yield
     finally:
-        for module, training in modes.items():
+        for module, training in modes:
             module.training = training
+
+
+@contextmanager
+def hooked(*handles: RemovableHandle) -> Iterator[None]:
+    """Hooks that are there for a while: they are removed at the end."""
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def as_batches(batches: Any, model: nn.Module) -> list[Any]:

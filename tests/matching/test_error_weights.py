@@ -8,7 +8,7 @@ from torch import nn
 from transfer_surgery import convert, match_targets, swap_targets
 from transfer_surgery._running import prediction_mode
 from transfer_surgery.matching.least_squares import Inputs, TargetFit
-from transfer_surgery.matching.relu_budget import squared_gradients
+from transfer_surgery.matching.site_gradients import site_calls
 from transfer_surgery.matching.target_families import Sinusoid
 from transfer_surgery.matching.two_networks import TwoNetworks
 from transfer_surgery.units import gated_activations
@@ -51,7 +51,8 @@ def test_gradients_are_those_of_a_drawn_label(frozen):
     model.requires_grad_(not frozen)
     (unit,) = (unit for _, unit in gated_activations(model))
     with prediction_mode(model):
-        (found,) = squared_gradients(TwoNetworks(model, [unit], [x]), unit, x, 1, seed=0)
+        (call,) = site_calls(TwoNetworks(model, [unit], [x]), [unit], x, seed=0)[unit]
+    found = call.squared_gradient
     with torch.no_grad():
         p = model(x).softmax(1)
         # For each label k: the gradient of -log p_k in the outputs of the site, in closed form.

@@ -138,3 +138,11 @@ def test_units_that_do_not_run_cost_nothing():
     masks = choose_kept(model, units, [X], 0.5)
     assert masks[units["1"]].any()
     assert not masks[units["idle"]].any()
+
+
+def test_all_sites_are_weighed_in_one_run_per_batch():
+    model, runs = network(), []
+    model[-1].register_forward_hook(lambda *_: runs.append(1))
+    units = dict(gated_activations(model))
+    choose_kept(model, units, X.split(200), 0.5)
+    assert len(runs) == 2

@@ -83,3 +83,7 @@ def test_what_cannot_be_drawn_is_said():
     model.forward = lambda x: x
     with pytest.raises(ValueError, match="does not run"):
         plot_activation(model, "1", [X])
+
+
+def test_gates_without_a_stretch_have_no_ends_to_mark():
+    assert not plot_gates(network(gate="bernoulli")).lines

@@ -7,12 +7,18 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import CosineAnnealingLR
 from torch.utils.hooks import RemovableHandle
 
-from transfer_surgery._running import call_model, log_probabilities, logits_of, to_device_of
+from transfer_surgery._running import (
+    call_model,
+    kl_divergence,
+    log_probabilities,
+    logits_of,
+    modes_kept,
+    to_device_of,
+)
 from transfer_surgery.units import GatedActivation, gated_activations
 
 TRAINED = ("all", "targets")
@@ -125,23 +131,21 @@ def _ready_to_learn(
     watched: Sequence[_Outputs],
 ) -> Iterator[None]:
     """Training mode, the teacher in evaluation mode, the other parameters frozen; undone after."""
-    modes = [(m, m.training) for network in (model, teacher) for m in network.modules()]
     others = {p: p.requires_grad for p in model.parameters() if p not in set(trained)}
     try:
         for outputs in watched:
             outputs.start()
         for parameter in others:
             parameter.requires_grad_(False)
-        model.train()
-        teacher.eval()
-        yield
+        with modes_kept(model, teacher):
+            model.train()
+            teacher.eval()
+            yield
     finally:
         for outputs in watched:
             outputs.stop()
         for parameter, wanted in others.items():
             parameter.requires_grad_(wanted)
-        for module, training in modes:
-            module.training = training
 
 
 def softened_divergence(logits: Tensor, wanted: Tensor, temperature: float) -> Tensor:
@@ -153,7 +157,7 @@ def softened_divergence(logits: Tensor, wanted: Tensor, temperature: float) -> T
         temperature: what both are divided by.
     """
     now, target = (log_probabilities(x, temperature) for x in (logits, wanted))
-    return F.kl_div(now, target, log_target=True, reduction="batchmean") * temperature**2
+    return kl_divergence(now, target) * temperature**2
 
 
 class _Outputs:

@@ -20,7 +20,7 @@ from transfer_surgery._sharding import check_not_sharded
 from transfer_surgery.matching.layer_refit import layers_to_refit, refit_layer
 from transfer_surgery.matching.least_squares import Inputs, Solution, TargetFit, grouped
 from transfer_surgery.matching.match_report import MatchReport, MatchRow, warn_of_poor_fits
-from transfer_surgery.matching.relu_budget import squared_gradients
+from transfer_surgery.matching.site_gradients import site_calls
 from transfer_surgery.matching.target_families import family_of
 from transfer_surgery.matching.two_networks import TwoNetworks
 from transfer_surgery.units import GatedActivation, select_units
@@ -53,7 +53,7 @@ def match_targets(
         batches: tensors, tuples of arguments or dicts of keyword arguments, without labels; some
             hundred examples are enough. Both networks are run up to each site on each batch, so
             the time grows with the square of the depth. Memory is that of one batch.
-        include: sites to match: globs on paths, units, or predicates on units; None: all.
+        include: sites to match: patterns as in `convert` (a predicate gets the unit); None: all.
         exclude: sites to leave as they are, in the same forms.
         weights: how much an error at a site counts. None: all errors count the same.
             ``"gradient"``: by the squared gradient of the original network's log-likelihood, with
@@ -187,8 +187,8 @@ def _fit_site(
         wanted = networks.see(unit, batch, calls)
         counted: list[Tensor | None] = [None] * len(wanted)
         if weights == "gradient":
-            slopes = squared_gradients(networks, unit, batch, calls, seed=index)
-            counted = [group(_with_floor(slope)) for slope in slopes]
+            seen = site_calls(networks, [unit], batch, seed=index)[unit]
+            counted = [group(_with_floor(call.squared_gradient)) for call in seen[:calls]]
         for (x, _), (_, y), weight in zip(here, wanted, counted, strict=True):
             fit.add(group(x), group(y), weight)
     return fit.solve(), inputs

@@ -10,11 +10,11 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from transfer_surgery._running import as_batches, prediction_mode
 from transfer_surgery.matching.least_squares import grouped
+from transfer_surgery.matching.site_gradients import site_calls
 from transfer_surgery.matching.two_networks import TwoNetworks
 from transfer_surgery.units import GatedActivation, fitted_value
 
@@ -45,7 +45,7 @@ def choose_kept(
         )
     networks = TwoNetworks(model, list(units.values()), as_batches(batches, model))
     with prediction_mode(model):
-        costs = {unit: _costs(networks, unit) for unit in units.values()}
+        costs = _costs(networks)
     # Keep gate after gate, from the most costly neuron down, while the budget lasts.
     sizes = {unit: unit.neurons // unit.gate.count for unit in units.values()}
     each = torch.cat([(cost / sizes[unit]).cpu() for unit, cost in costs.items()])
@@ -59,50 +59,14 @@ def choose_kept(
     return {unit: part.view(unit.gate.shape) for unit, part in zip(sizes, parts, strict=True)}
 
 
-def _costs(networks: TwoNetworks, unit: GatedActivation) -> Tensor:
-    """The cost of each gate, summed over its elements and the examples."""
-    calls = networks.count_calls([unit]).get(unit, 0)
-    total = torch.zeros(unit.gate.count, dtype=torch.float64)
-    for index, batch in enumerate(networks.batches if calls else []):
-        seen = networks.see(unit, batch, calls)
-        slopes = squared_gradients(networks, unit, batch, calls, seed=index)
-        for (x, y), slope in zip(seen, slopes, strict=True):
-            parameters = None if unit.fitted is None else unit.fitted.expand(x)
-            error = fitted_value(x, unit.target, parameters).double() - y
-            cost = grouped(0.5 * slope * error.square(), unit.granularity)
-            total += cost.double().sum(1).cpu()
+def _costs(networks: TwoNetworks) -> dict[GatedActivation, Tensor]:
+    """The cost of each gate of each unit, summed over its elements and the examples."""
+    total = {unit: torch.zeros(unit.gate.count, dtype=torch.float64) for unit in networks.units}
+    for index, batch in enumerate(networks.batches):
+        for unit, calls in site_calls(networks, networks.units, batch, seed=index).items():
+            for x, y, squared_gradient in calls:
+                numbers = None if unit.fitted is None else unit.fitted.expand(x)
+                error = fitted_value(x, unit.target, numbers).double() - y
+                cost = grouped(0.5 * squared_gradient * error.square(), unit.granularity)
+                total[unit] += cost.double().sum(1).cpu()
     return total
-
-
-def squared_gradients(
-    networks: TwoNetworks, unit: GatedActivation, batch: Any, calls: int, seed: int
-) -> list[Tensor]:
-    """Squared gradients of the original network's log-likelihood at the outputs of a site.
-
-    The label of each output is drawn from the network's own answer, so the mean of the squares is
-    the diagonal of the Fisher information: how much an error there changes the answer. This takes a
-    forward and a backward pass through the whole network.
-
-    Returns:
-        For each call of the unit a tensor of the shape of its output.
-    """
-    outputs: list[Tensor] = []
-
-    def note(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
-        outputs.append(output if output.requires_grad else output.requires_grad_())
-
-    handle = unit.register_forward_hook(note)
-    try:
-        with torch.enable_grad():
-            answers = networks.log_probabilities(batch)
-    finally:
-        handle.remove()
-    generator = torch.Generator().manual_seed(seed)
-    labels = torch.multinomial(answers.detach().exp().cpu(), 1, generator=generator)
-    with torch.enable_grad():
-        loss = F.nll_loss(answers, labels[:, 0].to(answers.device), reduction="sum")
-        gradients = torch.autograd.grad(loss, outputs, allow_unused=True)
-    return [
-        torch.zeros_like(y) if g is None else g.float().square()
-        for g, y in zip(gradients[:calls], outputs, strict=False)
-    ]

@@ -66,7 +66,7 @@ def sensitivity(
     Args:
         model: a converted model, best after `match_targets`; it is run in evaluation mode.
         batches: inputs without labels, as for `match_targets`.
-        include: sites to look at: globs on paths, units, or predicates on units; None: all.
+        include: sites to look at: patterns as in `convert` (a predicate gets the unit); None: all.
         exclude: sites to leave out, in the same forms.
 
     Returns:

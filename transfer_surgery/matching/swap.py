@@ -30,7 +30,7 @@ def swap_targets(
 
     Args:
         model: a converted model.
-        include: sites to swap: globs on paths, units, or predicates on units; None: all.
+        include: sites to swap: patterns as in `convert` (a predicate gets the unit); None: all.
         exclude: sites to leave as they are, in the same forms.
         keep: how many neurons of these sites keep their source at most: a number (int) or a share
             (float). The gates whose swap would increase the loss most per neuron are kept, which is

@@ -6,14 +6,14 @@ A run ends at the module that is looked at. Nothing of the model is changed by a
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from transfer_surgery._running import arguments_of, log_probabilities, logits_of
+from transfer_surgery._running import arguments_of, hooked, log_probabilities, logits_of
 from transfer_surgery.units import Gate, GatedActivation
 
 Seen = list[tuple[Tensor, Tensor]]
@@ -84,17 +84,9 @@ class TwoNetworks:
             if len(seen) == calls:
                 raise _EnoughError
 
-        handles = [
-            module.register_forward_pre_hook(before),
-            module.register_forward_hook(after),
-        ]
-        try:
+        handles = module.register_forward_pre_hook(before), module.register_forward_hook(after)
+        with hooked(*handles), suppress(_EnoughError):
             self.run(batch, *network)
-        except _EnoughError:
-            pass
-        finally:
-            for handle in handles:
-                handle.remove()
         return seen
 
     def count_calls(self, modules: Iterable[nn.Module]) -> dict[nn.Module, int]:
@@ -104,12 +96,8 @@ class TwoNetworks:
         def count(module: nn.Module, args: tuple[Any, ...]) -> None:
             calls[module] = calls.get(module, 0) + 1
 
-        handles = [module.register_forward_pre_hook(count) for module in modules]
-        try:
+        with hooked(*(module.register_forward_pre_hook(count) for module in modules)):
             self.run(self.batches[0])
-        finally:
-            for handle in handles:
-                handle.remove()
         return calls
 
     def assign(self, module: nn.Module, values: Mapping[str, Tensor]) -> None:

@@ -115,7 +115,8 @@ def plot_match(report: MatchReport, ax: Axes | None = None) -> Axes:
 def plot_gates(model: nn.Module, ax: Axes | None = None) -> Axes:
     """Draw a histogram of ``log_alpha`` over all gates, stage by stage on top of each other.
 
-    Dashed lines mark where the prediction gate (Eq. 16) becomes exactly 0 and exactly 1.
+    Dashed lines mark where the prediction gate (Eq. 16) becomes exactly 0 and exactly 1, if all
+    gates are hard-concrete ones with one stretch.
 
     Args:
         model: a converted model with learned gates.
@@ -135,11 +136,12 @@ def plot_gates(model: nn.Module, ax: Axes | None = None) -> Axes:
         'log_alpha'
     """
     stages: dict[str, list[Tensor]] = {}
+    stretches: set[tuple[float, float] | None] = set()
     for path, unit in gated_activations(model):
         if unit.gate.learned:
             log_alpha = unit.gate.full_log_alpha().detach().flatten().cpu()
             stages.setdefault(stage_of(path, unit), []).append(log_alpha)
-            xi, zeta = getattr(unit.gate.settings, "stretch", (-0.1, 1.1))
+            stretches.add(getattr(unit.gate.settings, "stretch", None))
     if not stages:
         raise ValueError(
             "gates of the kinds line and copy have no log_alpha; use report(model).plot() instead."
@@ -147,11 +149,14 @@ def plot_gates(model: nn.Module, ax: Axes | None = None) -> Axes:
     ax = ax or new_axes(_HISTOGRAM_INCHES)
     values = [torch.cat(found).numpy() for found in stages.values()]
     ax.hist(values, bins=60, stacked=True, color=shades(len(values)), label=list(stages))
-    ends = math.log(-xi / zeta), math.log((1 - xi) / (zeta - 1))
-    for end, text, side in zip(ends, ("gate 0", "gate 1"), ("right", "left"), strict=True):
-        ax.axvline(end, color="black", linewidth=0.8, linestyle="--")
-        top = ax.get_xaxis_transform()
-        ax.text(end, 1.01, text, transform=top, fontsize=8, ha=side, va="bottom")
+    stretch, *others = stretches
+    if stretch is not None and not others:
+        xi, zeta = stretch
+        ends = math.log(-xi / zeta), math.log((1 - xi) / (zeta - 1))
+        for end, text, side in zip(ends, ("gate 0", "gate 1"), ("right", "left"), strict=True):
+            ax.axvline(end, color="black", linewidth=0.8, linestyle="--")
+            top = ax.get_xaxis_transform()
+            ax.text(end, 1.01, text, transform=top, fontsize=8, ha=side, va="bottom")
     ax.set(xlabel="log_alpha", ylabel="gates")
     ax.legend(fontsize=8, frameon=False, ncols=math.ceil(len(stages) / 10))
     return ax
