@@ -46,7 +46,9 @@ class Activation:
 
     def __call__(self, x: Tensor, *operands: Tensor) -> Tensor:
         """Value at ``x``, any shape and floating dtype; the result has the same shape."""
-        return self._entry.value(x, *operands, **self._keywords)
+        entry = self._entry
+        known = {k: v for k, v in self.parameters if k in entry.defaults}
+        return entry.value(x, *operands, **known)
 
     @property
     def operands(self) -> tuple[str, ...]:
@@ -57,10 +59,6 @@ class Activation:
     def _entry(self) -> _Entry:
         variant = dict(self.parameters).get("variant")
         return _VARIANTS[self.name, variant] if variant else _REGISTRY[self.name]
-
-    @property
-    def _keywords(self) -> dict[str, Any]:
-        return {k: v for k, v in self.parameters if k in self._entry.defaults}
 
     def __str__(self) -> str:
         changed = [f"{k}={_literal(v)}" for k, v in self.parameters if self._default(k) != v]
@@ -276,9 +274,10 @@ def recognise(function: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -
 def _common_name(activation: Activation) -> Activation | None:
     """ReLU and its like in the disguise of a clamp; None for clamps that are no activation."""
     parameters = dict(activation.parameters)
-    if activation == get_activation("hardtanh", min_val=0.0, max_val=6.0):
+    bounds = parameters.get("min_val"), parameters.get("max_val")
+    if activation.name == "hardtanh" and bounds == (0, 6):
         return get_activation("relu6")  # nn.ReLU6 is a Hardtanh and calls F.hardtanh
-    if activation == get_activation("threshold", threshold=0.0, value=0.0):
+    if activation.name == "threshold" and not any(parameters.values()):
         return get_activation("relu")
     if activation.name == "clamp":
         bounds = parameters["min"], parameters["max"]

@@ -25,10 +25,6 @@ class Granularity:
         """The shape of the gates for inputs of a shape, whose first axis holds the examples."""
         return tuple(shape[axis] for axis in self.axes(len(shape))) or (1,)
 
-    def count(self, x: Tensor) -> int:
-        """The number of gates for an input."""
-        return math.prod(self.gate_shape(x.shape))
-
     def expand(self, values: Tensor, x: Tensor) -> Tensor:
         """View one value per gate, with or without an axis of examples, so that it broadcasts.
 
@@ -52,8 +48,8 @@ class Granularity:
             >>> PerChannel(1).group(torch.zeros(2, 3, 4, 5)).shape
             torch.Size([3, 40])
         """
-        axes = self.axes(x.dim())
-        return x.movedim(axes, tuple(range(len(axes)))).reshape(self.count(x), -1)
+        axes, gates = self.axes(x.dim()), math.prod(self.gate_shape(x.shape))
+        return x.movedim(axes, tuple(range(len(axes)))).reshape(gates, -1)
 
     def to_dict(self) -> dict[str, Any]:
         """The name and the axis, if any, as JSON can hold them; see `granularity_of`."""

@@ -57,31 +57,31 @@ def recompute_activations(model: nn.Module, enabled: bool = True) -> nn.Module:
     return model
 
 
-def with_remakes(function: Callable[..., Tensor], x: Tensor, *gates: Tensor | None) -> Tensor:
-    """``function(x, *gates)`` of a unit; with recomputation its input or its result gets a remake.
+def with_remakes(function: Callable[..., Tensor], x: Tensor, z: Tensor) -> Tensor:
+    """``function(x, z)`` of a unit; with recomputation its input or its result gets a remake.
 
     Args:
         function: the gated activation; it draws no random numbers.
         x: the unit's input.
-        gates: its gates, or what they are made of.
+        z: its gates.
     """
     running = () if torch.compiler.is_compiling() else _current.get()
     # Other kinds of tensors (sharded ones) have no place in memory by which to know them.
     if not (running and torch.is_grad_enabled() and type(x) is Tensor):
-        return function(x, *gates)
+        return function(x, z)
     remakes, of_input = running[-1], _output_of_norm(x)
     if of_input is not None:
         remakes.know(x, of_input)
-    y = function(x, *gates)
-    if of_input is None and not _at_source(gates[0]):
-        given = [None if t is None else t.detach() for t in (x, *gates)]
+    y = function(x, z)
+    if of_input is None and not _at_source(z):
+        given = x.detach(), z.detach()
         remakes.know(y, lambda: function(*given))
     return y
 
 
-def _at_source(gates: Tensor | None) -> bool:
+def _at_source(z: Tensor) -> bool:
     """Whether all gates are known to be 1; a ReLU then keeps its output instead of its input."""
-    return gates is not None and values_readable(gates) and bool((gates == 1).all())
+    return values_readable(z) and bool((z == 1).all())
 
 
 def _begin(module: nn.Module, args: tuple[Any, ...]) -> None:
