@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # Everything about speed that only a GPU can show, in 8 minutes at most, into FOLDER (docs/performance):
 #     bash benchmarks/gpu.sh [FOLDER]
-# Needs torch, timm, typer and rich; nothing is installed or downloaded. A part that fails or
+# Needs the extras timm and cli, pytest, pytest-xdist and hypothesis; nothing is installed or
+# downloaded. A part that fails or
 # takes too long does not stop the others; what is missing is said at the end.
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."

@@ -8,7 +8,6 @@ Sampling happens in each forward pass, and risk or projection once per optimizer
 from __future__ import annotations
 
 import copy
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -24,7 +23,6 @@ from speed import page_head, wait
 from torch import Tensor, nn
 from variants import new_model
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 from transfer_surgery import TransferSchedule, convert, wrap_optimizer
 from transfer_surgery.cli.finetuning.training import Machine
 from transfer_surgery.transfer.controllers import Projection

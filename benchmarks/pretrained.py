@@ -18,23 +18,21 @@ from __future__ import annotations
 import copy
 import json
 import math
-import os
 import sys
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from itertools import pairwise
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import torch
 import typer
+from cifar_resnet import trained_resnet
 from rich.console import Console
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
-from cifar_resnet import ResNet
 from pretrained_recipes import Recipe, best_recipes, recipes, swap_recipes
 from pretrained_table import Result, fill, read_results
 from pretrained_training import train
@@ -158,7 +156,7 @@ def table(
 def study(recipe: Recipe, threads: int, compiled: bool, cache: Path | None) -> Result:
     machine = Machine.choose()
     data = load_cifar10(batch_size=BATCH, device=machine.device)
-    teacher = machine.place(trained_network(recipe.depth))
+    teacher = machine.place(trained_resnet(recipe.depth))
     torch.manual_seed(recipe.seed)
     batches = calibration(data, recipe.images, recipe.seed)
     model, match_seconds = prepared(recipe, teacher, batches, cache)
@@ -176,16 +174,6 @@ def study(recipe: Recipe, threads: int, compiled: bool, cache: Path | None) -> R
         losses=[round(x, 4) if math.isfinite(x) else None for x in in_parts(losses, 20)],
         machine=f"{where}, {threads} threads, torch {torch.__version__}{how}",
     )
-
-
-def trained_network(depth: int) -> nn.Module:
-    folder = os.environ.get("TRANSFER_SURGERY_DATA")
-    if not folder:
-        raise typer.BadParameter("TRANSFER_SURGERY_DATA: name the folder that holds weights/.")
-    model = ResNet(depth)
-    file = Path(folder) / "weights" / f"cifar10_resnet{depth}.safetensors"
-    model.load_state_dict(load_file(file))
-    return model.eval()
 
 
 def prepared(
@@ -214,15 +202,13 @@ def prepare(recipe: Recipe, teacher: nn.Module, batches: list[Tensor]) -> nn.Mod
         return model
     gate = Line() if recipe.transfer == "line" else HardConcrete(noise=recipe.noise)
     convert(model, recipe.target, example_input=batches[0][:2], gate=gate)
-    matching: dict[str, Any] = {
-        "weights": None if recipe.weights == "none" else recipe.weights,
-    }
+    weights = None if recipe.weights == "none" else recipe.weights
     if recipe.keep:
         if recipe.start != "plain":
-            match_targets(model, batches, **matching)
+            match_targets(model, batches, weights=weights)
         swap_targets(model, keep=recipe.keep, batches=batches)
     if recipe.start != "plain":
-        match_targets(model, batches, refit=recipe.start == "refitted", **matching)
+        match_targets(model, batches, refit=recipe.start == "refitted", weights=weights)
     if recipe.transfer == "hard" and not recipe.keep:
         swap_targets(model)
     return model

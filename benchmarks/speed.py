@@ -24,7 +24,6 @@ from rich.console import Console
 from torch import Tensor, nn
 from variants import inference_networks, new_model, training_networks
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 from transfer_surgery import GatedActivation, wrap_optimizer
 from transfer_surgery.cli.finetuning.training import Machine
 

@@ -106,9 +106,7 @@ def main(
     """Convert, transfer and bake a trained CIFAR-10 ResNet."""
     torch.manual_seed(seed)
     machine, summary = Machine.choose(device), Summary()
-    model = ResNet(depth)
-    model.load_state_dict(load_file(weights or _weights(depth)))  # strict
-    machine.place(model)
+    model = machine.place(trained_resnet(depth, weights))
     data = load_cifar10(batch_size=batch_size, device=machine.device, limit=images)
     before = predict(model, data.test, machine)
     summary.add(f"ResNet-{depth}, ReLU", before.accuracy)
@@ -143,6 +141,13 @@ def main(
         figures = summary.to_dict() | {"asked": fraction, "report": table.to_dict()}
         output.parent.mkdir(parents=True, exist_ok=True)
         output.write_text(json.dumps(figures | {"history": history.to_dict()}))
+
+
+def trained_resnet(depth: int, file: Path | None = None) -> ResNet:
+    """The published network of a depth, from a file or from the data folder, in eval mode."""
+    model = ResNet(depth)
+    model.load_state_dict(load_file(file or _weights(depth)))
+    return model.eval()
 
 
 def _weights(depth: int) -> Path:

@@ -101,8 +101,7 @@ def figure2(
 
     python examples/paper/paper.py figure2 --row sin --row resin-to-sin --seeds 1
     """
-    experiment = _chosen("bessel", quick, rows, seeds, assignments)
-    _run(name or _name("bessel", quick), experiment, Machine(), out, workers, minutes)
+    table1("bessel", rows, seeds, quick, assignments, name, out, workers, minutes, device="cpu")
 
 
 @app.command()

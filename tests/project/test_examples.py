@@ -80,7 +80,7 @@ def test_the_paper_s_method_is_one_argument_away(
     found = stages(json.loads((tmp_path / "figures.json").read_text()))
     assert list(found) == ["trained", "converted", "transferred", "baked"]
     baked = torch.load(tmp_path / "baked.pt", weights_only=False)
-    assert not [name for name, _ in baked.named_parameters() if "affine" in name]
+    assert not [name for name, _ in baked.named_parameters() if "fitted" in name]
 
 
 def test_an_image_folder_and_a_checkpoint_with_other_classes(
