@@ -59,8 +59,8 @@ def match_targets(
             ``"gradient"``: by the squared gradient of the original network's log-likelihood, with
             labels drawn from its answers, as in second-order quantisation; it takes a backward pass
             per site and batch. On an image classifier this was worse than None. It is here for
-            networks with rare outputs: a toy detector of a rare event found 19 % of the events
-            after ``refit=True``, and 100 % with gradient weights.
+            networks with rare outputs: a detector of rare events lost most of them by
+            ``refit=True`` and kept them with gradient weights.
         refit: also refit each linear layer and ordinary convolution behind a site, by least
             squares, so that its outputs stay close to those of the original network. Layers whose
             weight is not a plain trainable parameter of their own are left alone; the report names
