@@ -349,3 +349,15 @@ def test_every_output_is_compared(monkeypatch):
     monkeypatch.setattr(folding._Changes, "write", damaged)
     with pytest.raises(RuntimeError, match="folding changed the outputs"):
         fold_targets(model, x)
+
+
+class Quantized(torch.Tensor):
+    """As torchao's weights are: a class of tensors of its own, which is a parameter."""
+
+
+def test_weights_of_another_class_stay_as_they_are():
+    model = matched(images(nn.Conv2d(6, 6, 3)), IMAGES)
+    weight = nn.Parameter(model[2].weight.detach().as_subclass(Quantized), requires_grad=False)
+    model[2].weight = weight
+    assert folded(model, IMAGES) == [("0", "(2 has a Quantized)", "a, b")]
+    assert model[2].weight is weight

@@ -69,6 +69,8 @@ def _around(
             found.append((None, f"({layers[layer]} is shared)"))
         elif layer.weight is None or not _along_channels(site.fitted, tensor, layer):
             found.append((None, f"({layers[layer]} has another axis)"))
+        elif type(layer.weight) is not nn.Parameter:  # quantized, for example
+            found.append((None, f"({layers[layer]} has a {type(layer.weight).__name__})"))
         elif not layer.weight.is_floating_point() or _has_hooks(layer):
             found.append((None, f"({layers[layer]} has hooks)"))
         else:
