@@ -29,6 +29,9 @@ from transfer_surgery.units import gated_activations
 PHASES = {"all gates 1": (20.0, 0.0), "mixed gates": (0.0, 1.0), "all gates 0": (-20.0, 0.0)}
 """Mean and standard deviation of `log_alpha`."""
 
+UNITS_COMPILED = "gated, mixed gates, units compiled"
+"""The variant whose units' arithmetic is compiled; that of all others is eager."""
+
 Networks = Iterator[tuple[str, nn.Module, str]]
 """Title, network, title of its baseline."""
 
@@ -50,6 +53,7 @@ def training_networks(model: nn.Module, images: Tensor, compiled: bool) -> Netwo
         recomputing = recompute_activations(_converted(model, images, phase))
         yield f"gated, {phase}, recompute", recomputing, baseline
     mixed = _converted(model, images, "mixed gates")
+    yield UNITS_COMPILED, copy.deepcopy(mixed), "original"
     if compiled:
         gated = torch.compile(copy.deepcopy(mixed))
         yield "gated, mixed gates, compiled", gated, "original, compiled"

@@ -24,7 +24,7 @@ from torch import Tensor
 VARIABLE = "TRANSFER_SURGERY_KERNELS"
 CHOICES = ("auto", "eager", "compiled")
 COMPILE_SECONDS = 10.0
-"""What compiling one formula takes, forward and backward; see docs/performance.md."""
+"""About what compiling one formula takes; `benchmarks/speed.py` prints the first step with all."""
 MOST_ENGINES = 64
 """Formulas (activations, dtypes) beyond this number stay eager."""
 
