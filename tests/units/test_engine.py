@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from transfer_surgery import convert, get_activation
-from transfer_surgery.units import gated, gated_activations
+from transfer_surgery import HardConcrete, convert, get_activation
+from transfer_surgery.units import gated, gated_activations, make_gate
 from transfer_surgery.units.kernels import engine
 
 PAIR = get_activation("gelu"), get_activation("sin")
@@ -178,3 +178,29 @@ def test_convert_refuses_an_unknown_choice_before_it_changes_anything(monkeypatc
     with pytest.raises(ValueError, match="use one of auto, eager, compiled"):
         convert(model, example_input=torch.zeros(1, 4))
     assert type(model[1]) is nn.ReLU
+
+
+@needs_compiler
+@pytest.mark.parametrize("choice", ["eager", "compiled"])
+def test_a_large_sample_of_gates_is_eq_15_and_keeps_its_inputs_alone(monkeypatch, choice):
+    monkeypatch.setenv(engine.VARIABLE, choice)
+    kept = []
+    gate = make_gate("hard_concrete", (3000,))
+    gate.settings = HardConcrete(noise="example")
+    gate.log_alpha.data.normal_()
+    torch.manual_seed(5)
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        z = gate.sample(2)
+    grad = torch.cos(torch.arange(6000.0)).view(2, 3000)
+    (found,) = torch.autograd.grad(z, gate.log_alpha, grad)
+
+    torch.manual_seed(5)
+    eps = torch.rand(2, 3000).clamp(2.0**-25, 1 - 2.0**-24).double()
+    exact = gate.log_alpha.detach().double().requires_grad_()
+    v = torch.sigmoid((exact + eps.log() - (1 - eps).log()) * 1.5)
+    expected = (v * 1.2 - 0.1).clamp(0, 1)
+    torch.testing.assert_close(z.double(), expected, rtol=0, atol=1e-6)
+    torch.testing.assert_close(
+        found.double(), torch.autograd.grad(expected, exact, grad.double())[0], rtol=1e-4, atol=1e-5
+    )
+    assert sorted(t.numel() for t in kept) == [3000, 6000]

@@ -8,27 +8,8 @@ import torch
 from torch import Tensor
 
 from transfer_surgery.units.gates import Gate, SampledGate, register_gate
+from transfer_surgery.units.kernels import hard_concrete, rectified
 from transfer_surgery.units.settings import Bernoulli, Copy, HardConcrete, Line
-
-
-def hard_concrete(
-    log_alpha: Tensor, eps: Tensor | None, temperature: float, stretch: tuple[float, float]
-) -> Tensor:
-    """``z`` of Eq. 15, or of Eq. 16 without noise.
-
-    Args:
-        log_alpha: locations, float32.
-        eps: noise in (0, 1), of a shape that broadcasts with that of ``log_alpha``; None: no noise.
-        temperature: ``beta``.
-        stretch: ``(xi, zeta)``.
-
-    Examples:
-        >>> hard_concrete(torch.zeros(3), torch.tensor([0.001, 0.5, 0.999]), 2 / 3, (-0.1, 1.1))
-        tensor([0.0000, 0.5000, 1.0000])
-    """
-    logit = log_alpha if eps is None else (log_alpha + torch.logit(eps)) / temperature
-    xi, zeta = stretch
-    return (torch.sigmoid(logit) * (zeta - xi) + xi).clamp(0.0, 1.0)  # Eq. 12
 
 
 @register_gate("hard_concrete", HardConcrete)
@@ -46,15 +27,11 @@ class HardConcreteGate(SampledGate):
     def sample(self, batch: int) -> Tensor:
         if self.settings.noise == "none":
             return self.predict()
-        return self._value(self.draw_noise(batch))
+        eps, settings = self.draw_noise(batch), self.settings
+        return hard_concrete(self.full_log_alpha(), eps, settings.temperature, settings.stretch)
 
     def predict(self) -> Tensor:
-        return self._value(None)
-
-    def _value(self, eps: Tensor | None) -> Tensor:
-        return hard_concrete(
-            self.full_log_alpha(), eps, self.settings.temperature, self.settings.stretch
-        )
+        return rectified(torch.sigmoid(self.full_log_alpha()), self.settings.stretch)
 
     def logit(self) -> Tensor:
         xi, zeta = self.settings.stretch

@@ -3,6 +3,7 @@
 from transfer_surgery.units.kernels.engine import VARIABLE, compiler_error, kernel_choice
 from transfer_surgery.units.kernels.formula import Numbers, fitted_value, gated_value
 from transfer_surgery.units.kernels.gated import gated
+from transfer_surgery.units.kernels.hard_concrete import hard_concrete, rectified
 from transfer_surgery.units.kernels.recomputed import values_readable
 
 __all__ = [
@@ -12,6 +13,8 @@ __all__ = [
     "fitted_value",
     "gated",
     "gated_value",
+    "hard_concrete",
     "kernel_choice",
+    "rectified",
     "values_readable",
 ]

@@ -16,7 +16,7 @@ import os
 import time
 from collections.abc import Callable, Sequence
 from types import FunctionType
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -32,19 +32,32 @@ _log = logging.getLogger("transfer_surgery")
 _engines: dict[tuple[Any, ...], Engine] = {}
 
 
-class Formula(Protocol):
+class Formula:
     """A differentiable function of tensors; equal ones are the same function."""
 
     def plain(self, *tensors: Tensor) -> Tensor:
         """The formula as differentiable tensor code without decisions on values."""
+        raise NotImplementedError
 
     def value(self, *tensors: Tensor) -> Tensor:
         """Its value, computed eagerly and without a graph."""
+        return self.plain(*tensors)
 
     def gradients(
         self, needed: tuple[bool, ...], grad: Tensor, *tensors: Tensor
     ) -> Sequence[Tensor]:
         """Gradients of those tensors that need one, computed eagerly and without a graph."""
+        return gradients_of(self.plain, needed, grad, *tensors)
+
+
+def gradients_of(
+    function: Callable[..., Tensor], needed: tuple[bool, ...], grad: Tensor, *tensors: Tensor
+) -> Sequence[Tensor]:
+    """Gradients of those tensors that need one, by autograd."""
+    with torch.enable_grad():
+        leaves = [t.detach().requires_grad_(n) for t, n in zip(tensors, needed, strict=True)]
+        y = function(*leaves)
+    return torch.autograd.grad(y, [leaf for leaf in leaves if leaf.requires_grad], grad)
 
 
 def kernel_choice() -> str:

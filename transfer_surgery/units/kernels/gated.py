@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from transfer_surgery.activations import Activation, get_activation
+from transfer_surgery.units.kernels.engine import Formula, gradients_of
 from transfer_surgery.units.kernels.formula import (
     Numbers,
     fitted_value,
@@ -77,7 +78,7 @@ def _target(
 
 
 @dataclass(frozen=True)
-class _GatedFormula:
+class _GatedFormula(Formula):
     """Eq. 1 of tensors in a row: input, gates, operands, and those numbers that are present."""
 
     source: Activation
@@ -117,7 +118,7 @@ class _GatedFormula:
     ) -> Sequence[Tensor]:
         found = list(
             self._finite_or_selected(
-                lambda function: _gradients(function, needed, grad, *tensors), tensors[0], grad
+                lambda function: gradients_of(function, needed, grad, *tensors), tensors[0], grad
             )
         )
         if needed[1] and not self.straight_through:  # blending gives exact gates a gradient, too
@@ -136,7 +137,7 @@ class _GatedFormula:
 
 
 @dataclass(frozen=True)
-class _FittedFormula:
+class _FittedFormula(Formula):
     """A fitted target alone: input, and those numbers that are present."""
 
     target: Activation
@@ -148,24 +149,6 @@ class _FittedFormula:
     def plain(self, *tensors: Tensor) -> Tensor:
         x, *known = tensors
         return fitted_value(x, self.target, _numbers_of(self.present, iter(known)))
-
-    def value(self, *tensors: Tensor) -> Tensor:
-        return self.plain(*tensors)
-
-    def gradients(
-        self, needed: tuple[bool, ...], grad: Tensor, *tensors: Tensor
-    ) -> Sequence[Tensor]:
-        return _gradients(self.plain, needed, grad, *tensors)
-
-
-def _gradients(
-    function: Callable[..., Tensor], needed: tuple[bool, ...], grad: Tensor, *tensors: Tensor
-) -> Sequence[Tensor]:
-    """Gradients of those tensors that need one, by autograd."""
-    with torch.enable_grad():
-        leaves = [t.detach().requires_grad_(n) for t, n in zip(tensors, needed, strict=True)]
-        y = function(*leaves)
-    return torch.autograd.grad(y, [leaf for leaf in leaves if leaf.requires_grad], grad)
 
 
 def _numbers_of(present: tuple[bool, ...] | None, known: Iterator[Tensor]) -> Any:
