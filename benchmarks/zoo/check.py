@@ -196,7 +196,7 @@ def _findings(plan: Plan) -> dict[str, Any]:
         "eval_calls": sum(site.calls for site in live if "eval" in site.modes),
         "train_only": sum("eval" not in site.modes for site in live),
         "left": left,
-        "notes": list(plan.notes[:_SHOWN]),
+        "notes": list(plan.unexamined[:_SHOWN]),
     }
 
 

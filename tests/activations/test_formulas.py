@@ -76,7 +76,7 @@ def test_a_hand_written_activation_is_one_site_and_converts_unchanged(written, w
     keys = list(model.state_dict())
     original(x).square().sum().backward()
 
-    site = find_activations(model, x).sites[-1]
+    site = find_activations(model, x).rows[-1]
     assert (site.source.name, site.role, site.shape) == (WRITTEN[written][1], "hidden", (5, 6))
     assert site.way == ("intercept" if walks or written == "r * r" else "edit")
 

@@ -111,7 +111,7 @@ def test_a_plan_as_json_has_every_site_and_whether_it_would_be_converted() -> No
     paths = [site["path"] for site in json.loads(invoke("plan", "test_efficientnet", *chosen))]
     assert paths == ["blocks.3.0.bn1.act", "blocks.3.0.bn2.act"]
     gating = json.loads(invoke("plan", "test_efficientnet", "--role", "gating", "--json"))
-    assert {site["activation"] for site in gating} == {"sigmoid"}
+    assert {site["source"] for site in gating} == {"sigmoid"}
 
 
 def test_a_plan_says_why_sites_stay() -> None:

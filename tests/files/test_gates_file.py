@@ -191,7 +191,7 @@ def test_the_optimizers_state_finds_its_parameters_also_after_a_plan_in_another_
             return F.silu(F.gelu(self.linear(F.relu(x))))
 
     plan = find_activations(Net(), X)
-    plan = dataclasses.replace(plan, sites=plan.sites[::-1])
+    plan = dataclasses.replace(plan, rows=plan.rows[::-1])
     model = convert(Net(), plan=plan)
     save_gates(model, file)
     names = [name for name, _ in model.named_parameters()]

@@ -294,7 +294,7 @@ def test_transformers_convert_train_and_bake(name):
         before = model(**x)
     plan = find_activations(model)
     assert [site.source.name for site in plan] == sources
-    assert {site.channel_axis for site in plan} <= {-1, len(plan.sites[0].shape) - 1}
+    assert {site.channel_axis for site in plan} <= {-1, len(plan.rows[0].shape) - 1}
     convert(model, plan=plan)
     assert [row.path for row in report(model, by="stage")] == stages
     with torch.no_grad():
@@ -356,7 +356,7 @@ class TwoInputs(nn.Module):
 )
 def test_the_input_of_a_plain_model_is_guessed(model, shape):
     assert tuple(find_example_input(model).shape) == shape
-    assert find_activations(model).sites
+    assert find_activations(model).rows
 
 
 @pytest.mark.parametrize(

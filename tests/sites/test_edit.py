@@ -246,7 +246,7 @@ def test_a_file_that_changed_since_its_import_is_never_edited_in_the_wrong_place
         file.write(changed)
     plan = find_activations(model, X)
     assert plan["relu_0"].way == "intercept"
-    assert "is not the source that runs" in plan.notes[0]
+    assert "is not the source that runs" in plan.unexamined[0]
     assert torch.equal(convert(model, plan=plan)(X), before)
 
 

@@ -58,7 +58,7 @@ def built(request):
 def test_every_call_site_is_found(built):
     name, _, plan = built
     assert sum(site.calls for site in plan if "eval" in site.modes) == (SITES | SLOW)[name]
-    assert not plan.notes
+    assert not plan.unexamined
 
 
 @torch.no_grad()

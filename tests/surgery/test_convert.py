@@ -222,7 +222,7 @@ def test_calls_of_one_place_are_sites_that_take_turns():
     plan = find_activations(Untraceable(), X)
     assert {site.way for site in plan} == {"edit"}
     assert len(plan) == X.dim()
-    assert not plan.notes
+    assert not plan.unexamined
 
 
 def test_sites_of_one_training_mode_are_found():
@@ -367,7 +367,7 @@ def test_a_call_without_source_is_intercepted_and_the_plan_says_why():
     before = model(X)
     plan = find_activations(model, X)
     assert plan["relu_0"].way == "intercept"
-    assert "relu_0: intercepted, because there is no source for <typed>" in plan.notes
+    assert "relu_0: intercepted, because there is no source for <typed>" in plan.unexamined
     assert torch.equal(convert(model, plan=plan)(X), before)
     model.relu_0.log_alpha.data.fill_(-8.0)
     assert torch.equal(model(X), torch.sin(X) - 0.1)
@@ -447,7 +447,7 @@ def test_a_module_that_changes_the_result_of_its_activation_in_place_is_no_activ
 
     model, x = nn.Sequential(nn.Linear(4, 4), Scaled()).eval(), torch.randn(3, 4)
     before = model(x)
-    assert find_activations(model, x).sites[0].path == "1.gelu_0"
+    assert find_activations(model, x).rows[0].path == "1.gelu_0"
     assert torch.equal(convert(model, example_input=x)(x), before)
 
 

@@ -63,7 +63,7 @@ def plan(
         return
     headings = ("path", "activation", "role", "kind", "shape", "axis", *_GRANULARITIES, "way")
     show(headings, [_row(site, paths) for site in listed], right=("axis", *_GRANULARITIES))
-    for note in whole.notes:
+    for note in whole.unexamined:
         typer.echo(f"note: {note}")
     gates = ", ".join(f"{_count(chosen, name):,} per {name}" for name in _GRANULARITIES)
     typer.echo(f"\n{len(chosen)} of {len(whole)} sites would be converted; gates: {gates}")
@@ -75,7 +75,7 @@ def _row(site: Site, chosen: set[str]) -> Sequence[str]:
         site.path,
         str(site.source),
         site.role,
-        f"{site.kind}{' (in place)' if site.inplace else ''}",
+        site.call,
         "x".join(map(str, site.shape)),
         str(site.channel_axis),
         *gates,
@@ -84,9 +84,9 @@ def _row(site: Site, chosen: set[str]) -> Sequence[str]:
 
 
 def _way(site: Site, chosen: set[str]) -> str:
-    if site.reason is not None:
-        return f"not converted: {site.reason}"
-    return site.way if site.path in chosen else f"not converted: role {site.role}"
+    if site.reason is None and site.path not in chosen:
+        return f"not converted: role {site.role}"
+    return site.outcome
 
 
 def _gates(site: Site) -> dict[str, int | None]:
@@ -102,19 +102,4 @@ def _count(sites: Plan, granularity: str) -> int:
 
 
 def _to_dict(site: Site, chosen: set[str]) -> dict[str, Any]:
-    return {
-        "path": site.path,
-        "owner": site.owner,
-        "activation": str(site.source),
-        "role": site.role,
-        "kind": site.kind,
-        "inplace": site.inplace,
-        "shape": site.shape,
-        "channel_axis": site.channel_axis,
-        "gates": _gates(site),
-        "calls": site.calls,
-        "modes": site.modes,
-        "way": site.way,
-        "reason": site.reason,
-        "converted": site.path in chosen,
-    }
+    return {**site.to_dict(), "gates": _gates(site), "converted": site.path in chosen}

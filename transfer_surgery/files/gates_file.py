@@ -186,7 +186,7 @@ def plan_for(model: nn.Module, file: Path, sites: Mapping[str, Config], example_
     check_sites(file, model, sites, configs_at(plan, sites))
     order = {path: place for place, path in enumerate(sites)}
     ordered = sorted(plan, key=lambda site: order.get(site.path, len(order)))
-    return replace(plan, sites=tuple(ordered))
+    return replace(plan, rows=tuple(ordered))
 
 
 def insert_modules(model: nn.Module, plan: Plan, units: Mapping[str, Any]) -> None:
@@ -256,4 +256,4 @@ def _with_listed_names(model: nn.Module, plan: Plan) -> Plan:
         else site
         for site, module in zip(plan, modules, strict=True)
     ]
-    return replace(plan, sites=tuple(sites))
+    return replace(plan, rows=tuple(sites))

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from transfer_surgery.reports import Column, Table
+from transfer_surgery._table import Column, Table
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -12,8 +12,8 @@ from torch import nn
 
 from transfer_surgery._running import as_batches, kl_divergence, prediction_mode
 from transfer_surgery._sharding import check_not_sharded
+from transfer_surgery._table import Column, Table
 from transfer_surgery.matching.two_networks import TwoNetworks
-from transfer_surgery.reports import Column, Table
 from transfer_surgery.units import select_units
 
 

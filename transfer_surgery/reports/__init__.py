@@ -5,16 +5,13 @@ from transfer_surgery.reports.axes import COLOURS, figure_of
 from transfer_surgery.reports.history import History
 from transfer_surgery.reports.history_plot import plot_history
 from transfer_surgery.reports.plots import plot_gates, plot_match, plot_report
-from transfer_surgery.reports.table import Column, Table
 from transfer_surgery.reports.transfer_report import Report, ReportRow, report
 
 __all__ = [
     "COLOURS",
-    "Column",
     "History",
     "Report",
     "ReportRow",
-    "Table",
     "figure_of",
     "plot_activation",
     "plot_gates",

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, SupportsFloat
 
 from torch import Tensor, nn
 
-from transfer_surgery.reports.table import data_frame
+from transfer_surgery._table import data_frame
 from transfer_surgery.reports.transfer_report import Report, report
 from transfer_surgery.units import gated_activations, stage_of
 

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Collection, Iterable, Mapping
+from dataclasses import dataclass, field, fields, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from torch import nn
 
+from transfer_surgery._table import Column, Table
 from transfer_surgery.activations import Activation, get_activation
 from transfer_surgery.sites.call_location import CallKey
 from transfer_surgery.sites.route import Expression, Route
@@ -110,32 +111,67 @@ class Site:
         """The types of the owner and, if there is one, of the activation module."""
         return (self.owner_type, *([self.module_type] if self.module_type else []))
 
+    @property
+    def call(self) -> str:
+        """The kind of the call, and whether it works in place."""
+        return f"{self.kind}{' (in place)' if self.inplace else ''}"
 
-@dataclass(frozen=True)
-class Plan:
-    """The sites of a model in the order in which they first run; prints as a table.
+    @property
+    def where(self) -> str:
+        """File and line of the call; empty where there is none."""
+        return self.file and f"{Path(self.file).name}:{self.line}"
+
+    @property
+    def outcome(self) -> str:
+        """How it is converted, or why it is not."""
+        return self.way if self.reason is None else f"not converted: {self.reason}"
+
+    def to_dict(self) -> dict[str, Any]:
+        """What is known of the site, as plain numbers and strings."""
+        names = (field.name for field in fields(self) if field.name not in _INTERNAL)
+        return {name: _plain(getattr(self, name)) for name in names}
+
+
+_INTERNAL = ("key", "route")
+
+
+@dataclass(frozen=True, repr=False)
+class Plan(Table[Site]):
+    """The sites of a model in the order in which they first run, as a table.
 
     Attributes:
-        sites: all sites found, convertible or not; those that only run in training come last.
-        notes: what could not be examined, and why.
+        rows: all sites found, convertible or not; those that only run in training come last.
+        unexamined: what could not be examined, and why.
         calls: for each owner, what was seen in its code.
     """
 
-    sites: tuple[Site, ...]
-    notes: tuple[str, ...] = ()
-    calls: Mapping[str, OwnerCall] = field(default_factory=dict, repr=False)
+    columns = (
+        Column("path"),
+        Column("source", "activation", str),
+        Column("call", "kind"),
+        Column("role"),
+        Column("shape", text=lambda shape: "x".join(map(str, shape))),
+        Column("channel_axis", "axis"),
+        Column("calls"),
+        Column("where"),
+        Column("outcome", "way"),
+    )
 
-    def __iter__(self) -> Iterator[Site]:
-        return iter(self.sites)
+    unexamined: tuple[str, ...] = ()
+    calls: Mapping[str, OwnerCall] = field(default_factory=dict)
 
-    def __len__(self) -> int:
-        return len(self.sites)
+    def notes(self) -> tuple[str, ...]:
+        return tuple(f"note: {note}" for note in self.unexamined)
+
+    def to_dict(self) -> dict[str, Any]:
+        rows = [site.to_dict() for site in self.rows]
+        return {"version": self.version, "rows": rows, "unexamined": [*self.unexamined]}
 
     def __getitem__(self, path: str) -> Site:
-        for site in self.sites:
+        for site in self.rows:
             if site.path == path:
                 return site
-        raise KeyError(f"no site {path!r}; the plan has {', '.join(s.path for s in self.sites)}")
+        raise KeyError(f"no site {path!r}; the plan has {', '.join(s.path for s in self.rows)}")
 
     def call_number(self, site: Site, chosen: Collection[str]) -> tuple[int, int] | None:
         """Which of the activation calls in its owner's code a site is, as (number, of how many).
@@ -151,7 +187,7 @@ class Plan:
         if site.way == "child":
             return None
         calls = {key for keys in self.calls[site.owner].keys.values() for key in keys}
-        own = (s for s in self.sites if s.owner == site.owner and s.way != "child")
+        own = (s for s in self.rows if s.owner == site.owner and s.way != "child")
         calls |= {s.key for s in own if s.path in chosen}
         # By position, seen from the owner's ``forward``: line numbers alone change too easily.
         order = sorted(calls, key=lambda call: (call.location[::-1], call.number))
@@ -159,7 +195,7 @@ class Plan:
 
     def filter(self, keep: Callable[[Site], bool]) -> Plan:
         """A plan with the sites for which ``keep(site)`` is true."""
-        return replace(self, sites=tuple(site for site in self.sites if keep(site)))
+        return replace(self, rows=tuple(site for site in self.rows if keep(site)))
 
     def select(
         self,
@@ -184,50 +220,34 @@ class Plan:
             for one in sources:
                 self._must_match(f"source={str(one)!r}", partial(_is_source, source=one))
             plan = plan.filter(lambda site: any(_is_source(site, s) for s in sources))
-        sites = {site.path: site for site in self.sites}
+        sites = {site.path: site for site in self.rows}
         chosen = select(sites, include, exclude, lambda path: sites[path].types)
         plan = plan.filter(lambda site: site.path in chosen and site.reason is None)
-        if not plan.sites:
+        if not plan.rows:
             raise ValueError(f"no activation left to convert.\n{self._why_nothing(roles)}")
         return plan
 
     def _must_match(self, what: str, matches: Callable[[Site], bool]) -> None:
-        if not any(matches(site) for site in self.sites):
-            known = ", ".join(f"{site.path} ({site.source})" for site in self.sites[:20])
+        if not any(matches(site) for site in self.rows):
+            known = ", ".join(f"{site.path} ({site.source})" for site in self.rows[:20])
             raise ValueError(f"{what} matches none of the {len(self)} sites: {known}")
 
     def _why_nothing(self, roles: tuple[str, ...]) -> str:
-        if not self.sites:
+        if not self.rows:
             return (
                 "The forward pass called no known activation. Register yours with "
                 "@register_activation(name, calls=...)."
             )
         return f"Asked for roles={roles}; the sites found are:\n{self}"
 
-    def __str__(self) -> str:
-        header = ("path", "activation", "kind", "role", "shape", "axis", "calls", "where", "way")
-        rows = [
-            (
-                site.path,
-                str(site.source),
-                f"{site.kind}{' (in place)' if site.inplace else ''}",
-                site.role,
-                "x".join(map(str, site.shape)),
-                str(site.channel_axis),
-                str(site.calls),
-                f"{Path(site.file).name}:{site.line}" if site.way != "child" else "",
-                site.way if site.reason is None else f"not converted: {site.reason}",
-            )
-            for site in self.sites
-        ]
-        # A plan of children alone has nothing to say about source files.
-        columns = [c for c in zip(header, *rows, strict=True) if any(c[1:]) or c[0] != "where"]
-        widths = [max(map(len, column)) for column in columns]
-        lines = [
-            "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
-            for row in zip(*columns, strict=True)
-        ]
-        return "\n".join([*lines, *(f"note: {note}" for note in self.notes)])
+
+def _plain(value: Any) -> Any:
+    """Activations and types by their names, tuples as lists."""
+    if isinstance(value, tuple):
+        return [*value]
+    if isinstance(value, type):
+        return f"{value.__module__}.{value.__qualname__}"
+    return str(value) if isinstance(value, Activation) else value
 
 
 def _as_tuple(value: Any) -> tuple[Any, ...]:

@@ -106,7 +106,7 @@ def convert(
     whole = plan if plan is not None else find_activations(model, example_input)
     chosen = whole.select(source=source, include=include, exclude=exclude, roles=roles)
     chosen = chosen.filter(lambda site: site.source != target)
-    if not chosen.sites:
+    if not chosen.rows:
         raise ValueError(f"every activation selected is {target} already; choose another target.")
     granularities = _granularities(chosen, granularity)
     # Make a unit for each chosen site.

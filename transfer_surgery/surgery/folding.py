@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from transfer_surgery._running import call_model, prediction_mode, to_device_of
-from transfer_surgery.reports import Column, Table
+from transfer_surgery._table import Column, Table
 from transfer_surgery.surgery.baking import plain_activation
 from transfer_surgery.surgery.checks import check_no_gates
 from transfer_surgery.surgery.fold_neighbours import CONVOLUTIONS, Neighbours, find_neighbours

@@ -11,13 +11,14 @@ from torch import nn
 from transfer_surgery import (
     bake,
     convert,
+    find_activations,
     fold_targets,
     match_targets,
     report,
     sensitivity,
     swap_targets,
 )
-from transfer_surgery.reports import Column, Table
+from transfer_surgery._table import Column, Table
 
 
 @dataclass(frozen=True)
@@ -96,6 +97,22 @@ def test_every_report_is_a_table(every_report):
             table.rows = ()
         with pytest.raises(FrozenInstanceError):
             table.rows[0].path = ""
+
+
+def test_json_has_null_for_what_is_not_finite():
+    table = Animals((Animal("ghost", None, float("nan")), Animal("whale", 0, float("inf"))))
+    assert [row["weight"] for row in json.loads(table.to_json())["rows"]] == [None, None]
+
+
+def test_a_plan_is_a_table_of_plain_values():
+    plan = find_activations(nn.Sequential(nn.Linear(3, 2), nn.LeakyReLU(0.5)), torch.zeros(1, 3))
+    assert str(plan).splitlines()[0].split()[:3] == ["path", "activation", "kind"]
+    assert "leaky_relu(negative_slope=0.5)" in plan._repr_html_()
+    (row,) = json.loads(plan.to_json())["rows"]
+    assert row["source"] == "leaky_relu(negative_slope=0.5)"
+    assert row["shape"][1:] == [2]
+    assert row["module_type"].endswith("LeakyReLU")
+    assert plan.to_pandas()["path"].tolist() == ["1"]
 
 
 def test_without_pandas_the_message_says_how_to_get_it(monkeypatch):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from html import escape
@@ -128,8 +129,8 @@ class Table(Generic[Row]):
         return {"version": self.version, **fields}
 
     def to_json(self) -> str:
-        """The text of `to_dict`."""
-        return json.dumps(self.to_dict(), indent=2)
+        """The text of `to_dict`, in which numbers that are not finite are null."""
+        return json.dumps(_finite(self.to_dict()), indent=2, allow_nan=False)
 
     def to_pandas(self) -> pd.DataFrame:
         """A data frame with one line per row.
@@ -138,6 +139,15 @@ class Table(Generic[Row]):
             ImportError: pandas is not installed.
         """
         return data_frame(self.to_dict()["rows"])
+
+
+def _finite(value: Any) -> Any:
+    """The same structure; JSON has no nan and no infinity."""
+    if isinstance(value, dict):
+        return {key: _finite(one) for key, one in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(one) for one in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def data_frame(lines: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
