@@ -19,6 +19,7 @@ from transformers import (
 )
 
 from tests.helpers.same_bits import assert_same_bits
+from tests.helpers.schedules import half, half_early
 from transfer_surgery import (
     HardConcrete,
     TransferSchedule,
@@ -31,14 +32,6 @@ from transfer_surgery.frameworks.transformers import TransferCallback
 
 BATCH = 4
 LR = 2e-3
-
-
-def half(steps):
-    return TransferSchedule(steps, fraction=0.5)
-
-
-def half_early(steps):
-    return TransferSchedule(steps, fraction=0.5, end=0.8)
 
 
 class Sentences(Dataset):

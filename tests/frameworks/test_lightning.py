@@ -14,6 +14,7 @@ from torch.optim.lr_scheduler import StepLR
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 from tests.helpers.same_bits import assert_same_bits
+from tests.helpers.schedules import half, half_early
 from transfer_surgery import TransferSchedule, bake, convert, report, wrap_optimizer
 from transfer_surgery.frameworks.lightning import TransferCallback
 
@@ -23,14 +24,6 @@ pytestmark = pytest.mark.filterwarnings(
 )
 BATCHES = 7  # uneven, so that the last accumulation of an epoch is a short one
 EPOCHS = 4
-
-
-def half(steps):
-    return TransferSchedule(steps, fraction=0.5)
-
-
-def half_early(steps):
-    return TransferSchedule(steps, fraction=0.5, end=0.8)
 
 
 def converted():

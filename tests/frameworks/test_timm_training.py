@@ -14,11 +14,13 @@ from timm.utils import CheckpointSaver, ModelEmaV3, NativeScaler, dispatch_clip_
 from torch.utils.data import DataLoader, TensorDataset
 
 from tests.helpers.same_bits import assert_same_bits
+from tests.helpers.schedules import half
 from transfer_surgery import (
     GatedActivation,
     TransferSchedule,
     bake,
     convert,
+    match_targets,
     report,
     wrap_optimizer,
 )
@@ -53,10 +55,6 @@ def arguments(**settings):
     return Namespace(**defaults | settings)
 
 
-def half(steps):
-    return TransferSchedule(steps, fraction=0.5)
-
-
 def early(steps):
     return TransferSchedule(steps, end=0.5)
 
@@ -68,12 +66,21 @@ def loader():
 
 
 def train(
-    args, *, wrap="before scheduler", ema=False, amp=False, saver=None, schedule=TransferSchedule
+    args,
+    *,
+    wrap="before scheduler",
+    matched=False,
+    ema=False,
+    amp=False,
+    saver=None,
+    schedule=TransferSchedule,
 ):
     """train.py in short. The two lines of the recipe are marked."""
     torch.manual_seed(1)
     model = timm.create_model(args.model, **TINY[args.model])
     convert(model, "sin")  # the first line
+    if matched:
+        match_targets(model, [torch.randn(64, 3, 32, 32)])
     optimizer = create_optimizer_v2(model, **optimizer_kwargs(cfg=args))
     loss_scaler = NativeScaler(device="cpu") if amp else None
     start_epoch = 0
@@ -181,14 +188,23 @@ def test_lookahead_leaves_the_gates_where_the_schedule_put_them():
     assert len(averaged) == len(list(model.parameters())) - len(gates)
 
 
-@pytest.mark.parametrize("opt", ["adamw", "lookahead_adamw"])
-@pytest.mark.parametrize("wrap", ["before scheduler", "after scheduler"])
-def test_a_resumed_training_ends_like_an_uninterrupted_one_bit_for_bit(tmp_path, opt, wrap):
-    settings = {"opt": opt, "lr": 1e-3}
-    whole, *_ = train(arguments(**settings), wrap=wrap)
-    half, *_ = train(arguments(**settings, stop_after=2), wrap=wrap, saver=tmp_path)
+@pytest.mark.parametrize(
+    ("opt", "wrap", "matched"),
+    [
+        ("adamw", "before scheduler", True),
+        ("adamw", "after scheduler", False),
+        ("lookahead_adamw", "before scheduler", False),
+        ("lookahead_adamw", "after scheduler", False),
+    ],
+)
+def test_a_resumed_training_ends_like_an_uninterrupted_one_bit_for_bit(
+    tmp_path, opt, wrap, matched
+):
+    settings, how = {"opt": opt, "lr": 1e-3}, {"wrap": wrap, "matched": matched}
+    whole, *_ = train(arguments(**settings), **how)
+    half, *_ = train(arguments(**settings, stop_after=2), **how, saver=tmp_path)
     assert 0 < report(half).total.transferred < 1
-    resumed, *_ = train(arguments(**settings, resume=str(tmp_path / "last.pth.tar")), wrap=wrap)
+    resumed, *_ = train(arguments(**settings, resume=str(tmp_path / "last.pth.tar")), **how)
     assert_same_bits(resumed, whole)
     assert report(resumed).total.transferred == 1
 
@@ -256,6 +272,10 @@ def test_schedules_and_orders_that_cannot_work_are_errors_and_change_nothing():
     with pytest.raises(ValueError, match="wrapped already"):
         wrap_timm_optimizer(optimizer, model, args, range(5))
     assert any("transfer_step" in group for group in optimizer.param_groups)
+    optimizer = create_optimizer_v2(model, **optimizer_kwargs(cfg=args))
+    match_targets(model, [torch.randn(64, 3, 32, 32)])
+    with pytest.raises(ValueError, match=r"holds 12 of the 60 .* and fitted targets"):
+        wrap_timm_optimizer(optimizer, model, args, range(5))
 
 
 def test_without_timm_the_message_says_how_to_get_it(monkeypatch):

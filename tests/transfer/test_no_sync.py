@@ -36,10 +36,6 @@ def on_meta(**how: Any) -> nn.Module:
     return convert(model, example_input=X, **how).to("meta")
 
 
-def sites(model: nn.Module) -> dict[str, Any]:
-    return dict(gated_activations(model))
-
-
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("how", WAYS, ids=lambda how: "-".join(map(str, how.values())))
 def test_forward_and_backward_never_look_at_the_gates(how: dict[str, Any], training: bool) -> None:
@@ -56,7 +52,7 @@ def test_the_gradient_of_the_risk_never_looks_at_the_gates(
     reduction: str, scale: Tensor | None
 ) -> None:
     model = on_meta()
-    add_risk_gradient(list(sites(model).values()), GAMMA, reduction, scale)
+    add_risk_gradient([unit for _, unit in gated_activations(model)], GAMMA, reduction, scale)
     assert all(gate.grad is not None for gate in gates(model))
 
 
@@ -78,7 +74,7 @@ class _NoCopies(TorchDispatchMode):
 def test_the_gradient_of_the_risk_copies_nothing_to_the_device(reduction: str) -> None:
     model = on_meta()
     with _NoCopies():
-        add_risk_gradient(list(sites(model).values()), GAMMA, reduction)
+        add_risk_gradient([unit for _, unit in gated_activations(model)], GAMMA, reduction)
     assert all(gate.grad is not None for gate in gates(model))
 
 
@@ -89,12 +85,12 @@ SCHEDULES = [
 ]
 
 
-@pytest.mark.parametrize("skipped", [None, torch.zeros((), device="meta")])
-def test_the_risk_of_a_step_never_looks_at_the_gates(skipped: Tensor | None) -> None:
+@pytest.mark.parametrize("scale", [None, torch.zeros((), device="meta")])
+def test_the_risk_of_a_step_never_looks_at_the_gates(scale: Tensor | None) -> None:
     model = on_meta()
-    risk = Risk(list(sites(model).values()), GAMMA, 3, "sum")
+    risk = Risk([unit for _, unit in gated_activations(model)], GAMMA, 3, "sum")
     for step in range(1, 11):
-        risk.add_gradient({"lr": 0.1, "momentum": 0.9}, step, skipped)
+        risk.add_gradient({"lr": 0.1, "momentum": 0.9}, step, scale)
         risk.loss({}, step)
 
 
@@ -103,7 +99,7 @@ def test_the_risk_of_a_step_never_looks_at_the_gates(skipped: Tensor | None) -> 
 def test_the_projection_of_a_step_never_looks_at_the_gates(
     schedule: TransferSchedule, skipped: Tensor | None
 ) -> None:
-    projection = Projection(sites(on_meta()), schedule)
+    projection = Projection(dict(gated_activations(on_meta())), schedule)
     projection.begun = True  # it looks once, before it moves the first gate
     for step in range(1, 11):
         projection.follow(step, skipped)
@@ -111,7 +107,9 @@ def test_the_projection_of_a_step_never_looks_at_the_gates(
 
 @pytest.mark.parametrize("kind", ["line", "copy"])
 def test_gates_without_parameters_never_look_either(kind: str) -> None:
-    projection = Projection(sites(on_meta(gate=kind)), TransferSchedule(10, start=0))
+    projection = Projection(
+        dict(gated_activations(on_meta(gate=kind))), TransferSchedule(10, start=0)
+    )
     for step in range(1, 11):
         projection.follow(step, None)
 

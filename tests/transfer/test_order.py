@@ -38,16 +38,12 @@ class Functional(nn.Module):
         return self.last(nn.functional.gelu(self.linear(x)))
 
 
-def sites(model: nn.Module) -> dict[str, GatedActivation]:
-    return dict(gated_activations(model))
-
-
 def names(groups: list[list[GatedActivation]]) -> list[list[str]]:
     return [[unit.path for unit in group] for group in groups]
 
 
 def test_a_zoo_model_goes_stage_by_stage() -> None:
-    model = sites(convert(timm.create_model("resnet18")))
+    model = dict(gated_activations(convert(timm.create_model("resnet18"))))
     stages = ["act1", "layer1", "layer2", "layer3", "layer4"]
     forward = names(groups_in_order(model, "front_to_back"))
     assert [{p.split(".")[0] for p in group} for group in forward] == [{s} for s in stages]
@@ -58,12 +54,12 @@ def test_a_zoo_model_goes_stage_by_stage() -> None:
 
 def test_a_network_without_stages_goes_site_by_site_as_it_runs() -> None:
     model = convert(nn.Sequential(Functional()), example_input=X, roles=("hidden", "output"))
-    found = names(groups_in_order(sites(model), "front_to_back"))
+    found = names(groups_in_order(dict(gated_activations(model)), "front_to_back"))
     assert found == [["0.tanh_0"], ["0.gelu_0"], ["0.last"]]
 
 
 def test_globs_say_who_goes_with_whom() -> None:
-    model = sites(convert(timm.create_model("resnet18")))
+    model = dict(gated_activations(convert(timm.create_model("resnet18"))))
     groups = names(groups_in_order(model, ["layer3", "*.act2", "*"]))
     assert all(path.startswith("layer3.") for path in groups[0])
     assert groups[1] == [p for p in model if p.endswith("act2") and not p.startswith("layer3")]
@@ -128,7 +124,7 @@ def test_all_gates_together_keep_to_the_budget_in_any_order(
         assert structural_risk(model, "mean").item() == pytest.approx(
             schedule.budget(step), abs=1e-3
         )
-        groups = groups_in_order(sites(model), order)
+        groups = groups_in_order(dict(gated_activations(model)), order)
         for earlier, later in itertools.pairwise(groups):
             begun = any(bool((unit.gate.predict() < 1).any()) for unit in later)
             done = all(bool((unit.gate.predict() == 0).all()) for unit in earlier)
@@ -150,7 +146,7 @@ def test_two_converted_networks_in_one_model_go_one_after_the_other() -> None:
         )
         for _ in range(2)
     ]
-    both = sites(nn.Sequential(*parts))
+    both = dict(gated_activations(nn.Sequential(*parts)))
     found = groups_in_order(both, "front_to_back")
     names_of = {id(unit): path for path, unit in both.items()}
     assert [[names_of[id(u)] for u in g] for g in found] == [["0.0"], ["0.1.1"], ["1.0"], ["1.1.1"]]
@@ -158,14 +154,14 @@ def test_two_converted_networks_in_one_model_go_one_after_the_other() -> None:
 
 def test_globs_may_be_those_of_the_model_or_of_what_wraps_it() -> None:
     model = convert(timm.create_model("resnet18"))
-    expected = names(groups_in_order(sites(model), ["layer3", "*"]))
-    wrapped = sites(nn.DataParallel(model))
+    expected = names(groups_in_order(dict(gated_activations(model)), ["layer3", "*"]))
+    wrapped = dict(gated_activations(nn.DataParallel(model)))
     assert names(groups_in_order(wrapped, ["layer3", "*"])) == expected
     assert names(groups_in_order(wrapped, ["module.layer3", "*"])) == expected
 
 
 def test_the_order_is_that_of_the_model_inside_any_wrapper() -> None:
     model = convert(timm.create_model("resnet18"))
-    expected = names(groups_in_order(sites(model), "front_to_back"))
+    expected = names(groups_in_order(dict(gated_activations(model)), "front_to_back"))
     for wrapper in (nn.Sequential(nn.Sequential(model)), nn.DataParallel(model)):
-        assert names(groups_in_order(sites(wrapper), "front_to_back")) == expected
+        assert names(groups_in_order(dict(gated_activations(wrapper)), "front_to_back")) == expected

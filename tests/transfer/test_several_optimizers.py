@@ -41,8 +41,17 @@ def test_optimizers_of_two_halves_cannot_both_move_all_gates() -> None:
 
 def test_each_half_may_have_its_own_optimizer() -> None:
     model = nn.Sequential(gated_mlp(), nn.Linear(2, 3), gated_mlp())
-    for part in (model[0], model[2]):
+    optimizers = [
         wrap_optimizer(SGD(part.parameters(), lr=0.1), part, transfer=SCHEDULE)
+        for part in (model[0], model[2])
+    ]
+    for step in range(1, 11):
+        task(model, step).backward()
+        for part, optimizer in zip((model[0], model[2]), optimizers, strict=True):
+            optimizer.step()
+            assert mean_probability(part) == pytest.approx(SCHEDULE.budget(step), abs=1e-3)
+        model.zero_grad()
+    assert_transferred(model)
 
 
 def test_an_optimizer_that_is_gone_does_not_count() -> None:

@@ -1,5 +1,7 @@
 """Targets ``a * f(w*x + c) + b``: arithmetic, units, baking, saving, optimizer groups."""
 
+import copy
+
 import pytest
 import torch
 from torch import nn
@@ -207,6 +209,20 @@ def test_targets_have_an_optimizer_group_without_weight_decay(first):
     again = wrap_optimizer(make(), model, gamma=1.0)
     again.load_state_dict(state)
     assert again.param_groups[2]["transfer_step"] == 1
+
+
+@pytest.mark.parametrize("fitted", ["before the copy", "after it"])
+def test_in_a_copy_that_is_wrapped_again_targets_have_a_group_without_weight_decay(fitted):
+    model = network() if fitted == "after it" else free(network())
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1, weight_decay=0.5)
+    wrap_optimizer(optimizer, model, gamma=1.0)
+    model, optimizer = copy.deepcopy((model, optimizer))
+    wrap_optimizer(optimizer, free(model), gamma=1.0)
+    targets = {p for i in (1, 4) for p in model[i].fitted.parameters()}
+    groups = {frozenset(g["params"]): g["weight_decay"] for g in optimizer.param_groups}
+    assert groups.pop(frozenset(targets)) == 0
+    assert frozenset({model[1].log_alpha, model[4].log_alpha}) in groups
+    assert len(groups) == 2
 
 
 def test_an_optimizer_that_cannot_be_wrapped_keeps_its_groups():

@@ -37,10 +37,10 @@ def wrap_timm_optimizer(
 
     Two lines make timm's ``train.py`` transfer gates: ``convert(model)`` after ``create_model``,
     and this one anywhere between ``create_loader`` and the first epoch, before or after
-    ``create_scheduler_v2``. The gates stay in the parameter groups that ``create_optimizer_v2``
-    gave them (without weight decay, since they are vectors), so that ``resume_checkpoint``, which
-    ``train.py`` calls earlier, fits: the schedule continues where the checkpoint was saved. With
-    ``--no-resume-opt`` it begins anew.
+    ``create_scheduler_v2``. Gates and fitted targets stay in the parameter groups that
+    ``create_optimizer_v2`` gave them (without weight decay, since they are vectors), so that
+    ``resume_checkpoint``, which ``train.py`` calls earlier, fits: the schedule continues where the
+    checkpoint was saved. With ``--no-resume-opt`` it begins anew.
 
     Gates are left out of the slow weights of a Lookahead optimizer, which would bring transferred
     gates back half-way, even after the last step. A ``ModelEmaV3`` averages gates like all
@@ -59,8 +59,8 @@ def wrap_timm_optimizer(
         The same object.
 
     Raises:
-        ValueError: the model is not converted, or was converted only after the optimizer had been
-            built.
+        ValueError: the model is not converted, or was converted or matched only after the optimizer
+            had been built.
         ImportError: timm is not installed.
 
     Examples:
@@ -81,7 +81,8 @@ def wrap_timm_optimizer(
     units = [unit for _, unit in gated_activations(model)]
     gates = {u.log_alpha for u in units if u.gate.learned and u.log_alpha.requires_grad}
     base = optimizer._base_optimizer if isinstance(optimizer, Lookahead) else optimizer
-    marked = _mark(base, gates)
+    targets = {p for u in units if u.fitted is not None for p in u.fitted.parameters()}
+    marked = _mark(base, gates, {p for p in targets if p.requires_grad})
     try:
         made = make_schedule(schedule, lambda: total_updates(args, loader))
         wrap_optimizer(base, model, transfer=made)
@@ -116,18 +117,21 @@ def total_updates(args: Any, loader: _Loader) -> int:
     return int(epochs) * updates_per_epoch
 
 
-def _mark(optimizer: Optimizer, gates: Set[Tensor]) -> list[dict[str, Any]]:
-    """Keep the gates where they are: `wrap_optimizer` leaves a group alone that counts steps."""
+def _mark(optimizer: Optimizer, gates: Set[Tensor], targets: Set[Tensor]) -> list[dict[str, Any]]:
+    """Keep all groups as they are: `wrap_optimizer` moves nothing where a group counts steps."""
     groups = optimizer.param_groups
     held = {p for group in groups for p in group["params"]}
-    if not gates <= held:
+    own = gates | targets
+    if not own <= held:
         raise ValueError(
-            f"the optimizer holds {len(gates & held)} of the {len(gates)} gate parameters: call "
-            "convert(model) before create_optimizer_v2(model)."
+            f"the optimizer holds {len(own & held)} of the {len(own)} parameters of gates and "
+            "fitted targets: call convert(model) before create_optimizer_v2(model), and "
+            "match_targets between them."
         )
-    if not gates or any(STEP in group for group in groups):  # restored from a checkpoint
+    if any(STEP in group for group in groups):  # restored from a checkpoint
         return []
-    home = next(group for group in groups if not gates.isdisjoint(group["params"]))
+    homes = (group for group in groups if not gates.isdisjoint(group["params"]))
+    home = next(homes, groups[0])  # gates without parameters are in none
     home[STEP] = 0
     return [home]
 

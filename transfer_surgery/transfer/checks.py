@@ -11,7 +11,7 @@ from torch.optim import LBFGS, Muon, Optimizer
 from transfer_surgery._sharding import is_fsdp, is_sharded, reshard
 from transfer_surgery.transfer.risk import check_reduction
 from transfer_surgery.transfer.schedule import TransferSchedule
-from transfer_surgery.units import GatedActivation, gated_activations
+from transfer_surgery.units import GatedActivation
 
 
 def check_training(
@@ -78,20 +78,28 @@ def check_settings(settings: Mapping[str, float], optimizer: Optimizer, learned:
             raise ValueError(f"gate_{key}: {type(optimizer).__name__} has no {key}. Leave it out.")
 
 
-def check_optimizer(optimizer: Optimizer, model: nn.Module) -> None:
+def check_optimizer(
+    optimizer: Optimizer, model: nn.Module, sites: Mapping[str, GatedActivation]
+) -> None:
     """Raise where the hooks would not run, or would not reach the gates.
+
+    Args:
+        optimizer: the optimizer whose ``step`` updates the parameters.
+        model: the converted model.
+        sites: the units of the model, by path.
 
     Raises:
         TypeError: it is not an optimizer of torch.
         ValueError: it belongs to another model, or its parameters or the gates are not those that
             are trained.
     """
-    _check_hooks(optimizer, model)
+    learned = {path: unit for path, unit in sites.items() if unit.gate.learned}
+    _check_hooks(optimizer, model, bool(learned))
     _check_shards(optimizer, model)
-    _check_gates(model)
+    _check_gates(learned)
 
 
-def _check_hooks(optimizer: Optimizer, model: nn.Module) -> None:
+def _check_hooks(optimizer: Optimizer, model: nn.Module, learned: bool) -> None:
     if not isinstance(optimizer, Optimizer):
         raise TypeError(f"{type(optimizer).__name__} is not a torch.optim.Optimizer.")
     if type(optimizer).__name__ == "ZeroRedundancyOptimizer":
@@ -105,7 +113,7 @@ def _check_hooks(optimizer: Optimizer, model: nn.Module) -> None:
             "step hooks: wrap the optimizer inside it instead."
         )
     # Muon checks its parameters only when it is built, and would fail at the first step.
-    if isinstance(optimizer, Muon) and any(u.gate.learned for _, u in gated_activations(model)):
+    if isinstance(optimizer, Muon) and learned:
         raise ValueError(
             "torch.optim.Muon updates matrices as a whole, and gates are not matrices: give them, "
             "like biases, to a second optimizer such as AdamW, and wrap that one."
@@ -132,8 +140,7 @@ def _check_shards(optimizer: Optimizer, model: nn.Module) -> None:
         )
 
 
-def _check_gates(model: nn.Module) -> None:
-    learned = {path: unit for path, unit in gated_activations(model) if unit.gate.learned}
+def _check_gates(learned: Mapping[str, GatedActivation]) -> None:
     for path, unit in learned.items():
         if unit.log_alpha.shape != unit.gate.shape:
             raise ValueError(

@@ -84,6 +84,8 @@ class Projection:
     def __init__(self, sites: Mapping[str, GatedActivation], schedule: TransferSchedule) -> None:
         self.schedule = schedule
         self.groups = groups_in_order(sites, schedule.order)
+        # The places of frozen units stay in the order: the others do not go earlier for them.
+        self.sizes = [sum(unit.gate.count for unit in units) for units in self.groups]
         self.begun = False
         self.end_reported = False
         self.last: list[float] = []
@@ -106,9 +108,7 @@ class Projection:
             self._warn_of_the_end(step)
 
     def _project(self, progress: float, skipped: Tensor | None) -> None:
-        # The places of frozen units stay in the order: the others do not go earlier for them.
-        sizes = [sum(unit.gate.count for unit in units) for units in self.groups]
-        shares = split_in_order(sizes, self.schedule.fraction, progress)
+        shares = split_in_order(self.sizes, self.schedule.fraction, progress)
         last, self.last = self.last, [share for _, share in shares]
         for i, (units, (fraction, share)) in enumerate(zip(self.groups, shares, strict=True)):
             moved = [unit.gate for unit in units if is_moved(unit)]

@@ -49,33 +49,36 @@ class FrozenWatch:
 
     def __init__(self, sites: Mapping[str, GatedActivation]) -> None:
         self.sites = {path: unit for path, unit in sites.items() if unit.gate.learned}
+        self.is_watching = bool(self.sites)
+        self.highest_rate = 0.0
+        # Of the current window:
         self.steps = 0
         self.before: list[Tensor] = []
-        self.warned = False
         self.rates: list[float] = []
-        self.highest_rate = 0.0
 
-    def start(self, rate: Any) -> None:
-        """Before a step: remember where the gates are at the start of a window, and its rates.
+    def start(self) -> None:
+        """Before a step: where it is the first of a window, remember where the gates are."""
+        if self.is_watching and self.steps == 0:
+            self.before = [gathered(u.log_alpha.detach()).clone() for u in self.sites.values()]
+            self.rates = []
+
+    def is_due(self, rate: Any) -> bool:
+        """After a step: take note of its rate, and say whether a window ends with it.
 
         Args:
             rate: the learning rate of the gates; one on a device is not looked at.
         """
+        if not self.is_watching:
+            return False
         if isinstance(rate, float | int):
             self.rates.append(float(rate))
             self.highest_rate = max(self.highest_rate, float(rate))
-        if not self.warned and self.steps % _WINDOW == 0:
-            self.before = [gathered(u.log_alpha.detach()).clone() for u in self.sites.values()]
-
-    def is_due(self) -> bool:
-        """After a step: whether a window ends with it."""
-        self.steps += 1
-        return not self.warned and self.steps % _WINDOW == 0
+        self.steps = (self.steps + 1) % _WINDOW
+        return self.steps == 0
 
     def look(self, optimizer: Optimizer) -> None:
         """At the end of a window: see which gates moved."""
-        rates, self.rates = self.rates, []
-        if 0 < sum(rates) < _RESTING * self.highest_rate * len(rates):
+        if 0 < sum(self.rates) < _RESTING * self.highest_rate * len(self.rates):
             return  # the end of a cycle: they will move again, or the training is over
         groups = {id(p): group for group in optimizer.param_groups for p in group["params"]}
         frozen: dict[str, dict[str, _Movement]] = {}
@@ -86,7 +89,7 @@ class FrozenWatch:
             if reason := _reason(movement, group):
                 frozen.setdefault(reason, {})[path] = movement
         if frozen:
-            self.warned, self.before = True, []
+            self.is_watching, self.before, self.rates = False, [], []
             warnings.warn(_message(frozen), FrozenGatesWarning, stacklevel=user_stacklevel())
 
     @torch.no_grad()

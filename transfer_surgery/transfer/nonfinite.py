@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from transfer_surgery._sharding import any_rank, local
-from transfer_surgery.units import gated_activations
+from transfer_surgery.units import GatedActivation
 
 _LOOK_EVERY = 50  # steps between looks at a device other than the CPU: a look synchronises
 
@@ -23,11 +23,14 @@ class FiniteWatch:
     Args:
         optimizer: the optimizer; not kept.
         model: its model.
+        units: the units of the model.
     """
 
-    def __init__(self, optimizer: Optimizer, model: nn.Module) -> None:
+    def __init__(
+        self, optimizer: Optimizer, model: nn.Module, units: Iterable[GatedActivation]
+    ) -> None:
         held = {id(p) for group in optimizer.param_groups for p in group["params"]}
-        gates = {id(u.log_alpha) for _, u in gated_activations(model) if u.gate.learned}
+        gates = {id(unit.log_alpha) for unit in units if unit.gate.learned}
         # By place: the tensors themselves are replaced when a model is sharded later.
         ours = [
             (f"{path}.{name}" if path else name, module, name, p)

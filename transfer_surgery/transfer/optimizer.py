@@ -90,6 +90,10 @@ def wrap_optimizer(
         ValueError: the arguments do not fit together, the model is not converted, the optimizer is
             wrapped already or belongs to another model, or an optimizer of other parameters moves
             these gates. The optimizer is then unchanged.
+        FloatingPointError: ``step`` raises it later, where a gradient is not finite.
+        RuntimeError: ``step`` raises it later, where the model was converted or matched since, so
+            that this optimizer does not know all of its parameters, or where a CUDA graph captures
+            the step.
 
     Source:
         Eq. 13 for `gamma`; docs/design.md, "Training", for `transfer`.
@@ -118,7 +122,7 @@ def wrap_optimizer(
             "this optimizer is wrapped already: the risk would count twice. Build a new optimizer "
             "to train with other settings."
         )
-    check_optimizer(inner, model)
+    check_optimizer(inner, model, sites)
     replaced = _earlier_hooks(inner, sites)
     given = {"lr": gate_lr, "weight_decay": gate_weight_decay}
     settings = {key: value for key, value in given.items() if value is not None}
@@ -137,7 +141,7 @@ def wrap_optimizer(
     add_gates_to_optimizer(optimizer, inner, model, units, settings, defaults)
 
     # Install the hooks.
-    hooks = StepHooks(inner, model, controller)
+    hooks = StepHooks(inner, model, sites, controller)
     inner.register_step_pre_hook(_in_python(hooks.before_step))
     inner.register_step_post_hook(_in_python(hooks.after_step))
     inner.register_state_dict_pre_hook(lambda saved: hooks.count_skipped(saved, wait=True))
@@ -216,10 +220,26 @@ def pause_transfer(optimizer: Optimizer) -> None:
 
 
 def resume_transfer(optimizer: Optimizer) -> None:
-    """Undo `pause_transfer`; without a pause nothing happens.
+    """Let a `TransferSchedule` go on where `pause_transfer` stopped it, if it did.
+
+    Args:
+        optimizer: an optimizer wrapped with ``transfer=``.
 
     Raises:
         ValueError: the optimizer was not wrapped with ``transfer=``.
+
+    Examples:
+        >>> import torch
+        >>> from transfer_surgery import convert
+        >>> model = convert(nn.Sequential(nn.ReLU()), example_input=torch.zeros(1, 2))
+        >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        >>> _ = wrap_optimizer(optimizer, model, transfer=TransferSchedule(10))
+        >>> pause_transfer(optimizer)
+        >>> optimizer.step()
+        >>> resume_transfer(optimizer)
+        >>> optimizer.step()
+        >>> optimizer.param_groups[-1]["transfer_step"]
+        1
     """
     gates_group(_scheduled(optimizer))[PAUSED] = False
 

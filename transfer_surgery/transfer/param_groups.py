@@ -81,6 +81,8 @@ def _add_targets(
     holding = [group for group in groups if not set(own).isdisjoint(group["params"])]
     if not own or (len(holding) == 1 and set(holding[0]["params"]) == set(own)):
         return
+    if _marked(groups) and _hold(holding, own):
+        return
     if isinstance(inner, LBFGS):
         _join_only_group(inner, own)
     elif any("initial_lr" in group for group in groups):
@@ -105,7 +107,7 @@ def _group_for(
     if isinstance(inner, LBFGS):
         return _join_only_group(inner, gates)
     holding = [group for group in groups if not set(gates).isdisjoint(group["params"])]
-    marked = [group for group in groups if STEP in group]  # by a copy's wrapping, or by our caller
+    marked = _marked(groups)
     if marked or (len(holding) == 1 and set(holding[0]["params"]) == set(gates)):
         return _keep_group((marked or holding)[0], holding, gates, settings)
     if any("initial_lr" in group for group in groups):
@@ -182,9 +184,17 @@ def _move_to_own_group(
     return groups[-1]
 
 
-def _hold(groups: list[dict[str, Any]], gates: list[nn.Parameter]) -> bool:
-    """Whether the groups hold all gates that are trained."""
-    return {p for g in groups for p in g["params"]}.issuperset(p for p in gates if p.requires_grad)
+def _marked(groups: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Groups that count steps: the optimizer is a copy of a wrapped one, or our caller marked them.
+
+    What such an optimizer holds stays where it is: a checkpoint has the same groups.
+    """
+    return [group for group in groups if STEP in group]
+
+
+def _hold(groups: list[dict[str, Any]], own: list[nn.Parameter]) -> bool:
+    """Whether the groups hold all of these parameters that are trained."""
+    return {p for g in groups for p in g["params"]}.issuperset(p for p in own if p.requires_grad)
 
 
 def _copy(lr: float | Tensor) -> float | Tensor:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -18,7 +18,7 @@ from transfer_surgery.transfer.frozen_gates import FrozenWatch
 from transfer_surgery.transfer.nonfinite import FiniteWatch
 from transfer_surgery.transfer.param_groups import PAUSED, STEP, gates_group, next_step
 from transfer_surgery.transfer.skipped_steps import SkippedSteps
-from transfer_surgery.units import GatedActivation, gated_activations
+from transfer_surgery.units import GatedActivation
 
 Closure = Callable[[], Any]
 
@@ -29,16 +29,21 @@ class StepHooks:
     Args:
         optimizer: the optimizer; not kept.
         model: its model.
+        sites: the units of the model, by path.
         controller: what moves the gates.
     """
 
     def __init__(
-        self, optimizer: Optimizer, model: nn.Module, controller: Risk | Projection
+        self,
+        optimizer: Optimizer,
+        model: nn.Module,
+        sites: Mapping[str, GatedActivation],
+        controller: Risk | Projection,
     ) -> None:
         self.model = model
         self.risk = controller if isinstance(controller, Risk) else None
         self.projection = controller if isinstance(controller, Projection) else None
-        self.units = dict(gated_activations(model))
+        self.units = dict(sites)
         self.without_fit = [path for path, unit in self.units.items() if unit.fitted is None]
         self.places = [
             (parent, name, unit)
@@ -46,7 +51,7 @@ class StepHooks:
             for name, unit in parent._modules.items()
             if isinstance(unit, GatedActivation)
         ]
-        self.finite = FiniteWatch(optimizer, model)
+        self.finite = FiniteWatch(optimizer, model, self.units.values())
         self.frozen = FrozenWatch(self.units if self.risk is not None else {})
         self.skipped = SkippedSteps()
         self.sharded = [module for module in model.modules() if is_fsdp(module)]
@@ -70,7 +75,7 @@ class StepHooks:
             return None
         reshard(self.sharded)
         self.count_skipped(optimizer)
-        self.frozen.start(gates_group(optimizer).get("lr"))
+        self.frozen.start()
         # With a closure there are no gradients yet.
         if kwargs.get("closure") is not None:
             return args, kwargs | {"closure": self._with_risk(kwargs["closure"], optimizer)}
@@ -101,7 +106,8 @@ class StepHooks:
         group[STEP] = step
         if self.projection is not None:
             self.projection.follow(step, found_inf)
-        if self.risk is not None and self.frozen.is_due() and step > self.risk.warmup:
+        due = self.frozen.is_due(group.get("lr"))
+        if due and self.risk is not None and step > self.risk.warmup:
             self.frozen.look(optimizer)
 
     def count_skipped(self, optimizer: Optimizer, wait: bool = False) -> None:
