@@ -103,7 +103,7 @@ STATEMENTS = (
     "with torch.autocast('cpu', torch.bfloat16):\n    h = self.two({act})\nh = h.float()",
     "h = Reverse.apply({act})",
     "h = h * 1.0\nv = h[:, :2]\nv *= 2",
-    "h *= torch.sigmoid(h)",
+    "h = h * 1.0\nh *= torch.sigmoid(h)",
     "h = sum([{act} for _ in range(2)])",
     "for i in range(2):\n    h = {act} - 0.1 * i",
     "h = self.step(h)",

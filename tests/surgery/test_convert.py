@@ -282,7 +282,7 @@ def test_seed_decides_the_start_of_the_gates():
         ({"roles": "hiden"}, "unknown role"),
         ({"gate": "soft"}, "unknown gate"),
         ({"example_input": torch.zeros(1, 9, 5, 5)}, "does not run on the example input"),
-        ({"example_input": ()}, "Pass example_input="),
+        ({"example_input": ()}, "pass another example_input="),
     ],
     ids=str,
 )

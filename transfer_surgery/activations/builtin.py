@@ -121,6 +121,33 @@ def _sigmoid(x: Tensor) -> Tensor:
     return torch.sigmoid(x)
 
 
+@register_activation("softsign", calls={F.softsign: ()})
+def _softsign(x: Tensor) -> Tensor:
+    return F.softsign(x)
+
+
+@register_activation("logsigmoid", calls={F.logsigmoid: ()})
+def _logsigmoid(x: Tensor) -> Tensor:
+    return F.logsigmoid(x)
+
+
+@register_activation("tanhshrink", calls={F.tanhshrink: ()})
+def _tanhshrink(x: Tensor) -> Tensor:
+    return F.tanhshrink(x)
+
+
+@register_activation(
+    "hardshrink", calls={F.hardshrink: ("lambd",), torch.Tensor.hardshrink: ("lambd",)}
+)
+def _hardshrink(x: Tensor, lambd: float = 0.5) -> Tensor:
+    return F.hardshrink(x, lambd)
+
+
+@register_activation("softshrink", calls={F.softshrink: ("lambd",)})
+def _softshrink(x: Tensor, lambd: float = 0.5) -> Tensor:
+    return F.softshrink(x, lambd)
+
+
 @register_activation("resin")
 def _resin(x: Tensor) -> Tensor:
     """Monotonically rectified sine, Eq. 2."""

@@ -27,10 +27,14 @@ from transfer_surgery.activations.registry import (
 _ARITHMETIC = {"mul": "*", "multiply": "*", "add": "+", "sub": "-", "pow": "**"} | {
     **{"div": "/", "truediv": "/", "true_divide": "/"},
     **{"maximum": "maximum", "max": "maximum", "square": "**", "erf": "erf"},
+    **{"gt": ">", "where": "where", "exp": "exp", "neg": "neg", "sin": "sin"},
 }
 _SYMBOLS = {ast.Mult: "*", ast.Add: "+", ast.Sub: "-", ast.Div: "/", ast.Pow: "**"}
+_OPERANDS = {"square": 1, "erf": 1, "exp": 1, "neg": 1, "sin": 1, "where": 3}
+"""How many a call has; two where it is not said."""
 _FUNCTIONS = {"relu6": F.relu6, "softplus": F.softplus} | {
-    name: getattr(torch, name) for name in ("sigmoid", "tanh", "relu", "erf", "maximum")
+    name: getattr(torch, name)
+    for name in ("sigmoid", "tanh", "relu", "erf", "maximum", "where", "exp", "sin")
 }
 
 
@@ -90,9 +94,10 @@ def register_formula(name: str, text: str, *, exact: bool = False) -> None:
 
     Args:
         name: a registered activation.
-        text: the formula in ``x`` with ``+ - * / **``, numbers and the functions relu, relu6,
-            sigmoid, tanh, softplus, erf and maximum. Parameters of the activation stand for
-            numbers, other names for tensors, its operands. Sums and products match in either order.
+        text: the formula in ``x`` with ``+ - * / ** >``, numbers and the functions relu, relu6,
+            sigmoid, tanh, softplus, erf, exp, sin, where and maximum. Parameters of the
+            activation stand for numbers, other names for tensors, its operands. Sums and products
+            match in either order.
         exact: whether the registered value computes the same bits. Otherwise the formula itself
             is evaluated at such sites, so that conversion changes nothing.
 
@@ -124,12 +129,16 @@ def _parse(node: ast.expr) -> Any:
         return node.value
     if isinstance(node, ast.Name):
         return node.id
+    if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.USub):
+        return _Term("neg", (_parse(node.operand),))
+    if isinstance(node, ast.Compare) and isinstance(node.ops[0], ast.Gt) and len(node.ops) == 1:
+        return _Term(">", (_parse(node.left), _parse(node.comparators[0])))
     if isinstance(node, ast.BinOp) and type(node.op) in _SYMBOLS:
         return _Term(_SYMBOLS[type(node.op)], (_parse(node.left), _parse(node.right)))
     if isinstance(node, ast.Call) and ast.unparse(node.func) in _FUNCTIONS and not node.keywords:
         return _Term(ast.unparse(node.func), tuple(_parse(one) for one in node.args))
     raise ValueError(
-        f"a formula cannot contain {ast.unparse(node)!r}; it may use + - * / **, numbers, names "
+        f"a formula cannot contain {ast.unparse(node)!r}; it may use + - * / ** >, numbers, names "
         f"and {', '.join(_FUNCTIONS)}."
     )
 
@@ -242,7 +251,9 @@ def _describe(
     if call is not None:
         return str(call.activation), (call.input, *call.operands)
     name = _base_name(function)
-    if name not in _ARITHMETIC or kwargs or len(args) != (1 if name in ("square", "erf") else 2):
+    if name not in _ARITHMETIC or kwargs or len(args) != _OPERANDS.get(name, 2):
+        return None
+    if name == "where" and function is not torch.where:  # a method takes them in another order
         return None
     if name == "square":
         args = (*args, 2)

@@ -86,9 +86,9 @@ class ActivationModule(nn.Module):
         super().__init__()
         self.activation = get_activation(activation)
 
-    def forward(self, x: Tensor, *operands: Tensor) -> Tensor:
+    def forward(self, input: Tensor, *operands: Tensor) -> Tensor:
         # A site passes what its source needs; a target that took its place needs nothing.
-        return _activate(x, self.activation, *operands[: len(self.activation.operands)])
+        return _activate(input, self.activation, *operands[: len(self.activation.operands)])
 
     def extra_repr(self) -> str:
         return str(self.activation)

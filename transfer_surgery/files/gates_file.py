@@ -22,7 +22,7 @@ from transfer_surgery.files.unit_config import (
     plain_path,
     unwrap,
 )
-from transfer_surgery.sites import Plan, find_activations, prepare_recipes, undisturbed
+from transfer_surgery.sites import Plan, find_activations, prepare_recipes
 from transfer_surgery.surgery import check_model, insert_units
 from transfer_surgery.units import GatedActivation
 
@@ -191,8 +191,7 @@ def plan_for(model: nn.Module, file: Path, sites: Mapping[str, Config], example_
 
 def insert_modules(model: nn.Module, plan: Plan, units: Mapping[str, Any]) -> None:
     """Put modules at sites of a plan, whose calls are redirected to them."""
-    with undisturbed():
-        recipes = prepare_recipes(model, plan, set(units))
+    recipes = prepare_recipes(model, plan, set(units))
     insert_units(model, plan, units, recipes)
 
 

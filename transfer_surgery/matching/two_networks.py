@@ -129,6 +129,9 @@ class _HeldGate(nn.Module):
         self.shape = gate.shape
         self.z = torch.zeros_like(gate.predict()) + value
 
+    def forward(self, batch: int) -> Tensor:
+        return self.z
+
     def predict(self) -> Tensor:
         return self.z
 

@@ -7,7 +7,10 @@ caller. Nothing of the model is touched and, on fake tensors, nothing is compute
 
 from __future__ import annotations
 
+import itertools
+import traceback
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from torch import nn
@@ -17,7 +20,7 @@ from transfer_surgery.sites.caller import check_edits
 from transfer_surgery.sites.observation import Observation
 from transfer_surgery.sites.observer import Observer
 from transfer_surgery.sites.plan import OwnerCall, Plan, Site
-from transfer_surgery.sites.route import Expression, unseen_calls
+from transfer_surgery.sites.route import Expression, is_users, unseen_calls
 from transfer_surgery.sites.source import Function
 from transfer_surgery.sites.stand_in import (
     Uncopyable,
@@ -64,43 +67,64 @@ def find_activations(
 def _observe(
     model: nn.Module, arguments: Any, modes: Sequence[str]
 ) -> tuple[dict[str, Observation], list[str]]:
-    """Run the probe in each mode: on fake tensors, or for real where values steer the model."""
-    errors: list[Exception] = []
-    for fake, double in ((True, True), (True, False), (False, True), (False, False)):
-        mode = FakeTensorMode(allow_non_fake_inputs=True) if fake else None
+    """Run a probe in each mode, each in the first way in which the model runs."""
+    observations: dict[str, Observation] = {}
+    notes, error = [], None
+    for mode in modes:
+        result = _run(model, arguments, mode)
+        if isinstance(result, Observation):
+            observations[mode] = result
+            scripted = sorted(result.scripted)
+            notes += [f"{what or 'the model'} is TorchScript: not examined" for what in scripted]
+        else:
+            error = result
+            notes.append(
+                f"{mode} mode could not be examined, so what runs in it alone has no gates "
+                f"({type(error).__name__}: {_first_line(error)})"
+            )
+    if not observations and error is not None:
+        raise ValueError(
+            f"{type(model).__name__} does not run on the example input{_where(error)} "
+            f"({type(error).__name__}: {_first_line(error)}). Check that model(...) runs with it; "
+            "pass another example_input=: a tensor, a tuple of positional arguments or a dict of "
+            "keyword arguments."
+        ) from error
+    return observations, list(dict.fromkeys(notes))
+
+
+def _run(model: nn.Module, arguments: Any, mode: str) -> Observation | Exception:
+    """Examine one mode: on fake tensors, or for real where values steer the model.
+
+    Without gradients where the model does not need them, and with a single example as two.
+
+    Returns:
+        What was seen, or why the model does not run on its own example.
+    """
+    error: Exception | None = None
+    yes_no, no_yes = (True, False), (False, True)
+    for gradients, is_fake, double in itertools.product(no_yes, yes_no, yes_no):
+        fake = FakeTensorMode(allow_non_fake_inputs=True) if is_fake else None
         try:
-            return _run(model, arguments, modes, mode, double)
+            probe = probe_copy(model, fake).train(mode == "train")
+            args, kwargs = fake_arguments(arguments, fake, double)
+            with undisturbed(fake is not None):
+                return Observer(probe).run(args, kwargs, fake, gradients)
         except Uncopyable:
             raise
-        except Exception as error:
-            errors.append(error)
-    raise ValueError(
-        f"{type(model).__name__} does not run on the example input "
-        f"({type(errors[-1]).__name__}: {errors[-1]}). Pass example_input=: a tensor, a tuple of "
-        "positional arguments or a dict of keyword arguments."
-    ) from errors[-1]
+        except Exception as failed:
+            error = failed
+    assert error is not None
+    return error
 
 
-def _run(
-    model: nn.Module,
-    arguments: Any,
-    modes: Sequence[str],
-    fake: FakeTensorMode | None,
-    double: bool,
-) -> tuple[dict[str, Observation], list[str]]:
-    observations: dict[str, Observation] = {}
-    notes = []
-    for mode in modes:
-        probe = probe_copy(model, fake).train(mode == "train")
-        args, kwargs = fake_arguments(arguments, fake, double)
-        try:
-            with undisturbed():
-                observations[mode] = Observer(probe).run(args, kwargs, fake)
-        except Exception as error:
-            if not observations:
-                raise
-            notes.append(f"{mode} mode was not examined: {type(error).__name__}: {error}")
-    return observations, notes
+def _first_line(error: Exception) -> str:
+    return str(error).strip().partition("\n")[0]
+
+
+def _where(error: Exception) -> str:
+    """The line of the model's own code that failed."""
+    frames = [f for f in traceback.extract_tb(error.__traceback__) if is_users(f.filename)]
+    return f", at {Path(frames[-1].filename).name}:{frames[-1].lineno}" if frames else ""
 
 
 def _plan(model: nn.Module, observations: dict[str, Observation], notes: list[str]) -> Plan:
@@ -111,6 +135,7 @@ def _plan(model: nn.Module, observations: dict[str, Observation], notes: list[st
             fields["modes"] += (mode,)
             fields["calls"] = max(fields["calls"], event.calls)
             fields["overwrites_input"] |= event.overwrites_input
+            fields["input_changes"] |= event.fields()["input_changes"]
             fields["reason"] = fields["reason"] or event.reason
     calls = _owner_calls(observations, merged)
     walked = set[str]().union(*(one.walked for one in observations.values()))

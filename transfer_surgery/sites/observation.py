@@ -39,6 +39,7 @@ class Event:
     why: str | None
     module: str | None = None
     overwrites_input: bool = False
+    input_changes: bool = False
     calls: int = 0
     input: Tensor | None = field(default=None, repr=False)
     output: Tensor | None = field(default=None, repr=False)
@@ -56,7 +57,8 @@ class Event:
         """The part of a `Site` that an event knows."""
         names = ["source", "kind", "shape", "channel_axis", "inplace", "role", "reason", "module"]
         names += ["file", "line", "route", "why", "overwrites_input", "calls"]
-        return {name: getattr(self, name) for name in names}
+        changes = any(event.input_changes for event in (self, *self.repeats))
+        return {name: getattr(self, name) for name in names} | {"input_changes": changes}
 
 
 @dataclass
@@ -68,6 +70,8 @@ class Observation:
     modules: dict[str, dict[str, ActivationChild]] = field(default_factory=dict)
     expressions: set[Expression] = field(default_factory=set)
     """Of all activation calls."""
+    scripted: set[str] = field(default_factory=set)
+    """What is TorchScript, where nothing can be seen."""
     walked: set[str] = field(default_factory=set)
     """Owners whose code looks at the table of their children."""
 

@@ -28,7 +28,7 @@ from transfer_surgery.activations import (
 from transfer_surgery.sites.call_location import Location, locate
 from transfer_surgery.sites.observation import NOT_LIVE, Event, Frame, Observation
 from transfer_surgery.sites.plan import ActivationChild
-from transfer_surgery.sites.route import Expression, NoRouteError, call_frames, find_route
+from transfer_surgery.sites.route import Expression, NoRouteError, call_frames, code_of, find_route
 from transfer_surgery.sites.tensor_facts import (
     SQUASHING,
     channel_axis,
@@ -68,6 +68,8 @@ class Observer(TorchFunctionMode):
         self._tracker = Tracker()
         self._overwritten: dict[int, tuple[Tensor, Event]] = {}
         self._written: dict[int, Tensor] = {}
+        self._inputs: dict[int, list[Event]] = {}
+        self._kept: list[Tensor] = []  # memory is known by its address while it is held
         self._paths = {id(module): path for path, module in probe.named_modules()}
         for module in list(probe.modules()):
             if type(vars(module).get("_modules")) is dict:
@@ -75,18 +77,28 @@ class Observer(TorchFunctionMode):
             for tensor in pytree.tree_leaves(vars(module)):  # also those it keeps in plain lists
                 if isinstance(tensor, Tensor):
                     mark_constant(tensor)
-            module.register_forward_pre_hook(self._enter, with_kwargs=True)
-            module.register_forward_hook(self._leave)
+            if isinstance(module, torch.jit.ScriptModule):
+                self.observation.scripted.add(self._paths[id(module)])
+            else:
+                module.register_forward_pre_hook(self._enter, with_kwargs=True)
+                module.register_forward_hook(self._leave)
 
     def run(
-        self, args: tuple[Any, ...], kwargs: dict[str, Any], fake: FakeTensorMode | None
+        self,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        fake: FakeTensorMode | None,
+        gradients: bool,
     ) -> Observation:
-        with torch.no_grad(), fake or contextlib.nullcontext(), self:
+        with torch.set_grad_enabled(gradients), fake or contextlib.nullcontext(), self:
             output = self.probe(*args, **kwargs)
         self._note_reads(output)
-        returned = {id(leaf) for leaf in pytree.tree_leaves(output)}
+        leaves = [leaf for leaf in pytree.tree_leaves(output) if isinstance(leaf, Tensor)]
+        returned = {id(leaf) for leaf in leaves if leaf.is_floating_point() and is_live(leaf)}
         for event in self.observation.sites():
-            if id(event.output) in returned and event.source.name in SQUASHING:
+            # Of several outputs each is a head's own, where nothing in the network reads it too.
+            is_head = event.role == "hidden" and len(returned) > 1 and not event.readers
+            if id(event.output) in returned and (event.source.name in SQUASHING or is_head):
                 event.role = "output"
         return self.observation
 
@@ -95,7 +107,17 @@ class Observer(TorchFunctionMode):
         called_from: Location = places[1][0] if len(places) > 1 else ()
         if self._stack:
             self._stack[-1].children += 1
+        self._note_scripts(module)
         self._stack.append(Frame(self._paths[id(module)], module, called_from, args, kwargs))
+
+    def _note_scripts(self, module: nn.Module) -> None:
+        """TorchScript functions under a name that the module's code uses are called unseen."""
+        code = code_of(getattr(type(module), "forward", None))
+        space = getattr(getattr(type(module), "forward", None), "__globals__", {})
+        for name in () if code is None else code.co_names:
+            if isinstance(space.get(name), torch.jit.ScriptFunction):
+                path = self._paths[id(module)] or "the model"
+                self.observation.scripted.add(f"{path} calls {name}, which")
 
     def _walk(self, module: nn.Module) -> None:
         if self._stack and self._stack[-1].module is module:
@@ -152,7 +174,7 @@ class Observer(TorchFunctionMode):
             gate = event if event is not None and event.role == "gating" else None
             follow(getattr(func, "__name__", ""), inputs, outputs, gate)
         if call is not None and event is not None and call.inplace:
-            self._overwritten[call.input.untyped_storage()._cdata] = (call.input, event)
+            self._overwritten[_memory(call.input)] = (call.input, event)
         return out
 
     def _read(
@@ -215,6 +237,8 @@ class Observer(TorchFunctionMode):
         )
         self._trace(event, frame.module, call, match)
         frame.events.append(event)
+        self._kept.append(x)
+        self._inputs.setdefault(_memory(x), []).append(event)
         return event
 
     @staticmethod
@@ -250,19 +274,29 @@ class Observer(TorchFunctionMode):
     def _note_writes(self, func: Any, inputs: list[Tensor]) -> None:
         """What something live is written into is live from then on, with all of its views."""
         for x in inputs:
-            if self._written and x.untyped_storage()._cdata in self._written:
+            if self._written and _memory(x) in self._written:
                 mark_live(x)
         if overwrites(func) and any(map(is_live, inputs[1:])):
             mark_live(inputs[0])
-            self._written[inputs[0].untyped_storage()._cdata] = inputs[0]
+            self._written[_memory(inputs[0])] = inputs[0]
+        if overwrites(func) and inputs:
+            for event in self._inputs.get(_memory(inputs[0]), ()):
+                event.input_changes = True
 
     def _note_reads(self, value: Any) -> None:
         """An input that was overwritten in place is read again: its new value matters."""
         for leaf in pytree.tree_leaves(value):
             if self._overwritten and isinstance(leaf, Tensor):
-                _, event = self._overwritten.get(leaf.untyped_storage()._cdata, (None, None))
+                _, event = self._overwritten.get(_memory(leaf), (None, None))
                 if event is not None:
                     event.overwrites_input = True
+
+
+def _memory(tensor: Tensor) -> int:
+    """What tensors that share memory have in common; sparse ones share none."""
+    if tensor.layout is not torch.strided:
+        return id(tensor)
+    return int(tensor.untyped_storage()._cdata)
 
 
 class _Children(dict[str, Any]):

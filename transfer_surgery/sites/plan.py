@@ -56,6 +56,7 @@ class Site:
         channel_axis: axis of the channels in that shape: 1 or -1, unless an adapter knows better.
         inplace: whether the call overwrites its input.
         overwrites_input: whether the overwritten input is read again later.
+        input_changes: whether the input is written to after the call, by something else.
         calls: how often it runs in one forward.
         modes: the training modes in which it runs, of ``("eval", "train")``.
         file: the source file with the call; empty where there is none.
@@ -80,6 +81,7 @@ class Site:
     channel_axis: int
     inplace: bool
     overwrites_input: bool
+    input_changes: bool
     calls: int
     modes: tuple[str, ...]
     file: str
@@ -235,7 +237,8 @@ class Plan(Table[Site]):
     def _why_nothing(self, roles: tuple[str, ...]) -> str:
         if not self.rows:
             return (
-                "The forward pass called no known activation. Register yours with "
+                "The forward pass called no known activation. A formula of yours is made known by "
+                "@register_activation(name) and register_formula(name, text), a function by "
                 "@register_activation(name, calls=...)."
             )
         return f"Asked for roles={roles}; the sites found are:\n{self}"

@@ -206,6 +206,11 @@ def code_of(value: Any) -> CodeType | None:
     return call.__code__ if isinstance(call, FunctionType) else None
 
 
+def is_users(file: str) -> bool:
+    """Whether a source file is neither torch's nor of this package."""
+    return not file.startswith((_TORCH, _HERE))
+
+
 def _is_torch(code: CodeType) -> bool:
     return code.co_filename.startswith(_TORCH)
 
@@ -362,26 +367,32 @@ class _Place:
 
     def _read_formula(self, node: Any, named: dict[int, ast.expr], others: list[ast.expr]) -> None:
         """Collect what a formula's expression is made of: named tensors, and other expressions."""
-        if isinstance(node, ast.BinOp):
-            parts = [node.left, node.right]
-        elif isinstance(node, ast.AugAssign) and isinstance(node.target, ast.Name):
-            parts = [node.target, node.value]
-        elif self._is_part(node):
-            parts = self._arguments(node)
-        else:
-            raise NoRouteError(f"line {self.position.line} does not show the formula")
+        match node:
+            case ast.BinOp():
+                parts = [node.left, node.right]
+            case ast.Compare():
+                parts = [node.left, *node.comparators]
+            case ast.UnaryOp():
+                parts = [node.operand]
+            case ast.AugAssign(target=ast.Name()):
+                parts = [node.target, node.value]
+            case ast.Call() if self._is_part(node):
+                parts = self._arguments(node)
+            case _:
+                raise NoRouteError(f"line {self.position.line} does not show the formula")
         for part in parts:
             value = self.value(part)
             if isinstance(value, Tensor):
                 named.setdefault(id(value), part)
-            elif isinstance(part, ast.BinOp) or self._is_part(part):
+            elif value is _UNKNOWN and self._is_part(part):
                 self._read_formula(part, named, others)
             elif value is _UNKNOWN:
                 others.append(part)
 
     def _is_part(self, node: Any) -> bool:
+        """Whether an expression is an operation of a formula."""
         if not isinstance(node, ast.Call):
-            return False
+            return isinstance(node, (ast.BinOp, ast.Compare, ast.UnaryOp))
         function = self.value(node.func)
         if isinstance(function, nn.Module):
             return not any(True for _ in function.parameters()) and isinstance(

@@ -86,6 +86,7 @@ class Function:
         return next(n for n in ast.walk(tree) if isinstance(n, FunctionNode))
 
 
+_FILES: dict[str, tuple[list[str], _File]] = {}
 SEEN: WeakValueDictionary[Function, FunctionType] = WeakValueDictionary()
 """Functions that have no name by which to find them again, such as lambdas, as last seen."""
 
@@ -101,6 +102,12 @@ def read_function(code: CodeType, module: str) -> Function:
         NoSourceError: there is no source, or it is not what runs.
     """
     file = _read_file(code.co_filename)
+    if (code, module) not in file.functions:
+        file.functions[code, module] = _extract(file, code, module)
+    return file.functions[code, module]
+
+
+def _extract(file: _File, code: CodeType, module: str) -> Function:
     if not any(code == other for other in file.codes[code.co_qualname]):
         raise NoSourceError(f"{code.co_filename} is not the source that runs")
     node = file.node_of(code)
@@ -127,6 +134,7 @@ class _File:
 
     def __init__(self, name: str, text: str) -> None:
         self.text = text
+        self.functions: dict[tuple[CodeType, str], Function] = {}
         tree = ast.parse(text)
         self.codes: dict[str, list[CodeType]] = defaultdict(list)
         self._collect(compile(tree, name, "exec", dont_inherit=True))
@@ -164,16 +172,15 @@ def _holds(node: FunctionNode, at: Position) -> bool:
 
 
 def _read_file(name: str) -> _File:
-    linecache.checkcache(name)
-    text = "".join(linecache.getlines(name))
-    if not text:
+    linecache.checkcache(name)  # reads the file again if it has changed
+    lines = linecache.getlines(name)
+    if not lines:
         raise NoSourceError(f"there is no source for {name}")
-    try:
-        return _parse_file(name, text)
-    except (SyntaxError, ValueError) as error:
-        raise NoSourceError(f"{name} cannot be parsed: {error}") from error
-
-
-@functools.lru_cache(maxsize=64)
-def _parse_file(name: str, text: str) -> _File:
-    return _File(name, text)
+    read, file = _FILES.get(name, (None, None))
+    if file is None or read is not lines:
+        try:
+            file = _File(name, "".join(lines))
+        except (SyntaxError, ValueError) as error:
+            raise NoSourceError(f"{name} cannot be parsed: {error}") from error
+        _FILES[name] = lines, file
+    return file

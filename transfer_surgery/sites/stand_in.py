@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import logging
 import random
 import warnings
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping
+from contextvars import ContextVar
 from types import CellType, FunctionType, MethodType
 from typing import Any
 
@@ -26,6 +28,11 @@ _HOOKS = {name for name, value in vars(nn.Module()).items() if isinstance(value,
 _GLOBAL_HOOKS = ("_global_forward_hooks", "_global_forward_pre_hooks")
 
 
+_examining: ContextVar[bool] = ContextVar("examining", default=False)
+# Fake tensors log what fails on them, with a traceback; here failing is one of several tries.
+logging.getLogger("torch._subclasses.fake_tensor").addFilter(lambda _: not _examining.get())
+
+
 class Uncopyable(TypeError):  # noqa: N818 - a quality of the model
     """A model that cannot be deep-copied."""
 
@@ -37,9 +44,15 @@ def probe_copy(model: nn.Module, fake: FakeTensorMode | None) -> nn.Module:
         Uncopyable: the model cannot be deep-copied.
     """
     memo: dict[int, Any] = {}
+    own = {(cls.__module__, cls.__qualname__) for m in model.modules() for cls in type(m).__mro__}
+    hooks: list[tuple[nn.Module, str, dict[Any, Any]]] = []
     for module in model.modules():
         for name in _HOOKS & vars(module).keys():
-            memo[id(vars(module)[name])] = OrderedDict()
+            table = vars(module)[name]
+            memo[id(table)] = OrderedDict()
+            kept = {key: hook for key, hook in table.items() if _is_own(hook, own)}
+            if kept and name in ("_forward_hooks", "_forward_pre_hooks"):
+                hooks.append((module, name, kept))
         held = (*module._parameters.values(), *module._buffers.values(), *vars(module).values())
         for tensor in held:
             if isinstance(tensor, Tensor) and fake is not None:
@@ -60,7 +73,19 @@ def probe_copy(model: nn.Module, fake: FakeTensorMode | None) -> nn.Module:
     for module in probe.modules():
         for name in _HOOKS:  # of modules with a __deepcopy__ of their own
             object.__setattr__(module, name, OrderedDict())
+    for module, name, kept in hooks:
+        table = getattr(memo[id(module)], name)
+        table.update({key: _refer_to_copies(hook, memo) for key, hook in kept.items()})
     return probe
+
+
+def _is_own(hook: Any, own: set[tuple[str, str]]) -> bool:
+    """Whether a hook was written in a class of the model: it belongs to what the model does."""
+    function = getattr(hook, "__func__", hook)
+    name = getattr(function, "__qualname__", "")
+    parts = name.partition(".<locals>")[0].split(".")
+    prefixes = {".".join(parts[:end]) for end in range(1, len(parts) + 1)}
+    return any((getattr(function, "__module__", ""), prefix) in own for prefix in prefixes)
 
 
 def _copy_closures(attributes: dict[str, Any], memo: dict[int, Any]) -> None:
@@ -157,20 +182,28 @@ def is_packed(value: Any) -> bool:
 
 
 @contextlib.contextmanager
-def undisturbed() -> Iterator[None]:
-    """Examine in silence: random streams stay, global hooks and warnings wait for real runs."""
+def undisturbed(is_fake: bool = True) -> Iterator[None]:
+    """Examine in silence: random streams stay, global hooks and warnings wait for real runs.
+
+    Args:
+        is_fake: whether all tensors are fake; torch's random generators then are not used.
+    """
     state = random.getstate()
-    hooks = {name: getattr(torch_module, name).copy() for name in _GLOBAL_HOOKS}
+    hooks = {name: getattr(torch_module, name) for name in _GLOBAL_HOOKS}
+    held = {name: table.copy() for name, table in hooks.items() if table}
+    token = _examining.set(True)
     try:
-        for name in hooks:
-            getattr(torch_module, name).clear()
+        for name in held:
+            hooks[name].clear()
+        devices = range(torch.cuda.device_count())
         with (
-            torch.random.fork_rng(devices=range(torch.cuda.device_count())),
+            contextlib.nullcontext() if is_fake else torch.random.fork_rng(devices=devices),
             warnings.catch_warnings(),
         ):
             warnings.simplefilter("ignore")
             yield
     finally:
-        for name, held in hooks.items():
-            getattr(torch_module, name).update(held)
+        _examining.reset(token)
+        for name, table in held.items():
+            hooks[name].update(table)
         random.setstate(state)

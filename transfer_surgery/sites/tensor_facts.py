@@ -21,6 +21,7 @@ _RESHAPES = {
     *("reshape", "view", "flatten", "unflatten", "permute", "transpose", "movedim", "moveaxis"),
     *("swapaxes", "swapdims", "squeeze", "unsqueeze", "t", "matmul", "bmm", "einsum", "__matmul__"),
 }
+_PRODUCTS = {"matmul", "bmm", "mm", "__matmul__"}
 _ZEROS = {"zeros", "zeros_like", "new_zeros"}
 _GATES = {"sigmoid", "hardsigmoid"}
 SQUASHING = _GATES | {"tanh", "hardtanh", "softplus"}
@@ -87,6 +88,9 @@ def follow(name: str, inputs: list[Tensor], outputs: list[Tensor], gate: Any = N
             facts._ts_axis = 1
         elif name in _CHANNELS_LAST:
             facts._ts_axis = -1
+        elif name in _PRODUCTS and len(inputs) == 2 and is_live(inputs[0]) != is_live(inputs[1]):
+            # The weight makes the channels: rows where it stands on the left, else columns.
+            facts._ts_axis = -1 if is_live(inputs[0]) or out.dim() < 2 else -2
         elif name in _RESHAPES or like is None or like.dim() != out.dim():
             facts._ts_axis = None
         else:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import copy
+
 import torch
 from torch import Tensor, nn
 
 from transfer_surgery._float32 import Float32Module
 from transfer_surgery._sharding import check_not_sharded
 from transfer_surgery.activations import Activation, ActivationModule, activation_module
-from transfer_surgery.surgery.insertion import share_hooks, swap_children
+from transfer_surgery.surgery.insertion import answer_for, share_hooks, swap_children
 from transfer_surgery.units import (
     FittedActivation,
     GatedActivation,
@@ -46,10 +48,10 @@ class MixedActivation(Float32Module):
         self.register_buffer("z", z)
         self.fitted = fitted
 
-    def forward(self, x: Tensor, *operands: Tensor) -> Tensor:
-        z = self.granularity.expand(self.z, x)
-        parameters = None if self.fitted is None else self.fitted.expand(x)
-        return gated(x, z, self.source, self.target, operands=operands, numbers=parameters)
+    def forward(self, input: Tensor, *operands: Tensor) -> Tensor:
+        z = self.granularity.expand(self.z, input)
+        numbers = None if self.fitted is None else self.fitted(input)
+        return gated(input, z, self.source, self.target, operands=operands, numbers=numbers)
 
     def extra_repr(self) -> str:
         return f"{self.source} -> {self.target}, {float(self.z.mean()):.0%} {self.source}"
@@ -62,8 +64,8 @@ class _Overwriting(nn.Module):
         super().__init__()
         self.activation = activation
 
-    def forward(self, x: Tensor, *operands: Tensor) -> Tensor:
-        return x.copy_(self.activation(x.clone(), *operands))
+    def forward(self, input: Tensor, *operands: Tensor) -> Tensor:
+        return input.copy_(self.activation(input.clone(), *operands))
 
 
 @torch.no_grad()
@@ -99,12 +101,17 @@ def bake(model: nn.Module, harden: bool = False) -> nn.Module:
     """
     check_not_sharded(model)
     baked: dict[nn.Module, nn.Module] = {}
+    originals: dict[nn.Module, tuple[nn.Module, ...]] = {}
     for _, unit in gated_activations(model):
         z = unit.gate.predict().detach()
+        originals[unit] = unit.replaced
         baked[unit] = plain_module(unit, (z > 0.5).to(z.dtype) if harden else z)
     for gated_unit, module in baked.items():
         module.train(gated_unit.training)
         share_hooks(gated_unit, module)
+        for original in originals[gated_unit]:
+            if original is not module:
+                answer_for(original, module)
     swap_children(model, baked)
     recompute_activations(model, enabled=False)
     return model
@@ -114,7 +121,10 @@ def plain_module(unit: GatedActivation, z: Tensor) -> nn.Module:
     """What a unit computes where its gates have these values, as a module without gates."""
     if bool((z == 1).all()):
         if unit.replaced:
-            return unit.replaced[0]
+            (original,) = unit.replaced
+            # One that stood at other places too has other hooks than this unit.
+            is_own = original._forward_hooks is unit._forward_hooks
+            return original if is_own else copy.copy(original)
         plain = plain_activation(unit.source, bool(unit.source.operands))
     elif bool((z == 0).all()):
         if unit.fitted is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -16,14 +17,12 @@ from transfer_surgery.sites import (
     find_activations,
     prepare_recipes,
     stages_of,
-    undisturbed,
 )
 from transfer_surgery.surgery.checks import check_model
 from transfer_surgery.surgery.encoder_fast_path import reopen_fused_paths
 from transfer_surgery.surgery.insertion import (
     insert_units,
     restore_owner,
-    share_hooks,
     swap_children,
 )
 from transfer_surgery.units import (
@@ -104,6 +103,9 @@ def convert(
     target, settings = get_activation(target), gate_settings(gate)
     include, exclude = (p if p is None else as_patterns(p, model) for p in (include, exclude))
     whole = plan if plan is not None else find_activations(model, example_input)
+    for note in whole.notes:
+        if "could not be examined" in note:
+            warnings.warn(note, RuntimeWarning, stacklevel=2)
     chosen = whole.select(source=source, include=include, exclude=exclude, roles=roles)
     chosen = chosen.filter(lambda site: site.source != target)
     if not chosen.rows:
@@ -123,6 +125,8 @@ def convert(
             path=site.path,
             overwrites_input=site.overwrites_input,
             inplace=site.inplace,
+            input_changes=site.input_changes,
+            dims=len(site.shape),
             position=position,
             stage=stages[site.path],
             call=whole.call_number(site, paths),
@@ -130,8 +134,7 @@ def convert(
         for position, (site, g) in enumerate(zip(chosen, granularities, strict=True))
     }
     # Generate the code that calls them, then put both in.
-    with undisturbed():
-        recipes = prepare_recipes(model, whole, paths)
+    recipes = prepare_recipes(model, whole, paths)
     insert_units(model, whole, units, recipes)
     return model
 
@@ -160,7 +163,7 @@ def revert(model: nn.Module) -> nn.Module:
     }
     for unit, original in originals.items():
         original.train(unit.training)
-        share_hooks(unit, original)
+        original._is_full_backward_hook = unit._is_full_backward_hook
     swap_children(model, originals)
     for module in list(model.modules()):
         restore_owner(module)
@@ -188,6 +191,8 @@ def _granularity(site: Site, table: Mapping[str, str | Granularity]) -> Granular
     for glob, name in table.items():
         if site.matches(glob):
             found, dims = granularity_of(name, site.channel_axis), len(site.shape)
+            if dims < 2 and isinstance(name, str):
+                return PerLayer()  # there is no axis of channels or features
             if not isinstance(found, PerLayer) and set(found.axes(dims)) <= {0}:
                 raise ValueError(
                     f"{site.path}: its input {site.shape} has no axis for {found!r}; use 'layer' "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections import Counter
 from collections.abc import Mapping
 from typing import Any
@@ -61,7 +62,8 @@ def insert_units(
             if isinstance(unit, GatedActivation):
                 unit.replaced = (original,)
             unit.train(original.training)
-            share_hooks(original, unit)
+            share_hooks(original, unit, shared=callers[original] > 1)
+            answer_for(original, unit)
         places.append((holder, name, unit, original))
     # Assign. A module with one caller is that site under each of its names.
     everywhere = {old: unit for _, _, unit, old in places if old is not None and callers[old] == 1}
@@ -112,10 +114,25 @@ def _swap_inside(value: Any, swaps: Mapping[nn.Module, nn.Module], seen: set[int
     return value
 
 
-def share_hooks(old: nn.Module, new: nn.Module) -> None:
-    """Let ``new`` run the hooks of ``old``; the same tables, so that handles still remove them."""
+def share_hooks(old: nn.Module, new: nn.Module, shared: bool = False) -> None:
+    """Let ``new`` run the hooks of ``old``.
+
+    Args:
+        old: the module that was there.
+        new: the module that takes its place.
+        shared: whether ``old`` had other places too. Each then gets tables of hooks of its own;
+            otherwise they are the same tables, so that the handles of hooks still remove them.
+    """
     for name in _HOOKS:
-        object.__setattr__(new, name, getattr(old, name))
+        value = getattr(old, name)
+        object.__setattr__(new, name, copy.copy(value) if shared else value)
+
+
+def answer_for(old: nn.Module, new: nn.Module) -> None:
+    """Give ``new`` the plain attributes of the module whose place it takes, such as a slope."""
+    for name in vars(old).keys() - _MODULE_STATE - vars(new).keys():
+        if not hasattr(type(new), name):
+            vars(new)[name] = vars(old)[name]
 
 
 def restore_owner(owner: nn.Module) -> None:

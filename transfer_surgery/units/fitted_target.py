@@ -55,6 +55,10 @@ class TargetParameters(Float32Module):
         a, w, c, b = (None if p is None else self.granularity.expand(p, x) for p in self.whole())
         return a, w, c, b
 
+    def forward(self, x: Tensor) -> Numbers:
+        """The same; a call, so that hooks of the module see its parameters."""
+        return self.expand(x)
+
     def extra_repr(self) -> str:
         scale, offset = "" if self.a is None else "a * ", "" if self.b is None else " + b"
         inner = ("x" if self.w is None else "w*x") + ("" if self.c is None else " + c")
@@ -84,8 +88,8 @@ class FittedActivation(nn.Module):
         self.activation, self.fitted = activation, parameters
         self.takes_operands = takes_operands
 
-    def forward(self, x: Tensor, *operands: Tensor) -> Tensor:
-        return fitted_value(x, self.activation, self.fitted.expand(x))
+    def forward(self, input: Tensor, *operands: Tensor) -> Tensor:
+        return fitted_value(input, self.activation, self.fitted(input))
 
     def extra_repr(self) -> str:
         return str(self.activation)

@@ -29,6 +29,8 @@ class GatedActivation(nn.Module):
         overwrites_input: the original worked in place and its input is read again later; the
             result is then written back to the input.
         inplace: the original worked in place; in training the result may take the input's memory.
+        input_changes: the network writes to the input afterwards: a copy is kept for backward.
+        dims: number of axes of the input; None: not known.
         position: its place in the order in which the model's activations run.
         stage: the part of the model that it belongs to, such as ``"layer1"``.
         call: which of the activation calls in the code of its owner it is, as (number, of how
@@ -60,6 +62,8 @@ class GatedActivation(nn.Module):
         path: str = "",
         overwrites_input: bool = False,
         inplace: bool = False,
+        input_changes: bool = False,
+        dims: int | None = None,
         position: int = 0,
         stage: str = "",
         call: tuple[int, int] | None = None,
@@ -73,6 +77,7 @@ class GatedActivation(nn.Module):
         self.source, self.target, self.gate = source, target, gate
         self.granularity, self.neurons, self.path = granularity, neurons, path
         self.overwrites_input, self.inplace = overwrites_input, inplace
+        self.input_changes, self.dims = input_changes, dims
         self.position, self.stage, self.call = position, stage, call
         self.fitted: TargetParameters | None = None
         # The module that this unit stands in for, in a tuple: it is not a child of the unit.
@@ -117,11 +122,14 @@ class GatedActivation(nn.Module):
         """The gates' parameter; AttributeError for gates without one (line, copy)."""
         return self.gate.log_alpha
 
-    def forward(self, x: Tensor, *operands: Tensor) -> Tensor:
+    def forward(self, *given: Tensor, **named: Tensor) -> Tensor:
+        # The module in its place may have called its argument otherwise: ``act(input=x)``.
+        x, *others = given or tuple(named.values())
         self._check_size(x)
-        given = x.clone() if self.overwrites_input else x
-        z = self.gate.sample(x.shape[0]) if self.training else self.gate.predict()
-        y = self._gated(given, operands, z)
+        copied = self.overwrites_input or self.input_changes
+        z = self.gate(x.shape[0] if x.dim() else 1)
+        operands = tuple(others[: len(self.source.operands)])
+        y = self._gated(x.clone() if copied else x, operands, z)
         return x.copy_(y) if self.overwrites_input else y
 
     def _gated(self, x: Tensor, operands: tuple[Tensor, ...], z: Tensor) -> Tensor:
@@ -131,7 +139,7 @@ class GatedActivation(nn.Module):
             target=self.target,
             straight_through=self.gate.straight_through,
             operands=operands,
-            numbers=None if self.fitted is None else self.fitted.expand(x),
+            numbers=None if self.fitted is None else self.fitted(x),
             in_place=self.training and self.inplace,
         )
         return with_remakes(function, x, self.granularity.expand(z, x))
@@ -140,6 +148,13 @@ class GatedActivation(nn.Module):
         """Raise a ValueError where the input has another size than the gates were made for."""
         if isinstance(self.granularity, PerLayer):
             return
+        axis = getattr(self.granularity, "axis", -1)
+        if axis >= 0 and self.dims not in (None, x.dim()):
+            raise ValueError(
+                f"{self.path}: the input has {x.dim()} axes {tuple(x.shape)}, and {self.dims} when "
+                f"the model was converted; the gates belong to the channels on axis {axis} of "
+                "these. Add the missing axis of the batch: x[None]."
+            )
         found = self.granularity.gate_shape(x.shape)
         if found != self.gate.shape:
             alternative = (

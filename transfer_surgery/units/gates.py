@@ -172,6 +172,10 @@ class Gate(Float32Module):
         """Number of gates."""
         return math.prod(self.shape)
 
+    def forward(self, batch: int) -> Tensor:
+        """``z`` as the training flag says; a call, so that hooks of the gate see its parameter."""
+        return self.sample(batch) if self.training else self.predict()
+
     def sample(self, batch: int) -> Tensor:
         """Training value of ``z``: ``shape``, or ``(batch, *shape)`` with noise per example."""
         raise NotImplementedError

@@ -1,0 +1,217 @@
+"""What the finder sees: every mode for real where it has to be, roles, axes, what stays and why."""
+
+import warnings
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from tests.helpers.promises import X, assert_every_promise, units
+from transfer_surgery import convert, find_activations
+
+
+class Around(nn.Module):
+    """Something between two layers, beside a ReLU."""
+
+    def __init__(self, act):
+        super().__init__()
+        self.first, self.second = nn.Linear(4, 4), nn.Linear(4, 4)
+        self.relu, self.act = nn.ReLU(), act
+
+    def forward(self, x):
+        return self.act(self.second(self.relu(self.first(x)))) * 2
+
+
+@pytest.mark.parametrize(
+    "act", [nn.Softsign(), nn.LogSigmoid(), nn.Tanhshrink(), nn.Hardshrink(0.3), nn.Softshrink()]
+)
+def test_every_elementwise_activation_of_torch_is_found(act):
+    model = assert_every_promise(Around(act), X)
+    assert list(units(model)) == ["relu", "act"]
+
+
+class Written(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(4, 4)
+
+
+class Where(Written):
+    def forward(self, x):
+        h = self.linear(x)
+        return torch.where(h > 0, h, 0.2 * h) - 0.1
+
+
+class Maximum(Written):
+    def forward(self, x):
+        h = self.linear(x)
+        return torch.maximum(h, 0.2 * h) - 0.1
+
+
+class Mask(Written):
+    def forward(self, x):
+        h = self.linear(x)
+        return h * (h > 0) - 0.1
+
+
+class Exponential(Written):
+    def forward(self, x):
+        h = self.linear(x)
+        return h / (1 + torch.exp(-h)) - 0.1
+
+
+@pytest.mark.parametrize(
+    ("cls", "name"),
+    [(Where, "leaky_relu"), (Maximum, "leaky_relu"), (Mask, "relu"), (Exponential, "silu")],
+)
+def test_usual_ways_to_write_an_activation_by_hand_are_edited(cls, name):
+    (site,) = find_activations(cls(), X)
+    assert (site.source.name, site.kind, site.way) == (name, "formula", "edit")
+    assert_every_promise(cls(), X)
+
+
+def test_scripted_parts_are_left_alone_and_noted():
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch.jit is deprecated
+        scripted = torch.jit.script(nn.Sequential(nn.Linear(4, 4), nn.Tanh()))
+    plan = find_activations(nn.Sequential(nn.Linear(4, 4), nn.ReLU(), scripted), X)
+    assert [str(site.source) for site in plan] == ["relu"]
+    assert "2 is TorchScript: not examined" in plan.notes
+
+
+class Products(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(6, 4))
+
+    def forward(self, x):
+        return F.softplus(self.weight @ x.transpose(1, 2)).transpose(1, 2) * 2
+
+
+def test_a_weight_on_the_left_makes_its_rows_the_channels():
+    model, example, x = Products().eval(), torch.zeros(2, 16, 4), torch.ones(2, 9, 4)
+    before = model(x)
+    assert find_activations(model, example)["softplus_0"].channel_axis == -2
+    assert torch.equal(convert(model, example_input=example)(x), before)
+
+
+class Scores(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.linear, self.score = nn.Linear(4, 4), nn.Linear(4, 1)
+
+    def forward(self, x):
+        h = F.relu(self.linear(x))
+        return h * F.leaky_relu(self.score(h).squeeze(-1))[:, None] * torch.relu(h.sum())
+
+
+def test_an_input_without_an_axis_for_channels_gets_one_gate_and_trains():
+    model = assert_every_promise(Scores(), X)
+    assert model.leaky_relu_0.log_alpha.shape == model.relu_1.log_alpha.shape == (1,)
+    model.train()(X).sum().backward()
+    assert all(unit.log_alpha.grad is not None for unit in units(model).values())
+
+
+def test_an_image_without_the_axis_of_the_batch_is_refused_with_that_reason():
+    model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.ReLU())
+    convert(model, example_input=torch.zeros(2, 3, 4, 4))
+    with pytest.raises(
+        ValueError, match=r"^1: the input has 3 axes .* axis of the batch: x\[None\]"
+    ):
+        model(torch.randn(3, 4, 4))
+
+
+@pytest.mark.filterwarnings("ignore:.*[Ss]parse")
+@pytest.mark.parametrize("layout", ["to_sparse_csr", "to_sparse_coo"])
+def test_sparse_tensors_do_not_hide_activations(layout):
+    class Graph(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.linear, self.act = nn.Linear(4, 4), nn.ReLU(inplace=True)
+
+        def forward(self, x, adjacency):
+            return torch.sparse.mm(adjacency, self.act(torch.sparse.mm(adjacency, self.linear(x))))
+
+    (site,) = find_activations(Graph(), (torch.randn(5, 4), getattr(torch.eye(5), layout)()))
+    assert site.path == "act"
+
+
+def test_what_a_second_head_returns_is_an_output():
+    class Detector(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.body, self.classes, self.size = (nn.Linear(4, 4) for _ in range(3))
+
+        def forward(self, x):
+            h = F.relu(self.body(x))
+            return {"classes": self.classes(h), "size": torch.relu(self.size(h))}
+
+    assert [site.role for site in find_activations(Detector(), X)] == ["hidden", "output"]
+
+
+class Training(nn.Module):
+    def __init__(self, fails=False):
+        super().__init__()
+        self.linear, self.head, self.fails = nn.Linear(4, 4), nn.Tanh(), fails
+
+    def forward(self, x):
+        h = F.relu(self.linear(x))
+        if self.training and self.fails:
+            raise ValueError("no targets")
+        return self.head(h) - 0.1 if self.training and torch.rand(1) < 2 else h
+
+
+def test_a_mode_that_values_steer_is_run_for_real_and_one_that_fails_is_warned_of():
+    assert find_activations(Training(), X)["head"].modes == ("train",)
+    with pytest.warns(RuntimeWarning, match="train mode could not be examined.*no targets"):
+        convert(Training(fails=True), example_input=X)
+
+
+class Hooked(Written):
+    def forward(self, x):
+        h = F.relu(self.linear(x))
+        h.register_hook(lambda g: g * 0.1)
+        return h
+
+
+class Forces(Written):
+    def forward(self, x):
+        x = x.detach().requires_grad_()
+        return torch.autograd.grad(F.relu(self.linear(x)).sum(), x, create_graph=True)[0]
+
+
+@pytest.mark.parametrize("cls", [Hooked, Forces])
+def test_a_forward_that_needs_gradients_gets_them(cls):
+    assert [site.path for site in find_activations(cls(), X)] == ["relu_0"]
+
+
+def test_hooks_that_a_model_gives_itself_run_when_it_is_examined():
+    class Own(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.body, self.head, self.kept = nn.Sequential(nn.Linear(4, 4), nn.ReLU()), None, None
+
+        def forward(self, x):
+            if self.head is None:
+                self.head = self.body.register_forward_hook(self.keep)
+            self.body(x)
+            return self.kept * 2
+
+        def keep(self, module, args, output):
+            self.kept = output
+
+    model = Own().eval()
+    with torch.no_grad():
+        before = model(X)
+        assert [site.path for site in find_activations(model, X)] == ["body.1"]
+        assert torch.equal(convert(model, example_input=X)(X), before)
+
+
+def test_the_message_names_the_line_of_the_model_that_fails():
+    class Failing(nn.Module):
+        def forward(self, x):
+            return F.relu(x) @ torch.ones(3)
+
+    with pytest.raises(ValueError, match=r"example input, at test_finder.py:\d+ \(RuntimeError: "):
+        find_activations(Failing(), X)

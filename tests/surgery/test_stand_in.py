@@ -1,0 +1,75 @@
+"""A unit answers for the module it stands for: its call, attributes, hooks, and what it saves."""
+
+import pytest
+from torch import nn
+
+from tests.helpers.promises import X, assert_every_promise, units
+from transfer_surgery import bake, convert
+
+
+class Asking(nn.Module):
+    """Calls its activation by keyword and reads an attribute of it."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear, self.act = nn.Linear(4, 4), nn.LeakyReLU(0.2)
+
+    def forward(self, x):
+        return self.act(input=self.linear(x)) * (1 + self.act.negative_slope)
+
+
+def test_a_unit_is_called_and_asked_as_the_module_was_also_when_baked():
+    assert_every_promise(Asking(), X)
+
+
+class Writing(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.linear, self.act = nn.Linear(4, 4), nn.ReLU()
+
+    def forward(self, x):
+        h = self.linear(x)
+        y = self.act(h)
+        h.mul_(2)
+        return y + h
+
+
+@pytest.mark.parametrize("where", [8.0, 0.3, -8.0])
+def test_a_network_that_writes_to_the_input_later_trains_wherever_the_gates_are(where):
+    model = convert(Writing(), example_input=X)
+    model.act.log_alpha.data.fill_(where)
+    model(X).sum().backward()
+    assert model.linear.weight.grad.isfinite().all()
+
+
+def shared():
+    act = nn.SiLU()
+    return nn.Sequential(*(nn.Sequential(nn.Linear(4, 4), act) for _ in range(3))).eval()
+
+
+def test_units_of_one_shared_module_have_hooks_of_their_own():
+    model, fired = convert(shared(), example_input=X), []
+    model[1][1].register_forward_hook(lambda *_: fired.append(1))
+    model(X)
+    assert fired == [1]
+    for unit in units(model).values():
+        unit.log_alpha.data.fill_(8.0)
+    bake(model)(X)
+    assert fired == [1, 1]
+
+
+def test_hooks_of_a_shared_module_run_at_each_of_its_places():
+    model, fired = shared(), []
+    model[0][1].register_forward_hook(lambda *_: fired.append(1))
+    convert(model, example_input=X)(X)
+    assert len(fired) == 3
+
+
+def test_gates_are_read_through_the_call_of_the_module_that_has_them():
+    model, seen = convert(Writing(), example_input=X), []
+    model.act.add_fitted_target()
+    for module in (model.act.gate, model.act.fitted):
+        module.register_forward_hook(lambda module, *_: seen.append(type(module).__name__))
+    model.act.log_alpha.data.fill_(-8.0)
+    model.eval()(X)
+    assert seen == ["HardConcreteGate", "TargetParameters"]
