@@ -122,14 +122,13 @@ class GatedActivation(nn.Module):
         """The gates' parameter; AttributeError for gates without one (line, copy)."""
         return self.gate.log_alpha
 
-    def forward(self, *given: Tensor, **named: Tensor) -> Tensor:
-        # The module in its place may have called its argument otherwise: ``act(input=x)``.
-        x, *others = given or tuple(named.values())
+    def forward(self, input: Tensor | None = None, *operands: Tensor, **renamed: Tensor) -> Tensor:
+        # A module of the user's own may have given its input another name.
+        x = next(iter(renamed.values())) if input is None else input
         self._check_size(x)
         copied = self.overwrites_input or self.input_changes
         z = self.gate(x.shape[0] if x.dim() else 1)
-        operands = tuple(others[: len(self.source.operands)])
-        y = self._gated(x.clone() if copied else x, operands, z)
+        y = self._gated(x.clone() if copied else x, operands[: len(self.source.operands)], z)
         return x.copy_(y) if self.overwrites_input else y
 
     def _gated(self, x: Tensor, operands: tuple[Tensor, ...], z: Tensor) -> Tensor:
