@@ -103,7 +103,7 @@ def convert(
     target, settings = get_activation(target), gate_settings(gate)
     include, exclude = (p if p is None else as_patterns(p, model) for p in (include, exclude))
     whole = plan if plan is not None else find_activations(model, example_input)
-    for note in whole.notes:
+    for note in whole.unexamined:
         if "could not be examined" in note:
             warnings.warn(note, RuntimeWarning, stacklevel=2)
     chosen = whole.select(source=source, include=include, exclude=exclude, roles=roles)
