@@ -12,13 +12,12 @@ import torch
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 from torch.optim import SGD
-from torch.optim.swa_utils import SWALR, AveragedModel, get_ema_multi_avg_fn, update_bn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn, update_bn
 
 from tests.helpers.explicit_loss import (
     batch,
     gated_cnn,
     gates,
-    mean_probability,
     mid_transfer,
     plain,
 )
@@ -73,31 +72,22 @@ def train(model: nn.Module, average: nn.Module, start: int) -> list[list[Tensor]
     return seen
 
 
-@models
-def test_swa_averages_the_gates(make: Callable[[], nn.Module]) -> None:
-    model = make()
-    average = AveragedModel(model)
-    seen = train(model, average, start=3)
-    expected = [torch.stack(each).mean(dim=0) for each in zip(*seen, strict=True)]
-    torch.testing.assert_close([g.detach() for g in gates(average)], expected)
-    assert mean_probability(average) > 10 * mean_probability(model)  # it lags behind
-
-
-@models
-@pytest.mark.parametrize("kind", ["torch", "timm"])
-def test_an_exponential_average_of_the_gates_follows(
-    make: Callable[[], nn.Module], kind: str
-) -> None:
-    model = make()
-    ema = AVERAGES["ema" if kind == "torch" else kind](model)
+@pytest.mark.parametrize(
+    ("name", "share"),
+    [
+        ("swa", lambda step: 1 / (step + 1)),
+        ("ema", lambda step: 0.5 if step else 1.0),  # the first one is copied
+        ("timm", lambda step: 0.5),
+    ],
+)
+def test_gates_are_averaged_like_weights(name: str, share: Callable[[int], float]) -> None:
+    model = gated_cnn()
+    average = AVERAGES[name](model)
     expected = [gate.detach().clone() for gate in gates(model)]
-    seen = train(model, ema, start=1)
-    for step, current in enumerate(seen):
-        first = kind == "torch" and step == 0  # is copied
-        expected = [
-            new if first else (old + new) / 2 for old, new in zip(expected, current, strict=True)
-        ]
-    torch.testing.assert_close([g.detach() for g in gates(ema)], expected)
+    for step, current in enumerate(train(model, average, start=1)):
+        for old, new in zip(expected, current, strict=True):
+            old += share(step) * (new - old)
+    torch.testing.assert_close([gate.detach() for gate in gates(average)], expected)
 
 
 @averages
@@ -174,15 +164,6 @@ def test_update_bn_sees_the_gates_of_the_average(make: Callable[[], nn.Module]) 
     assert not torch.equal(statistics[name], before)
 
 
-def test_an_average_is_saved_and_loaded_with_its_gates() -> None:
-    model = gated_cnn()
-    average = AveragedModel(model)
-    train(model, average, start=3)
-    again = AveragedModel(gated_cnn())
-    again.load_state_dict(average.state_dict())
-    torch.testing.assert_close(gates(again), gates(average), rtol=0, atol=0)
-
-
 @pytest.mark.parametrize("kind", ["torch", "timm"])
 def test_gates_of_a_bfloat16_model_are_averaged_in_float32(kind: str) -> None:
     model = mid_transfer(gated_cnn()).to(torch.bfloat16)
@@ -209,35 +190,3 @@ def test_the_place_of_gates_without_parameters_is_that_of_the_model(kind: str) -
         average.update_parameters(model)
     assert average.module[1].gate.progress == 1.0
     assert report(average).total.transferred == 1
-
-
-# ---- SWALR
-
-
-@pytest.mark.parametrize("given", [0.02, [0.02, 0.004]])
-def test_swalr_anneals_the_learning_rate_of_the_gates_too(given: float | list[float]) -> None:
-    model = gated_cnn()
-    optimizer = SGD(model.parameters(), lr=0.1, momentum=0.9)
-    schedule = TransferSchedule(12, start=0, end=1.0)
-    wrap_optimizer(optimizer, model, transfer=schedule)
-    scheduler = SWALR(optimizer, swa_lr=given, anneal_epochs=4)
-    for step in range(1, 8):
-        plain(model, optimizer, False, step)
-        scheduler.step()
-        assert mean_probability(model) == pytest.approx(schedule.budget(step), abs=1e-3)
-    first, own = (group["lr"] for group in optimizer.param_groups)
-    assert first == pytest.approx(0.02)
-    assert own == pytest.approx(0.02 if isinstance(given, float) else 0.004)
-
-
-def test_with_swalr_from_before_the_gates_stay_in_their_group() -> None:
-    model = gated_cnn()
-    optimizer = SGD(model.parameters(), lr=0.1)
-    scheduler = SWALR(optimizer, swa_lr=0.02, anneal_epochs=2)
-    wrap_optimizer(optimizer, model, transfer=TransferSchedule(4, start=0, end=0.5))
-    for step in range(1, 4):
-        plain(model, optimizer, False, step)
-        scheduler.step()
-    (group,) = optimizer.param_groups
-    assert group["lr"] == pytest.approx(0.02)
-    assert report(model).total.transferred == 1

@@ -13,7 +13,7 @@ from torch.optim import SGD, Adam, AdamW, Optimizer
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from tests.helpers.explicit_loss import GAMMA, batch, gated_cnn, gates, mean_probability, plain
+from tests.helpers.explicit_loss import GAMMA, batch, gated_cnn, gates, mean_probability
 from transfer_surgery import HardConcrete, TransferSchedule, convert, wrap_optimizer
 from transfer_surgery.transfer.controllers import Projection, Risk
 from transfer_surgery.transfer.optimizer import _WRAPPED
@@ -46,16 +46,6 @@ def test_forward_and_backward_never_look_at_the_gates(how: dict[str, Any], train
             assert unit.log_alpha.grad is not None
 
 
-@pytest.mark.parametrize("reduction", REDUCTIONS)
-@pytest.mark.parametrize("scale", [None, torch.ones((), device="meta")])
-def test_the_gradient_of_the_risk_never_looks_at_the_gates(
-    reduction: str, scale: Tensor | None
-) -> None:
-    model = on_meta()
-    add_risk_gradient([unit for _, unit in gated_activations(model)], GAMMA, reduction, scale)
-    assert all(gate.grad is not None for gate in gates(model))
-
-
 class _NoCopies(TorchDispatchMode):
     """Fails where the host copies a tensor to the device, for which it waits."""
 
@@ -71,10 +61,13 @@ class _NoCopies(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("reduction", REDUCTIONS)
-def test_the_gradient_of_the_risk_copies_nothing_to_the_device(reduction: str) -> None:
+@pytest.mark.parametrize("scale", [None, torch.ones((), device="meta")])
+def test_the_gradient_of_the_risk_never_looks_and_copies_nothing(
+    reduction: str, scale: Tensor | None
+) -> None:
     model = on_meta()
     with _NoCopies():
-        add_risk_gradient([unit for _, unit in gated_activations(model)], GAMMA, reduction)
+        add_risk_gradient([unit for _, unit in gated_activations(model)], GAMMA, reduction, scale)
     assert all(gate.grad is not None for gate in gates(model))
 
 
@@ -142,24 +135,15 @@ def test_a_whole_step_never_looks_between_the_looks_at_the_gradients(how: str, m
 
 
 @pytest.mark.parametrize("how", HOW)
-def test_gates_stay_where_they_are_in_memory(how: str) -> None:
+def test_gates_and_gradients_stay_where_they_are_in_memory(how: str) -> None:
     """A graph that was captured reads them there."""
-    model = gated_cnn()
-    places = [gate.data_ptr() for gate in gates(model)]
-    optimizer = wrap_optimizer(SGD(model.parameters(), lr=0.1), model, **HOW[how])
-    for step in range(20):
-        plain(model, optimizer, False, step)
-    assert [gate.data_ptr() for gate in gates(model)] == places
-
-
-@pytest.mark.parametrize("how", HOW)
-def test_gradients_stay_where_they_are_in_memory(how: str) -> None:
     model = gated_cnn()
     optimizer = wrap_optimizer(SGD(model.parameters(), lr=0.1), model, **HOW[how])
     model(X).sum().backward()
-    places = [gate.grad.data_ptr() for gate in gates(model)]
-    optimizer.step()
-    assert [gate.grad.data_ptr() for gate in gates(model)] == places
+    places = [(gate.data_ptr(), gate.grad.data_ptr()) for gate in gates(model)]
+    for _ in range(20):
+        optimizer.step()
+        assert [(gate.data_ptr(), gate.grad.data_ptr()) for gate in gates(model)] == places
 
 
 # ---- on a GPU

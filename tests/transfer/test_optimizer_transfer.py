@@ -9,14 +9,13 @@ from torch import nn
 from torch.optim import SGD, Adam, Optimizer, lr_scheduler
 
 from tests.helpers.explicit_loss import (
-    SCHEDULE,
     assert_same_weights,
     assert_transferred,
     closure,
     gated_mlp,
     plain,
 )
-from transfer_surgery import ScheduleEndedWarning, TransferSchedule, structural_risk, wrap_optimizer
+from transfer_surgery import TransferSchedule, structural_risk, wrap_optimizer
 from transfer_surgery.units import gated_activations
 
 
@@ -47,20 +46,6 @@ def test_lbfgs_follows_the_schedule_too() -> None:
         closure(model, optimizer, False, 0)
         risk = structural_risk(model, "mean").item()
         assert risk == pytest.approx(schedule.budget(step), abs=1e-3)
-
-
-@pytest.mark.parametrize("fraction", [0.25, 0.5, 0.9])
-def test_exactly_the_asked_share_is_transferred_and_the_others_are_kept(fraction: float) -> None:
-    model = gated_mlp(width=20)
-    optimizer = Adam(model.parameters(), lr=0.05)
-    wrap_optimizer(
-        optimizer, model, transfer=TransferSchedule(40, fraction=fraction), gate_weight_decay=0.1
-    )
-    for step in range(40):
-        plain(model, optimizer, False, step)
-    z = torch.cat([unit.gate.predict() for _, unit in gated_activations(model)])
-    assert int((z == 0).sum()) == round(40 * fraction)
-    assert int((z == 1).sum()) == 40 - round(40 * fraction)
 
 
 def test_gates_that_the_user_froze_stay() -> None:
@@ -114,28 +99,3 @@ def test_resuming_equals_never_having_stopped(kind: str) -> None:
         plain(resumed[0], resumed[1], False, step)
         resumed[2].step()
     assert_same_weights(model, resumed[0], rtol=0, atol=0)
-
-
-def test_the_step_travels_in_a_distributed_checkpoint() -> None:
-    state_dict = pytest.importorskip("torch.distributed.checkpoint.state_dict")
-    model = gated_mlp()
-    optimizer = wrap_optimizer(Adam(model.parameters()), model, transfer=SCHEDULE)
-    for seed in range(5):
-        plain(model, optimizer, False, seed)
-    saved = state_dict.get_optimizer_state_dict(model, optimizer)
-    fresh = gated_mlp()
-    resumed = wrap_optimizer(Adam(fresh.parameters()), fresh, transfer=SCHEDULE)
-    state_dict.set_optimizer_state_dict(fresh, resumed, saved)
-    assert resumed.param_groups[-1]["transfer_step"] == 5
-
-
-def test_running_past_the_end_warns_once_and_keeps_the_gates() -> None:
-    model = gated_mlp()
-    schedule = TransferSchedule(3)
-    optimizer = wrap_optimizer(SGD(model.parameters(), lr=0.1), model, transfer=schedule)
-    for seed in range(3):
-        plain(model, optimizer, False, seed)
-    with pytest.warns(ScheduleEndedWarning, match=r"step 4 .* of 3 steps.*total_steps counts"):
-        plain(model, optimizer, False, 3)
-    plain(model, optimizer, False, 4)
-    assert_transferred(model)
