@@ -28,7 +28,8 @@ def converted(model: nn.Module, *args: Any) -> nn.Module:
 def assert_same_runs(original: nn.Module, twin: nn.Module, *args: Any, runs: int = 3) -> None:
     """Run both in both modes, several times, and compare everything.
 
-    The attributes of activation modules are left out: a unit answers for them by itself.
+    The attributes of activation modules are left out: a unit answers for them by itself. Gradients
+    that flow together are added in another order: they may differ by rounding.
     """
     units = [path for path, unit in twin.named_modules() if isinstance(unit, GatedActivation)]
     for training in (False, True):
@@ -41,7 +42,10 @@ def assert_same_runs(original: nn.Module, twin: nn.Module, *args: Any, runs: int
             found = _run(twin.train(training), args, seed)
             assert wanted.keys() <= found.keys(), wanted.keys() - found.keys()
             for what, value in wanted.items():
-                assert _equal(found[what], value), (what, found[what], value)
+                if what.startswith("gradient") and value is not None:
+                    torch.testing.assert_close(found[what], value)
+                else:
+                    assert _equal(found[what], value), (what, found[what], value)
 
 
 def _run(model: nn.Module, args: Any, seed: int) -> dict[str, Any]:

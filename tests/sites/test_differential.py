@@ -7,7 +7,7 @@ import types
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
 from tests.helpers.same_run import assert_same_runs, converted
@@ -164,6 +164,11 @@ def test_a_converted_network_does_what_the_original_does(source):
     if not any(site.role == "hidden" and site.reason is None for site in plan):
         return
     assert {site.way for site in plan} <= {"child", "edit"}, plan
+    try:
+        assert_same_runs(model, model, x)
+    except RuntimeError as error:  # it writes over what its own backward needs
+        assume("modified by an inplace operation" not in str(error))
+        raise
     assert_same_runs(model, converted(model, x), x)
 
 

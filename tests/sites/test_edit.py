@@ -1,174 +1,41 @@
 """The edited source is the user's own code: tracebacks, copies, compilers, odd ways to call."""
 
 import copy
-import functools
+import gc
 import importlib.util
 import inspect
 import pickle
 import subprocess
 import sys
 import traceback
+import warnings
+import weakref
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.utils.checkpoint import checkpoint
 
 from tests.helpers.promises import X, units
 from tests.helpers.same_run import assert_same_runs, converted
+from tests.helpers.ways_to_call import (
+    INTERCEPTED,
+    NETWORKS,
+    Function,
+    Helper,
+    Method,
+    Parts,
+    Steps,
+    Super,
+    helper,
+)
 from transfer_surgery import convert, find_activations, revert
 
 
-def helper(x):
-    return F.relu(x) - 0.1
-
-
-def decorated(function):
-    @functools.wraps(function)
-    def wrapper(*args, **kwargs):
-        return function(*args, **kwargs)
-
-    return wrapper
-
-
-class Parts(nn.Module):
-    """What the networks below are made of."""
-
-    def __init__(self):
-        super().__init__()
-        self.linear, self.act, self.function = nn.Linear(4, 4), nn.ReLU(), F.gelu
-        self.written = lambda h: F.silu(h) - 0.1
-        self.layers = nn.ModuleList([self.linear, nn.Linear(4, 4)])
-
-    def step(self, x):
-        return torch.tanh(x) - 0.1
-
-    def __private(self, x):
-        return F.mish(x)
-
-    @staticmethod
-    def fixed(x):
-        return F.elu(x)
-
-    @classmethod
-    def of_class(cls, x):
-        return F.celu(x)
-
-    @property
-    def last(self):
-        return F.selu(self.kept)
-
-    @torch.no_grad()
-    def frozen(self, x):
-        return F.hardswish(x)
-
-
-class Helper(Parts):
-    def forward(self, x):
-        return helper(self.linear(x)) + helper(x)
-
-
-class Method(Parts):
-    def forward(self, x):
-        return self.step(self.linear(x)) * self.step(x)
-
-
-class Private(Parts):
-    def forward(self, x):
-        return self._Parts__private(self.linear(x)) * 2
-
-
-class Fixed(Parts):
-    def forward(self, x):
-        return self.fixed(self.linear(x)) + self.of_class(x)
-
-
-class Property(Parts):
-    def forward(self, x):
-        self.kept = self.linear(x)
-        return self.last - 0.1
-
-
-class Function(Parts):
-    def forward(self, x):
-        return self.function(self.linear(x)) + self.written(x)
-
-
-class Super(Function):
-    def forward(self, x):
-        return F.relu(super().forward(x)) - 0.1
-
-
-class Checkpoint(Parts):
-    def forward(self, x):
-        return checkpoint(self.step, self.linear(x), use_reentrant=False) + 0.1
-
-
-class Decorated(Parts):
-    @decorated
-    def forward(self, x):
-        return F.relu(self.linear(x)) + 1
-
-
-class Frozen(Parts):
-    def forward(self, x):
-        return self.frozen(self.linear(x)) + self.linear(x)
-
-
-class Partial(Parts):
-    def forward(self, x):
-        return functools.partial(helper)(self.linear(x)) * 2
-
-
-class Twice(Parts):
-    def forward(self, x):
-        return self.act(self.linear(self.act(x))) - 0.1
-
-
-class Steps(Parts):
-    def forward(self, x):
-        for layer in self.layers:
-            x = F.relu(layer(x)) - 0.1
-        return x
-
-
-class Lines(Parts):
-    def forward(self, x):
-        x = (
-            self.linear(x)
-            .relu()
-            .sub(0.1)
-        )  # fmt: skip
-        return torch.clamp(
-            self.linear(x),
-            min=0,
-        )
-
-
-class Shadowed(Parts):
-    def forward(me, x):  # noqa: N805
-        def inner(self):
-            return F.relu(self) - 0.1
-
-        return inner(me.linear(x))
-
-
-class OtherFunctions(Parts):
-    def forward(self, x):
-        for function in (F.relu, torch.neg, torch.tanh):
-            x = function(self.linear(x)) - 0.1
-        return x
-
-
-NETWORKS = (Helper, Method, Private, Fixed, Property, Function, Super, Checkpoint, Decorated)
-NETWORKS += (Frozen, Partial, Twice, Steps, Lines, Shadowed, OtherFunctions)
-
-
-@pytest.mark.parametrize("cls", NETWORKS, ids=lambda cls: cls.__name__)
+@pytest.mark.parametrize("cls", NETWORKS + INTERCEPTED, ids=lambda cls: cls.__name__)
 def test_each_way_to_call_an_activation_is_edited_and_each_gate_counts(cls):
-    model = cls()
-    assert {site.way for site in find_activations(model, X)} == {"edit"}
+    model, way = cls(), "edit" if cls in NETWORKS else "intercept"
+    assert {site.way for site in find_activations(model, X)} == {way}
     assert_same_runs(model, converted(model, X), X)
     convert(model.eval(), example_input=X)
     before = model(X)
@@ -296,3 +163,102 @@ def test_another_function_in_the_place_of_an_edited_one_runs_with_a_warning():
     with pytest.warns(RuntimeWarning, match="is called where another function was"):
         after = model(X)
     assert torch.equal(after, revert(model)(X))
+
+
+class Branches(Parts):
+    """A module and a method of its own that have the names of a tensor's methods."""
+
+    def __init__(self):
+        super().__init__()
+        self.tanh, self.block = nn.Linear(4, 4), nn.ModuleDict({"relu": nn.Linear(4, 4)})
+
+    def forward(self, x, other=False):
+        x = F.relu(self.linear(x)) - 0.1
+        return self.block.relu(self.tanh(x)) if other else x
+
+
+def test_no_warning_of_modules_that_only_have_the_name_of_an_activation():
+    model = convert(Branches().eval(), example_input=X)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model(X, other=True)
+
+
+def test_another_function_with_an_activation_among_several_is_warned_of():
+    model = convert(Varying().eval(), example_input=(X, [helper, torch.neg]))
+    with pytest.warns(RuntimeWarning, match="late is called where another function was"):
+        model(X, [helper, late])
+
+
+def late(x):
+    return F.gelu(x)
+
+
+class Varying(Parts):
+    def forward(self, x, functions):
+        for function in functions:
+            x = function(self.linear(x))
+        return x
+
+
+def hidden_function(function):
+    """A decorator whose wrapper does not hold the function itself."""
+    held = [function]
+
+    @torch.no_grad()
+    def wrapper(*args):
+        return held[0](*args)
+
+    wrapper.__wrapped__ = function
+    return wrapper
+
+
+class Hidden(Parts):
+    @hidden_function
+    def forward(self, x):
+        return F.relu(self.linear(x)) - 0.1
+
+
+def test_a_decorator_that_hides_the_function_never_makes_convert_fail():
+    model = Hidden().eval()
+    before = model(X)
+    convert(model, example_input=X)
+    assert torch.equal(model(X), before)
+    model.relu_0.log_alpha.data.fill_(-8.0)
+    assert not torch.equal(model(X), before)
+
+
+def test_edited_classes_are_given_back():
+    model = convert(Helper(), example_input=X)
+    edited = weakref.ref(type(model))
+    del model
+    gc.collect()
+    assert edited() is None
+
+
+def test_a_class_that_cannot_be_extended_is_refused_by_its_name():
+    class Fixed(Helper):
+        def __init_subclass__(cls):
+            raise TypeError("no subclasses, please")
+
+    with pytest.raises(ValueError, match="class Fixed cannot be extended .no subclasses, please"):
+        convert(Fixed(), example_input=X)
+
+
+def test_a_model_whose_code_has_changed_since_it_was_saved_runs_the_old_code_with_a_warning(
+    module, tmp_path
+):
+    model = convert(module.Net().eval(), example_input=X)
+    torch.save((model, X, model(X)), tmp_path / "model.pt")
+    with open(module.__file__, "w") as file:
+        file.write(FILE.replace("- 0.1", "- 0.2"))
+    program = (
+        "import sys, warnings\nimport torch\n"
+        f"sys.path[:0] = [{str(tmp_path)!r}]\n"
+        "with warnings.catch_warnings(record=True) as caught:\n"
+        "    warnings.simplefilter('always')\n"
+        f"    model, x, y = torch.load({str(tmp_path / 'model.pt')!r}, weights_only=False)\n"
+        "assert torch.equal(model(x), y)\n"
+        "assert any('Net.forward has changed' in str(w.message) for w in caught), caught\n"
+    )
+    subprocess.run([sys.executable, "-c", program], check=True, timeout=300)

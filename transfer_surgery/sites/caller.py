@@ -11,17 +11,25 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
+from weakref import WeakValueDictionary
 
 from torch import nn
 from torch.nn.utils.parametrize import type_before_parametrizations
 
 from transfer_surgery.sites.call_location import CallKey
-from transfer_surgery.sites.edit import Redirect, UneditableError, edit_forward
+from transfer_surgery.sites.copies import UneditableError
+from transfer_surgery.sites.edit import Redirect, edit_forward
 from transfer_surgery.sites.intercept import Entry, hidden_units, intercepted_forward
 from transfer_surgery.sites.plan import OwnerCall, Plan, Site
 from transfer_surgery.sites.route import Expression
 
-_CLASSES: dict[tuple[type[nn.Module], Recipe], type[nn.Module]] = {}
+_CLASSES: WeakValueDictionary[tuple[type[nn.Module], Recipe], type[nn.Module]] = (
+    WeakValueDictionary()
+)
+
+
+class UnextendableError(TypeError):
+    """A class that has no subclass to which its objects can be moved; the message says why."""
 
 
 @dataclass(frozen=True)
@@ -45,9 +53,10 @@ class Recipe:
 
 def rewritten_class(base: type[nn.Module], recipe: Recipe) -> type[nn.Module]:
     """The subclass of ``base`` that a recipe describes; the same one for the same recipe."""
-    if (base, recipe) not in _CLASSES:
-        _CLASSES[base, recipe] = _make_class(base, recipe)
-    return _CLASSES[base, recipe]
+    made = _CLASSES.get((base, recipe))
+    if made is None:
+        made = _CLASSES[base, recipe] = _make_class(base, recipe)
+    return made
 
 
 def _make_class(base: type[nn.Module], recipe: Recipe) -> type[nn.Module]:
@@ -76,7 +85,12 @@ def _make_class(base: type[nn.Module], recipe: Recipe) -> type[nn.Module]:
         "__qualname__": base.__qualname__,
         "__doc__": base.__doc__,
     }
-    return type(base.__name__, (base,), members)
+    try:
+        made = type(base.__name__, (base,), members)
+        object.__setattr__(object.__new__(base), "__class__", made)
+    except Exception as error:  # an `__init_subclass__` may raise anything
+        raise UnextendableError(f"class {base.__name__} cannot be extended ({error})") from error
+    return made
 
 
 def _rebuild(recipe: Recipe, function: Any, *args: Any) -> nn.Module:
@@ -107,14 +121,11 @@ def prepare_recipes(model: nn.Module, plan: Plan, chosen: set[str]) -> dict[str,
 
 
 def _check_class(model: nn.Module, caller: str, recipe: Recipe) -> None:
-    base = type_before_parametrizations(model.get_submodule(caller))
     try:
-        object.__setattr__(object.__new__(base), "__class__", rewritten_class(base, recipe))
-    except TypeError as error:
-        raise ValueError(
-            f"{caller or 'the model'}: its class {base.__name__} cannot be extended "
-            f"({error}); leave it out with exclude={caller!r}."
-        ) from error
+        rewritten_class(type_before_parametrizations(model.get_submodule(caller)), recipe)
+    except UnextendableError as error:
+        path = caller or "the model"
+        raise ValueError(f"{path}: its {error}; leave it out with exclude={caller!r}.") from error
 
 
 def make_recipe(sites: Sequence[Site], calls: OwnerCall, chosen: set[str]) -> Recipe:
@@ -178,7 +189,7 @@ def check_edits(
             rewritten_class(base, make_recipe(own, calls[caller], {site.path for site in own}))
         except (UneditableError, SyntaxError) as error:
             unfit |= {site.path: str(error) for site in own}
-        except TypeError:  # the class cannot be extended: `convert` says so
+        except UnextendableError:  # `convert` says so
             continue
     return [
         replace(site, way="intercept", why=unfit[site.path], route=None)

@@ -11,6 +11,7 @@ import ast
 import functools
 import inspect
 import itertools
+import operator
 import os
 import sys
 from collections import defaultdict
@@ -34,6 +35,7 @@ from transfer_surgery.activations import (
 from transfer_surgery.sites.source import (
     SEEN,
     Function,
+    FunctionNode,
     NoSourceError,
     Position,
     is_inside,
@@ -45,6 +47,11 @@ _TORCH, _HERE = (f"{Path(module).parent}{os.sep}" for module in (torch.__file__,
 _MODULE_CALL = nn.Module._call_impl.__code__
 _MODULE_FILE = _MODULE_CALL.co_filename
 _UNKNOWN = object()
+_NUMBERS: dict[type, Any] = {ast.Add: operator.add, ast.Sub: operator.sub}
+_NUMBERS |= {ast.Mult: operator.mul, ast.Div: operator.truediv, ast.Pow: operator.pow}
+_EFFECTS = (ast.Call, ast.NamedExpr, ast.Await, ast.Yield, ast.YieldFrom)
+_PURE = {"math", "numpy"}
+"""Modules whose functions of numbers do nothing but return one."""
 
 
 class NoRouteError(Exception):
@@ -167,8 +174,11 @@ def find_route(
         while True:
             outer = frames[start].f_code
             function = read_function(outer, frames[start].f_globals.get("__name__", ""))
-            # Comprehensions and functions written inside of this one are edited with it.
-            last = max(i for i in range(start, len(frames)) if is_inside(frames[i].f_code, outer))
+            # Comprehensions and functions written inside of this one are edited with it, but where
+            # the same code runs again, as in a recursion, that is another call.
+            later = range(start + 1, len(frames))
+            stop = next((i for i in later if frames[i].f_code is outer), len(frames))
+            last = max(i for i in range(start, stop) if is_inside(frames[i].f_code, outer))
             place = _Place(function, frames[last], _first_local(frames[start]) is owner)
             if last == len(frames) - 1:
                 expression = Expression(function, place.position)
@@ -221,10 +231,15 @@ def _first_local(frame: FrameType) -> Any:
 
 
 @functools.lru_cache(maxsize=512)
+def _tree(function: Function) -> FunctionNode:
+    return function.parse()
+
+
+@functools.lru_cache(maxsize=512)
 def _index(function: Function) -> dict[Position, list[ast.AST]]:
     """The expressions of a function by their positions."""
     nodes: dict[Position, list[ast.AST]] = defaultdict(list)
-    for node in ast.walk(function.parse()):
+    for node in ast.walk(_tree(function)):
         if isinstance(node, (ast.expr, ast.AugAssign)):
             nodes[Position.of(node)].append(node)
     return nodes
@@ -245,14 +260,14 @@ class _Place:
             raise NoRouteError("its code was compiled without positions")
         at, index = Position(*found), _index(self.function)  # type: ignore[arg-type]
         nodes = [node for node in index.get(at, ()) if isinstance(node, kinds)]
-        # Python gives the call of a method the line of the method's name.
-        end = at.end_line, at.end_column
-        nodes += [
-            node
-            for position, several in index.items()
-            for node in several
-            if isinstance(node, ast.Call) and (position.end_line, position.end_column) == end
-        ]
+        if not nodes:  # Python gives the call of a method the line of the method's name
+            end = at.end_line, at.end_column
+            nodes = [
+                node
+                for position, several in index.items()
+                for node in several
+                if isinstance(node, ast.Call) and (position.end_line, position.end_column) == end
+            ]
         if not nodes:
             raise NoRouteError(f"line {at.line} has no expression for it")
         return nodes[0]
@@ -313,6 +328,10 @@ class _Place:
         used = [given.get(name) for name in ("input", *call.activation.operands)]
         if any(one is None or isinstance(one, ast.Starred) for one in used) or None in given:
             raise NoRouteError(f"line {self.position.line} does not show the arguments one by one")
+        rest = (one for one in given.values() if one not in used)
+        dropped = [one for one in rest if self.value(one) is _UNKNOWN]
+        if any(isinstance(part, _EFFECTS) for one in dropped for part in ast.walk(one)):
+            raise NoRouteError(f"line {self.position.line} does more than give the arguments")
         positions = tuple(Position.of(one) for one in used)
         expected = None if self._is_fixed(node.func) else function
         return End(self.function, self.position, positions, expected)
@@ -363,6 +382,8 @@ class _Place:
                 positions.append(Position.of(others.pop()))
             else:
                 raise NoRouteError("the input of the formula has no name")
+        if others:
+            raise NoRouteError("the formula has a part that may do more than give a number")
         return End(self.function, self.position, tuple(positions))
 
     def _read_formula(self, node: Any, named: dict[int, ast.expr], others: list[ast.expr]) -> None:
@@ -425,7 +446,23 @@ class _Place:
                 return getattr(self._evaluate(held), self._evaluate(name))
             case ast.Call(func=ast.Name(id="super"), args=[], keywords=[]):
                 return super(frame.f_locals["__class__"], _first_local(frame))
+            case ast.Call(func=ast.Name(id="super"), args=[base, one], keywords=[]):
+                return super(self._evaluate(base), self._evaluate(one))
+            case ast.Call(func=ast.Name(id="type"), args=[one], keywords=[]):
+                return type(self._evaluate(one))
+            case ast.BinOp() if type(node.op) in _NUMBERS:
+                return _NUMBERS[type(node.op)](*map(self._number, (node.left, node.right)))
+            case ast.Call(keywords=[]):
+                function = self._evaluate(node.func)
+                if {getattr(function, "__module__", ""), type(function).__module__} & _PURE:
+                    return function(*map(self._number, node.args))
         raise NotImplementedError
+
+    def _number(self, node: ast.expr) -> int | float:
+        value = self._evaluate(node)
+        if not isinstance(value, (int, float)):
+            raise NotImplementedError
+        return value
 
 
 def mangle(name: str, function: Function) -> str:
@@ -454,13 +491,41 @@ def unseen_calls(
     found = []
     for function in functions:
         space = vars(sys.modules.get(function.module, object))
-        for node in ast.walk(function.parse()):
-            if isinstance(node, ast.Call):
-                name = registered_name(_read_name(node.func, space))
-                expression = Expression(function, Position.of(node))
-                if name not in (None, "clamp") and expression not in seen:
-                    found.append((expression, str(name)))
+        own = _own_argument(function)
+        for position, nodes in _index(function).items():
+            expression = Expression(function, position)
+            for node in nodes:
+                # What is called on the module itself is a module or a method, no tensor's.
+                if isinstance(node, ast.Call) and not (own and _root(node.func) == own):
+                    name = registered_name(_read_name(node.func, space))
+                    if name is not None and name != "clamp" and expression not in seen:
+                        found.append((expression, name))
     return tuple(found)
+
+
+def shows_activation(function: FunctionType) -> bool:
+    """Whether the source of a function shows an activation call."""
+    try:
+        read = read_function(function.__code__, function.__globals__.get("__name__", ""))
+    except NoSourceError:
+        return False
+    return bool(unseen_calls([read], ()))
+
+
+def _own_argument(function: Function) -> str | None:
+    """What a method calls its first argument."""
+    node = _tree(function)
+    decorators = map(ast.unparse, getattr(node, "decorator_list", ()))
+    arguments = [*node.args.posonlyargs, *node.args.args]
+    is_method = function.class_name and "staticmethod" not in decorators
+    return arguments[0].arg if is_method and arguments else None
+
+
+def _root(node: ast.expr) -> str | None:
+    """``self`` of ``self.block.relu``; None of a single name."""
+    if not isinstance(node, ast.Attribute):
+        return None
+    return node.value.id if isinstance(node.value, ast.Name) else _root(node.value)
 
 
 def _read_name(node: ast.expr, space: Mapping[str, Any]) -> Any:
