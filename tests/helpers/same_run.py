@@ -39,7 +39,10 @@ def assert_same_runs(original: nn.Module, twin: nn.Module, *args: Any, runs: int
                 for what, value in _run(original.train(training), args, seed).items()
                 if not what.startswith(tuple(f"{path}." for path in units))
             }
-            found = _run(twin.train(training), args, seed)
+            try:
+                found = _run(twin.train(training), args, seed)
+            except RuntimeError as error:
+                raise AssertionError("the original runs, the other one fails") from error
             assert wanted.keys() <= found.keys(), wanted.keys() - found.keys()
             for what, value in wanted.items():
                 if what.startswith("gradient") and value is not None:

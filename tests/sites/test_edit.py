@@ -241,7 +241,7 @@ def test_a_class_that_cannot_be_extended_is_refused_by_its_name():
         def __init_subclass__(cls):
             raise TypeError("no subclasses, please")
 
-    with pytest.raises(ValueError, match="class Fixed cannot be extended .no subclasses, please"):
+    with pytest.raises(ValueError, match=r"class Fixed cannot be extended \(no sub"):
         convert(Fixed(), example_input=X)
 
 

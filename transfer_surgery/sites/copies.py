@@ -81,6 +81,7 @@ def is_unchanged(code: CodeType, function: Function) -> bool | None:
     """Whether a function is still what it was; None where it has no source any more."""
     with contextlib.suppress(NoSourceError):
         return read_function(code, function.module).source == function.source
+    return None
 
 
 def copy_function(

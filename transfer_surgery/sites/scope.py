@@ -1,4 +1,4 @@
-"""What the edited code of a function can name: its module, its units, and objects not the user's."""
+"""What edited code can name: its module, its units, and objects that are not the user's."""
 
 from __future__ import annotations
 
