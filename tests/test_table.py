@@ -62,6 +62,7 @@ def test_a_total_is_set_off_and_notes_stand_below():
         def total_row(self):
             return Animal("all", 4, 15.6)
 
+        @property
         def notes(self):
             return ("Two of them.",)
 

@@ -75,6 +75,7 @@ class Table(Generic[Row]):
         """The last line of the printed table, which is not among `rows`; None if there is none."""
         return None
 
+    @property
     def notes(self) -> tuple[str, ...]:
         """Sentences that are printed below the table."""
         return ()
@@ -107,14 +108,14 @@ class Table(Generic[Row]):
         lines.insert(1, rule)
         if self.total_row() is not None:
             lines.insert(-1, rule)
-        return "\n".join([*lines, *self.notes()])
+        return "\n".join([*lines, *self.notes])
 
     def _repr_html_(self) -> str:
         headings, *rows = self._cells()
         head = "".join(f"<th>{escape(cell)}</th>" for cell in headings)
         body = ["".join(f"<td>{escape(cell)}</td>" for cell in row) for row in rows]
         lines = "".join(f"<tr>{line}</tr>" for line in (head, *body))
-        return f"<table>{lines}</table>" + "".join(f"<p>{escape(n)}</p>" for n in self.notes())
+        return f"<table>{lines}</table>" + "".join(f"<p>{escape(n)}</p>" for n in self.notes)
 
     def _cells(self) -> list[list[str]]:
         """The text of the headings, of each row and of the total."""

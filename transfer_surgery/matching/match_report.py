@@ -70,6 +70,7 @@ class MatchReport(Table[MatchRow]):
     left: Mapping[str, str] = field(default_factory=dict)
     needs_swap: bool = False
 
+    @property
     def notes(self) -> tuple[str, ...]:
         notes = []
         if self.refitted:

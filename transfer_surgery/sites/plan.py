@@ -162,6 +162,7 @@ class Plan(Table[Site]):
     unexamined: tuple[str, ...] = ()
     calls: Mapping[str, OwnerCall] = field(default_factory=dict)
 
+    @property
     def notes(self) -> tuple[str, ...]:
         return tuple(f"note: {note}" for note in self.unexamined)
 

@@ -63,6 +63,7 @@ class FoldReport(Table[FoldRow]):
             return "no site has a fitted target alone: there is nothing to fold"
         return super().__str__()
 
+    @property
     def notes(self) -> tuple[str, ...]:
         count = f"{self.parameters_before:,} parameters before, {self.parameters_after:,} after"
         return (count,)
