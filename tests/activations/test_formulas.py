@@ -165,27 +165,6 @@ def test_a_clamp_of_coordinates_is_bounding_and_not_converted():
 
 
 @pytest.mark.parametrize(
-    ("layer", "name"),
-    [
-        (nn.LSTM(4, 6), "lstm"),
-        (nn.GRU(4, 6), "gru"),
-        (nn.RNN(4, 6), "rnn_tanh"),
-        (nn.RNN(4, 6, nonlinearity="relu"), "rnn_relu"),
-        (nn.LSTMCell(4, 6), "lstm_cell"),
-        (nn.GRUCell(4, 6), "gru_cell"),
-        (nn.RNNCell(4, 6), "rnn_tanh_cell"),
-    ],
-)
-def test_activations_inside_a_fused_kernel_are_listed_with_the_reason(layer, name):
-    plan = find_activations(
-        layer, torch.zeros(5, 2, 4) if "cell" not in name else torch.zeros(2, 4)
-    )
-    assert [(s.source.name, s.reason) for s in plan] == [
-        (name, "it is inside a fused kernel, which takes no other activation")
-    ]
-
-
-@pytest.mark.parametrize(
     ("name", "source", "sites"),
     [
         ("resnetv2_50d_evos", "parametric_swish", 51),

@@ -1,6 +1,5 @@
 """wrap_timm_optimizer in a loop written like timm's train.py, with timm's own parts."""
 
-import sys
 from argparse import Namespace
 
 import pytest
@@ -237,11 +236,6 @@ def test_total_updates_counts_the_epochs_that_timm_trains(settings, epochs):
     assert total_updates(arguments(**settings), range(BATCHES)) == epochs * 3
 
 
-def test_a_given_schedule_is_used_as_it_is():
-    model, *_ = train(arguments(), schedule=TransferSchedule(20, fraction=0.25))
-    assert report(model).total.transferred == 0.25
-
-
 def test_frozen_gates_are_left_out():
     """layer_decay_no_opt_scale takes the lowest layers out of the optimizer."""
     args = arguments(opt="adamw", layer_decay=0.5, layer_decay_no_opt_scale=0.3)
@@ -276,10 +270,3 @@ def test_schedules_and_orders_that_cannot_work_are_errors_and_change_nothing():
     match_targets(model, [torch.randn(64, 3, 32, 32)])
     with pytest.raises(ValueError, match=r"holds 12 of the 60 .* and fitted targets"):
         wrap_timm_optimizer(optimizer, model, args, range(5))
-
-
-def test_without_timm_the_message_says_how_to_get_it(monkeypatch):
-    monkeypatch.delitem(sys.modules, "transfer_surgery.frameworks.timm")
-    monkeypatch.setitem(sys.modules, "timm.optim.lookahead", None)
-    with pytest.raises(ImportError, match=r"pip install 'transfer-surgery\[timm\]'"):
-        import transfer_surgery.frameworks.timm  # noqa: F401

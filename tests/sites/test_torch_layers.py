@@ -130,9 +130,9 @@ def test_transformer_encoders_train_with_a_gradient_for_every_gate():
 class Recurrent(nn.Module):
     """A recurrent layer and a head of its own."""
 
-    def __init__(self, cls):
+    def __init__(self, cls, **options):
         super().__init__()
-        self.layer, self.head = cls(8, 8), nn.Linear(8, 4)
+        self.layer, self.head = cls(8, 8, **options), nn.Linear(8, 4)
 
     def forward(self, x):
         if isinstance(self.layer, nn.RNNBase):
@@ -146,14 +146,25 @@ class Recurrent(nn.Module):
 
 
 @pytest.mark.parametrize(
-    "cls", [nn.LSTM, nn.GRU, nn.RNN, nn.LSTMCell, nn.GRUCell, nn.RNNCell], ids=lambda c: c.__name__
+    ("cls", "options", "name"),
+    [
+        (nn.LSTM, {}, "lstm"),
+        (nn.GRU, {}, "gru"),
+        (nn.RNN, {}, "rnn_tanh"),
+        (nn.RNN, {"nonlinearity": "relu"}, "rnn_relu"),
+        (nn.LSTMCell, {}, "lstm_cell"),
+        (nn.GRUCell, {}, "gru_cell"),
+        (nn.RNNCell, {}, "rnn_tanh_cell"),
+    ],
 )
-def test_activations_inside_recurrent_kernels_are_listed_and_the_others_converted(cls):
-    hidden, head = find_activations(Recurrent(cls), X)
-    assert hidden.owner == "layer"
-    assert "fused kernel" in hidden.reason
+def test_activations_inside_recurrent_kernels_are_listed_and_the_others_converted(
+    cls, options, name
+):
+    hidden, head = find_activations(Recurrent(cls, **options), X)
+    assert (hidden.owner, hidden.source.name) == ("layer", name)
+    assert hidden.reason == "it is inside a fused kernel, which takes no other activation"
     assert (str(head.source), head.reason) == ("gelu", None)
-    model = assert_every_promise(Recurrent(cls), X)
+    model = assert_every_promise(Recurrent(cls, **options), X)
     assert list(units(model)) == ["gelu_0"]
 
 

@@ -2,7 +2,6 @@ import copy
 import dataclasses
 import json
 import math
-import pickle
 
 import pytest
 import torch
@@ -19,7 +18,6 @@ from transfer_surgery.units import (
     make_gate,
     registered_gates,
 )
-from transfer_surgery.units.gate_kinds import HardConcreteGate
 
 BETA, XI, ZETA = 2 / 3, -0.1, 1.1  # section 4.2
 
@@ -43,11 +41,6 @@ def sigmoid(x: float) -> float:
 def eq_14(log_alpha: float) -> float:
     """P(z != 0)."""
     return sigmoid(log_alpha - BETA * math.log(-XI / ZETA))
-
-
-def concrete_above(v: float, log_alpha: float) -> float:
-    """P(V > v) of the binary concrete variable, Eq. 11."""
-    return 1 - sigmoid((math.log(v) - math.log(1 - v)) * BETA - log_alpha)
 
 
 def eq_15(log_alpha: float, eps: float) -> float:
@@ -103,28 +96,11 @@ def test_sample_is_equation_15_of_one_uniform_draw_with_its_gradient(log_alpha, 
     torch.testing.assert_close(found.tolist(), slopes, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("log_alpha", [-3.0, -1.6, 0.0, 0.7, 2.0, 4.0, 8.0])
-def test_samples_follow_the_hard_concrete_distribution(log_alpha):
-    draws = 200_000
-    z = gate_at(*[log_alpha] * draws).sample(batch=1)
-    for event, p in (
-        (z != 0, eq_14(log_alpha)),
-        (z == 1, concrete_above((1 - XI) / (ZETA - XI), log_alpha)),
-        (z > 0.5, concrete_above((0.5 - XI) / (ZETA - XI), log_alpha)),
-    ):
-        sigma = math.sqrt(p * (1 - p) / draws)
-        assert abs(event.double().mean().item() - p) <= 5 * sigma + 1 / draws
-
-
 # log 11 = 2.397895; float32 resolves 1e-6 there
-@given(st.floats(2.3979, 1e4))
-def test_predictions_are_exactly_0_and_1_beyond_2_3979(log_alpha):
-    assert gate_at(log_alpha, -log_alpha).predict().tolist() == [1.0, 0.0]
-
-
-@given(st.floats(-2.39788, 2.39788))
-def test_predictions_lie_between_0_and_1_within_2_3979(log_alpha):
-    assert 0 < gate_at(log_alpha).predict().item() < 1
+@given(st.floats(2.3979, 1e4), st.floats(-2.39788, 2.39788))
+def test_predictions_are_exactly_0_and_1_beyond_2_3979_only(beyond, within):
+    assert gate_at(beyond, -beyond).predict().tolist() == [1.0, 0.0]
+    assert 0 < gate_at(within).predict().item() < 1
 
 
 @given(st.floats(-300, 300, width=32), st.integers(0, 2**32))
@@ -152,22 +128,11 @@ def test_temperature_and_stretch_enter_all_three_equations():
 
 
 def test_locations_start_as_normal_around_8():
-    log_alpha = make_gate("hard_concrete", (100_000,)).log_alpha
+    gate = make_gate("hard_concrete", (100_000,))
+    assert (gate.predict() == 1).all()
+    log_alpha = gate.log_alpha
     assert abs(log_alpha.mean().item() - 8) < 5 / math.sqrt(100_000)
     assert abs(log_alpha.std().item() - 1) < 5 / math.sqrt(200_000)
-
-
-def test_a_new_gate_predicts_1_and_samples_1_with_probability_0_998():
-    gate = make_gate("hard_concrete", (200_000,))
-    assert (gate.predict() == 1).all()
-    # E over log_alpha ~ N(8, 1), by the trapezoidal rule
-    grid = [8 + i / 50 for i in range(-300, 301)]
-    weights = [math.exp(-((a - 8) ** 2) / 2) for a in grid]
-    above = [concrete_above((1 - XI) / (ZETA - XI), a) for a in grid]
-    p = sum(w * a for w, a in zip(weights, above, strict=True)) / sum(weights)
-    assert p == pytest.approx(0.998, abs=1e-3)
-    share = (gate.sample(1) == 1).double().mean().item()
-    assert abs(share - p) < 5 * math.sqrt(p * (1 - p) / 200_000)
 
 
 def test_the_papers_wording_starts_at_a_prediction_of_0_967():
@@ -229,16 +194,6 @@ def test_extreme_draws_give_finite_samples_and_gradients(drawn, monkeypatch):
     z.sum().backward()
     assert z.isfinite().all()
     assert gate.log_alpha.grad.isfinite().all()
-
-
-def test_the_same_seed_gives_the_same_sample():
-    gate = gate_at(0.0, 1.0, -1.0)
-    samples = []
-    for seed in (5, 5, 6):
-        torch.manual_seed(seed)
-        samples.append(gate.sample(1))
-    assert torch.equal(samples[0], samples[1])
-    assert not torch.equal(samples[0], samples[2])
 
 
 # --- precision ---------------------------------------------------------------------------------
@@ -374,19 +329,7 @@ def test_line_and_copy_follow_the_schedule_without_parameters(name, progress, z)
     assert not list(gate.parameters())
 
 
-def test_progress_is_kept_in_the_state_dict():
-    gate, other = make_gate("line", (2,)), make_gate("line", (2,))
-    gate.progress.fill_(0.3)
-    other.load_state_dict(gate.state_dict())
-    assert torch.equal(other.predict(), gate.predict())
-
-
 # --- the registry ------------------------------------------------------------------------------
-
-
-def test_the_papers_four_gates_are_registered():
-    assert {"hard_concrete", "bernoulli", "line", "copy"} <= set(registered_gates())
-    assert type(make_gate("hard_concrete", ())) is HardConcreteGate
 
 
 def test_a_third_party_registers_a_gate_of_its_own(monkeypatch):
@@ -472,25 +415,14 @@ def test_settings_turn_to_json_and_back(settings):
         ({"temperature": math.nan}, "temperature=nan: it must lie"),
         ({"stretch": (0.0, 1.1)}, r"stretch=\(0.0, 1.1\): needs xi < 0 and zeta > 1"),
         ({"stretch": (-0.1, 1.0)}, "needs xi < 0 and zeta > 1"),
+        ({"stretch": (-0.01, 1.001)}, "conversion would change the outputs"),
+        ({"stretch": (-0.1, 1.0001)}, "conversion would change the outputs"),
+        ({"stretch": (-math.inf, math.inf)}, "conversion would change the outputs"),
     ],
 )
 def test_bad_settings_are_refused_with_what_is_right(options, message):
     with pytest.raises(ValueError, match=message):
         HardConcrete(**options)
-
-
-@pytest.mark.parametrize("settings", [HardConcrete("alpha"), Bernoulli("alpha"), Line(), Copy()])
-def test_gates_survive_deepcopy_and_pickle(settings):
-    gate = make_gate(settings, (3,))
-    for other in (copy.deepcopy(gate), pickle.loads(pickle.dumps(gate))):
-        assert torch.equal(other.predict(), gate.predict())
-        assert (other.settings, other.shape) == (settings, (3,))
-
-
-@pytest.mark.parametrize("stretch", [(-0.01, 1.001), (-0.1, 1.0001), (-math.inf, math.inf)])
-def test_a_stretch_that_would_change_the_outputs_at_conversion_is_refused(stretch):
-    with pytest.raises(ValueError, match="conversion would change the outputs"):
-        HardConcrete(stretch=stretch)
 
 
 def test_a_class_in_place_of_settings_is_an_error_that_says_so():
