@@ -1,6 +1,6 @@
 """Put units into a model, take them out, leave plain modules behind."""
 
-from transfer_surgery.surgery.baking import bake, plain_module
+from transfer_surgery.surgery.baking import bake, final_gates, outcome_of, plain_module
 from transfer_surgery.surgery.checks import check_model, check_no_gates
 from transfer_surgery.surgery.conversion import convert, revert
 from transfer_surgery.surgery.folding import FoldReport, fold_targets
@@ -12,8 +12,10 @@ __all__ = [
     "check_model",
     "check_no_gates",
     "convert",
+    "final_gates",
     "fold_targets",
     "insert_units",
+    "outcome_of",
     "plain_module",
     "revert",
 ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -87,7 +88,7 @@ def bake(model: nn.Module, harden: bool = False) -> nn.Module:
         The same model object.
 
     Raises:
-        ValueError: the model is not converted.
+        ValueError: the model is not converted, or a gate is NaN. The model is then unchanged.
         TypeError: the model is sharded by FSDP2; the message says what to do.
 
     Examples:
@@ -102,10 +103,9 @@ def bake(model: nn.Module, harden: bool = False) -> nn.Module:
     check_not_sharded(model)
     baked: dict[nn.Module, nn.Module] = {}
     originals: dict[nn.Module, tuple[nn.Module, ...]] = {}
-    for _, unit in gated_activations(model):
-        z = unit.gate.predict().detach()
+    for path, unit in gated_activations(model):
         originals[unit] = unit.replaced
-        baked[unit] = plain_module(unit, (z > 0.5).to(z.dtype) if harden else z)
+        baked[unit] = plain_module(unit, final_gates(path, unit, harden))
     for gated_unit, module in baked.items():
         module.train(gated_unit.training)
         share_hooks(gated_unit, module)
@@ -117,16 +117,45 @@ def bake(model: nn.Module, harden: bool = False) -> nn.Module:
     return model
 
 
+def final_gates(path: str, unit: GatedActivation, harden: bool) -> Tensor:
+    """The gates of a unit in eval mode, between 0 and 1, in the unit's shape of gates.
+
+    Args:
+        path: where the unit lives, for the message.
+        unit: the unit; it is not changed.
+        harden: round gates between 0 and 1 (0.5 becomes 0).
+
+    Raises:
+        ValueError: a gate is NaN.
+    """
+    z = unit.gate.predict().detach()
+    # Some kinds of gates round what they hold, and NaN would be 0 then.
+    if any(value.isnan().any() for value in (z, *unit.gate.state_dict().values())):
+        raise ValueError(
+            f"{path}: its gates have values that are not a number. Go back to a checkpoint in "
+            "which they are finite."
+        )
+    return (z > 0.5).to(z.dtype) if harden else z
+
+
+def outcome_of(z: Tensor) -> Literal["source", "target", "mixed"]:
+    """What a site with these gates computes once they are frozen."""
+    if bool((z == 1).all()):
+        return "source"
+    return "target" if bool((z == 0).all()) else "mixed"
+
+
 def plain_module(unit: GatedActivation, z: Tensor) -> nn.Module:
     """What a unit computes where its gates have these values, as a module without gates."""
-    if bool((z == 1).all()):
+    outcome = outcome_of(z)
+    if outcome == "source":
         if unit.replaced:
             (original,) = unit.replaced
             # One that stood at other places too has other hooks than this unit.
             is_own = original._forward_hooks is unit._forward_hooks
             return original if is_own else copy.copy(original)
         plain = plain_activation(unit.source, bool(unit.source.operands))
-    elif bool((z == 0).all()):
+    elif outcome == "target":
         if unit.fitted is not None:
             plain = FittedActivation(unit.target, unit.fitted, bool(unit.source.operands))
         else:

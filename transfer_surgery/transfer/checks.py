@@ -11,7 +11,7 @@ from torch.optim import LBFGS, Muon, Optimizer
 from transfer_surgery._sharding import is_fsdp, is_sharded, reshard
 from transfer_surgery.transfer.risk import check_reduction
 from transfer_surgery.transfer.schedule import TransferSchedule
-from transfer_surgery.units import GatedActivation
+from transfer_surgery.units import GatedActivation, check_gates_are_whole
 
 
 def check_training(
@@ -141,13 +141,7 @@ def _check_shards(optimizer: Optimizer, model: nn.Module) -> None:
 
 
 def _check_gates(learned: Mapping[str, GatedActivation]) -> None:
-    for path, unit in learned.items():
-        if unit.log_alpha.shape != unit.gate.shape:
-            raise ValueError(
-                f"{path}: log_alpha has the shape {tuple(unit.log_alpha.shape)} instead of "
-                f"{unit.gate.shape}. FSDP 1 and ZeRO-3 flatten parameters; use fully_shard "
-                "(FSDP2) or DDP, and convert before."
-            )
+    check_gates_are_whole(learned)
     if learned and not any(unit.log_alpha.requires_grad for unit in learned.values()):
         raise ValueError(
             "every gate is frozen, as after freezing the model or PEFT's get_peft_model. Unfreeze "

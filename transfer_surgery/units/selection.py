@@ -31,6 +31,23 @@ def gated_activations(model: nn.Module) -> Iterator[tuple[str, GatedActivation]]
         )
 
 
+def check_gates_are_whole(units: Mapping[str, GatedActivation]) -> None:
+    """Raise where a rank holds a part of the gates of a unit, and does not know of the others.
+
+    Gates that FSDP2 shards are whole: their tensors can be gathered.
+
+    Raises:
+        ValueError: the gates of a unit were flattened or cut.
+    """
+    for path, unit in units.items():
+        if unit.gate.learned and unit.log_alpha.shape != unit.gate.shape:
+            raise ValueError(
+                f"{path}: log_alpha has the shape {tuple(unit.log_alpha.shape)} instead of "
+                f"{unit.gate.shape}. FSDP 1 and ZeRO-3 flatten parameters; use fully_shard "
+                "(FSDP2) or DDP, and convert before."
+            )
+
+
 def stage_of(path: str, unit: GatedActivation) -> str:
     """The stage that a model's adapter named; where none did, the model's child that it is in."""
     return unit.stage or path.split(".")[0]
