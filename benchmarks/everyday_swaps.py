@@ -39,7 +39,7 @@ from transfer_surgery import (
     match_targets,
     swap_targets,
 )
-from transfer_surgery.cli.finetuning.images import Look, MemoryLoader
+from transfer_surgery.cli.finetuning.images import MemoryLoader, Preprocessing
 from transfer_surgery.cli.finetuning.training import Machine, predict
 
 BATCH = 128
@@ -138,12 +138,12 @@ def table(
 def mnist(machine: Machine, limit: int | None) -> tuple[MemoryLoader, MemoryLoader]:
     """Padded to 32x32, as for LeNet-5."""
     folder = os.environ.get("TRANSFER_SURGERY_DATA")
-    look = Look(machine.device, 32, mean=(0.1307,), std=(0.3081,))
+    preprocessing = Preprocessing(machine.device, 32, mean=(0.1307,), std=(0.3081,))
     loaders = []
     for training in (True, False):
         data = MNIST(folder or ".data", train=training, download=not folder)
         images = F.pad(data.data[:limit, None], (2,) * 4)
-        loaders.append(MemoryLoader(images, data.targets[:limit], BATCH, look, training))
+        loaders.append(MemoryLoader(images, data.targets[:limit], BATCH, preprocessing, training))
     return loaders[0], loaders[1]
 
 

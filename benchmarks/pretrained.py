@@ -220,7 +220,7 @@ def calibration(data: ImageData, number: int, seed: int) -> list[Tensor]:
     assert isinstance(train, MemoryLoader)
     order = torch.randperm(len(train.labels), generator=torch.Generator().manual_seed(seed))
     chosen = order[:number].to(train.images.device)
-    plain = MemoryLoader(train.images[chosen], train.labels[chosen], BATCH, train.look)
+    plain = MemoryLoader(train.images[chosen], train.labels[chosen], BATCH, train.preprocessing)
     return [images for images, _ in plain]
 
 

@@ -132,7 +132,7 @@ def finish(trained: nn.Module, args: argparse.Namespace, test: MemoryLoader) -> 
     state = get_model_state_dict(trained, options=StateDictOptions(full_state_dict=True))
     if dist.get_rank() > 0:
         return
-    model = network(args).to(test.look.device)
+    model = network(args).to(test.preprocessing.device)
     model.load_state_dict(state)
     bake(model).eval()
     with torch.inference_mode():

@@ -18,7 +18,7 @@ from cifar_resnet import ResNet
 from typer.testing import CliRunner
 
 from transfer_surgery import find_activations
-from transfer_surgery.cli.finetuning.images import Look, MemoryLoader, crop_and_flip
+from transfer_surgery.cli.finetuning.images import MemoryLoader, Preprocessing, crop_and_flip
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 CPU = torch.device("cpu")
@@ -147,11 +147,11 @@ def test_crops_are_shifted_windows_of_the_image_or_of_its_mirror() -> None:
 
 def test_loaders_show_every_image_once_and_only_training_changes_the_order() -> None:
     images, labels = torch.zeros(10, 1, 8, 8, dtype=torch.uint8), torch.arange(10)
-    look = Look(CPU, size=16, mean=(0.5,), std=(0.5,))
-    test = MemoryLoader(images, labels, 4, look)
+    preprocessing = Preprocessing(CPU, size=16, mean=(0.5,), std=(0.5,))
+    test = MemoryLoader(images, labels, 4, preprocessing)
     assert torch.equal(torch.cat([y for _, y in test]), labels)
     assert len(list(test)) == len(test) == 3
-    train = MemoryLoader(images, labels, 4, look, training=True)
+    train = MemoryLoader(images, labels, 4, preprocessing, training=True)
     seen = torch.cat([y for _, y in train])
     assert len(seen) == len(seen.unique()) == 8  # two whole batches
     x, _ = next(iter(train))

@@ -78,10 +78,10 @@ def load_digits(*, batch_size: int, device: torch.device, size: int = 32) -> Ima
     train, test = train_test_split(
         range(len(labels)), test_size=1 / 3, random_state=0, stratify=digits.target
     )
-    look = Look(device, size, mean=(0.5,), std=(0.5,))
+    preprocessing = Preprocessing(device, size, mean=(0.5,), std=(0.5,))
     return ImageData(
-        MemoryLoader(images[train], labels[train], batch_size, look, training=True),
-        MemoryLoader(images[test], labels[test], batch_size, look),
+        MemoryLoader(images[train], labels[train], batch_size, preprocessing, training=True),
+        MemoryLoader(images[test], labels[test], batch_size, preprocessing),
         classes=10,
     )
 
@@ -98,10 +98,12 @@ def load_cifar10(
         limit: use only so many of the training images.
     """
     (x_train, y_train), (x_test, y_test) = read_cifar10()
-    look = Look(device, size, mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225), crop=True)
+    preprocessing = Preprocessing(
+        device, size, mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225), crop=True
+    )
     return ImageData(
-        MemoryLoader(x_train[:limit], y_train[:limit], batch_size, look, training=True),
-        MemoryLoader(x_test, y_test, batch_size, look),
+        MemoryLoader(x_train[:limit], y_train[:limit], batch_size, preprocessing, training=True),
+        MemoryLoader(x_test, y_test, batch_size, preprocessing),
         classes=10,
     )
 
@@ -162,8 +164,8 @@ def _part(folder: Path, name: str) -> Path:
 
 
 @dataclass(frozen=True)
-class Look:
-    """How a model sees the images of a `MemoryLoader`.
+class Preprocessing:
+    """How a `MemoryLoader` prepares its images for a model.
 
     Args:
         device: where they are kept, resized and normalised.
@@ -187,13 +189,18 @@ class MemoryLoader:
     """
 
     def __init__(
-        self, images: Tensor, labels: Tensor, batch_size: int, look: Look, training: bool = False
+        self,
+        images: Tensor,
+        labels: Tensor,
+        batch_size: int,
+        preprocessing: Preprocessing,
+        training: bool = False,
     ) -> None:
-        self.images, self.labels = images.to(look.device), labels.to(look.device)
+        self.images, self.labels = images.to(preprocessing.device), labels.to(preprocessing.device)
         self.batch_size = min(batch_size, len(labels))
-        self.look, self.training = look, training
-        self.mean = torch.tensor(look.mean, device=look.device).view(-1, 1, 1)
-        self.std = torch.tensor(look.std, device=look.device).view(-1, 1, 1)
+        self.preprocessing, self.training = preprocessing, training
+        self.mean = torch.tensor(preprocessing.mean, device=preprocessing.device).view(-1, 1, 1)
+        self.std = torch.tensor(preprocessing.std, device=preprocessing.device).view(-1, 1, 1)
 
     def __len__(self) -> int:
         batches = len(self.labels) / self.batch_size
@@ -202,16 +209,16 @@ class MemoryLoader:
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         number = len(self.labels)
         order = torch.randperm(number) if self.training else torch.arange(number)
-        for chosen in torch.split(order.to(self.look.device), self.batch_size)[: len(self)]:
+        for chosen in torch.split(order.to(self.images.device), self.batch_size)[: len(self)]:
             yield self._show(self.images[chosen]), self.labels[chosen]
 
     def _show(self, images: Tensor) -> Tensor:
-        if self.training and self.look.crop:
+        if self.training and self.preprocessing.crop:
             images = crop_and_flip(images)
         images = (images.float() / 255 - self.mean) / self.std
-        if images.shape[-1] == self.look.size:
+        if images.shape[-1] == self.preprocessing.size:
             return images
-        return F.interpolate(images, size=self.look.size, mode="bilinear", antialias=True)
+        return F.interpolate(images, size=self.preprocessing.size, mode="bilinear", antialias=True)
 
 
 def crop_and_flip(images: Tensor, padding: int = 4) -> Tensor:
