@@ -11,7 +11,7 @@ import timm
 import torch
 from safetensors.torch import save_file
 
-from tests.helpers.kinds import KINDS, become
+from tests.helpers.kinds import KINDS, become, match
 from tests.helpers.shell import in_process, invoke, shell
 from transfer_surgery import (
     Bernoulli,
@@ -234,10 +234,13 @@ def test_checkpoints_that_are_none_are_refused(name: str, content: object, messa
 def test_weights_of_wrapped_models_are_those_of_the_model_inside() -> None:
     model = timm.create_model("test_resnet", num_classes=10)
     for prefix in ("module.", "_orig_mod.", "_orig_mod.module.", "module._orig_mod."):
-        torch.save({prefix + key: value for key, value in model.state_dict().items()}, "w.pth")
-        options = ("--set", "num_classes=10", "--weights", "w.pth", "--force")
-        invoke("convert", "test_resnet", *options, "-o", "run")
-        assert torch.equal(load_model("run").fc.weight, model.fc.weight)
+        state = {prefix + key: value for key, value in model.state_dict().items()}
+        torch.save(state, "w.pth")
+        save_file(state, "w.safetensors")
+        for file in ("w.pth", "w.safetensors"):
+            options = ("--set", "num_classes=10", "--weights", file, "--force")
+            invoke("convert", "test_resnet", *options, "-o", "run")
+            assert torch.equal(load_model("run").fc.weight, model.fc.weight)
 
 
 # --- report, bake and export ---------------------------------------------------------------------
@@ -260,6 +263,23 @@ def test_bake_hardens_and_folds(run: Path) -> None:
     with torch.no_grad():
         torch.testing.assert_close(folded(x), model(x), rtol=1e-4, atol=1e-4)
     assert sum(p.numel() for p in folded.parameters()) < sum(p.numel() for p in model.parameters())
+
+
+def test_a_model_of_several_inputs_and_of_tokens_is_folded() -> None:
+    pytest.importorskip("transformers")
+    Path("nets.py").write_text(
+        "from transformers import BertConfig, BertForSequenceClassification\n"
+        "sizes = dict(hidden_size=16, num_hidden_layers=2, num_attention_heads=2, vocab_size=30)\n"
+        "def make(): return BertForSequenceClassification(BertConfig(**sizes))\n"
+    )
+    invoke("convert", "nets.py:make", "-o", "run")
+    model = become(load_model("run"), match).eval()
+    save_model(model, "run")
+    assert "bert.encoder.layer.0" in invoke("bake", "run", "--fold", "-o", "baked")
+    tokens = torch.randint(30, (2, 5))
+    with torch.no_grad():
+        found, expected = load_baked("baked").eval()(tokens), bake(model)(tokens)
+    torch.testing.assert_close(found.logits, expected.logits)
 
 
 def test_a_baked_file_is_exported_like_the_converted_one(run: Path) -> None:

@@ -13,10 +13,13 @@ import torch
 from PIL import Image
 from timm.utils import CheckpointSaver
 from torch import nn
+from torch.optim.lr_scheduler import OneCycleLR
 
 from tests.helpers.shell import in_process, invoke
 from transfer_surgery import load_baked, load_model
 from transfer_surgery.cli.finetuning.checkpoint import Checkpoint
+from transfer_surgery.cli.finetuning.images import ImageData, MemoryLoader, Preprocessing
+from transfer_surgery.cli.finetuning.training import Machine, train
 from transfer_surgery.units import gated_activations
 
 DIGITS = ("--set", "in_chans=1", "--input-size", "1x24x24")
@@ -106,6 +109,21 @@ def test_a_training_that_was_killed_goes_on_bit_for_bit(kill: Kill) -> None:
     Path("killed.training.pt").write_text("damaged")
     said = invoke("finetune", "killed", *training, "--resume", fails=1)
     assert "is damaged, or is not the state of a training" in said
+
+
+def test_a_long_training_of_short_epochs_goes_on_between_two_records(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """416 epochs of one step, of which every third would be recorded, and the 364th is tested."""
+    images, labels = torch.zeros(4, 1, 2, 2, dtype=torch.uint8), torch.tensor([0, 1, 0, 1])
+    loader = MemoryLoader(images, labels, 4, Preprocessing(torch.device("cpu"), 2, (0.5,), (0.5,)))
+    model = nn.Sequential(nn.Flatten(), nn.Linear(4, 2))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    checkpoint = Checkpoint(Path("state"), model, {}, lambda: None)
+    checkpoint.save(363, optimizer, OneCycleLR(optimizer, 0.1, total_steps=416))
+    data, machine = ImageData(loader, loader, classes=2), Machine(torch.device("cpu"))
+    train(model, data, optimizer, machine, epochs=416, title="long", checkpoint=checkpoint)
+    assert "epoch 364: loss 0." in capsys.readouterr().out
 
 
 # --- mistakes ------------------------------------------------------------------------------------

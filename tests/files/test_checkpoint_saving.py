@@ -4,14 +4,15 @@ import os
 import stat
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from tests.helpers.checkpoints import X, chain, saved, spread
 from transfer_surgery import ModelSpec, convert, load_gates, save_gates, save_model
-from transfer_surgery.files import replace_file
+from transfer_surgery.files import read_gates, replace_file
 
 
 def put(file, data):
@@ -85,12 +86,69 @@ def test_weights_that_are_not_a_number_are_saved(file):
     model = convert(chain(), example_input=X)
     model[0].bias.data[2] = torch.nan
     a_model_of(model, file)
+    assert load_file(file)["0.bias"].isnan().tolist() == [False, False, True, False, False, False]
 
 
 def test_an_empty_file_is_replaced_and_folders_are_made(file):
     file.touch()
-    saved(file)
-    saved(file.parent / "new" / "folder" / "file")
+    for path in (file, file.parent / "new" / "folder" / "file"):
+        saved(path)
+        assert read_gates(path).keys() == {"1"}
+
+
+@pytest.mark.parametrize("save", [save_gates, a_model_of])
+def test_a_part_of_gates_is_not_saved(save, file):
+    model = convert(chain(), example_input=X)
+    model[1].gate.log_alpha = torch.nn.Parameter(torch.zeros(0))  # a rank's part under FSDP 1
+    with pytest.raises(ValueError, match=r"1: log_alpha has the shape \(0,\) .*use fully_shard"):
+        save(model, file)
+    assert not file.exists()
+
+
+def test_tied_views_and_transposed_weights_come_back(file):
+    model = convert(chain(), example_input=X)
+    weight = torch.randn(3, 4)
+    for name, value in (("one", weight), ("same", weight), ("part", weight[1:]), ("t", weight.T)):
+        model.register_buffer(name, value)
+    a_model_of(model, file)
+    found = load_file(file)
+    assert torch.equal(found["one"], weight)
+    assert torch.equal(found["same"], weight)
+    assert torch.equal(found["part"], weight[1:])
+    assert torch.equal(found["t"], weight.T)
+
+
+@pytest.mark.skipif(not os.access("/proc/self/clear_refs", os.W_OK), reason="peaks of memory")
+def test_saving_takes_no_second_copy_of_the_model(file):
+    model = convert(chain(), example_input=X)
+    model.register_buffer("large", torch.ones(2**24))  # 64 MiB
+    for _ in range(2):  # into a new file, and over it
+        Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+        before = memory("VmRSS")
+        a_model_of(model, file)
+        assert memory("VmHWM") - before < 32 * 2**10
+
+
+def memory(name):
+    """A line of this process's status in KiB."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(name))
+
+
+@pytest.mark.skipif(os.name != "posix", reason="limits of files")
+def test_a_full_disk_is_an_os_error_and_leaves_the_old_file(file):
+    import resource
+
+    model = saved(file)
+    before, limits = file.read_bytes(), resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, limits[1]))
+    try:
+        with pytest.raises(OSError, match=r"saved\.safetensors cannot be written: .*"):
+            save_gates(model, file)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert file.read_bytes() == before
+    assert [path.name for path in file.parent.iterdir()] == [file.name]
 
 
 # --- the file itself -----------------------------------------------------------------------------
@@ -123,12 +181,15 @@ def test_the_folder_in_between_has_another_name_each_time_and_is_closed_to_other
 
 @pytest.mark.skipif(os.name != "posix", reason="modes of files")
 def test_the_mode_is_that_of_any_new_file(file):
+    other = file.with_name("gates")
     before = os.umask(0o027)
     try:
         put(file, b"data")
+        saved(other)
     finally:
         os.umask(before)
     assert stat.S_IMODE(file.stat().st_mode) == 0o640
+    assert stat.S_IMODE(other.stat().st_mode) == 0o640
 
 
 @pytest.mark.skipif(os.name != "posix", reason="modes of files")

@@ -200,6 +200,8 @@ def test_gates_are_refused_and_nothing_is_written(export: Any, tmp_path: Path) -
         export(model, x, tmp_path / "file")
     with pytest.raises(ValueError, match="give tensors, tuples of arguments or dicts"):
         export(bake(model), [x], tmp_path / "file")
+    with pytest.raises(ValueError, match="no tensor in example_input has an axis of examples"):
+        export(model, torch.tensor(1.0), tmp_path / "file")
     with pytest.raises(RuntimeError, match=r"cannot export this FixedBatch for batches of any"):
         export(FixedBatch(), x, tmp_path / "file")
     assert not list(tmp_path.iterdir())

@@ -21,19 +21,23 @@ from tests.helpers.checkpoints import (
     saved,
     spread,
 )
+from tests.helpers.kinds import become, keep, match, mix
 from tests.helpers.promises import Body, units
 from transfer_surgery import (
     Bernoulli,
     Copy,
     HardConcrete,
     Line,
+    ModelSpec,
     PerChannel,
     PerLayer,
     TransferSchedule,
     convert,
     find_activations,
     get_activation,
+    load_baked,
     load_gates,
+    save_baked,
     save_gates,
     wrap_optimizer,
 )
@@ -230,30 +234,46 @@ def test_a_converted_model_takes_the_values_and_its_optimizer_goes_on(kind, file
     assert (model[1].gate.predict() == 0).all()
 
 
-@pytest.mark.parametrize(
-    "wrap",
-    [
-        nn.DataParallel,
-        torch.optim.swa_utils.AveragedModel,
-        lambda model: torch.compile(model, backend="eager"),
-        lambda model: nn.Sequential(torch.compile(model[0]), *model[1:]),
-    ],
-    ids=["DataParallel", "AveragedModel", "compile", "compiled part"],
-)
-def test_wrapped_models_have_the_paths_of_the_plain_one(wrap, file):
-    def make():
-        return nn.Sequential(Body(), nn.ReLU())
+WRAPPERS = {
+    "DataParallel": nn.DataParallel,
+    "AveragedModel": torch.optim.swa_utils.AveragedModel,
+    "compile": lambda model: torch.compile(model, backend="eager"),
+    "compiled part": lambda model: nn.Sequential(
+        torch.compile(model[0], backend="eager"), *model[1:]
+    ),
+}
 
-    model = convert(make(), example_input=X)
+
+def body_and_relu():
+    return nn.Sequential(Body(), nn.ReLU())
+
+
+@pytest.mark.parametrize("wrap", WRAPPERS.values(), ids=WRAPPERS)
+def test_wrapped_models_have_the_paths_of_the_plain_one(wrap, file):
+    model = convert(body_and_relu(), example_input=X)
     wrapped = wrap(model)
     save_gates(spread(wrapped), file)
-    loaded = load_gates(make(), file, example_input=X)
+    loaded = load_gates(body_and_relu(), file, example_input=X)
     assert list(units(loaded)) == list(units(model))
-    other = wrap(convert(make(), example_input=X))
+    other = wrap(convert(body_and_relu(), example_input=X))
     assert load_gates(other, file) is other
     for one, two, three in zip(*(units(m).values() for m in (wrapped, loaded, other)), strict=True):
         assert torch.equal(one.log_alpha, two.log_alpha)
         assert torch.equal(one.log_alpha, three.log_alpha)
+
+
+@pytest.mark.parametrize("wrap", WRAPPERS.values(), ids=WRAPPERS)
+@pytest.mark.parametrize("fold", [None, X], ids=["", "fold"])
+@torch.no_grad()
+def test_wrapped_models_are_baked_as_the_plain_one(fold, wrap, file):
+    spec = ModelSpec(f"{__file__}:body_and_relu", {}, (4,))
+    model = become(convert(body_and_relu(), example_input=X).eval(), match, mix, keep)
+    wrapped, plain = wrap(model), file.with_name("plain")
+    folded = save_baked(wrapped, file, spec, fold=fold)
+    assert folded == save_baked(model, plain, spec, fold=fold)
+    assert list(load_file(file)) == list(load_file(plain))
+    assert torch.equal(load_baked(file).eval()(X), load_baked(plain).eval()(X))
+    assert units(wrapped)
 
 
 def test_a_wrapped_base_model_is_refused(file):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -78,11 +79,14 @@ def test_a_file_gives_back_the_baked_model(
 def test_a_folded_model_comes_back_without_the_numbers_that_are_gone(tmp_path: Path) -> None:
     model, spec, x = converted("root", match)
     before = sum(p.numel() for p in model.parameters())
-    save_baked(model, tmp_path / "baked", spec, fold=x)
+    found = save_baked(model, tmp_path / "baked", spec, fold=x)
     again = load_baked(tmp_path / "baked").eval()
-    fold_targets(bake(model), x)
+    expected = fold_targets(bake(model), x)
+    assert found == expected
+    assert [row.path for row in expected] == ["2", "3.1"]
     assert torch.equal(again(x), model(x))
-    assert sum(p.numel() for p in again.parameters()) < before
+    assert [type(module) for module in again.modules()] == [type(m) for m in model.modules()]
+    assert sum(p.numel() for p in again.parameters()) == expected.parameters_after < before
 
 
 @torch.no_grad()
@@ -109,6 +113,21 @@ def test_the_tensors_of_a_transferred_model_have_the_names_of_the_original(tmp_p
     spec.build().load_state_dict(load_file(tmp_path / "baked"))
 
 
+@pytest.mark.parametrize("load", [load_model, load_baked])
+def test_a_file_is_opened_once(load: Any, file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, spec, _ = converted("root", *KINDS)
+    (save_model if load is load_model else save_baked)(model, file, spec)
+    opened = []
+
+    def watched(*args: Any, **options: Any) -> Any:
+        opened.append(args[0])
+        return safe_open(*args, **options)
+
+    monkeypatch.setattr("safetensors.safe_open", watched)
+    load(file)
+    assert opened == [file]
+
+
 # --- how models are made -------------------------------------------------------------------------
 
 
@@ -117,6 +136,15 @@ def test_a_name_without_prefix_is_timm_s_then_torchvision_s() -> None:
     torchvision = ModelSpec("squeezenet1_0", {"num_classes": 7}).build()
     assert type(torchvision).__module__ == "torchvision.models.squeezenet"
     assert torchvision(torch.zeros(1, 3, 64, 64)).shape == (1, 7)
+
+
+def test_torchvision_is_enough_where_timm_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "timm", None)
+    model = ModelSpec("squeezenet1_0").build()
+    assert type(model).__module__ == "torchvision.models.squeezenet"
+    monkeypatch.setitem(sys.modules, "torchvision.models", None)
+    with pytest.raises(ImportError, match="models by name need timm or torchvision"):
+        ModelSpec("squeezenet1_0").build()
 
 
 def test_a_spec_survives_json() -> None:
@@ -183,6 +211,24 @@ def test_a_baked_mixture_of_values_that_are_none_is_refused(file: Path) -> None:
             metadata = opened.metadata()
         save_file(load_file(file) | {"2.z": torch.full((6,), value)}, file, metadata)
         refuse(ValueError, "saved.safetensors: 2.z has values outside 0 to 1", load_baked, file)
+
+
+@pytest.mark.parametrize("harden", [False, True])
+@pytest.mark.parametrize("gate", ["hard_concrete", "bernoulli"])
+def test_gates_that_are_not_a_number_are_neither_baked_nor_saved(
+    gate: str, harden: bool, file: Path
+) -> None:
+    spec = MODELS["root"]
+    model = spec.build()
+    convert(model, example_input=spec.example_input(model), gate=gate)
+    modules = list(model.modules())
+    model.get_parameter("3.1.gate.log_alpha").data[2] = torch.nan
+    with pytest.raises(ValueError, match=r"^3\.1: its gates have values that are not a number"):
+        bake(model, harden)
+    assert list(model.modules()) == modules
+    with pytest.raises(ValueError, match=r"^3\.1: its gates have values that are not a number"):
+        save_baked(model, file, spec, harden=harden)
+    assert not file.exists()
 
 
 def test_weights_of_another_model_are_refused_by_name(file: Path) -> None:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 import typer
+from torch import Tensor
+from torch.utils import _pytree as pytree
 
-from transfer_surgery.cli.options import Converted, Output, expected, tell
-from transfer_surgery.files import load_model, read_spec, save_baked
+from transfer_surgery.cli.options import Converted, Output, run_errors, say
+from transfer_surgery.files import load_network, save_baked
 
 
 def bake(
@@ -46,11 +48,18 @@ def bake(
 
     transfer-surgery bake run.safetensors --harden --fold -o baked.safetensors
     """
-    with expected():
-        spec, model = read_spec(file, "model"), load_model(file)
-        example = spec.example_input(model)
-        if fold:
-            torch.manual_seed(0)
-            example = torch.randn_like(example)
-        folded = save_baked(model, output, spec, harden=harden, fold=example if fold else None)
-    tell(f"wrote {output}" if folded is None else f"{folded}\nwrote {output}")
+    with run_errors():
+        spec, model = load_network(file, "model")
+        batch = _random_batch(spec.example_input(model)) if fold else None
+        folded = save_baked(model, output, spec, harden=harden, fold=batch)
+    say(f"wrote {output}" if folded is None else f"{folded}\nwrote {output}")
+
+
+def _random_batch(example_input: Any) -> Any:
+    """An example input with random numbers, since zeros would not show what folding changes."""
+    torch.manual_seed(0)
+
+    def fill(tensor: Tensor) -> Tensor:
+        return torch.randn_like(tensor) if tensor.is_floating_point() else tensor
+
+    return pytree.tree_map_only(Tensor, fill, example_input)

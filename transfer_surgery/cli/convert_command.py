@@ -19,11 +19,11 @@ from transfer_surgery.cli.options import (
     Role,
     Set,
     Source,
-    asked,
     choose,
-    expected,
     model_spec,
-    tell,
+    option_errors,
+    run_errors,
+    say,
 )
 from transfer_surgery.cli.weights import read_weights
 from transfer_surgery.files import load_weights, save_model
@@ -106,19 +106,19 @@ def convert(
         raise typer.BadParameter("give --weights or --pretrained, not both.")
     if output.exists() and not force:
         raise typer.BadParameter(f"{output} exists already: choose another file, or --force.")
-    with asked(ValueError):
+    with option_errors(ValueError):
         get_activation(target)
         settings = gate_settings({"name": gate} | ({} if noise is None else {"noise": noise}))
     torch.manual_seed(seed)
-    with expected():
+    with run_errors():
         network = spec.build(pretrained)
         if weights is not None:
             load_weights(network, read_weights(weights), weights)
         whole = find_activations(network, spec.example_input(network))
     if weights is None and not pretrained:
-        tell("The weights are random: neither --weights nor --pretrained was given.")
+        say("The weights are random: neither --weights nor --pretrained was given.")
     plan = choose(whole, source, include, exclude, role)
-    with expected():
+    with run_errors():
         convert_model(
             network,
             target,
@@ -132,4 +132,4 @@ def convert(
         state_of(output).unlink(missing_ok=True)  # of the training of a model that was here
     found = report(network)
     total = found.total
-    tell(f"{output}: {len(found)} sites, {total.gates:,} gates, {total.source} -> {total.target}")
+    say(f"{output}: {len(found)} sites, {total.gates:,} gates, {total.source} -> {total.target}")

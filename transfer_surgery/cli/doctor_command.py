@@ -11,7 +11,7 @@ from importlib.metadata import PackageNotFoundError, requires, version
 import torch
 import typer
 
-from transfer_surgery.cli.options import Json, expected, show
+from transfer_surgery.cli.options import Json, run_errors, show
 from transfer_surgery.units import VARIABLE, compiler_error, kernel_choice
 
 _PACKAGES = (
@@ -46,7 +46,7 @@ def doctor(as_json: Json = False) -> None:
         extra: [name for name in names if _version(name) is None]
         for extra, names in _extras().items()
     }
-    with expected():  # trying the compiler may print
+    with run_errors():  # trying the compiler may print
         devices = _devices()
     if as_json:
         found = {"versions": versions, "missing": extras, "devices": devices}

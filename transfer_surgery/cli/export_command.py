@@ -7,16 +7,10 @@ from typing import Annotated, Literal
 
 import typer
 
-from transfer_surgery.cli.options import Output, expected, tell
-from transfer_surgery.files import (
-    export_onnx,
-    export_program,
-    holds_baked,
-    load_baked,
-    load_model,
-    read_spec,
-)
+from transfer_surgery.cli.options import Output, run_errors, say
+from transfer_surgery.files import export_onnx, export_program, load_network
 from transfer_surgery.surgery import bake
+from transfer_surgery.units import GatedActivation
 
 
 def export(
@@ -47,8 +41,9 @@ def export(
     transfer-surgery export baked.safetensors --format torch-export -o model.pt2
     """
     write = {"onnx": export_onnx, "torch-export": export_program}[form]
-    with expected():
-        spec = read_spec(model)
-        network = load_baked(model) if holds_baked(model) else bake(load_model(model))
+    with run_errors():
+        spec, network = load_network(model)
+        if any(isinstance(module, GatedActivation) for module in network.modules()):
+            bake(network)
         write(network, spec.example_input(network), output)
-    tell(f"wrote {output}")
+    say(f"wrote {output}")

@@ -117,9 +117,9 @@ def choose(
 ) -> Plan:
     """The sites that would be converted. A model without any is not an error of the options."""
     if not any((source, include, exclude, role)):
-        with expected():
+        with run_errors():
             return plan.select()
-    with asked(ValueError):
+    with option_errors(ValueError):
         return plan.select(
             source=source or None,
             include=include or None,
@@ -129,7 +129,7 @@ def choose(
 
 
 @contextmanager
-def asked(*errors: type[Exception]) -> Iterator[None]:
+def option_errors(*errors: type[Exception]) -> Iterator[None]:
     """Exit with status 2 and the message when an argument names something that does not exist."""
     try:
         yield
@@ -137,11 +137,11 @@ def asked(*errors: type[Exception]) -> Iterator[None]:
         raise typer.BadParameter(str(error)) from error
 
 
-_EXPECTED = (ValueError, TypeError, ImportError, OSError, RuntimeError)
+_ERRORS = (ValueError, TypeError, ImportError, OSError, RuntimeError)
 
 
 @contextmanager
-def expected(errors: tuple[type[Exception], ...] = _EXPECTED) -> Iterator[None]:
+def run_errors(errors: tuple[type[Exception], ...] = _ERRORS) -> Iterator[None]:
     """Run what may fail, and exit with status 1 and the message, without a traceback, if it does.
 
     Names and arguments that no model has end with status 2. What a model prints goes to stderr, so
@@ -159,7 +159,7 @@ def expected(errors: tuple[type[Exception], ...] = _EXPECTED) -> Iterator[None]:
         raise typer.Exit(1) from error
 
 
-def tell(text: str) -> None:
+def say(text: str) -> None:
     """Say what was done, on stderr."""
     typer.echo(text, err=True)
 

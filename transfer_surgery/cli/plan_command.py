@@ -18,8 +18,8 @@ from transfer_surgery.cli.options import (
     Set,
     Source,
     choose,
-    expected,
     model_spec,
+    run_errors,
     show,
 )
 from transfer_surgery.sites import Plan, Site, find_activations
@@ -51,7 +51,7 @@ def plan(
     transfer-surgery plan nets.py:make_net --set width=64 --input-size 3x32x32
     """
     spec = model_spec(model, assignments, input_size)
-    with expected():
+    with run_errors():
         network = spec.build()
         whole = find_activations(network, spec.example_input(network))
     chosen = choose(whole, source, include, exclude, role)

@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from transfer_surgery.cli.options import Json, expected, tell
+from transfer_surgery.cli.options import Json, run_errors, say
 from transfer_surgery.files import read_gates
 from transfer_surgery.reports import figure_of
 from transfer_surgery.reports import report as report_of
@@ -47,9 +47,9 @@ def report(
 
     transfer-surgery report run.safetensors --plot gates.png --json
     """
-    with expected():
+    with run_errors():
         found = report_of(read_gates(file), by=by)
         if plot is not None:
             figure_of(found.plot()).savefig(plot, dpi=100)
-            tell(f"wrote {plot}")
+            say(f"wrote {plot}")
     typer.echo(found.to_json() if as_json else str(found))

@@ -27,7 +27,7 @@ def read_weights(file: Path) -> dict[str, Tensor]:
         ValueError: the file is damaged, or holds no tensors by name.
     """
     if file.suffix == ".safetensors":
-        return read_tensors(file)[1]
+        return _state(read_tensors(file)[1], file)
     try:
         # timm's train.py keeps its arguments beside the weights; a Namespace runs no code
         with torch.serialization.safe_globals([argparse.Namespace]):

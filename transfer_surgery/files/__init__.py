@@ -1,24 +1,24 @@
 """Gates, models and baked networks on disk."""
 
-from transfer_surgery.files.baked_file import holds_baked, load_baked, save_baked
+from transfer_surgery.files.baked_file import load_baked, load_network, save_baked
 from transfer_surgery.files.export import export_onnx, export_program
 from transfer_surgery.files.gates_file import load_gates, read_gates, save_gates
-from transfer_surgery.files.model_file import load_model, load_weights, read_spec, save_model
+from transfer_surgery.files.model_file import load_model, load_weights, save_model
 from transfer_surgery.files.model_spec import ModelSpec, UnknownModelError
-from transfer_surgery.files.safetensors_file import read_tensors, replace_file
+from transfer_surgery.files.replacing import replace_file
+from transfer_surgery.files.safetensors_file import read_tensors
 
 __all__ = [
     "ModelSpec",
     "UnknownModelError",
     "export_onnx",
     "export_program",
-    "holds_baked",
     "load_baked",
     "load_gates",
     "load_model",
+    "load_network",
     "load_weights",
     "read_gates",
-    "read_spec",
     "read_tensors",
     "replace_file",
     "save_baked",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +13,19 @@ from torch import Tensor, nn
 
 from transfer_surgery._sharding import check_not_sharded
 from transfer_surgery.files.gates_file import insert_modules, plan_for, sites_in, state_key
-from transfer_surgery.files.model_file import load_weights, read_spec
+from transfer_surgery.files.model_file import build_model, load_weights, spec_in
 from transfer_surgery.files.model_spec import ModelSpec
-from transfer_surgery.files.safetensors_file import check_replaceable, read, write
-from transfer_surgery.files.unit_config import Config, build_unit, configs_of
+from transfer_surgery.files.safetensors_file import is_below, read, write
+from transfer_surgery.files.unit_config import Config, build_unit, configs_of, plain_path, unwrap
 from transfer_surgery.sites import Site
-from transfer_surgery.surgery import FoldReport, bake, fold_targets, plain_module
+from transfer_surgery.surgery import (
+    FoldReport,
+    bake,
+    final_gates,
+    fold_targets,
+    outcome_of,
+    plain_module,
+)
 from transfer_surgery.units import HardConcrete, TargetParameters, gated_activations
 
 
@@ -32,11 +40,12 @@ def save_baked(
     """Write what `bake` makes of a converted model to a file, which `load_baked` reads.
 
     The tensors are the baked model's ``state_dict()``. Where all gates of a site were 0 or 1 and
-    nothing was matched, these are the names of the original model's, and no others.
+    nothing was matched, these are the names of the original model's, and no others. Folding is done
+    here, and not before, because the file describes the sites of the model with gates.
 
     Args:
-        model: a converted model; it is not changed. What is baked is a copy of its modules, which
-            shares all tensors with it.
+        model: a converted model, also inside DistributedDataParallel or ``torch.compile``; it is
+            not changed. What is baked is a copy of its modules, which shares all tensors with it.
         file: the file, usually ``.safetensors``; folders on the way to it are made.
         made_by: how the model is made before its conversion.
         harden: round gates between 0 and 1, as `bake` does.
@@ -47,25 +56,35 @@ def save_baked(
 
     Raises:
         ImportError: safetensors is not installed.
-        ValueError: the model is not converted or cannot be baked, or the file exists and holds
-            something else.
+        ValueError: the model is not converted or cannot be baked, `fold` has no tensors, or the
+            file exists and holds something else.
+        RuntimeError: the model does not run on `fold`, or folding would change its outputs.
         TypeError: the model is sharded by FSDP2; the message says what to do.
+
+    Examples:
+        >>> import tempfile
+        >>> from transfer_surgery import convert, match_targets, swap_targets
+        >>> spec = ModelSpec("test_resnet", {"num_classes": 10}, (3, 32, 32))
+        >>> model, x = spec.build().eval(), torch.randn(8, 3, 32, 32)
+        >>> _ = match_targets(convert(model, "sin", example_input=x, include="act1"), [x])
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     report = save_baked(swap_targets(model), f"{folder}/baked", spec, fold=x)
+        >>> report.rows[0].path, report.rows[0].before
+        ('act1', 'bn1')
     """
-    file = Path(file)
-    check_replaceable(file, "baked")
+    model = unwrap(model)
     check_not_sharded(model)
     sites = configs_of(model)
     for path, unit in gated_activations(model):
-        z = unit.gate.predict()
-        kept, gone = (z > 0.5, z <= 0.5) if harden else (z == 1, z == 0)
-        outcome = "source" if kept.all() else "target" if gone.all() else "mixed"
+        outcome = outcome_of(final_gates(path, unit, harden))
         # Nothing of the gates is left but their number.
-        sites[path] |= {"gate": HardConcrete().to_dict(), "outcome": outcome}
+        sites[plain_path(path)] |= {"gate": HardConcrete().to_dict(), "outcome": outcome}
     # Baking and folding put new tensors in place of old ones, and write into none.
     shared = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
     baked = bake(copy.deepcopy(model, shared), harden)
     report = None if fold is None else fold_targets(baked, fold)
-    write(file, "baked", {"made_by": made_by.to_dict(), "sites": sites}, baked.state_dict())
+    tensors = {plain_path(key): value for key, value in baked.state_dict().items()}
+    write(Path(file), "baked", {"made_by": made_by.to_dict(), "sites": sites}, tensors)
     return report
 
 
@@ -74,6 +93,12 @@ def load_baked(file: str | os.PathLike[str]) -> nn.Module:
 
     The file names the code that makes the original model, and that code is run: load files that you
     trust. Its activations are then replaced by plain modules.
+
+    Args:
+        file: a file of `save_baked` or of the command.
+
+    Returns:
+        The network as `bake` left it, and `fold_targets` where it was folded, on the CPU.
 
     Raises:
         ImportError: safetensors, or the zoo that makes the model, is not installed.
@@ -91,15 +116,37 @@ def load_baked(file: str | os.PathLike[str]) -> nn.Module:
         ...     load_baked(f"{folder}/baked.safetensors").act1
         ActivationModule(sin)
     """
+    return load_network(file, "baked")[1]
+
+
+def load_network(file: str | os.PathLike[str], *kinds: str) -> tuple[ModelSpec, nn.Module]:
+    """The network of a file, with gates or baked, and how it was made before its conversion.
+
+    Args:
+        file: a file of `save_model` or of `save_baked`.
+        kinds: which of these it may be, ``"model"`` or ``"baked"``; none given: either.
+
+    Raises:
+        ImportError: safetensors, or the zoo that makes the model, is not installed.
+        FileNotFoundError: there is no file.
+        ValueError: it is damaged, foreign or too new, or the model has changed since.
+    """
     file = Path(file)
-    spec = read_spec(file, "baked")
-    about, tensors = read(file, "baked")
+    about, tensors = read(file, *(kinds or ("model", "baked")))
+    spec = spec_in(file, about)
+    build = build_model if about["kind"] == "model" else _build_baked
+    return spec, build(file, spec, about, tensors)
+
+
+def _build_baked(
+    file: Path, spec: ModelSpec, about: Mapping[str, Any], tensors: Mapping[str, Tensor]
+) -> nn.Module:
     sites = sites_in(file, about)
     outcomes = {path: site.pop("outcome", None) for path, site in sites.items()}
     model = spec.build()
     plan = plan_for(model, file, sites, spec.example_input(model))
     plain = {
-        path: _plain(file, path, config, plan[path], outcomes[path])
+        path: _plain(file, path, config, plan[path], outcomes[path], tensors)
         for path, config in sites.items()
         if outcomes[path] != "source"  # there the network's own code stays
     }
@@ -114,26 +161,25 @@ def load_baked(file: str | os.PathLike[str]) -> nn.Module:
     return model
 
 
-def holds_baked(file: Path) -> bool:
-    """Whether a file is one of `save_baked`, and not one of `save_model`.
-
-    Raises:
-        FileNotFoundError: there is no file.
-        ValueError: it is neither.
-    """
-    return bool(read(file, "model", "baked")[0]["kind"] == "baked")
-
-
-def _plain(file: Path, path: str, config: Config, site: Site, outcome: Any) -> nn.Module:
+def _plain(
+    file: Path,
+    path: str,
+    config: Config,
+    site: Site,
+    outcome: Any,
+    tensors: Mapping[str, Tensor],
+) -> nn.Module:
     """The module at a site, before its values are loaded."""
     if outcome not in ("target", "mixed"):
         raise ValueError(f"{file}: the site {path!r} has the outcome {outcome!r}.")
+    if not any(is_below(key, {path: None}) for key in tensors):  # all its numbers were folded
+        config = config | {"fitted": False}
     unit = build_unit(file, path, config, site)
     z = torch.full(unit.gate.shape, 0.0 if outcome == "target" else 0.5)
     return plain_module(unit, z)
 
 
-def _drop_folded(model: nn.Module, tensors: dict[str, Tensor]) -> None:
+def _drop_folded(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
     """Take away the numbers that `fold_targets` moved, and add the biases that it made."""
     for path, module in model.named_modules():
         for name, parameter in module._parameters.items():

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import warnings
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from torch.export import Dim, ExportedProgram
 from torch.utils import _pytree as pytree
 
 from transfer_surgery._running import prediction_mode, to_device_of
-from transfer_surgery.files.safetensors_file import replace_file
+from transfer_surgery.files.replacing import check_replaceable, replace_file
 from transfer_surgery.sites import example_arguments, fake_arguments
 from transfer_surgery.surgery import check_no_gates
 
@@ -42,8 +42,8 @@ def export_program(
         The program that was written.
 
     Raises:
-        ValueError: the model still has gates, there is no tensor in `example_input`, or the file
-            exists and is something else.
+        ValueError: the model still has gates, no tensor in `example_input` has an axis of examples,
+            or the file exists and is something else.
         RuntimeError: torch.export cannot follow the model, or the model fixes the batch size.
 
     Examples:
@@ -59,7 +59,7 @@ def export_program(
         torch.Size([5, 2])
     """
     path = Path(path)
-    _check_replaceable(path, "a program of torch.export", _is_program)
+    check_replaceable(path, _check_program)
     program = _trace(model, *_arguments(model, example_input))
     replace_file(path, lambda new: torch.export.save(program, new))
     return program
@@ -84,12 +84,12 @@ def export_onnx(
 
     Raises:
         ImportError: onnx or onnxscript is not installed.
-        ValueError: the model still has gates, there is no tensor in `example_input`, or the file
-            exists and is something else.
+        ValueError: the model still has gates, no tensor in `example_input` has an axis of examples,
+            or the file exists and is something else.
         RuntimeError: torch cannot export the model, or the model fixes the batch size.
     """
     path = Path(path)
-    _check_replaceable(path, "an ONNX file of torch", _is_onnx)
+    check_replaceable(path, _check_onnx)
     check_no_gates(model)
     try:
         import onnx  # noqa: F401 - torch imports both, and names neither when it cannot
@@ -110,28 +110,27 @@ def export_onnx(
     return program
 
 
-def _check_replaceable(file: Path, kind: str, is_kind: Callable[[Path], bool]) -> None:
-    """Raise where something would be lost: a file that is not of the kind to be written."""
-    if not file.exists() or (file.is_file() and file.stat().st_size == 0):
-        return
-    if not file.is_file() or not is_kind(file):
-        raise ValueError(f"{file} is not {kind}. It is not replaced: choose another file.")
+def _check_program(file: Path) -> None:
+    """Raise ValueError where a file is no archive as `torch.export.save` writes it."""
+    if file.is_file() and zipfile.is_zipfile(file):
+        with zipfile.ZipFile(file) as archive:
+            names = [name for name in archive.namelist() if name.endswith("/archive_format")]
+            if any(archive.read(name) == b"pt2" for name in names):
+                return
+    raise ValueError(f"{file} is not a program of torch.export.")
 
 
-def _is_program(file: Path) -> bool:
-    """Whether a file is an archive as `torch.export.save` writes it."""
-    if not zipfile.is_zipfile(file):
-        return False
-    with zipfile.ZipFile(file) as archive:
-        names = [name for name in archive.namelist() if name.endswith("/archive_format")]
-        return any(archive.read(name) == b"pt2" for name in names)
+def _check_onnx(file: Path) -> None:
+    """Raise ValueError where a file does not start as ONNX files of torch do.
 
-
-def _is_onnx(file: Path) -> bool:
-    """Whether a file starts as ONNX files of torch do, with the version and then the producer."""
-    with file.open("rb") as opened:
-        start = opened.read(11)
-    return start[:1] == b"\x08" and start[2:] == b"\x12\x07pytorch"
+    The version comes first, in two bytes, and then the name of the producer.
+    """
+    if file.is_file():
+        with file.open("rb") as opened:
+            start = opened.read(11)
+        if start[:1] == b"\x08" and start[2:] == b"\x12\x07pytorch":
+            return
+    raise ValueError(f"{file} is not an ONNX file of torch.")
 
 
 def _arguments(model: nn.Module, example_input: Any) -> _Arguments:
@@ -155,12 +154,16 @@ def _trace(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> E
 def _axes(arguments: _Arguments, axis: Any) -> list[dict[int, Any] | None]:
     """What torch is told about the first axis of each tensor; None for other arguments."""
     leaves = pytree.tree_leaves(arguments)
-    size = next(len(leaf) for leaf in leaves if isinstance(leaf, Tensor) and leaf.dim() > 0)
+    sizes = [len(leaf) for leaf in leaves if isinstance(leaf, Tensor) and leaf.dim() > 0]
+    if not sizes:
+        raise ValueError(
+            "no tensor in example_input has an axis of examples: give the model's input as a batch."
+        )
 
     def say(leaf: Any) -> dict[int, Any] | None:
         if not isinstance(leaf, Tensor):
             return None
-        return {0: axis} if leaf.dim() > 0 and len(leaf) == size else {}
+        return {0: axis} if leaf.dim() > 0 and len(leaf) == sizes[0] else {}
 
     return [say(leaf) for leaf in leaves]
 

@@ -24,7 +24,7 @@ from transfer_surgery.files.unit_config import (
 )
 from transfer_surgery.sites import Plan, find_activations, prepare_recipes
 from transfer_surgery.surgery import check_model, insert_units
-from transfer_surgery.units import GatedActivation
+from transfer_surgery.units import GatedActivation, check_gates_are_whole
 
 # Limit for gates without log_alpha, whose number no tensor in the file confirms.
 _MOST_GATES = 2**28
@@ -47,7 +47,8 @@ def save_gates(model: nn.Module, file: str | os.PathLike[str]) -> None:
     Raises:
         ImportError: safetensors is not installed.
         ValueError: the model is not converted, an activation cannot be written as text, a gate is
-            NaN, or the file exists and holds something else. The file is then as it was.
+            NaN, FSDP 1 or ZeRO-3 has flattened the gates, or the file exists and holds something
+            else. The file is then as it was.
 
     Examples:
         >>> import tempfile
@@ -66,15 +67,12 @@ def save_gates(model: nn.Module, file: str | os.PathLike[str]) -> None:
     """
     model = unwrap(model)
     sites = configs_of(model)
-    tensors: dict[str, Tensor] = {}
-    for path, unit in units_of(model).items():
-        tensors |= {state_key(path, name): value for name, value in unit.state_dict().items()}
-        log_alpha = tensors.get(state_key(path, "gate.log_alpha"))
-        if log_alpha is not None and log_alpha.shape != unit.gate.shape:
-            raise ValueError(
-                f"{path}: log_alpha has the shape {tuple(log_alpha.shape)} instead of "
-                f"{unit.gate.shape}; of the ways to shard a model, save_gates knows fully_shard."
-            )
+    check_gates_are_whole(model)
+    tensors = {
+        state_key(path, name): value
+        for path, unit in units_of(model).items()
+        for name, value in unit.state_dict().items()
+    }
     write(Path(file), "gates", {"model": type(model).__name__, "sites": sites}, tensors)
 
 
@@ -106,7 +104,7 @@ def load_gates(
         TypeError: a base model that is compiled or wrapped for distributed training.
     """
     file = Path(file)
-    sites, gates, _ = read_sites(file)
+    sites, gates, _ = sites_and_tensors(file, *read(file, "gates", "model"))
     inner = unwrap(model)
     units = units_of(inner)
     if not units:
@@ -125,7 +123,7 @@ def read_gates(file: str | os.PathLike[str]) -> dict[str, GatedActivation]:
         ValueError: it is damaged, foreign or too new, or an activation or gate is not registered.
     """
     file = Path(file)
-    sites, gates, _ = read_sites(file)
+    sites, gates, _ = sites_and_tensors(file, *read(file, "gates", "model"))
     # A site may claim any number of gates: on the meta device that takes no memory.
     with torch.device("meta"):
         units = {path: build_unit(file, path, config) for path, config in sites.items()}
@@ -138,13 +136,23 @@ def read_gates(file: str | os.PathLike[str]) -> dict[str, GatedActivation]:
     return units
 
 
-def read_sites(file: Path) -> tuple[dict[str, Config], dict[str, Tensor], dict[str, Tensor]]:
-    """What a file of gates or of a model says about its sites, their values, and the weights."""
-    about, tensors = read(file, "gates", "model")
+def sites_and_tensors(
+    file: Path, about: Mapping[str, Any], tensors: Mapping[str, Tensor]
+) -> tuple[dict[str, Config], dict[str, Tensor], dict[str, Tensor]]:
+    """The sites of a file of gates or of a model, their values, and the weights.
+
+    Args:
+        file: the file, for messages.
+        about: what it says about its tensors.
+        tensors: all of them.
+
+    Raises:
+        ValueError: the file does not describe its sites.
+    """
     sites = sites_in(file, about)
-    gates = {key: value for key, value in tensors.items() if is_below(key, sites)}
     if about["kind"] == "gates":
-        return sites, tensors, {}
+        return sites, dict(tensors), {}
+    gates = {key: value for key, value in tensors.items() if is_below(key, sites)}
     return sites, gates, {key: value for key, value in tensors.items() if key not in gates}
 
 

@@ -5,13 +5,15 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor, nn
 
-from transfer_surgery.files.gates_file import insert_gates, read_sites
+from transfer_surgery.files.gates_file import insert_gates, sites_and_tensors
 from transfer_surgery.files.model_spec import ModelSpec
 from transfer_surgery.files.safetensors_file import read, write
 from transfer_surgery.files.unit_config import configs_of, plain_path, unwrap
+from transfer_surgery.units import check_gates_are_whole
 
 _SHOWN = 5
 
@@ -24,15 +26,15 @@ def save_model(
     The file is replaced as a whole: after a kill it holds the old model or the new one.
 
     Args:
-        model: a converted model.
+        model: a converted model, also inside DistributedDataParallel or ``torch.compile``.
         file: the file, usually ``.safetensors``; folders on the way to it are made.
         made_by: how the model is made before its conversion; None: as the file says already.
 
     Raises:
         ImportError: safetensors is not installed.
         FileNotFoundError: `made_by` is None, and there is no file yet.
-        ValueError: the model is not converted, a gate is NaN, or the file exists and holds
-            something else. The file is then as it was.
+        ValueError: the model is not converted, a gate is NaN, FSDP 1 or ZeRO-3 has flattened the
+            gates, or the file exists and holds something else. The file is then as it was.
 
     Examples:
         >>> import tempfile
@@ -49,7 +51,8 @@ def save_model(
         )
     """
     model, file = unwrap(model), Path(file)
-    spec = read_spec(file) if made_by is None else made_by
+    check_gates_are_whole(model)
+    spec = spec_in(file, read(file, "model")[0]) if made_by is None else made_by
     tensors = {plain_path(key): value for key, value in model.state_dict().items()}
     write(file, "model", {"made_by": spec.to_dict(), "sites": configs_of(model)}, tensors)
 
@@ -59,31 +62,38 @@ def load_model(file: str | os.PathLike[str]) -> nn.Module:
 
     The file names the code that makes the model, and that code is run: load files that you trust.
 
+    Args:
+        file: a file of `save_model` or of the command.
+
+    Returns:
+        The model, converted, with its gates and weights, on the CPU.
+
     Raises:
         ImportError: safetensors, or the zoo that makes the model, is not installed.
         FileNotFoundError: there is no file.
         ValueError: it is damaged, foreign or too new, or the model has changed since.
     """
     file = Path(file)
-    spec = read_spec(file, "model")
-    sites, gates, weights = read_sites(file)
+    about, tensors = read(file, "model")
+    return build_model(file, spec_in(file, about), about, tensors)
+
+
+def build_model(
+    file: Path, spec: ModelSpec, about: Mapping[str, Any], tensors: Mapping[str, Tensor]
+) -> nn.Module:
+    """The converted model of a file whose content was read; see `load_model`."""
+    sites, gates, weights = sites_and_tensors(file, about, tensors)
     model = spec.build()
     load_weights(model, weights, file)
     return insert_gates(model, file, sites, gates, spec.example_input(model))
 
 
-def read_spec(file: str | os.PathLike[str], *kinds: str) -> ModelSpec:
-    """How the model of a file is made.
-
-    Args:
-        file: a file of `save_model` or of `save_baked`.
-        kinds: which of these it may be, ``"model"`` or ``"baked"``; none given: either.
+def spec_in(file: Path, about: Mapping[str, Any]) -> ModelSpec:
+    """How the model of a file is made, from what the file says about its tensors.
 
     Raises:
-        FileNotFoundError: there is no file.
-        ValueError: it is damaged, foreign or too new, or holds no model.
+        ValueError: the file does not say it.
     """
-    about, _ = read(Path(file), *(kinds or ("model", "baked")))
     try:
         return ModelSpec.from_dict(about.get("made_by"))
     except ValueError as error:

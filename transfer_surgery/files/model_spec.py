@@ -6,7 +6,7 @@ import difflib
 import importlib.util
 import math
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -165,18 +165,18 @@ def _make_torchvision(name: str, pretrained: bool, **arguments: Any) -> Any:
 def _zoo_names() -> dict[str, list[str]]:
     """The models of each zoo that is installed, timm first."""
     names: dict[str, list[str]] = {}
-    try:
+    with suppress(ImportError):
         import timm
 
         names["timm"] = timm.list_models()
+    with suppress(ImportError):
         from torchvision.models import list_models
 
         names["torchvision"] = list_models()
-    except ImportError as error:
-        if not names:
-            raise ImportError(
-                "models by name need timm or torchvision: pip install 'transfer-surgery[timm]'"
-            ) from error
+    if not names:
+        raise ImportError(
+            "models by name need timm or torchvision: pip install 'transfer-surgery[timm]'"
+        )
     return names
 
 

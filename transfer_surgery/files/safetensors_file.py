@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
-import shutil
-import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -15,6 +12,7 @@ import torch
 from torch import Tensor
 
 from transfer_surgery._sharding import gathered
+from transfer_surgery.files.replacing import check_replaceable, replace_file
 
 _KEY, _VERSION = "transfer_surgery", 1
 
@@ -32,23 +30,39 @@ def write(file: Path, kind: str, about: Mapping[str, Any], tensors: Mapping[str,
         ImportError: safetensors is not installed.
         ValueError: the file exists and this library did not write it, or it is of another kind;
             `about` is not JSON; a value at a site is NaN, which no loader reads.
+        OSError: it cannot be written, as on a full disk. The file is then as it was.
     """
     safetensors = _require_safetensors()
-    values = {k: gathered(v).detach().to("cpu", copy=True).contiguous() for k, v in tensors.items()}
-    # Every rank has gathered the values, so all of them raise, or none.
-    for key, value in values.items():
-        if is_below(key, about["sites"]) and value.isnan().any():
-            raise ValueError(f"{key} has values that are not a number: {file} is not written.")
     distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
-    if distributed and torch.distributed.get_rank() != 0:
+    writes = not distributed or torch.distributed.get_rank() == 0
+    values: dict[str, Tensor] = {}
+    bad: list[str] = []
+    storages: set[int] = set()
+    for key, tensor in tensors.items():
+        value = gathered(tensor).detach()
+        if is_below(key, about["sites"]) and value.isnan().any():
+            bad.append(key)
+        if writes:
+            value = value.cpu().contiguous()
+            # Tied tensors are written one by one: safetensors refuses two of one memory.
+            storage = value.untyped_storage().data_ptr()
+            values[key] = value.clone() if storage in storages else value
+            storages.add(storage)
+    # Every rank has gathered all values, so all of them raise, or none.
+    if bad:
+        raise ValueError(f"{bad[0]} has values that are not a number: {file} is not written.")
+    if not writes:
         return
-    check_replaceable(file, kind)
+    check_replaceable(file, lambda path: read(path, kind))
     try:
         text = json.dumps({"kind": kind, "version": _VERSION, **about})
     except (TypeError, ValueError) as error:
         raise ValueError(f"{file} cannot hold what describes this model: {error}.") from error
-    data = safetensors.torch.save(values, {"format": "pt", _KEY: text})
-    replace_file(file, lambda path: path.write_bytes(data))
+    metadata = {"format": "pt", _KEY: text}
+    try:
+        replace_file(file, lambda path: safetensors.torch.save_file(values, path, metadata))
+    except safetensors.SafetensorError as error:
+        raise OSError(f"{file} cannot be written: {error}.") from error
 
 
 def read(file: Path, *kinds: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -97,51 +111,10 @@ def read_tensors(file: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
         raise ValueError(f"{file} is damaged, or is not a safetensors file: {error}.") from error
 
 
-def replace_file(file: Path, write: Callable[[Path], object]) -> None:
-    """Replace a file as a whole: at any moment its name means the old or the new content.
-
-    The new file keeps the mode of the old one. Where the name is a symbolic link, the file that it
-    points to is replaced.
-
-    Args:
-        file: the file; folders on the way to it are made.
-        write: is called with a path in a new folder, which only this user can read, and writes
-            there. What it writes beside that path goes beside the file.
-    """
-    file = file.resolve()
-    file.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=".", dir=file.parent) as folder:
-        write(Path(folder, file.name))
-        # A file beside it, whose name is longer, comes first: the file itself refers to it.
-        for written in sorted(Path(folder).iterdir(), reverse=True):
-            with written.open("rb+") as opened:
-                os.fsync(opened.fileno())
-            place = file.with_name(written.name)
-            if place.exists():
-                shutil.copymode(place, written)
-            os.replace(written, place)
-    if os.name == "posix":  # the new name is on the disk only once its folder is
-        folder_number = os.open(file.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder_number)
-        finally:
-            os.close(folder_number)
-
-
 def is_below(key: str, paths: Mapping[str, Any]) -> bool:
     """Whether a key of a state dict belongs to a module at one of these paths."""
     names = key.split(".")
     return any(".".join(names[:length]) in paths for length in range(len(names)))
-
-
-def check_replaceable(file: Path, kind: str) -> None:
-    """Raise where something would be lost: a file of another program, or of another kind."""
-    if not file.exists() or (file.is_file() and file.stat().st_size == 0):
-        return
-    try:
-        read(file, kind)
-    except (FileNotFoundError, ValueError) as error:
-        raise ValueError(f"{error} It is not replaced: choose another file.") from error
 
 
 def _require_safetensors() -> ModuleType:

@@ -26,15 +26,11 @@ class Checkpoint:
         file: where it is kept; restored from where there is one.
         model: the model, converted and on its device.
         settings: plain values that must be the same when the training goes on.
-        saved: called after each save, to do what else is due then.
+        saved: called after each save, to save the model itself.
     """
 
     def __init__(
-        self,
-        file: Path,
-        model: nn.Module,
-        settings: Mapping[str, Any],
-        saved: Callable[[], None] = lambda: None,
+        self, file: Path, model: nn.Module, settings: Mapping[str, Any], saved: Callable[[], None]
     ) -> None:
         self.file, self.model = file, model
         self.settings, self.saved = dict(settings), saved

@@ -11,8 +11,8 @@ from torch import nn
 from transfer_surgery.cli.finetuning.checkpoint import Checkpoint, state_of
 from transfer_surgery.cli.finetuning.images import ImageData, load_images
 from transfer_surgery.cli.finetuning.training import Machine, some_images, train
-from transfer_surgery.cli.options import Converted, expected, tell
-from transfer_surgery.files import ModelSpec, load_model, read_spec, save_model
+from transfer_surgery.cli.options import Converted, run_errors, say
+from transfer_surgery.files import ModelSpec, load_network, save_model
 from transfer_surgery.matching import match_targets
 from transfer_surgery.reports import History, report
 from transfer_surgery.transfer import TransferSchedule, wrap_optimizer
@@ -109,22 +109,22 @@ def finetune(
         raise typer.BadParameter(
             f"{file} was trained: go on with --resume, or convert into another file."
         )
-    with expected():
+    with run_errors():
         machine = Machine.choose(device, amp, compile)
-        spec, network = read_spec(file, "model"), load_model(file)
+        spec, network = load_network(file, "model")
         loaders = _load_images(spec, network, data, batch_size, machine)
         torch.manual_seed(seed)  # here, so that it does not matter how the model was made
         total = epochs * len(loaders.train)
         transfer = TransferSchedule(total, fraction=fraction, start=start, end=end, order=order)
         if match and not state.exists():
-            tell(str(match_targets(network, some_images(loaders, machine))))
+            say(str(match_targets(network, some_images(loaders, machine))))
             save_model(network, file)
         optimizer = _timm().optim.create_optimizer_v2(
             network, opt=opt, lr=lr, weight_decay=weight_decay
         )
         wrap_optimizer(optimizer, network, transfer=transfer)
     # Training can end with a state that does not fit, or diverge; anything else is a bug.
-    with expected((ValueError, FloatingPointError)):
+    with run_errors((ValueError, FloatingPointError)):
         last = train(
             network,
             loaders,

@@ -105,7 +105,8 @@ def train(
         machine: device, precision and compilation.
         epochs: how often to go through the training images, at least once.
         title: the name of the progress bar.
-        history: the history of a converted model, which gets about 200 records.
+        history: the history of a converted model, which gets about 200 records, and at least one in
+            each epoch.
         checkpoint: keeps the state after each epoch, from which a training that was killed goes on.
 
     Returns:
@@ -115,6 +116,7 @@ def train(
     peaks = [group["lr"] for group in optimizer.param_groups]
     scheduler = OneCycleLR(optimizer, peaks, total_steps=steps, cycle_momentum=False)
     forward = torch.compile(model) if machine.compile else model
+    every = min(math.ceil(steps / 200), len(data.train))  # steps between two records
     done = 0 if checkpoint is None else checkpoint.restore(optimizer, scheduler)
     started, step = time.perf_counter(), done * len(data.train)
     with _progress_bar() as progress:
@@ -126,7 +128,7 @@ def train(
                 lr = scheduler.get_last_lr()[0]
                 scheduler.step()
                 step += 1
-                if step % math.ceil(steps / 200) == 0 or step == steps:
+                if step % every == 0 or step == steps:
                     now = _record(history, step, float(loss), float(lr))
                     progress.update(task, completed=step, now=now)
             if checkpoint is not None:
