@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import onnxruntime
 import pytest
@@ -48,9 +49,9 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_from_a_checkpoint_to_files_that_run_elsewhere(tmp_path: Path) -> None:
     lines = in_process("plan", "test_resnet").stdout.splitlines()
-    assert " ".join(lines[1].split()) == (
-        "conv1.2 relu hidden module (in place) 2x16x80x80 1 1 16 102,400 child"
-    )
+    row = " ".join(lines[2].split())
+    assert row.startswith("conv1.2 relu module (in place) hidden 2x16x80x80 1 1 ")
+    assert row.endswith(" child")
     assert lines[-1].startswith("12 of 12 sites would be converted; gates: 12 per layer, 704 per")
 
     model = timm.create_model("test_resnet", num_classes=10, in_chans=1).eval()
@@ -102,16 +103,20 @@ def test_the_installed_command_has_a_line_and_a_status_for_success_mistakes_and_
 
 
 def test_a_plan_as_json_has_every_site_and_whether_it_would_be_converted() -> None:
-    sites = json.loads(invoke("plan", "test_efficientnet", "--json"))
+    sites = planned("test_efficientnet")
     assert len(sites) == 13
-    assert {site["role"] for site in sites if site["converted"]} == {"hidden"}
-    gates = sites[0]["gates"]
-    assert gates == {"layer": 1, "channel": 24, "neuron": 24 * 80 * 80}
-    chosen = ("--source", "silu", "--include", "blocks.3", "--exclude", "*.se", "--json")
-    paths = [site["path"] for site in json.loads(invoke("plan", "test_efficientnet", *chosen))]
+    assert {site["role"] for site in sites if site["reason"] is None} == {"hidden"}
+    assert sites[0]["shape"] == [2, 24, 80, 80]
+    chosen = ("--source", "silu", "--include", "blocks.3", "--exclude", "*.se")
+    paths = [site["path"] for site in planned("test_efficientnet", *chosen)]
     assert paths == ["blocks.3.0.bn1.act", "blocks.3.0.bn2.act"]
-    gating = json.loads(invoke("plan", "test_efficientnet", "--role", "gating", "--json"))
+    gating = planned("test_efficientnet", "--role", "gating")
     assert {site["source"] for site in gating} == {"sigmoid"}
+
+
+def planned(*arguments: str) -> list[dict[str, Any]]:
+    rows: list[dict[str, Any]] = json.loads(invoke("plan", *arguments, "--json"))["rows"]
+    return rows
 
 
 def test_a_plan_says_why_sites_stay() -> None:
@@ -124,16 +129,35 @@ def test_a_plan_says_why_sites_stay() -> None:
     assert "not converted: " in printed
 
 
-def test_what_a_model_prints_is_not_among_the_results() -> None:
-    Path("nets.py").write_text(
-        "from torch import nn\nprint('imported')\n"
-        "class Net(nn.ReLU):\n"
-        "    def forward(self, x): print('runs'); return super().forward(x) + 1\n"
-        "def make(): print('made'); return nn.Sequential(Net(), nn.ReLU(), nn.Linear(4, 4))\n"
-    )
-    told = in_process("plan", "nets.py:make", "--input-size", 4, "--json")
-    assert [site["path"] for site in json.loads(told.stdout)] == ["0.relu_0", "1"]
-    assert {"imported", "made", "runs"} <= set(told.stderr.splitlines())
+PRINTING = """
+import atexit, ctypes, logging, os, subprocess, sys
+from torch import nn
+
+print("imported")
+atexit.register(print, "ended")
+logging.basicConfig(stream=sys.stdout, level=logging.INFO)
+
+class Net(nn.ReLU):
+    def forward(self, x):
+        print("runs")
+        ctypes.CDLL(None).puts(b"in C")
+        return super().forward(x) + 1
+
+def make():
+    logging.info("made")
+    os.write(1, b"written\\n")
+    subprocess.run(["echo", "program"])
+    return nn.Sequential(Net(), nn.ReLU(), nn.Linear(4, 4))
+"""
+
+
+def test_what_a_model_prints_in_any_way_is_not_among_the_results(tmp_path: Path) -> None:
+    Path("nets.py").write_text(PRINTING)
+    command = ("plan", "nets.py:make", "--input-size", 4, "--json")
+    printed, said = shell(*command, folder=tmp_path)
+    assert [site["path"] for site in json.loads(printed)["rows"]] == ["0.relu_0", "1"]
+    everything = {"imported", "ended", "runs", "in C", "INFO:root:made", "written", "program"}
+    assert everything <= set(said.splitlines())
 
 
 def test_a_model_whose_code_fails_ends_with_a_line() -> None:
@@ -311,5 +335,5 @@ def test_the_doctor_names_versions_extras_and_kernels(monkeypatch: pytest.Monkey
     assert found["devices"][0]["device"] == "cpu"
     assert found["devices"][0]["kernels"] == f"eager ({VARIABLE}=eager)"
     printed = invoke("doctor")
-    assert "cli installed" in printed
+    assert "extra cli installed" in printed
     assert f"timm {timm.__version__}" in printed

@@ -106,9 +106,11 @@ def test_a_training_that_was_killed_goes_on_bit_for_bit(kill: Kill) -> None:
     assert "lr was 0.01 and is 1.0 now. Go on with the same settings" in changed
     invoke("finetune", "killed", *training, "--resume")
     assert_same("killed", "whole")
-    Path("killed.training.pt").write_text("damaged")
-    said = invoke("finetune", "killed", *training, "--resume", fails=1)
-    assert "is damaged, or is not the state of a training" in said
+    state = torch.load("killed.training.pt", weights_only=True)
+    for damaged in (b"damaged", state | {"model": {}}, {"settings": state["settings"]}):
+        torch.save(damaged, "killed.training.pt")
+        said = invoke("finetune", "killed", *training, "--resume", fails=1)
+        assert "is damaged, or is not the state of a training" in said
 
 
 def test_a_long_training_of_short_epochs_goes_on_between_two_records(

@@ -231,6 +231,38 @@ def test_gates_that_are_not_a_number_are_neither_baked_nor_saved(
     assert not file.exists()
 
 
+def test_code_that_makes_another_model_now_is_refused_with_the_file(file: Path) -> None:
+    model, spec, _ = converted("root", mix)
+    for save, load in ((save_model, load_model), (save_baked, load_baked)):
+        file.unlink(missing_ok=True)
+        save(model, file, spec)
+        for made_by in (
+            {"arguments": {"unknown": 1}},
+            {"name": f"{NETS}:gone"},
+            {"name": "timm:test_resnet", "arguments": {"num_classes": 10**15}},
+        ):
+            rewrite(file, lambda about, made_by=made_by: about["made_by"].update(made_by))
+            refuse(ValueError, f"{file.name}: ", load, file)
+
+
+def test_integers_are_no_weights(file: Path) -> None:
+    """As of a network that another library has quantized."""
+    model, spec, _ = converted("root", mix)
+    model.half()
+    save_model(model, file, spec)
+    assert torch.equal(load_model(file)[0].weight, model[0].weight.float())
+    model[0].weight = nn.Parameter(model[0].weight.to(torch.int8), requires_grad=False)
+    save_model(model, file)
+    message = "0.weight is torch.int8, and torch.float32 in the model"
+    refuse(ValueError, message, load_model, file)
+
+
+def test_a_spec_that_no_file_can_hold_is_refused_when_it_is_made() -> None:
+    for arguments in ((3,), ("x", [1]), ("x", {}, 32), ("x", {}, (3, "a")), ("x", {}, (3, -1))):
+        with pytest.raises(ValueError, match="does not say how a model is made: give a name"):
+            ModelSpec(*arguments)
+
+
 def test_weights_of_another_model_are_refused_by_name(file: Path) -> None:
     model, _, _ = converted("root", mix)
     save_model(model, file, MODELS["rewritten"])

@@ -15,5 +15,7 @@ def main() -> None:
     except ImportError:
         sys.exit("the commands need typer and rich: pip install 'transfer-surgery[cli]'")
     from transfer_surgery.cli.app import app
+    from transfer_surgery.cli.printing import redirect_descriptor
 
+    redirect_descriptor()
     app()

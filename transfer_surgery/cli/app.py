@@ -12,6 +12,7 @@ from transfer_surgery.cli.doctor_command import doctor
 from transfer_surgery.cli.export_command import export
 from transfer_surgery.cli.finetuning.command import finetune
 from transfer_surgery.cli.plan_command import plan
+from transfer_surgery.cli.printing import with_results
 from transfer_surgery.cli.report_command import report
 
 
@@ -28,4 +29,4 @@ app = typer.Typer(
     rich_markup_mode="rich",
 )
 for command in (plan, convert, finetune, report, bake, export, doctor):
-    app.command(help=_help(command))(command)
+    app.command(help=_help(command))(with_results(command))

@@ -9,7 +9,8 @@ import typer
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from transfer_surgery.cli.options import Converted, Output, run_errors, say
+from transfer_surgery.cli.options import Converted, Output, run_errors
+from transfer_surgery.cli.printing import say
 from transfer_surgery.files import load_network, save_baked
 
 

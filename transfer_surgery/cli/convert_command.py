@@ -23,8 +23,8 @@ from transfer_surgery.cli.options import (
     model_spec,
     option_errors,
     run_errors,
-    say,
 )
+from transfer_surgery.cli.printing import say
 from transfer_surgery.cli.weights import read_weights
 from transfer_surgery.files import load_weights, save_model
 from transfer_surgery.reports import report

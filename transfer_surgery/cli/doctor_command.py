@@ -6,12 +6,14 @@ import json
 import os
 import platform
 import re
+from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, requires, version
 
 import torch
-import typer
 
-from transfer_surgery.cli.options import Json, run_errors, show
+from transfer_surgery._table import Column, Table
+from transfer_surgery.cli.options import Json
+from transfer_surgery.cli.printing import show
 from transfer_surgery.units import VARIABLE, compiler_error, kernel_choice
 
 _PACKAGES = (
@@ -46,17 +48,26 @@ def doctor(as_json: Json = False) -> None:
         extra: [name for name in names if _version(name) is None]
         for extra, names in _extras().items()
     }
-    with run_errors():  # trying the compiler may print
-        devices = _devices()
+    devices = _devices()
     if as_json:
-        found = {"versions": versions, "missing": extras, "devices": devices}
-        typer.echo(json.dumps(found, indent=2))
+        show(json.dumps({"versions": versions, "missing": extras, "devices": devices}, indent=2))
         return
-    show(("package", "version"), [(name, found or "-") for name, found in versions.items()])
-    typer.echo()
-    show(("extra", "state"), [(extra, _state(extra, lacks)) for extra, lacks in extras.items()])
-    typer.echo()
-    show(("device", "name", "kernels"), [tuple(device.values()) for device in devices])
+    rows = [_Row(name, found or "-") for name, found in versions.items()]
+    rows += [_Row(f"extra {extra}", _state(extra, lacks)) for extra, lacks in extras.items()]
+    for device in devices:
+        rows += [_Row(device["device"], device["name"]), _Row("kernels there", device["kernels"])]
+    show(str(_Findings(tuple(rows))))
+
+
+@dataclass(frozen=True)
+class _Row:
+    name: str
+    found: str
+
+
+@dataclass(frozen=True, repr=False)
+class _Findings(Table[_Row]):
+    columns = (Column("name"), Column("found"))
 
 
 def _version(name: str) -> str | None:

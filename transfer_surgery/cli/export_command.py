@@ -7,7 +7,8 @@ from typing import Annotated, Literal
 
 import typer
 
-from transfer_surgery.cli.options import Output, run_errors, say
+from transfer_surgery.cli.options import Output, run_errors
+from transfer_surgery.cli.printing import say
 from transfer_surgery.files import export_onnx, export_program, load_network
 from transfer_surgery.surgery import bake
 from transfer_surgery.units import GatedActivation

@@ -1,19 +1,15 @@
-"""What the commands share: options, how errors end, tables."""
+"""What the commands share: options, and how errors end."""
 
 from __future__ import annotations
 
 import ast
 import re
-import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, redirect_stdout
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
-from rich.markup import escape
-from rich.table import Table
 
 from transfer_surgery.files import ModelSpec, UnknownModelError
 from transfer_surgery.sites import Plan
@@ -85,8 +81,6 @@ Json = Annotated[
     bool, typer.Option("--json", help="Print JSON instead of a table. Default: a table.")
 ]
 
-_WIDE = 10_000  # columns; in a pipe no line of a table is broken
-
 
 def model_spec(name: str, assignments: list[str] | None, input_size: str | None) -> ModelSpec:
     """The model that the arguments of a command describe."""
@@ -144,12 +138,10 @@ _ERRORS = (ValueError, TypeError, ImportError, OSError, RuntimeError)
 def run_errors(errors: tuple[type[Exception], ...] = _ERRORS) -> Iterator[None]:
     """Run what may fail, and exit with status 1 and the message, without a traceback, if it does.
 
-    Names and arguments that no model has end with status 2. What a model prints goes to stderr, so
-    that stdout holds results only.
+    Names and arguments that no model has end with status 2.
     """
     try:
-        with redirect_stdout(sys.stderr):
-            yield
+        yield
     except typer.Exit:
         raise
     except UnknownModelError as error:
@@ -157,19 +149,3 @@ def run_errors(errors: tuple[type[Exception], ...] = _ERRORS) -> Iterator[None]:
     except errors as error:
         typer.echo(f"Error: {error}", err=True)
         raise typer.Exit(1) from error
-
-
-def say(text: str) -> None:
-    """Say what was done, on stderr."""
-    typer.echo(text, err=True)
-
-
-def show(headings: Sequence[str], rows: Sequence[Sequence[str]], right: Sequence[str] = ()) -> None:
-    """Print a table; numbers go to the right."""
-    table = Table(box=None, header_style="bold", pad_edge=False, padding=(0, 2, 0, 0))
-    for heading in headings:
-        table.add_column(heading, justify="right" if heading in right else "left")
-    for row in rows:
-        table.add_row(*map(escape, row))
-    console = Console(width=None if sys.stdout.isatty() else _WIDE, highlight=False)
-    console.print(table)

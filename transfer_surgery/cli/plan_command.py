@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Sequence
-from typing import Any
-
-import typer
+import math
+from dataclasses import replace
 
 from transfer_surgery.cli.options import (
     Exclude,
@@ -20,11 +17,9 @@ from transfer_surgery.cli.options import (
     choose,
     model_spec,
     run_errors,
-    show,
 )
+from transfer_surgery.cli.printing import show
 from transfer_surgery.sites import Plan, Site, find_activations
-
-_GRANULARITIES = ("layer", "channel", "neuron")
 
 
 def plan(
@@ -55,51 +50,27 @@ def plan(
         network = spec.build()
         whole = find_activations(network, spec.example_input(network))
     chosen = choose(whole, source, include, exclude, role)
-    filtered = any((source, include, exclude, role))
-    listed = chosen if filtered else whole
-    paths = {site.path for site in chosen}
+    listed = chosen if any((source, include, exclude, role)) else _with_reasons(whole, chosen)
     if as_json:
-        typer.echo(json.dumps([_to_dict(site, paths) for site in listed], indent=2))
+        show(listed.to_json())
         return
-    headings = ("path", "activation", "role", "kind", "shape", "axis", *_GRANULARITIES, "way")
-    show(headings, [_row(site, paths) for site in listed], right=("axis", *_GRANULARITIES))
-    for note in whole.unexamined:
-        typer.echo(f"note: {note}")
-    gates = ", ".join(f"{_count(chosen, name):,} per {name}" for name in _GRANULARITIES)
-    typer.echo(f"\n{len(chosen)} of {len(whole)} sites would be converted; gates: {gates}")
-
-
-def _row(site: Site, chosen: set[str]) -> Sequence[str]:
-    gates = (f"{number:,}" if number else "-" for number in _gates(site).values())
-    return (
-        site.path,
-        str(site.source),
-        site.role,
-        site.call,
-        "x".join(map(str, site.shape)),
-        str(site.channel_axis),
-        *gates,
-        _way(site, chosen),
+    gates = ", ".join(
+        f"{sum(_gates(site, name) for site in chosen):,} per {name}"
+        for name in ("layer", "channel", "neuron")
     )
+    show(f"{listed}\n\n{len(chosen)} of {len(whole)} sites would be converted; gates: {gates}")
 
 
-def _way(site: Site, chosen: set[str]) -> str:
-    if site.reason is None and site.path not in chosen:
-        return f"not converted: role {site.role}"
-    return site.outcome
+def _with_reasons(whole: Plan, chosen: Plan) -> Plan:
+    """All sites, where those that are not chosen say why."""
+    paths = {site.path for site in chosen}
+
+    def reason(site: Site) -> str | None:
+        return site.reason or (None if site.path in paths else f"role {site.role}")
+
+    return replace(whole, rows=tuple(replace(site, reason=reason(site)) for site in whole))
 
 
-def _gates(site: Site) -> dict[str, int | None]:
-    """Number of gates at each granularity; None where the input has no such axis."""
-    counts: dict[str, int | None] = {"layer": 1, "channel": None, "neuron": None}
-    if len(site.shape) > 1:
-        counts |= {"channel": site.gate_shape("channel")[0], "neuron": site.neurons}
-    return counts
-
-
-def _count(sites: Plan, granularity: str) -> int:
-    return sum(_gates(site)[granularity] or 0 for site in sites)
-
-
-def _to_dict(site: Site, chosen: set[str]) -> dict[str, Any]:
-    return {**site.to_dict(), "gates": _gates(site), "converted": site.path in chosen}
+def _gates(site: Site, granularity: str) -> int:
+    """How many gates a site would have; an input of one axis has one."""
+    return math.prod(site.gate_shape(granularity)) if len(site.shape) > 1 else 1

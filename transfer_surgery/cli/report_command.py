@@ -7,8 +7,9 @@ from typing import Annotated, Literal
 
 import typer
 
-from transfer_surgery.cli.options import Json, run_errors, say
-from transfer_surgery.files import read_gates
+from transfer_surgery.cli.options import Json, run_errors
+from transfer_surgery.cli.printing import say, show
+from transfer_surgery.files import read_gates, replace_file
 from transfer_surgery.reports import figure_of
 from transfer_surgery.reports import report as report_of
 
@@ -50,6 +51,7 @@ def report(
     with run_errors():
         found = report_of(read_gates(file), by=by)
         if plot is not None:
-            figure_of(found.plot()).savefig(plot, dpi=100)
+            figure = figure_of(found.plot())
+            replace_file(plot, lambda path: figure.savefig(path, dpi=100))
             say(f"wrote {plot}")
-    typer.echo(found.to_json() if as_json else str(found))
+    show(found.to_json() if as_json else str(found))

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from transfer_surgery.files import read_tensors
+from transfer_surgery.files import check_is_file, read_tensors
 
 # Under which training scripts keep the weights; timm's keeps averaged ones, too, which are better.
 _KEYS = ("state_dict_ema", "model_ema", "state_dict", "model")
@@ -24,10 +24,12 @@ def read_weights(file: Path) -> dict[str, Tensor]:
 
     Raises:
         ImportError: safetensors is needed and not installed.
+        FileNotFoundError: there is no file.
         ValueError: the file is damaged, or holds no tensors by name.
     """
     if file.suffix == ".safetensors":
         return _state(read_tensors(file)[1], file)
+    check_is_file(file)
     try:
         # timm's train.py keeps its arguments beside the weights; a Namespace runs no code
         with torch.serialization.safe_globals([argparse.Namespace]):
@@ -35,9 +37,10 @@ def read_weights(file: Path) -> dict[str, Tensor]:
     except OSError:
         raise
     except Exception as error:  # torch lets those of its readers through: KeyError, EOFError ...
+        why = re.split(r"\. |\n", str(error).strip())[0] or type(error).__name__
         raise ValueError(
-            f"{file} cannot be read as a checkpoint of tensors alone "
-            f"({str(error).strip().partition(chr(10))[0]}). Save model.state_dict()."
+            f"{file} cannot be read as a checkpoint of tensors alone ({why}). Save "
+            "model.state_dict()."
         ) from error
     return _state(held, file)
 

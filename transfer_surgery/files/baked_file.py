@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from transfer_surgery._sharding import check_not_sharded
 from transfer_surgery.files.gates_file import insert_modules, plan_for, sites_in, state_key
-from transfer_surgery.files.model_file import build_model, load_weights, spec_in
+from transfer_surgery.files.model_file import build_model, load_weights, make_model, spec_in
 from transfer_surgery.files.model_spec import ModelSpec
 from transfer_surgery.files.safetensors_file import is_below, read, write
 from transfer_surgery.files.unit_config import Config, build_unit, configs_of, plain_path, unwrap
@@ -143,7 +143,7 @@ def _build_baked(
 ) -> nn.Module:
     sites = sites_in(file, about)
     outcomes = {path: site.pop("outcome", None) for path, site in sites.items()}
-    model = spec.build()
+    model = make_model(file, spec)
     plan = plan_for(model, file, sites, spec.example_input(model))
     plain = {
         path: _plain(file, path, config, plan[path], outcomes[path], tensors)

@@ -67,7 +67,7 @@ def save_gates(model: nn.Module, file: str | os.PathLike[str]) -> None:
     """
     model = unwrap(model)
     sites = configs_of(model)
-    check_gates_are_whole(model)
+    check_gates_are_whole(units_of(model))
     tensors = {
         state_key(path, name): value
         for path, unit in units_of(model).items()

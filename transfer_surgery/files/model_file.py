@@ -9,8 +9,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from transfer_surgery.files.gates_file import insert_gates, sites_and_tensors
-from transfer_surgery.files.model_spec import ModelSpec
+from transfer_surgery.files.gates_file import insert_gates, sites_and_tensors, units_of
+from transfer_surgery.files.model_spec import ModelSpec, UnknownModelError
 from transfer_surgery.files.safetensors_file import read, write
 from transfer_surgery.files.unit_config import configs_of, plain_path, unwrap
 from transfer_surgery.units import check_gates_are_whole
@@ -51,7 +51,7 @@ def save_model(
         )
     """
     model, file = unwrap(model), Path(file)
-    check_gates_are_whole(model)
+    check_gates_are_whole(units_of(model))
     spec = spec_in(file, read(file, "model")[0]) if made_by is None else made_by
     tensors = {plain_path(key): value for key, value in model.state_dict().items()}
     write(file, "model", {"made_by": spec.to_dict(), "sites": configs_of(model)}, tensors)
@@ -83,9 +83,21 @@ def build_model(
 ) -> nn.Module:
     """The converted model of a file whose content was read; see `load_model`."""
     sites, gates, weights = sites_and_tensors(file, about, tensors)
-    model = spec.build()
+    model = make_model(file, spec)
     load_weights(model, weights, file)
     return insert_gates(model, file, sites, gates, spec.example_input(model))
+
+
+def make_model(file: Path, spec: ModelSpec) -> nn.Module:
+    """The model before its conversion.
+
+    Raises:
+        ValueError: the code that makes it is gone, has other arguments now, or fails on these.
+    """
+    try:
+        return spec.build()
+    except (UnknownModelError, RuntimeError) as error:
+        raise ValueError(f"{file}: {error}") from error
 
 
 def spec_in(file: Path, about: Mapping[str, Any]) -> ModelSpec:
@@ -101,23 +113,27 @@ def spec_in(file: Path, about: Mapping[str, Any]) -> ModelSpec:
 
 
 def load_weights(model: nn.Module, tensors: Mapping[str, Tensor], file: Path) -> None:
-    """Load a state dict strictly.
+    """Load a state dict strictly; floating-point numbers may have another precision.
 
     Raises:
-        ValueError: the message names what is missing, unknown, or of another shape.
+        ValueError: the message names what is missing, unknown, or of another shape or kind.
     """
     state = model.state_dict()
     wrong = [f"{key} is missing" for key in state if key not in tensors]
     wrong += [f"{key} is not in the model" for key in tensors if key not in state]
-    wrong += [
-        f"{key} is {tuple(tensors[key].shape)}, and {tuple(value.shape)} in the model"
-        for key, value in state.items()
-        if key in tensors and tensors[key].shape != value.shape
-    ]
+    for key, wanted in state.items():
+        found = tensors.get(key, wanted)
+        if found.shape != wanted.shape:
+            wrong.append(f"{key} is {tuple(found.shape)}, and {tuple(wanted.shape)} in the model")
+        elif found.is_floating_point() != wanted.is_floating_point():
+            wrong.append(f"{key} is {found.dtype}, and {wanted.dtype} in the model")
     if wrong:
         shown = "\n  ".join(wrong[:_SHOWN] + ["..."] * (len(wrong) > _SHOWN))
         raise ValueError(
             f"{file} does not fit this {type(model).__name__} ({len(wrong)} of {len(state)} "
             f"tensors): it was saved from another model, or one with other arguments.\n  {shown}"
         )
-    model.load_state_dict(tensors)
+    try:
+        model.load_state_dict(tensors)
+    except RuntimeError as error:  # sparse ones, or ones without values
+        raise ValueError(f"{file} does not fit this {type(model).__name__}: {error}") from error

@@ -7,7 +7,7 @@ import importlib.util
 import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +45,19 @@ class ModelSpec:
     name: str
     arguments: Mapping[str, Any] = field(default_factory=dict)
     input_size: tuple[int, ...] | None = None
+
+    def __post_init__(self) -> None:
+        match self.to_dict():
+            case {"name": str(), "arguments": Mapping(), "input_size": None}:
+                return
+            case {"name": str(), "arguments": Mapping(), "input_size": [*size]}:
+                if all(type(n) is int and n > 0 for n in size) and math.prod(size) <= _MOST:
+                    object.__setattr__(self, "input_size", tuple(size))  # JSON gives a list back
+                    return
+        raise ValueError(
+            f"{self.to_dict()} does not say how a model is made: give a name, a dict of arguments, "
+            "and an input_size such as (3, 224, 224) or None."
+        )
 
     def build(self, pretrained: bool = False) -> nn.Module:
         """Make the model.
@@ -89,7 +102,7 @@ class ModelSpec:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values."""
-        return asdict(self)
+        return dict(vars(self))
 
     @classmethod
     def from_dict(cls, data: Any) -> ModelSpec:
@@ -98,13 +111,10 @@ class ModelSpec:
         Raises:
             ValueError: the data does not say how a model is made.
         """
-        match data:
-            case {"name": str(name), "arguments": dict(arguments), "input_size": None}:
-                return cls(name, arguments)
-            case {"name": str(name), "arguments": dict(arguments), "input_size": [*size]}:
-                if all(type(n) is int and n > 0 for n in size) and math.prod(size) <= _MOST:
-                    return cls(name, arguments, tuple(size))
-        raise ValueError(f"{data!r} does not say how a model is made: name, arguments, input_size")
+        try:
+            return cls(**data)
+        except TypeError as error:
+            raise ValueError(f"{data!r} does not say how a model is made: {error}.") from error
 
     def _call(self, make: Callable[..., Any], *args: Any) -> nn.Module:
         with _explained(self.name):
@@ -123,7 +133,7 @@ def _explained(name: str) -> Iterator[None]:
         yield
     except (UnknownModelError, OSError, ImportError):
         raise
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         message = f"{name} raised {type(error).__name__}: {error}."
         if isinstance(error, TypeError) and "argument" in str(error):
             raise UnknownModelError(message) from error

@@ -38,22 +38,36 @@ def replace_file(file: Path, write: Callable[[Path], object]) -> None:
         file: the file; folders on the way to it are made.
         write: is called with a path in a new folder, which only this user can read, and writes
             there. What it writes beside that path goes beside the file.
+
+    Raises:
+        OSError: the file cannot be written, as on a full disk. It is then as it was.
     """
-    file = file.resolve()
-    file.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=".", dir=file.parent) as folder:
-        write(Path(folder, file.name))
-        # A file beside it, whose name is longer, comes first: the file itself refers to it.
-        for written in sorted(Path(folder).iterdir(), reverse=True):
-            with written.open("rb+") as opened:
-                os.fsync(opened.fileno())
-            place = file.with_name(written.name)
-            if place.exists():
-                shutil.copymode(place, written)
-            os.replace(written, place)
-    if os.name == "posix":  # the new name is on the disk only once its folder is
-        folder_number = os.open(file.parent, os.O_RDONLY)
+    try:
+        file = file.resolve()
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=".", dir=file.parent) as folder:
+            write(Path(folder, file.name))
+            # A file beside it, whose name is longer, comes first: the file itself refers to it.
+            for written in sorted(Path(folder).iterdir(), reverse=True):
+                _replace(file.with_name(written.name), written)
+        _sync(file.parent, os.O_RDONLY)  # the new name is on the disk only once its folder is
+    except Exception as error:  # torch and safetensors have errors of their own for a full disk
+        raise OSError(f"{file} cannot be written: {error}") from error
+
+
+def _replace(file: Path, new: Path) -> None:
+    usual = new.with_name(".usual")  # safetensors makes files that only this user can read
+    usual.touch()
+    shutil.copymode(file if file.exists() else usual, new)
+    _sync(new, os.O_RDWR)
+    os.replace(new, file)
+
+
+def _sync(path: Path, flags: int) -> None:
+    """Wait until a file or a folder is on the disk."""
+    if os.name == "posix" or path.is_file():  # other systems open no folders
+        opened = os.open(path, flags)
         try:
-            os.fsync(folder_number)
+            os.fsync(opened)
         finally:
-            os.close(folder_number)
+            os.close(opened)

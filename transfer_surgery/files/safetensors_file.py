@@ -15,6 +15,7 @@ from transfer_surgery._sharding import gathered
 from transfer_surgery.files.replacing import check_replaceable, replace_file
 
 _KEY, _VERSION = "transfer_surgery", 1
+_USUAL = "model.safetensors"
 
 
 def write(file: Path, kind: str, about: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
@@ -29,7 +30,8 @@ def write(file: Path, kind: str, about: Mapping[str, Any], tensors: Mapping[str,
     Raises:
         ImportError: safetensors is not installed.
         ValueError: the file exists and this library did not write it, or it is of another kind;
-            `about` is not JSON; a value at a site is NaN, which no loader reads.
+            `about` is not JSON; a value is no dense tensor; one at a site is NaN, which no loader
+            reads.
         OSError: it cannot be written, as on a full disk. The file is then as it was.
     """
     safetensors = _require_safetensors()
@@ -39,9 +41,13 @@ def write(file: Path, kind: str, about: Mapping[str, Any], tensors: Mapping[str,
     bad: list[str] = []
     storages: set[int] = set()
     for key, tensor in tensors.items():
-        value = gathered(tensor).detach()
+        value = gathered(tensor)
+        if not _is_dense(value):
+            bad.append(f"{key} is no dense tensor of numbers")
+            continue
+        value = value.detach()
         if is_below(key, about["sites"]) and value.isnan().any():
-            bad.append(key)
+            bad.append(f"{key} has values that are not a number")
         if writes:
             value = value.cpu().contiguous()
             # Tied tensors are written one by one: safetensors refuses two of one memory.
@@ -50,7 +56,7 @@ def write(file: Path, kind: str, about: Mapping[str, Any], tensors: Mapping[str,
             storages.add(storage)
     # Every rank has gathered all values, so all of them raise, or none.
     if bad:
-        raise ValueError(f"{bad[0]} has values that are not a number: {file} is not written.")
+        raise ValueError(f"{bad[0]}: {file} is not written.")
     if not writes:
         return
     check_replaceable(file, lambda path: read(path, kind))
@@ -59,10 +65,7 @@ def write(file: Path, kind: str, about: Mapping[str, Any], tensors: Mapping[str,
     except (TypeError, ValueError) as error:
         raise ValueError(f"{file} cannot hold what describes this model: {error}.") from error
     metadata = {"format": "pt", _KEY: text}
-    try:
-        replace_file(file, lambda path: safetensors.torch.save_file(values, path, metadata))
-    except safetensors.SafetensorError as error:
-        raise OSError(f"{file} cannot be written: {error}.") from error
+    replace_file(file, lambda path: safetensors.torch.save_file(values, path, metadata))
 
 
 def read(file: Path, *kinds: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -73,9 +76,6 @@ def read(file: Path, *kinds: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
         FileNotFoundError: there is no file.
         ValueError: it is damaged, too new, of another program, or of none of these kinds.
     """
-    if not file.is_file():
-        why = "is a folder" if file.is_dir() else "is not a file" if file.exists() else ""
-        raise FileNotFoundError(f"{file} {why or 'does not exist'}.")
     metadata, tensors = read_tensors(file)
     try:
         about = json.loads(metadata.get(_KEY, "null"))
@@ -100,15 +100,31 @@ def read_tensors(file: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
 
     Raises:
         ImportError: safetensors is not installed.
+        FileNotFoundError: there is no file.
         ValueError: the file is damaged.
     """
     safetensors = _require_safetensors()
+    check_is_file(file)
     try:
         with safetensors.safe_open(file, framework="pt") as opened:
             tensors = {key: opened.get_tensor(key) for key in opened.keys()}  # noqa: SIM118
             return opened.metadata() or {}, tensors
     except safetensors.SafetensorError as error:
         raise ValueError(f"{file} is damaged, or is not a safetensors file: {error}.") from error
+
+
+def check_is_file(file: Path) -> None:
+    """Raise FileNotFoundError where there is no file, or something else has its name."""
+    if file.is_dir():
+        raise FileNotFoundError(f"{file} is a folder, and not a file such as {file / _USUAL}.")
+    if not file.is_file():
+        raise FileNotFoundError(f"{file} {'is not a file' if file.exists() else 'does not exist'}.")
+
+
+def _is_dense(value: Any) -> bool:
+    """Whether a value of a state dict is a tensor whose numbers safetensors can write."""
+    plain = type(value) in (Tensor, torch.nn.Parameter, torch.nn.Buffer)
+    return plain and value.layout is torch.strided and not (value.is_quantized or value.is_meta)
 
 
 def is_below(key: str, paths: Mapping[str, Any]) -> bool:

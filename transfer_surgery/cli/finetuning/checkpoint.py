@@ -56,23 +56,27 @@ class Checkpoint:
         """
         if not self.file.exists():
             return 0
+        different: list[str] = []
         try:
             state = torch.load(self.file, map_location="cpu", weights_only=True)
             there = dict(state["settings"])
+            different += (
+                f"{name} was {there.get(name)} and is {value} now"
+                for name, value in self.settings.items()
+                if there.get(name) != value
+            )
+            if not different:
+                return self._load(state, optimizer, scheduler)
         except Exception as error:  # torch lets those of its readers through
             raise ValueError(
                 f"{self.file} is damaged, or is not the state of a training."
             ) from error
-        different = [
-            f"{name} was {there.get(name)} and is {value} now"
-            for name, value in self.settings.items()
-            if there.get(name) != value
-        ]
-        if different:
-            raise ValueError(
-                f"{self.file}: {'; '.join(different)}. Go on with the same settings, or begin anew "
-                "with another file."
-            )
+        raise ValueError(
+            f"{self.file}: {'; '.join(different)}. Go on with the same settings, or begin anew "
+            "with another file."
+        )
+
+    def _load(self, state: dict[str, Any], optimizer: Optimizer, scheduler: LRScheduler) -> int:
         self.model.load_state_dict(state["model"])
         scheduler.load_state_dict(state["scheduler"])
         optimizer.load_state_dict(state["optimizer"])

@@ -11,7 +11,8 @@ from torch import nn
 from transfer_surgery.cli.finetuning.checkpoint import Checkpoint, state_of
 from transfer_surgery.cli.finetuning.images import ImageData, load_images
 from transfer_surgery.cli.finetuning.training import Machine, some_images, train
-from transfer_surgery.cli.options import Converted, run_errors, say
+from transfer_surgery.cli.options import Converted, run_errors
+from transfer_surgery.cli.printing import say, show
 from transfer_surgery.files import ModelSpec, load_network, save_model
 from transfer_surgery.matching import match_targets
 from transfer_surgery.reports import History, report
@@ -123,8 +124,8 @@ def finetune(
             network, opt=opt, lr=lr, weight_decay=weight_decay
         )
         wrap_optimizer(optimizer, network, transfer=transfer)
-    # Training can end with a state that does not fit, or diverge; anything else is a bug.
-    with run_errors((ValueError, FloatingPointError)):
+    # A state may not fit, an image be damaged, a disk be full, the loss diverge; all else is a bug.
+    with run_errors((ValueError, OSError, FloatingPointError)):
         last = train(
             network,
             loaders,
@@ -136,7 +137,7 @@ def finetune(
             checkpoint=Checkpoint(state, network, settings, lambda: save_model(network, file)),
         )
     transferred = report(network).total.transferred
-    typer.echo(f"{file}: test accuracy {last.accuracy:.2%}, {transferred:.1%} transferred")
+    show(f"{file}: test accuracy {last.accuracy:.2%}, {transferred:.1%} transferred")
 
 
 def _load_images(
