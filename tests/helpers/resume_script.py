@@ -19,6 +19,7 @@ from torch import nn
 
 from transfer_surgery import (
     HardConcrete,
+    Line,
     TransferSchedule,
     convert,
     load_gates,
@@ -36,6 +37,7 @@ SETTINGS = {
     "sgd": ("sgd", PROJECTION),
     "adamw": ("adamw", PROJECTION),
     "adamw in order": ("adamw", {"transfer": TransferSchedule(STEPS, order="back_to_front")}),
+    "sgd line": ("sgd", PROJECTION),
     "sgd gamma": ("sgd", {"gamma": 30.0, "gamma_warmup": 14, "gate_lr": 5.0}),
     "adamw gamma": ("adamw", {"gamma": 30.0, "gamma_warmup": 14, "gate_lr": 0.5}),
 }
@@ -61,11 +63,8 @@ def start(setting, seed, model=None):
     """Model, optimizer and scheduler as before the first step."""
     torch.manual_seed(seed)
     kind, how = SETTINGS[setting]
-    model = (
-        convert(Net(), gate=HardConcrete(noise="example"), example_input=X)
-        if model is None
-        else model
-    )
+    gate = Line() if "line" in setting else HardConcrete(noise="example")
+    model = convert(Net(), gate=gate, example_input=X) if model is None else model
     optimizer = (
         torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, weight_decay=1e-3)
         if kind == "sgd"

@@ -18,7 +18,7 @@ from cifar_resnet import ResNet
 from typer.testing import CliRunner
 
 from transfer_surgery import find_activations
-from transfer_surgery.cli.finetuning.images import MemoryLoader, Preprocessing, crop_and_flip
+from transfer_surgery.cli.finetuning.images import MemoryLoader, Preprocessing
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 CPU = torch.device("cpu")
@@ -134,15 +134,6 @@ def test_the_cifar_resnet_is_that_of_he_et_al(depth: int, parameters: int) -> No
     plan = find_activations(model, torch.zeros(1, 3, 32, 32))
     assert len(plan) == depth - 1
     assert {(site.kind, site.way) for site in plan} == {("function", "edit")}
-
-
-def test_crops_are_shifted_windows_of_the_image_or_of_its_mirror() -> None:
-    image = torch.arange(1, 26, dtype=torch.uint8).view(1, 1, 5, 5)
-    padded = torch.nn.functional.pad(image, (1, 1, 1, 1))
-    windows = padded.unfold(2, 5, 1).unfold(3, 5, 1).reshape(-1, 5, 5)
-    allowed = {tuple(w.flatten().tolist()) for w in torch.cat([windows, windows.flip(2)])}
-    crops = crop_and_flip(image.expand(500, -1, -1, -1), padding=1)
-    assert {tuple(crop.flatten().tolist()) for crop in crops} == allowed
 
 
 def test_loaders_show_every_image_once_and_only_training_changes_the_order() -> None:

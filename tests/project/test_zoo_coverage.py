@@ -6,7 +6,6 @@ import zoo.check
 from typer.testing import CliRunner
 from zoo.check import PASSED, check
 from zoo.models import family_of, model_names
-from zoo.outputs import depends_on_input, equal, finite_share, mean_square
 from zoo.records import complete, problem, read
 from zoo.runner import Bounds, run
 from zoo_coverage import FAMILIES, app
@@ -70,31 +69,6 @@ def test_a_wrong_result_is_noticed(monkeypatch, stage, replacement, failed):
 def _shifted(model):
     next(model.parameters()).mul_(1.0001)
     return model
-
-
-def test_outputs_of_any_structure_are_compared_bit_for_bit():
-    nan, inf = float("nan"), float("inf")
-    first = {"a": [torch.tensor([1.0, nan, inf])], "b": (3, None)}
-    assert equal(first, {"a": [torch.tensor([1.0, nan, inf])], "b": (3, None)})
-    assert not equal(first, {"a": [torch.tensor([1.0, nan, -inf])], "b": (3, None)})
-    assert not equal(first, {"a": [torch.tensor([1.0, nan, nan])], "b": (3, None)})
-    assert not equal(first, {"a": [torch.tensor([1.0, nan, inf]).double()], "b": (3, None)})
-    assert not equal(first, {"a": [torch.tensor([1.0, nan, inf])]})
-    assert finite_share(first) == pytest.approx(1 / 3)
-
-
-def test_an_output_depends_on_the_input_where_the_examples_differ():
-    assert depends_on_input({"out": torch.tensor([[1.0], [2.0]])})
-    assert not depends_on_input({"out": torch.ones(2, 1), "size": torch.tensor([1, 2, 3])})
-    assert depends_on_input([{"boxes": torch.ones(2, 4)}, {"boxes": torch.ones(3, 4)}])
-    assert not depends_on_input([{"boxes": torch.ones(2, 4)}, {"boxes": torch.ones(2, 4)}])
-
-
-def test_every_output_takes_part_in_the_loss():
-    x = torch.ones(2, requires_grad=True)
-    assert mean_square({"a": 2 * x, "b": [3 * x, torch.tensor(1)]}).item() == 13
-    with pytest.raises(ValueError, match="no output"):
-        mean_square(torch.ones(2))
 
 
 @pytest.mark.slow

@@ -90,18 +90,6 @@ def test_gates_without_log_alpha_have_none_and_do_not_count_in_its_mean():
     assert report(line).total.mean_log_alpha is None
 
 
-def test_layer_gates_are_one_gate_each():
-    layer = GatedActivation(
-        get_activation("relu"),
-        get_activation("sin"),
-        make_gate("hard_concrete", ()),
-        granularity=PerLayer(),
-        neurons=99,
-    )
-    (row,) = report(layer)
-    assert (row.gates, row.neurons, row.kept) == (1, 99, 1.0)
-
-
 def test_a_shared_unit_is_one_row():
     shared = unit([ONE])
     assert len(report(nn.Sequential(shared, nn.Flatten(), shared))) == 1
@@ -145,10 +133,6 @@ def test_the_table_says_0_and_100_percent_of_exact_shares_only(zeros, shown):
     text = str(report(unit([ZERO] * zeros + [HALF] * (2000 - zeros))))
     assert shown in text
     assert "100 %" in text or zeros
-
-
-def test_repr_is_one_short_line():
-    assert repr(report(unit([ZERO]))) == "Report(1 sites, 1 gates, 100 % transferred)"
 
 
 def test_by_stage_sums_the_rows_below_each_child_of_a_model_of_no_zoo():

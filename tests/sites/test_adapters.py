@@ -171,38 +171,33 @@ def runs(model, training):
         probe(*args, **kwargs)
 
 
-TIMM = {
-    "resnet18": {"in_chans": 1},
-    "vit_tiny_patch16_224": {"img_size": 96, "in_chans": 4},
-    "test_mambaout": {},
-    "test_vit3": {},
-    "naflexvit_base_patch16_gap": {"in_chans": 2},
-    "crossvit_9_240": {"in_chans": 1},
-    "test_convnext": {"features_only": True},
-}
+def built(name, **options):
+    zoo, name = name.split(":")
+    build = timm.create_model if zoo == "timm" else torchvision.models.get_model
+    return build(name, **options)
 
 
-@pytest.mark.parametrize("name", TIMM)
-def test_timm_models_run_on_their_example_input(name):
-    model = timm.create_model(name, **TIMM[name])
-    assert type(find_adapter(model)).__name__ == "TimmAdapter"
-    runs(model, training=False)
-    runs(model, training=True)
-
-
-TORCHVISION = {
-    "mobilenet_v3_small": {},
-    "vit_b_32": {"image_size": 64},
-    "lraspp_mobilenet_v3_large": {"weights_backbone": None},
-    "r3d_18": {},
-    "raft_small": {},
-    "quantized_mobilenet_v2": {},
-}
-
-
-@pytest.mark.parametrize("name", TORCHVISION)
-def test_torchvision_models_run_on_their_example_input(name):
-    model = torchvision.models.get_model(name, **TORCHVISION[name])
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("timm:resnet18", {"in_chans": 1}),
+        ("timm:vit_tiny_patch16_224", {"img_size": 96, "in_chans": 4}),
+        ("timm:test_mambaout", {}),
+        ("timm:test_vit3", {}),
+        ("timm:naflexvit_base_patch16_gap", {"in_chans": 2}),
+        ("timm:crossvit_9_240", {"in_chans": 1}),
+        ("timm:test_convnext", {"features_only": True}),
+        ("torchvision:mobilenet_v3_small", {}),
+        ("torchvision:vit_b_32", {"image_size": 64}),
+        ("torchvision:lraspp_mobilenet_v3_large", {"weights_backbone": None}),
+        ("torchvision:r3d_18", {}),
+        ("torchvision:raft_small", {}),
+        ("torchvision:quantized_mobilenet_v2", {}),
+    ],
+)
+def test_models_of_zoos_run_on_their_example_input(name, options):
+    model = built(name, **options)
+    assert type(find_adapter(model)).__name__.lower() == f"{name.split(':')[0]}adapter"
     runs(model, training=False)
     runs(model, training=True)
 
@@ -229,9 +224,7 @@ def test_detection_models_get_targets_and_run_in_both_modes():
     ],
 )
 def test_reports_by_stage_follow_the_zoo(name, stages):
-    zoo, name = name.split(":")
-    build = timm.create_model if zoo == "timm" else torchvision.models.get_model
-    model = convert(build(name), granularity="layer")
+    model = convert(built(name), granularity="layer")
     by_stage = report(model, by="stage")
     assert [row.path for row in by_stage] == stages
     assert by_stage.total == report(model).total

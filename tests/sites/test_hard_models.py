@@ -22,14 +22,6 @@ def _faster_rcnn():
     )
 
 
-def _transformers_vit():
-    transformers = pytest.importorskip("transformers")
-    config = transformers.ViTConfig(
-        hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64
-    )
-    return transformers.ViTForImageClassification(config)
-
-
 # name: (how it is built, arguments, converted sites, what is hard about it)
 HARD = {
     "hrnet_w18": (96, 284, "changes a list while it runs"),
@@ -52,7 +44,6 @@ OTHERS = {
         lambda: (torch.rand(2, 3, 128, 128), torch.rand(2, 3, 128, 128)),
         58,
     ),
-    "transformers ViT": (_transformers_vit, lambda: (torch.randn(2, 3, 224, 224),), 2),
 }
 CASES = OTHERS | {
     name: (

@@ -8,7 +8,6 @@ import pytest
 import torch
 from torch import nn
 from torch.optim import SGD, Adam, AdamW, Optimizer, RMSprop
-from torch.utils.checkpoint import checkpoint
 
 from tests.helpers.explicit_loss import (
     GAMMA,
@@ -21,8 +20,6 @@ from tests.helpers.explicit_loss import (
     closure_of,
     gated_cnn,
     gated_mlp,
-    gates,
-    mean_probability,
     mid_transfer,
     plain,
     risk,
@@ -124,36 +121,6 @@ def cleared_in_turns(model: nn.Module, optimizer: Optimizer, explicit: bool, see
         optimizer.zero_grad(set_to_none=seed % 3 == 1)
 
 
-def checkpointed(model: nn.Module, optimizer: Optimizer, explicit: bool, seed: int) -> None:
-    with _checkpoints(model, use_reentrant=False):
-        plain(model, optimizer, explicit, seed)
-
-
-def checkpointed_reentrant(
-    model: nn.Module, optimizer: Optimizer, explicit: bool, seed: int
-) -> None:
-    with _checkpoints(model, use_reentrant=True):
-        plain(model, optimizer, explicit, seed)
-
-
-class _checkpoints:  # noqa: N801
-    """The block of `network` runs in a checkpoint meanwhile."""
-
-    def __init__(self, model: nn.Module, use_reentrant: bool) -> None:
-        self.block, self.use_reentrant = model.get_submodule("3"), use_reentrant
-
-    def __enter__(self) -> None:
-        inner = self.block.forward
-
-        def forward(*args: Any) -> Any:
-            return checkpoint(inner, *args, use_reentrant=self.use_reentrant)
-
-        self.block.forward = forward  # type: ignore[method-assign]
-
-    def __exit__(self, *exception: object) -> None:
-        del self.block.forward
-
-
 LOOPS: list[Loop] = [
     plain,
     accumulated,
@@ -165,8 +132,6 @@ LOOPS: list[Loop] = [
     float16_clipped,
     clipped_by_norm,
     cleared_in_turns,
-    checkpointed,
-    checkpointed_reentrant,
 ]
 
 # `make test` takes every optimizer with one loop, and every loop with two optimizers that differ in
@@ -194,21 +159,6 @@ def test_gates_keep_to_the_schedule(name: str, loop: Loop) -> None:
     assert_loop_reaches_the_budget(OPTIMIZERS[name], loop)
 
 
-@pytest.mark.parametrize("loop", [checkpointed, checkpointed_reentrant], ids=lambda f: f.__name__)
-def test_checkpointed_training_equals_that_without_checkpoints_bit_for_bit(loop: Loop) -> None:
-    models = []
-    for each in (loop, plain):
-        model = gated_cnn()
-        optimizer = SGD(model.parameters(), lr=0.05)
-        wrap_optimizer(optimizer, model, transfer=TransferSchedule(6, start=0))
-        for seed in range(4):
-            each(model, optimizer, False, seed)
-        models.append(model)
-    assert 0.001 < mean_probability(models[0]) < 0.999
-    # Batch norm is outside of the checkpointed block: its statistics count each batch once.
-    torch.testing.assert_close(models[0].state_dict(), models[1].state_dict(), rtol=0, atol=0)
-
-
 @pytest.mark.parametrize("how", [{"gamma": GAMMA}, {"transfer": TransferSchedule(3, start=0)}])
 @pytest.mark.parametrize("name", ["sgd-momentum", "sgd-fused", "adam-tensor-lr", "adamw-fused"])
 def test_a_step_that_the_grad_scaler_skips_changes_nothing(name: str, how: dict[str, Any]) -> None:
@@ -220,25 +170,6 @@ def test_a_step_that_the_grad_scaler_skips_changes_nothing(name: str, how: dict[
     scaler.step(optimizer)
     scaler.update()
     assert_same_weights(model, before, rtol=0, atol=0)
-
-
-def test_a_float16_overflow_skips_the_step_and_the_next_one_counts_on() -> None:
-    model = mid_transfer(gated_cnn())
-    schedule = TransferSchedule(20, start=0)
-    optimizer = wrap_optimizer(SGD(model.parameters(), lr=0.05), model, transfer=schedule)
-    before = copy.deepcopy(model)
-    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**30)
-    with torch.autocast("cpu", torch.float16):
-        loss = task(model, 0)
-    scaler.scale(loss).backward()
-    scaler.step(optimizer)
-    scaler.update()
-    assert scaler.get_scale() == 2.0**29
-    torch.testing.assert_close(gates(model), gates(before), rtol=0, atol=0)
-    optimizer.zero_grad()
-    float16_scaled(model, optimizer, False, 1)
-    assert optimizer.param_groups[-1]["transfer_step"] == 1
-    assert mean_probability(model) == pytest.approx(schedule.budget(1), abs=1e-3)
 
 
 def test_a_second_optimizer_for_the_matrices_leaves_the_gates_to_the_wrapped_one() -> None:

@@ -52,19 +52,14 @@ def test_arguments_that_do_not_fit_are_errors(
     refused(error, message, model, SGD(model.parameters(), lr=0.1), **arguments)
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
+def test_gates_without_parameters_take_a_full_schedule_only() -> None:
+    model = gated_mlp("line")
+    for arguments, message in (
         ({"gamma": 1.0}, "gates of the kind 'line' have no parameters .* transfer="),
         ({"transfer": SCHEDULE, "gate_lr": 0.1}, "gate_lr: these gates have no parameters"),
         ({"transfer": TransferSchedule(9, fraction=0.5)}, "'line' all go together: use fraction=1"),
-    ],
-)
-def test_gates_without_parameters_take_a_full_schedule_only(
-    arguments: dict[str, Any], message: str
-) -> None:
-    model = gated_mlp("line")
-    refused(ValueError, message, model, SGD(model.parameters(), lr=0.1), **arguments)
+    ):
+        refused(ValueError, message, model, SGD(model.parameters(), lr=0.1), **arguments)
 
 
 def test_optimizers_that_do_not_fit_are_errors() -> None:
@@ -78,12 +73,8 @@ def test_optimizers_that_do_not_fit_are_errors() -> None:
     rprop = torch.optim.Rprop(model.parameters())
     message = "gate_weight_decay: Rprop has no weight_decay"
     refused(ValueError, message, model, rprop, gamma=1.0, gate_weight_decay=0.1)
-
-
-def test_wrapping_twice_is_an_error() -> None:
-    model = gated_mlp()
-    optimizer = wrap_optimizer(SGD(model.parameters(), lr=0.1), model, gamma=1.0)
-    refused(ValueError, "wrapped already.*Build a new optimizer", model, optimizer, gamma=1.0)
+    wrapped = wrap_optimizer(SGD(model.parameters(), lr=0.1), model, gamma=1.0)
+    refused(ValueError, "wrapped already.*Build a new optimizer", model, wrapped, gamma=1.0)
 
 
 @pytest.mark.parametrize("why", ["gates not held", "gate_lr"])

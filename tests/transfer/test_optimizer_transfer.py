@@ -1,15 +1,12 @@
 """`wrap_optimizer(transfer=...)`: gates follow the schedule, stop, resume, and stay at its end."""
 
-import io
 from typing import Any
 
 import pytest
 import torch
-from torch import nn
-from torch.optim import SGD, Adam, Optimizer, lr_scheduler
+from torch.optim import SGD, Adam
 
 from tests.helpers.explicit_loss import (
-    assert_same_weights,
     assert_transferred,
     closure,
     gated_mlp,
@@ -72,30 +69,3 @@ def test_a_linear_schedule_gives_the_papers_line_and_copy(kind: str) -> None:
         expected = 1 - step / 10 if kind == "line" else float(step < 5)
         for _, unit in gated_activations(model):
             torch.testing.assert_close(unit.gate.predict(), torch.full((6,), expected))
-
-
-@pytest.mark.parametrize("kind", ["hard_concrete", "line"])
-def test_resuming_equals_never_having_stopped(kind: str) -> None:
-    def start() -> tuple[nn.Module, Optimizer, lr_scheduler.LRScheduler]:
-        torch.manual_seed(0)
-        model = gated_mlp(kind)
-        optimizer = Adam(model.parameters(), lr=0.05)
-        wrap_optimizer(optimizer, model, transfer=TransferSchedule(12))
-        return model, optimizer, lr_scheduler.CosineAnnealingLR(optimizer, 12)
-
-    model, optimizer, scheduler = start()
-    for step in range(12):
-        if step == 5:
-            file = io.BytesIO()
-            torch.save([part.state_dict() for part in (model, optimizer, scheduler)], file)
-        plain(model, optimizer, False, step)
-        scheduler.step()
-
-    resumed = start()
-    file.seek(0)
-    for part, state in zip(resumed, torch.load(file, weights_only=True), strict=True):
-        part.load_state_dict(state)
-    for step in range(5, 12):
-        plain(resumed[0], resumed[1], False, step)
-        resumed[2].step()
-    assert_same_weights(model, resumed[0], rtol=0, atol=0)

@@ -361,41 +361,6 @@ def test_a_third_party_registers_a_gate_of_its_own(monkeypatch):
     assert ((model[1].gate.predict() > 0.5) & (model[1].gate.predict() < 0.7)).all()
 
 
-def test_settings_have_one_gate_and_need_one():
-    with pytest.raises(ValueError, match="Line has the gate 'line' already"):
-        register_gate("another", Line)
-
-    class Mine(Line):
-        pass
-
-    with pytest.raises(ValueError, match=r"Mine has no gate: put @register_gate\(name, Mine\)"):
-        make_gate(Mine(), (3,))
-
-
-def test_a_name_is_registered_once():
-    with pytest.raises(ValueError, match="'line' is already registered; choose another name"):
-        register_gate("line", Line)
-
-
-def test_an_unknown_name_is_answered_with_the_known_ones():
-    with pytest.raises(ValueError, match=r"unknown gate 'soft'\. Known: bernoulli, .*line.*Add"):
-        make_gate("soft", ())
-
-
-@pytest.mark.parametrize(
-    ("given", "message"),
-    [
-        ({"name": "line", "noise": "none"}, "gate 'line': .*unexpected keyword argument 'noise'"),
-        ({"name": "hard_concrete", "temperature": "x"}, "gate 'hard_concrete': "),
-        ({"name": "hard_concrete", "stretch": [0]}, "not enough values"),
-        ({}, "unknown gate None"),
-    ],
-)
-def test_settings_that_a_gate_does_not_have_are_refused(given, message):
-    with pytest.raises(ValueError, match=message):
-        gate_settings(given)
-
-
 @pytest.mark.parametrize(
     "settings",
     [HardConcrete("alpha", "example", 0.4, (-0.3, 1.2)), Bernoulli(noise="none"), Line(), Copy()],
@@ -425,6 +390,24 @@ def test_bad_settings_are_refused_with_what_is_right(options, message):
         HardConcrete(**options)
 
 
-def test_a_class_in_place_of_settings_is_an_error_that_says_so():
-    with pytest.raises(ValueError, match=r"write HardConcrete\(\)"):
-        make_gate(HardConcrete, (3,))
+class Mine(Line):
+    """Settings without a gate."""
+
+
+@pytest.mark.parametrize(
+    ("call", "argument", "message"),
+    [
+        (make_gate, "soft", r"unknown gate 'soft'\. Known: bernoulli, .*line.*Add"),
+        (make_gate, HardConcrete, r"write HardConcrete\(\)"),
+        (make_gate, Mine(), r"Mine has no gate: put @register_gate\(name, Mine\)"),
+        (register_gate, "line", "'line' is already registered; choose another name"),
+        (register_gate, "another", "Line has the gate 'line' already"),
+        (gate_settings, {"name": "line", "noise": "none"}, "'line': .*unexpected keyword .*noise'"),
+        (gate_settings, {"name": "hard_concrete", "temperature": "x"}, "gate 'hard_concrete': "),
+        (gate_settings, {"name": "hard_concrete", "stretch": [0]}, "not enough values"),
+        (gate_settings, {}, "unknown gate None"),
+    ],
+)
+def test_what_is_no_gate_is_refused_with_what_is_right(call, argument, message):
+    with pytest.raises(ValueError, match=message):
+        call(argument, *{make_gate: [()], register_gate: [Line]}.get(call, []))
