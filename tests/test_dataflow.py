@@ -2,7 +2,7 @@
 
 from torch import nn
 
-from transfer_surgery._dataflow import sharing_parameters
+from transfer_surgery._plain_weights import sharing_parameters
 from transfer_surgery.matching.layer_refit import layers_to_refit
 
 

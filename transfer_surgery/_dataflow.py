@@ -1,4 +1,4 @@
-"""Which modules write, read and share a tensor: seen in one run of a model."""
+"""Which modules write and read a tensor: seen in one run of a model."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
+from torch.utils.hooks import RemovableHandle
 
 from transfer_surgery._running import hooked
 
@@ -17,16 +18,6 @@ _PASSING = (F.dropout, F.dropout1d, F.dropout2d, F.dropout3d, F.alpha_dropout)
 """In evaluation they give back what they get."""
 _NORM_CALLS = (F.batch_norm, F.group_norm)
 """Of modules that do more than their norm, such as timm's BatchNormAct2d."""
-
-
-def sharing_parameters(model: nn.Module) -> set[nn.Module]:
-    """The modules that have a parameter which another module has, too."""
-    owners: dict[int, list[nn.Module]] = {}
-    for module in model.modules():
-        for parameter in module._parameters.values():
-            if parameter is not None:
-                owners.setdefault(id(parameter), []).append(module)
-    return {module for several in owners.values() if len(several) > 1 for module in several}
 
 
 def norms_behind(
@@ -73,13 +64,16 @@ class Readers(TorchFunctionMode):
         self.calls: dict[nn.Module, list[tuple[Tensor, Tensor]]] = {}
         self.read: dict[int, list[nn.Module | None]] = {}
         self._kept: list[Any] = []  # so that no other tensor gets the same id
+        self._handles: list[RemovableHandle] = []
         self._inside = 0
         self._modules = modules
         self._norms = {id(norm.weight): norm for norm in norms if norm.weight is not None}
 
     def __enter__(self) -> Readers:
-        self._handles = [m.register_forward_pre_hook(self._begin) for m in self._modules]
-        self._handles += [m.register_forward_hook(self._end) for m in self._modules]
+        for module in self._modules:
+            begin = module.register_forward_pre_hook(self._begin, with_kwargs=True)
+            end = module.register_forward_hook(self._end, with_kwargs=True)
+            self._handles += [begin, end]
         super().__enter__()  # type: ignore[no-untyped-call]
         return self
 
@@ -88,14 +82,17 @@ class Readers(TorchFunctionMode):
         for handle in self._handles:
             handle.remove()
 
-    def _begin(self, module: nn.Module, args: tuple[Any, ...]) -> None:
+    def _begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if not self._inside:
-            self._note(args, module)
+            self._note((args, kwargs), module)
         self._inside += 1
 
-    def _end(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
+    def _end(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor
+    ) -> None:
         self._inside -= 1
-        self.calls.setdefault(module, []).append((args[0], output))
+        (given, *_) = (*args, *kwargs.values())
+        self.calls.setdefault(module, []).append((given, output))
         self._kept.append(output)
 
     def __torch_function__(
@@ -108,7 +105,11 @@ class Readers(TorchFunctionMode):
             self._note((args, kwargs), None)
             self._kept.append(result)
             if func in _NORM_CALLS and id(weight := (kwargs or {}).get("weight")) in self._norms:
-                self.calls.setdefault(self._norms[id(weight)], []).append((args[0], result))
+                norm = self._norms[id(weight)]
+                self.calls.setdefault(norm, []).append((args[0], result))
+                for own in norm.parameters(recurse=False):
+                    if known := self.read.get(id(own)):
+                        known.remove(None)
         return result
 
     def note_output(self, output: Any) -> None:
@@ -126,6 +127,10 @@ class Readers(TorchFunctionMode):
         return next(
             (m for m, calls in self.calls.items() if any(y is tensor for _, y in calls)), None
         )
+
+    def is_read(self, tensor: Tensor) -> bool:
+        """Whether a parameter is read outside of the calls of the modules that are looked at."""
+        return bool(self.read.get(id(tensor)))
 
     def only_reader(self, tensor: Tensor) -> nn.Module | None:
         readers = self.read.get(id(tensor), [])

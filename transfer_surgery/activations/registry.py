@@ -11,10 +11,12 @@ import inspect
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from types import FunctionType
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
-from torch.overrides import handle_torch_function, has_torch_function_unary
+from torch.overrides import handle_torch_function
 
 Value = Callable[..., Tensor]
 
@@ -76,6 +78,9 @@ def _literal(value: Any) -> str:
 class ActivationModule(nn.Module):
     """A plain module for one activation: what a fully transferred site is baked to.
 
+    Where the activation is plain tensor code, so is the module: it can be traced, also by
+    `torch.fx`, scripted and exported.
+
     Examples:
         >>> import torch
         >>> ActivationModule("sin")(torch.zeros(2))
@@ -85,13 +90,43 @@ class ActivationModule(nn.Module):
     def __init__(self, activation: str | Activation) -> None:
         super().__init__()
         self.activation = get_activation(activation)
+        self.value = _with_parameters(self.activation)
 
-    def forward(self, input: Tensor, *operands: Tensor) -> Tensor:
-        # A site passes what its source needs; a target that took its place needs nothing.
-        return _activate(input, self.activation, *operands[: len(self.activation.operands)])
+    def forward(self, input: Tensor) -> Tensor:
+        return self.value(input) if torch.jit.is_scripting() else _activate(input, self.activation)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in vars(self).items() if name != "value"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self.value = _with_parameters(self.activation)
 
     def extra_repr(self) -> str:
         return str(self.activation)
+
+
+class _OperandModule(ActivationModule):
+    """An activation that takes further tensors, such as PReLU's slope, from the site."""
+
+    def forward(self, input: Tensor, *operands: Tensor) -> Tensor:
+        return _activate(input, self.activation, *operands)
+
+
+def _with_parameters(activation: Activation) -> Value:
+    """The activation's value as a function of the input, in a form that torch.jit.script takes."""
+    entry = activation._entry
+    known = entry.defaults | dict(activation.parameters)
+    value: Any = entry.value
+    if not isinstance(value, FunctionType):
+        return value
+    defaults = tuple(known[name] for name in entry.defaults)
+    own = FunctionType(
+        value.__code__, value.__globals__, value.__name__, defaults, value.__closure__
+    )
+    own.__annotations__, own.__module__ = value.__annotations__, value.__module__
+    own.__qualname__ = value.__qualname__
+    return own
 
 
 def activation_module(activation: str | Activation) -> nn.Module:
@@ -105,6 +140,8 @@ def activation_module(activation: str | Activation) -> nn.Module:
     """
     activation = get_activation(activation)
     module, parameters = activation._entry.module, dict(activation.parameters)
+    if activation.operands:
+        return _OperandModule(activation)
     if module is None or "variant" in parameters:  # a variant rounds differently
         return ActivationModule(activation)
     return module(**parameters)
@@ -112,7 +149,8 @@ def activation_module(activation: str | Activation) -> nn.Module:
 
 def _activate(x: Tensor, activation: Activation, *operands: Tensor) -> Tensor:
     """One torch call, as far as the finder can see, whatever the activation consists of."""
-    if has_torch_function_unary(x):
+    # Tensors of other kinds, such as the proxies of torch.fx, see what it consists of.
+    if torch._C._is_torch_function_mode_enabled():
         result: Tensor = handle_torch_function(_activate, (x,), x, activation, *operands)
         return result
     return activation(x, *operands)

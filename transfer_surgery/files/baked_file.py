@@ -26,7 +26,7 @@ from transfer_surgery.surgery import (
     outcome_of,
     plain_module,
 )
-from transfer_surgery.units import HardConcrete, TargetParameters, gated_activations
+from transfer_surgery.units import FittedActivation, HardConcrete, gated_activations
 
 
 def save_baked(
@@ -45,7 +45,8 @@ def save_baked(
 
     Args:
         model: a converted model, also inside DistributedDataParallel or ``torch.compile``; it is
-            not changed. What is baked is a copy of its modules, which shares all tensors with it.
+            not changed. What is baked is a copy of its modules, which shares all tensors with it
+            unless they are folded.
         file: the file, usually ``.safetensors``; folders on the way to it are made.
         made_by: how the model is made before its conversion.
         harden: round gates between 0 and 1, as `bake` does.
@@ -79,9 +80,9 @@ def save_baked(
         outcome = outcome_of(final_gates(path, unit, harden))
         # Nothing of the gates is left but their number.
         sites[plain_path(path)] |= {"gate": HardConcrete().to_dict(), "outcome": outcome}
-    # Baking and folding put new tensors in place of old ones, and write into none.
-    shared = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
-    baked = bake(copy.deepcopy(model, shared), harden)
+    # Baking writes into no tensor, folding does.
+    shared = (*model.parameters(), *model.buffers()) if fold is None else ()
+    baked = bake(copy.deepcopy(model, {id(tensor): tensor for tensor in shared}), harden)
     report = None if fold is None else fold_targets(baked, fold)
     tensors = {plain_path(key): value for key, value in baked.state_dict().items()}
     write(Path(file), "baked", {"made_by": made_by.to_dict(), "sites": sites}, tensors)
@@ -184,7 +185,7 @@ def _drop_folded(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
     for path, module in model.named_modules():
         for name, parameter in module._parameters.items():
             saved = tensors.get(state_key(path, name))
-            if saved is None and isinstance(module, TargetParameters):
+            if saved is None and isinstance(module, FittedActivation):
                 module._parameters[name] = None
             elif saved is not None and parameter is None:
                 module._parameters[name] = nn.Parameter(torch.empty_like(saved))

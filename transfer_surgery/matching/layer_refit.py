@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from transfer_surgery._dataflow import sharing_parameters
+from transfer_surgery._plain_weights import sharing_parameters
 from transfer_surgery.matching.least_squares import NormalEquations
 from transfer_surgery.matching.two_networks import TwoNetworks
 from transfer_surgery.units import GatedActivation

@@ -3,7 +3,8 @@
 from transfer_surgery.surgery.baking import bake, final_gates, outcome_of, plain_module
 from transfer_surgery.surgery.checks import check_model, check_no_gates
 from transfer_surgery.surgery.conversion import convert, revert
-from transfer_surgery.surgery.folding import FoldReport, fold_targets
+from transfer_surgery.surgery.fold_report import FoldReport
+from transfer_surgery.surgery.folding import fold_targets
 from transfer_surgery.surgery.insertion import insert_units
 
 __all__ = [

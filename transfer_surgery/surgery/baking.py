@@ -8,65 +8,23 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from transfer_surgery._float32 import Float32Module
 from transfer_surgery._sharding import check_not_sharded
-from transfer_surgery.activations import Activation, ActivationModule, activation_module
+from transfer_surgery.activations import activation_module
+from transfer_surgery.surgery.baked_modules import (
+    IgnoringOperands,
+    MixedActivation,
+    MixedOfOperands,
+    Overwriting,
+    OverwritingOfOperands,
+)
+from transfer_surgery.surgery.checks import check_no_offload
 from transfer_surgery.surgery.insertion import answer_for, share_hooks, swap_children
 from transfer_surgery.units import (
     FittedActivation,
     GatedActivation,
-    Granularity,
-    TargetParameters,
-    gated,
     gated_activations,
     recompute_activations,
 )
-
-
-class MixedActivation(Float32Module):
-    """Source where the fixed mask ``z`` is 1, target where it is 0, Eq. 1 between.
-
-    Args:
-        source: activation where ``z`` is 1.
-        target: activation where ``z`` is 0.
-        z: gates in [0, 1], float32, of the shape that the granularity asks for.
-        granularity: which elements of the input share a gate.
-        fitted: parameters of a target ``a * target(w*x + c) + b``; None: the target as it is.
-    """
-
-    z: Tensor
-
-    def __init__(
-        self,
-        source: Activation,
-        target: Activation,
-        z: Tensor,
-        granularity: Granularity,
-        fitted: TargetParameters | None = None,
-    ) -> None:
-        super().__init__()
-        self.source, self.target, self.granularity = source, target, granularity
-        self.register_buffer("z", z)
-        self.fitted = fitted
-
-    def forward(self, input: Tensor, *operands: Tensor) -> Tensor:
-        z = self.granularity.expand(self.z, input)
-        numbers = None if self.fitted is None else self.fitted(input)
-        return gated(input, z, self.source, self.target, operands=operands, numbers=numbers)
-
-    def extra_repr(self) -> str:
-        return f"{self.source} -> {self.target}, {float(self.z.mean()):.0%} {self.source}"
-
-
-class _Overwriting(nn.Module):
-    """Writes an activation's result back to its input, as the original in-place call did."""
-
-    def __init__(self, activation: nn.Module) -> None:
-        super().__init__()
-        self.activation = activation
-
-    def forward(self, input: Tensor, *operands: Tensor) -> Tensor:
-        return input.copy_(self.activation(input.clone(), *operands))
 
 
 @torch.no_grad()
@@ -75,8 +33,8 @@ def bake(model: nn.Module, harden: bool = False) -> nn.Module:
 
     A site whose gates are all 1 gets its original activation back. One whose gates are all 0
     becomes the target activation: torch's own module where there is one, with its fitted numbers
-    where it was matched. Any other becomes a
-    `MixedActivation`. Outputs equal the eval outputs of the gated model: bit for bit where all
+    where it was matched. Any other becomes a `MixedActivation`. Parameters stay the same objects, so
+    that an optimizer goes on training them. Outputs equal the eval outputs of the gated model: bit for bit where all
     gates are 0 or 1, to rounding otherwise. The baked model computes the same in training mode:
     nothing is sampled any more. `fold_targets` then moves fitted numbers into the layers around.
 
@@ -126,8 +84,9 @@ def final_gates(path: str, unit: GatedActivation, harden: bool) -> Tensor:
         harden: round gates between 0 and 1 (0.5 becomes 0).
 
     Raises:
-        ValueError: a gate is NaN.
+        ValueError: a gate is NaN, or offloaded.
     """
+    check_no_offload(unit)
     z = unit.gate.predict().detach()
     # Some kinds of gates round what they hold, and NaN would be 0 then.
     if any(value.isnan().any() for value in (z, *unit.gate.state_dict().values())):
@@ -147,25 +106,27 @@ def outcome_of(z: Tensor) -> Literal["source", "target", "mixed"]:
 
 def plain_module(unit: GatedActivation, z: Tensor) -> nn.Module:
     """What a unit computes where its gates have these values, as a module without gates."""
-    outcome = outcome_of(z)
+    outcome, takes = outcome_of(z), bool(unit.source.operands)
+    dims = 2 if unit.dims is None else unit.dims
     if outcome == "source":
         if unit.replaced:
             (original,) = unit.replaced
             # One that stood at other places too has other hooks than this unit.
             is_own = original._forward_hooks is unit._forward_hooks
             return original if is_own else copy.copy(original)
-        plain = plain_activation(unit.source, bool(unit.source.operands))
+        plain = activation_module(unit.source)
     elif outcome == "target":
-        if unit.fitted is not None:
-            plain = FittedActivation(unit.target, unit.fitted, bool(unit.source.operands))
-        else:
-            plain = plain_activation(unit.target, bool(unit.source.operands))
+        plain = IgnoringOperands(_target(unit, dims)) if takes else _target(unit, dims)
     else:
-        z = z.clone()
-        plain = MixedActivation(unit.source, unit.target, z, unit.granularity, unit.fitted)
-    return _Overwriting(plain) if unit.overwrites_input else plain
+        shape = unit.granularity.broadcast_shape(z.shape, dims)
+        kind = MixedOfOperands if takes else MixedActivation
+        plain = kind(activation_module(unit.source), _target(unit, dims), z.clone(), shape)
+    if not unit.overwrites_input:
+        return plain
+    return OverwritingOfOperands(plain) if takes else Overwriting(plain)
 
 
-def plain_activation(activation: Activation, takes_operands: bool) -> nn.Module:
-    """The module of an activation at a site; torch's own take nothing but their input."""
-    return ActivationModule(activation) if takes_operands else activation_module(activation)
+def _target(unit: GatedActivation, dims: int) -> nn.Module:
+    """The target as a module, with the very parameters that the unit has."""
+    plain = activation_module(unit.target)
+    return plain if unit.fitted is None else FittedActivation(plain, unit.fitted, dims)

@@ -60,6 +60,21 @@ def check_no_gates(model: nn.Module) -> None:
         )
 
 
+def check_no_offload(model: nn.Module) -> None:
+    """Raise where parameters wait elsewhere until their module is called.
+
+    Raises:
+        ValueError: one is on the meta device.
+    """
+    for name, tensor in itertools.chain(model.named_parameters(), model.named_buffers()):
+        if tensor.is_meta:
+            raise ValueError(
+                f"{name} is on the meta device and has no values. If accelerate offloads the "
+                "model, bring it back with accelerate.hooks.remove_hook_from_submodules(model), "
+                "and offload it afterwards."
+            )
+
+
 def _check_values(where: str, module: nn.Module) -> None:
     """Gates made now would be wiped out when the parameters get their values."""
     own = itertools.chain(

@@ -8,8 +8,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from transfer_surgery._dataflow import Readers, sharing_parameters
-from transfer_surgery.units import FittedActivation, TargetParameters
+from transfer_surgery._dataflow import Readers
+from transfer_surgery._plain_weights import has_hooks, sharing_parameters, why_not_plain
+from transfer_surgery.units import FittedActivation
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.GroupNorm, nn.LayerNorm)
@@ -53,40 +54,54 @@ def _around(
     shared: set[nn.Module],
 ) -> Neighbours:
     calls = readers.calls.get(site, [])
-    if len(calls) != 1:
-        reason = f"(called {len(calls)} times)"
+    if reason := _why_not_site(site, len(calls), readers, shared):
         return Neighbours(None, reason, None, reason)
     x, y = calls[0]
     found: list[tuple[Any, str]] = []
-    layer: Any
     for tensor, layer in ((x, readers.writer(x)), (y, readers.only_reader(y))):
         behind = tensor is y
         if len(readers.read.get(id(tensor), [])) > 1:
             found.append((None, "(several readers)"))
         elif layer not in layers or (behind and isinstance(layer, _NORMS)):
             found.append((None, "(no layer there)"))
-        elif len(readers.calls[layer]) > 1 or layer in shared:
-            found.append((None, f"({layers[layer]} is shared)"))
-        elif layer.weight is None or not _along_channels(site.fitted, tensor, layer):
-            found.append((None, f"({layers[layer]} has another axis)"))
-        elif type(layer.weight) is not nn.Parameter:  # quantized, for example
-            found.append((None, f"({layers[layer]} has a {type(layer.weight).__name__})"))
-        elif not layer.weight.is_floating_point() or _has_hooks(layer):
-            found.append((None, f"({layers[layer]} has hooks)"))
+        elif reason := _why_not_layer(site, tensor, layer, readers, shared):
+            found.append((None, f"({layers[layer]} {reason})"))
         else:
             found.append((layer, layers[layer]))
     return Neighbours(*found[0], *found[1])
 
 
-def _along_channels(fitted: TargetParameters, x: Tensor, layer: Any) -> bool:
+def _why_not_site(
+    site: FittedActivation, calls: int, readers: Readers, shared: set[nn.Module]
+) -> str | None:
+    """Why the numbers of a site must stay there; None: they may move."""
+    if calls != 1:
+        return f"(called {calls} times)"
+    if has_hooks(site) or has_hooks(site.activation):
+        return "(the site has hooks)"
+    if site in shared or any(readers.is_read(p) for p in site.parameters(recurse=False)):
+        return "(its numbers are shared)"
+    return None
+
+
+def _why_not_layer(
+    site: FittedActivation, x: Tensor, layer: Any, readers: Readers, shared: set[nn.Module]
+) -> str | None:
+    """Why a layer that writes or reads ``x`` cannot take numbers of a site; None: it can."""
+    if reason := why_not_plain(layer):
+        return reason
+    if len(readers.calls[layer]) > 1 or layer in shared:
+        return "is shared"
+    if any(readers.is_read(p) for p in layer.parameters(recurse=False)):
+        return "has parameters that are read elsewhere"
+    return None if _along_channels(site, x, layer) else "has another axis"
+
+
+def _along_channels(site: FittedActivation, x: Tensor, layer: Any) -> bool:
     """Whether there is one number for all of `x`, or one per channel of the layer."""
     if isinstance(layer, nn.LayerNorm) and len(layer.normalized_shape) > 1:
         return False
     axis = x.dim() - 1 if isinstance(layer, nn.Linear | nn.LayerNorm) else 1
     if isinstance(layer, CONVOLUTIONS) and x.dim() < layer.weight.dim():
         return False  # without an axis of examples
-    return fitted.granularity.axes(x.dim()) in ((), (axis,))
-
-
-def _has_hooks(layer: nn.Module) -> bool:
-    return bool(layer._forward_hooks or layer._forward_pre_hooks)
+    return site.granularity.axes(x.dim()) in ((), (axis,))

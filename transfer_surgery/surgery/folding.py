@@ -6,7 +6,7 @@ one with ``w*W`` and ``w*d + c``; a layer that reads it can take ``a`` and, with
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -14,59 +14,16 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from transfer_surgery._running import call_model, prediction_mode, to_device_of
-from transfer_surgery._table import Column, Table
-from transfer_surgery.surgery.baking import plain_activation
-from transfer_surgery.surgery.checks import check_no_gates
+from transfer_surgery.surgery.baked_modules import (
+    IgnoringOperands,
+    MixedActivation,
+    Overwriting,
+)
+from transfer_surgery.surgery.checks import check_no_gates, check_no_offload
 from transfer_surgery.surgery.fold_neighbours import CONVOLUTIONS, Neighbours, find_neighbours
+from transfer_surgery.surgery.fold_report import FoldReport, FoldRow
 from transfer_surgery.surgery.insertion import share_hooks, swap_children
 from transfer_surgery.units import FittedActivation
-
-
-@dataclass(frozen=True)
-class FoldRow:
-    """One site.
-
-    Args:
-        path: of its module.
-        before: the layer that took ``w`` and ``c``, or why none could.
-        after: the layer that took ``a``, and maybe ``b``, or why none could.
-        left: which of ``a``, ``w``, ``c`` and ``b`` the module still has.
-    """
-
-    path: str
-    before: str
-    after: str
-    left: str
-
-
-@dataclass(frozen=True, repr=False)
-class FoldReport(Table[FoldRow]):
-    """Which numbers moved to which layers: a table.
-
-    Args:
-        rows: a row per site.
-        parameters_before: number of parameters of the whole model.
-        parameters_after: the same after folding.
-    """
-
-    columns = (
-        Column("path"),
-        Column("before", "w, c went to"),
-        Column("after", "a, b went to"),
-        Column("left", text=lambda left: left or "-"),
-    )
-    parameters_before: int
-    parameters_after: int
-
-    def __str__(self) -> str:
-        if not self.rows:
-            return "no site has a fitted target alone: there is nothing to fold"
-        return super().__str__()
-
-    @property
-    def notes(self) -> tuple[str, ...]:
-        count = f"{self.parameters_before:,} parameters before, {self.parameters_after:,} after"
-        return (count,)
 
 
 @torch.no_grad()
@@ -76,8 +33,11 @@ def fold_targets(model: nn.Module, example_input: Any) -> FoldReport:
     One run shows which layer writes a site's input and which one reads its output. Where nothing
     else reads the tensor between, ``w`` and ``c`` go into a linear layer, a convolution or the
     weights of a norm layer before, ``a`` and ``b`` into a linear layer or a convolution behind
-    (``b`` not where zeros are padded). A layer without a bias gets one if it needs it. The outputs
-    in evaluation mode are the same to rounding.
+    (``b`` not where zeros are padded). Parameters stay the same objects with new values, so that
+    an optimizer made before goes on training them; a layer without a bias gets one if it needs it.
+    What cannot take a number is left alone, and the report says why: a parameter that is shared,
+    read elsewhere, frozen, quantized, computed or hooked. The outputs in evaluation mode are the
+    same to rounding; where they would not be, a site keeps its numbers.
 
     Args:
         model: a model after `transfer_surgery.bake`.
@@ -90,9 +50,8 @@ def fold_targets(model: nn.Module, example_input: Any) -> FoldReport:
         parameters before and after.
 
     Raises:
-        ValueError: the model still has gates, or the batch has no tensors.
-        RuntimeError: the outputs are not the same to rounding. After any error the model is
-            unchanged.
+        ValueError: the model still has gates, its parameters are offloaded, or the batch has no
+            tensors. After any error the model is unchanged.
 
     Examples:
         >>> from transfer_surgery import bake, convert, match_targets, swap_targets
@@ -112,24 +71,23 @@ def fold_targets(model: nn.Module, example_input: Any) -> FoldReport:
           (2): Linear(in_features=8, out_features=2, bias=True)
         )
     """
-    sites = {p: m for p, m in model.named_modules() if isinstance(m, FittedActivation)}
     check_no_gates(model)
+    check_no_offload(model)
     batch = to_device_of(model, example_input)
+    sites = _sites(model)
     count = sum(p.numel() for p in model.parameters())
-    changed = _Changes()
     with prediction_mode(model):
         expected = call_model(model, batch)
         neighbours = find_neighbours(model, sites, lambda: call_model(model, batch))
-        try:
-            rows = tuple(_fold(changed, p, site, neighbours[p]) for p, site in sites.items())
-            _compare(call_model(model, batch), expected)
-        except BaseException:
-            changed.undo()
-            raise
+
+        def same() -> bool:
+            return _same(call_model(model, batch), expected)
+
+        rows = _fold_all(sites, neighbours, same)
     plain: dict[nn.Module, nn.Module] = {
-        site: plain_activation(site.activation, site.takes_operands).train(site.training)
+        site: site.activation.train(site.training)
         for site in sites.values()
-        if not any(True for _ in site.parameters())
+        if not any(True for _ in site.parameters(recurse=False))
     }
     for site, module in plain.items():
         share_hooks(site, module)
@@ -137,49 +95,107 @@ def fold_targets(model: nn.Module, example_input: Any) -> FoldReport:
     return FoldReport(rows, count, sum(p.numel() for p in model.parameters()))
 
 
+def _sites(model: nn.Module) -> dict[str, FittedActivation]:
+    """The fitted targets that are no part of a mixture, by the path of their site."""
+    modules, found = dict(model.named_modules()), {}
+    for path, module in modules.items():
+        if isinstance(module, FittedActivation):
+            around = path.rpartition(".")[0]
+            if isinstance(modules.get(around), MixedActivation):
+                continue
+            wrapped = isinstance(modules.get(around), IgnoringOperands | Overwriting)
+            found[around if wrapped else path] = module
+    return found
+
+
+def _fold_all(
+    sites: dict[str, FittedActivation], near: dict[str, Neighbours], same: Callable[[], bool]
+) -> tuple[FoldRow, ...]:
+    """Fold all sites at once; one by one where that changes the outputs."""
+    changes = _Changes()
+    try:
+        rows = tuple(_fold(changes, path, site, near[path]) for path, site in sites.items())
+        if same():
+            return rows
+        changes.undo()
+        rows = ()
+        for path, site in sites.items():
+            begin = len(changes.before)
+            row = _fold(changes, path, site, near[path])
+            if not same():
+                changes.undo(begin)
+                reason = "(outputs would change)"
+                row = FoldRow(path, reason, reason, _left(site))
+            rows = (*rows, row)
+    except BaseException:
+        changes.undo()
+        raise
+    return rows
+
+
 class _Changes:
-    """Parameters that were replaced, to be put back."""
+    """What parameters were before, to be put back."""
 
     def __init__(self) -> None:
-        self.before: list[tuple[nn.Module, str, nn.Parameter | None]] = []
+        self.before: list[tuple[nn.Module, str, nn.Parameter | None, Tensor | None]] = []
 
-    def write(self, module: Any, name: str, value: Tensor | None) -> None:
-        """A new parameter like the old one; None: none."""
+    def write(self, module: Any, name: str, value: Tensor | None) -> bool:
+        """Give a parameter new values, or take it away; return whether the module had none."""
         old = module._parameters[name]
-        self.before.append((module, name, old))
+        self.before.append((module, name, old, None if old is None else old.detach().clone()))
         if value is None:
             module._parameters[name] = None
-            return
-        like = module.weight if old is None else old
-        value = value.to(like).reshape(value.shape if old is None else old.shape).contiguous()
-        module._parameters[name] = nn.Parameter(value, requires_grad=like.requires_grad)
+        elif old is not None:
+            old.copy_(value.reshape(old.shape))
+        else:
+            module._parameters[name] = nn.Parameter(value.to(module.weight))
+        return old is None
 
-    def undo(self) -> None:
-        for module, name, parameter in reversed(self.before):
+    def undo(self, begin: int = 0) -> None:
+        """Put back what was changed from the given place on."""
+        for module, name, parameter, value in reversed(self.before[begin:]):
+            if parameter is not None and value is not None:
+                parameter.copy_(value)
             module._parameters[name] = parameter
+        del self.before[begin:]
 
 
 def _fold(changes: _Changes, path: str, site: FittedActivation, near: Neighbours) -> FoldRow:
     """Fold one site; its numbers that have moved become None."""
-    fitted = site.fitted
+    added = []
     # After an earlier fold some of the numbers are gone: what is left may not fit in either.
-    if near.before is not None and fitted.w is not None:
-        layer, w, c = near.before, _wide(fitted.w), _wide(fitted.c)
-        bias = 0.0 if layer.bias is None else layer.bias.double()
+    if near.before is not None and site.w is not None and site.c is not None:
+        layer, w, c = near.before, _wide(site.w), _wide(site.c)
+        if _write_bias(changes, layer, w, c):
+            added.append(f"{near.before_name}.bias")
         ones = [1] * (layer.weight.dim() - 1)
-        changes.write(layer, "bias", bias * w + c)
         changes.write(layer, "weight", layer.weight.double() * w.reshape(-1, *ones))
-        changes.write(fitted, "w", None)
-        changes.write(fitted, "c", None)
-    if near.after is not None and fitted.a is not None and fitted.b is not None:
-        _fold_behind(changes, site, near.after)
-    left = [name for name in "awcb" if getattr(fitted, name) is not None]
-    return FoldRow(path, near.before_name, near.after_name, ", ".join(left))
+        changes.write(site, "w", None)
+        changes.write(site, "c", None)
+    if near.after is not None and site.a is not None and site.b is not None:
+        if _fold_behind(changes, site, near.after):
+            added.append(f"{near.after_name}.bias")
+    return FoldRow(path, near.before_name, near.after_name, _left(site), tuple(added))
 
 
-def _fold_behind(changes: _Changes, site: FittedActivation, layer: Any) -> None:
-    fitted = site.fitted
-    a, b = _wide(fitted.a), _wide(fitted.b)
+def _left(site: FittedActivation) -> str:
+    return ", ".join(name for name in "awcb" if getattr(site, name) is not None)
+
+
+def _write_bias(changes: _Changes, layer: Any, factor: Tensor | float, shift: Tensor) -> bool:
+    """``factor * bias + shift``; return whether the layer had none before."""
+    if layer.bias is not None:
+        shift = layer.bias.double() * factor + shift
+    elif not shift.any():
+        return False
+    else:
+        shift = shift.expand(layer.weight.shape[0]).contiguous()
+    return changes.write(layer, "bias", shift)
+
+
+def _fold_behind(changes: _Changes, site: FittedActivation, layer: Any) -> bool:
+    """Move ``a`` and ``b`` into the layer behind; return whether it has a bias only now."""
+    a, b = _wide(site.a), _wide(site.b)
     padded = isinstance(layer, CONVOLUTIONS) and _is_padded(layer)
     # A gate whose amplitude is next to nothing computes a constant: b / a would be huge.
     scale = torch.where(a.abs() > 1e-3 * b.abs(), a, 1.0) if padded else a
@@ -193,19 +209,15 @@ def _fold_behind(changes: _Changes, site: FittedActivation, layer: Any) -> None:
         values = values.expand(groups * weight.shape[1])
         return values.reshape(groups, 1, -1, *ones)
 
+    added = False
     if not padded:
-        bias = 0.0 if layer.bias is None else layer.bias.double()
         shift = (by_group * per_input_channel(b)).flatten(2).sum(2).flatten()
-        changes.write(layer, "bias", bias + shift)
-        changes.write(fitted, "b", None)
-    elif bool((b == 0).all()):
-        changes.write(fitted, "b", None)
-    else:
-        changes.write(fitted, "b", b / scale)
+        added = _write_bias(changes, layer, 1.0, shift)
+    changes.write(site, "b", None if not padded or not b.any() else b / scale)
     changes.write(layer, "weight", (by_group * per_input_channel(scale)).flatten(0, 1))
     rest = a / scale if padded else torch.ones_like(a)
-    whole = bool((rest == 1).all())
-    changes.write(fitted, "a", None if whole else rest)
+    changes.write(site, "a", None if bool((rest == 1).all()) else rest)
+    return added
 
 
 def _wide(parameter: nn.Parameter | None) -> Tensor:
@@ -219,17 +231,18 @@ def _is_padded(layer: Any) -> bool:
     return any(layer.padding)
 
 
-def _compare(found: Any, expected: Any) -> None:
-    """RuntimeError where any floating output differs by more than rounding."""
+def _same(found: Any, expected: Any) -> bool:
+    """Whether every floating output is the same to rounding."""
     for now, before in zip(tree_leaves(found), tree_leaves(expected), strict=True):
         if not (isinstance(before, Tensor) and before.is_floating_point() and before.numel()):
             continue
-        largest = before.abs().max().clamp_min(1e-30)
-        error = ((now - before).abs().max() / largest).item()
-        allowed = 1e5 * torch.finfo(before.dtype).eps if before.dtype.itemsize > 2 else 0.1
-        if not error <= allowed:
-            raise RuntimeError(
-                f"folding changed the outputs by {error:.1e} of the largest one, which is more "
-                "than rounding; the model is as it was. If the batch has no NaN in it, please "
-                "report this network."
-            )
+        finite = before.isfinite()
+        if not torch.equal(finite, now.isfinite()):
+            return False
+        now, before = now[finite], before[finite]
+        if not before.numel():
+            continue
+        error = ((now - before).abs().max() / before.abs().max().clamp_min(1e-30)).item()
+        if not error <= (1e5 * torch.finfo(before.dtype).eps if before.dtype.itemsize > 2 else 0.1):
+            return False
+    return True

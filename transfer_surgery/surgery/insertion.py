@@ -130,8 +130,8 @@ def share_hooks(old: nn.Module, new: nn.Module, shared: bool = False) -> None:
 
 def answer_for(old: nn.Module, new: nn.Module) -> None:
     """Give ``new`` the plain attributes of the module whose place it takes, such as a slope."""
-    for name in vars(old).keys() - _MODULE_STATE - vars(new).keys():
-        if not hasattr(type(new), name):
+    for name in vars(old).keys() - _MODULE_STATE:
+        if not hasattr(new, name):
             vars(new)[name] = vars(old)[name]
 
 

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from transfer_surgery._float32 import Float32Module
 from transfer_surgery._sharding import gathered
-from transfer_surgery.activations import Activation
 from transfer_surgery.units.granularity import Granularity
-from transfer_surgery.units.kernels import Numbers, fitted_value
+from transfer_surgery.units.kernels import Numbers
 
 
 class TargetParameters(Float32Module):
@@ -21,8 +21,7 @@ class TargetParameters(Float32Module):
         shape: of each: ``(1,)`` per layer, ``(C,)`` per channel, the feature shape per neuron.
         granularity: which elements of the input share them.
 
-    They start at 1, 1, 0 and 0, the target as it is. One that `fold_targets` moved into a
-    neighbouring layer is None.
+    They start at 1, 1, 0 and 0, the target as it is.
 
     Examples:
         >>> from transfer_surgery import PerChannel
@@ -60,36 +59,56 @@ class TargetParameters(Float32Module):
         return self.expand(x)
 
     def extra_repr(self) -> str:
-        scale, offset = "" if self.a is None else "a * ", "" if self.b is None else " + b"
-        inner = ("x" if self.w is None else "w*x") + ("" if self.c is None else " + c")
-        shapes = {tuple(p.shape) for p in self.parameters()}
-        return f"{scale}f({inner}){offset}, shape={', '.join(map(str, shapes))}"
+        return _formula(self)
 
 
-class FittedActivation(nn.Module):
+class FittedActivation(Float32Module):
     """``a * f(w*x + c) + b`` as a plain module; its parameters can be trained further.
 
     Args:
-        activation: ``f``.
-        parameters: ``a``, ``w``, ``c`` and ``b``.
-        takes_operands: whether the site passes tensors that the source took; ``f`` needs none.
+        activation: ``f``, a module.
+        parameters: whose ``a``, ``w``, ``c`` and ``b`` become parameters of this module.
+        dims: number of dimensions of its input.
+
+    One that `fold_targets` moved into a neighbouring layer is None.
 
     Examples:
-        >>> from transfer_surgery import PerLayer, get_activation
+        >>> from transfer_surgery import PerLayer
         >>> parameters = TargetParameters((1,), PerLayer())
-        >>> FittedActivation(get_activation("relu"), parameters)(torch.tensor([-1.0, 2.0])).tolist()
+        >>> FittedActivation(nn.ReLU(), parameters, 1)(torch.tensor([-1.0, 2.0])).tolist()
         [0.0, 2.0]
     """
 
-    def __init__(
-        self, activation: Activation, parameters: TargetParameters, takes_operands: bool = False
-    ) -> None:
-        super().__init__()
-        self.activation, self.fitted = activation, parameters
-        self.takes_operands = takes_operands
+    if TYPE_CHECKING:  # torch.jit.script would read these and take less
+        a: nn.Parameter | None
+        w: nn.Parameter | None
+        c: nn.Parameter | None
+        b: nn.Parameter | None
 
-    def forward(self, input: Tensor, *operands: Tensor) -> Tensor:
-        return fitted_value(input, self.activation, self.fitted(input))
+    def __init__(self, activation: nn.Module, parameters: TargetParameters, dims: int) -> None:
+        super().__init__()
+        self.activation, self.granularity = activation, parameters.granularity
+        for name in "awcb":
+            self.register_parameter(name, getattr(parameters, name))
+        shape = tuple(next(parameters.parameters()).shape)
+        self.shape = self.granularity.broadcast_shape(shape, dims)
+
+    def forward(self, input: Tensor) -> Tensor:
+        # Float32 numbers make the arithmetic float32; the result is what the network expects.
+        y = input if self.w is None else input * self.w.view(self.shape)
+        y = y if self.c is None else y + self.c.view(self.shape)
+        y = self.activation(y)
+        y = y if self.a is None else y * self.a.view(self.shape)
+        y = y if self.b is None else y + self.b.view(self.shape)
+        return y.to(input.dtype)
 
     def extra_repr(self) -> str:
-        return str(self.activation)
+        return _formula(self)
+
+
+def _formula(numbers: Any) -> str:
+    """Which of the numbers there are, such as ``a * f(x) + b``."""
+    scale, offset = "" if numbers.a is None else "a * ", "" if numbers.b is None else " + b"
+    inner = ("x" if numbers.w is None else "w*x") + ("" if numbers.c is None else " + c")
+    shapes = {tuple(p.shape) for p in (numbers.a, numbers.w, numbers.c, numbers.b) if p is not None}
+    return f"{scale}f({inner}){offset}, shape={', '.join(map(str, shapes))}"

@@ -40,6 +40,25 @@ class Granularity:
             sizes[0] = values.shape[0]
         return values.reshape(sizes)
 
+    def broadcast_shape(self, shape: Sequence[int], dims: int) -> tuple[int, ...]:
+        """In which one value per gate broadcasts to any input with that many dimensions.
+
+        The first size is -1: it is that of the tensor, also after a pruner has shortened it.
+
+        Args:
+            shape: of the values, one per gate.
+            dims: number of dimensions of the input.
+
+        Examples:
+            >>> PerChannel(1).broadcast_shape((3,), 4), PerNeuron().broadcast_shape((3, 4, 5), 4)
+            ((-1, 1, 1), (-1, 4, 5))
+        """
+        axes = self.axes(dims)
+        if not axes:
+            return (-1,) if dims else ()
+        sizes = dict(zip(axes, shape, strict=True)) | {axes[0]: -1}
+        return tuple(sizes.get(axis, 1) for axis in range(axes[0], dims))
+
     def group(self, x: Tensor) -> Tensor:
         """Lay the elements that share a gate beside each other, as ``(gates, N)``.
 

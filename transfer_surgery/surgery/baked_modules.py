@@ -1,0 +1,92 @@
+"""What stands at the sites of a baked network: modules as plain as torch's own.
+
+They are tensor code without decisions on shapes or values and hold their own parameters, so that
+whatever traces, scripts, hooks, offloads or exports a network takes them as it takes torch's.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from transfer_surgery._float32 import Float32Module
+
+
+class MixedActivation(Float32Module):
+    """Source where the fixed mask ``z`` is 1, target where it is 0, Eq. 1 between.
+
+    Args:
+        source: the activation where ``z`` is 1, a module.
+        target: the activation where ``z`` is 0, a module.
+        z: gates in [0, 1], float32.
+        shape: in which they broadcast to the input.
+    """
+
+    if TYPE_CHECKING:  # torch.jit.script would read it, and does not know the text
+        z: Tensor
+
+    def __init__(
+        self, source: nn.Module, target: nn.Module, z: Tensor, shape: tuple[int, ...]
+    ) -> None:
+        super().__init__()
+        self.source, self.target, self.shape = source, target, shape
+        self.register_buffer("z", z)
+
+    def forward(self, input: Tensor) -> Tensor:
+        z = self.z.view(self.shape)
+        # The branch that counts for nothing sees 0: an overflow there is none.
+        s = self.source(torch.where(z == 0, 0.0, input))
+        t = self.target(torch.where(z == 1, 0.0, input))
+        return _selected(s, t, z)
+
+    def extra_repr(self) -> str:
+        return f"{float(self.z.mean()):.0%} source"
+
+
+class MixedOfOperands(MixedActivation):
+    """The same where the source takes further tensors, such as PReLU's slope."""
+
+    def forward(self, input: Tensor, *operands: Tensor) -> Tensor:
+        z = self.z.view(self.shape)
+        s = self.source(torch.where(z == 0, 0.0, input), *operands)
+        t = self.target(torch.where(z == 1, 0.0, input))
+        return _selected(s, t, z)
+
+
+def _selected(s: Tensor, t: Tensor, z: Tensor) -> Tensor:
+    # Float32 gates make the sum float32 at least; 0 * inf would be nan.
+    mixed = (z * s + (1 - z) * t).to(s.dtype)
+    return torch.where(z == 1, s, torch.where(z == 0, t, mixed))
+
+
+class IgnoringOperands(nn.Module):
+    """An activation at a site that passes tensors which its source took."""
+
+    def __init__(self, activation: nn.Module) -> None:
+        super().__init__()
+        self.activation = activation
+
+    def forward(self, input: Tensor, *operands: Tensor) -> Tensor:
+        result: Tensor = self.activation(input)
+        return result
+
+
+class Overwriting(nn.Module):
+    """Writes an activation's result back to its input, as the original in-place call did."""
+
+    def __init__(self, activation: nn.Module) -> None:
+        super().__init__()
+        self.activation = activation
+
+    def forward(self, input: Tensor) -> Tensor:
+        return input.copy_(self.activation(input.clone()))
+
+
+class OverwritingOfOperands(Overwriting):
+    """The same at a site that passes further tensors."""
+
+    def forward(self, input: Tensor, *operands: Tensor) -> Tensor:
+        return input.copy_(self.activation(input.clone(), *operands))
+
