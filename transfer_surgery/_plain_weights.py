@@ -20,10 +20,9 @@ def sharing_parameters(model: nn.Module) -> set[nn.Module]:
         >>> sharing_parameters(nn.Sequential(one, other, third)) == {one, other}
         True
     """
-    spans = sorted(
-        ((str(t.device), *_span(t), module) for module in model.modules() for t in _tensors(module)),
-        key=lambda span: span[:3],
-    )
+    owned = [(module, tensor) for module in model.modules() for tensor in _tensors(module)]
+    spans = [(str(tensor.device), *_span(tensor), module) for module, tensor in owned]
+    spans.sort(key=lambda span: span[:3])
     found: set[nn.Module] = set()
     last_device, last_end, last_module = "", 0, model
     for device, start, end, module in spans:

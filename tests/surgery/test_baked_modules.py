@@ -1,4 +1,4 @@
-"""Baked networks are as plain as torch's own: traced, scripted, copied, with the same parameters."""
+"""Baked networks are as plain as torch's own: traced, scripted, copied, with their parameters."""
 
 import copy
 import pickle
@@ -8,7 +8,7 @@ import torch
 from torch import fx, nn
 
 from transfer_surgery import bake, convert, get_activation
-from transfer_surgery.activations import registered_activations
+from transfer_surgery.activations import register_activation, registered_activations
 from transfer_surgery.surgery.baked_modules import MixedActivation
 from transfer_surgery.units import FittedActivation, gated_activations
 
@@ -144,3 +144,15 @@ def test_the_arithmetic_of_fitted_numbers_is_float32_at_least(dtype):
     wide = torch.promote_types(dtype, torch.float32)
     expected = a * torch.sin(w * given.to(wide) + c) + b
     assert torch.equal(act(given), expected.to(dtype))
+
+
+@pytest.mark.parametrize("at", [200.0, -1.0])
+def test_a_branch_that_counts_for_nothing_does_no_harm_in_backward(at):
+    name = "tests_exp_or_root"
+    if name not in registered_activations():
+        register_activation(name)(lambda x: torch.exp(x * x) + torch.sqrt(x))
+    x = torch.full((2, 3), at, requires_grad=True)
+    model = convert(nn.Sequential(nn.ReLU()), name, example_input=x.detach())
+    bake(units_at(model, [9.0, 9.0, -9.0], fitted=False))
+    model(x)[:, :2].sum().backward()
+    assert torch.equal(x.grad[:, :2], torch.full((2, 2), float(at > 0)))

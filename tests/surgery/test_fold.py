@@ -14,7 +14,6 @@ from transfer_surgery import (
     bake,
     convert,
     fold_targets,
-    get_activation,
     match_targets,
     swap_targets,
 )

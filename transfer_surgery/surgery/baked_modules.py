@@ -32,13 +32,15 @@ class MixedActivation(Float32Module):
     ) -> None:
         super().__init__()
         self.source, self.target, self.shape = source, target, shape
+        self.guards_source = not has_finite_slopes(source)
+        self.guards_target = not has_finite_slopes(getattr(target, "activation", target))
         self.register_buffer("z", z)
 
     def forward(self, input: Tensor) -> Tensor:
         z = self.z.view(self.shape)
-        # The branch that counts for nothing sees 0: an overflow there is none.
-        s = self.source(torch.where(z == 0, 0.0, input))
-        t = self.target(torch.where(z == 1, 0.0, input))
+        # Where a branch counts for nothing its gradient is 0, and 0 * inf would be nan.
+        s = self.source(torch.where(z == 0, 0.0, input) if self.guards_source else input)
+        t = self.target(torch.where(z == 1, 0.0, input) if self.guards_target else input)
         return _selected(s, t, z)
 
     def extra_repr(self) -> str:
@@ -51,14 +53,32 @@ class MixedOfOperands(MixedActivation):
     def forward(self, input: Tensor, *operands: Tensor) -> Tensor:
         z = self.z.view(self.shape)
         s = self.source(torch.where(z == 0, 0.0, input), *operands)
-        t = self.target(torch.where(z == 1, 0.0, input))
+        t = self.target(torch.where(z == 1, 0.0, input) if self.guards_target else input)
         return _selected(s, t, z)
 
 
 def _selected(s: Tensor, t: Tensor, z: Tensor) -> Tensor:
-    # Float32 gates make the sum float32 at least; 0 * inf would be nan.
+    # Float32 gates make the sum float32 at least.
     mixed = (z * s + (1 - z) * t).to(s.dtype)
     return torch.where(z == 1, s, torch.where(z == 0, t, mixed))
+
+
+def has_finite_slopes(activation: nn.Module) -> bool:
+    """Whether the derivative is finite at whatever finite input, as that of ``log`` is not.
+
+    Examples:
+        >>> from transfer_surgery.activations import ActivationModule
+        >>> has_finite_slopes(nn.GELU()), has_finite_slopes(ActivationModule("square"))
+        (True, True)
+    """
+    with torch.enable_grad():
+        half = torch.logspace(-30, 30, 121)
+        x = torch.cat((-half, torch.zeros(1), half)).requires_grad_()
+        try:
+            (slope,) = torch.autograd.grad(activation(x).sum(), x)
+        except TypeError:  # it takes further tensors
+            return False
+    return bool(slope.isfinite().all())
 
 
 class IgnoringOperands(nn.Module):
@@ -89,4 +109,3 @@ class OverwritingOfOperands(Overwriting):
 
     def forward(self, input: Tensor, *operands: Tensor) -> Tensor:
         return input.copy_(self.activation(input.clone(), *operands))
-

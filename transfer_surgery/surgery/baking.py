@@ -33,10 +33,11 @@ def bake(model: nn.Module, harden: bool = False) -> nn.Module:
 
     A site whose gates are all 1 gets its original activation back. One whose gates are all 0
     becomes the target activation: torch's own module where there is one, with its fitted numbers
-    where it was matched. Any other becomes a `MixedActivation`. Parameters stay the same objects, so
-    that an optimizer goes on training them. Outputs equal the eval outputs of the gated model: bit for bit where all
-    gates are 0 or 1, to rounding otherwise. The baked model computes the same in training mode:
-    nothing is sampled any more. `fold_targets` then moves fitted numbers into the layers around.
+    where it was matched. Any other becomes a `MixedActivation`. Outputs equal the eval outputs of
+    the gated model: bit for bit where all gates are 0 or 1, to rounding otherwise. The baked model
+    computes the same in training mode: nothing is sampled any more. Parameters that stay are the
+    same objects: an optimizer made before goes on training them. `fold_targets` then moves fitted
+    numbers into the layers around.
 
     Args:
         model: a converted model.

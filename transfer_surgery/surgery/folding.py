@@ -172,9 +172,9 @@ def _fold(changes: _Changes, path: str, site: FittedActivation, near: Neighbours
         changes.write(layer, "weight", layer.weight.double() * w.reshape(-1, *ones))
         changes.write(site, "w", None)
         changes.write(site, "c", None)
-    if near.after is not None and site.a is not None and site.b is not None:
-        if _fold_behind(changes, site, near.after):
-            added.append(f"{near.after_name}.bias")
+    can_move = near.after is not None and site.a is not None and site.b is not None
+    if can_move and _fold_behind(changes, site, near.after):
+        added.append(f"{near.after_name}.bias")
     return FoldRow(path, near.before_name, near.after_name, _left(site), tuple(added))
 
 
