@@ -93,13 +93,15 @@ class ActivationModule(nn.Module):
         self.value = _with_parameters(self.activation)
 
     def forward(self, input: Tensor) -> Tensor:
-        return self.value(input) if torch.jit.is_scripting() else _activate(input, self.activation)
+        if torch.jit.is_scripting():  # type: ignore[attr-defined]
+            return self.value(input)
+        return _activate(input, self.activation)
 
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in vars(self).items() if name != "value"}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
         self.value = _with_parameters(self.activation)
 
     def extra_repr(self) -> str:
@@ -116,17 +118,18 @@ class _OperandModule(ActivationModule):
 def _with_parameters(activation: Activation) -> Value:
     """The activation's value as a function of the input, in a form that torch.jit.script takes."""
     entry = activation._entry
-    known = entry.defaults | dict(activation.parameters)
-    value: Any = entry.value
+    known = dict(entry.defaults) | dict(activation.parameters)
+    value = entry.value
     if not isinstance(value, FunctionType):
         return value
     defaults = tuple(known[name] for name in entry.defaults)
-    own = FunctionType(
+    own: Any = FunctionType(
         value.__code__, value.__globals__, value.__name__, defaults, value.__closure__
     )
     own.__annotations__, own.__module__ = value.__annotations__, value.__module__
     own.__qualname__ = value.__qualname__
-    return own
+    result: Value = own
+    return result
 
 
 def activation_module(activation: str | Activation) -> nn.Module:

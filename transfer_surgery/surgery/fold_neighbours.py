@@ -58,6 +58,7 @@ def _around(
         return Neighbours(None, reason, None, reason)
     x, y = calls[0]
     found: list[tuple[Any, str]] = []
+    layer: Any
     for tensor, layer in ((x, readers.writer(x)), (y, readers.only_reader(y))):
         behind = tensor is y
         if len(readers.read.get(id(tensor), [])) > 1:

@@ -23,7 +23,7 @@ class FoldRow:
     before: str
     after: str
     left: str
-    added: tuple[str, ...] = ()
+    added: str = ""
 
 
 @dataclass(frozen=True, repr=False)
@@ -53,7 +53,7 @@ class FoldReport(Table[FoldRow]):
     @property
     def notes(self) -> tuple[str, ...]:
         count = f"{self.parameters_before:,} parameters before, {self.parameters_after:,} after"
-        added = [name for row in self for name in row.added]
+        added = [row.added for row in self if row.added]
         if not added:
             return (count,)
         return count, f"new, not known to an optimizer made before: {', '.join(added)}"

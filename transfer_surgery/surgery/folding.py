@@ -175,7 +175,7 @@ def _fold(changes: _Changes, path: str, site: FittedActivation, near: Neighbours
     can_move = near.after is not None and site.a is not None and site.b is not None
     if can_move and _fold_behind(changes, site, near.after):
         added.append(f"{near.after_name}.bias")
-    return FoldRow(path, near.before_name, near.after_name, _left(site), tuple(added))
+    return FoldRow(path, near.before_name, near.after_name, _left(site), ", ".join(added))
 
 
 def _left(site: FittedActivation) -> str:

@@ -100,7 +100,8 @@ class FittedActivation(Float32Module):
         y = self.activation(y)
         y = y if self.a is None else y * self.a.view(self.shape)
         y = y if self.b is None else y + self.b.view(self.shape)
-        return y.to(input.dtype)
+        result: Tensor = y.to(input.dtype)
+        return result
 
     def extra_repr(self) -> str:
         return _formula(self)
