@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from tests.helpers.compiled import NETS
 from tests.helpers.kinds import KINDS, Kind, become, match_and_mix, mix, transfer
 from transfer_surgery import bake, convert, export_onnx, export_program
-from transfer_surgery.surgery.baking import MixedActivation
+from transfer_surgery.surgery.baked_modules import MixedActivation
 
 # Sizes as small as each model allows; the first ones take seconds.
 MODELS: dict[str, dict[str, Any]] = {
