@@ -74,7 +74,8 @@ def make_swap(
     def swap(value: Any) -> Any:
         if isinstance(value, functools.partial):
             return functools.partial(swap(value.func), *value.args, **value.keywords)
-        function, first = value, tuple[Any, ...]()
+        function: Any = value
+        first: Any = ()
         if isinstance(value, MethodType):
             function, first = value.__func__, (value.__self__,)
         elif not isinstance(value, FunctionType):
