@@ -12,7 +12,7 @@ import torch
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 from torch.optim import SGD
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn, update_bn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from tests.helpers.explicit_loss import (
     batch,
@@ -142,26 +142,6 @@ def test_an_average_from_the_middle_evaluates_reports_bakes_and_reverts(
     revert(average)
     assert not torch.equal(average(x), before)
     assert len(average.module.state_dict()) == len(model.state_dict()) - len(gates(model))
-
-
-@models
-def test_update_bn_sees_the_gates_of_the_average(make: Callable[[], nn.Module]) -> None:
-    model = make()
-    average = AveragedModel(model)
-    train(model, average, start=7)
-    baked = bake(copy.deepcopy(average))
-    loader = [batch(seed) for seed in range(3)]
-    average.eval()
-    for each in (average, baked):
-        update_bn(loader, each)
-    assert not average.training
-    statistics = dict(average.named_buffers())
-    assert statistics["n_averaged"] == 6
-    for name, expected in baked.named_buffers():
-        torch.testing.assert_close(statistics[name], expected)
-    before = model.get_buffer("1.running_var" if make is gated_cnn else "norm.running_var")
-    name = next(name for name in statistics if name.endswith("running_var"))
-    assert not torch.equal(statistics[name], before)
 
 
 @pytest.mark.parametrize("kind", ["torch", "timm"])

@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_leaves
 
 from tests.helpers.explicit_loss import GAMMA, batch, gated_cnn, gates, mean_probability
 from transfer_surgery import HardConcrete, TransferSchedule, convert, wrap_optimizer
-from transfer_surgery.transfer.controllers import Projection, Risk
+from transfer_surgery.transfer.controllers import Projection
 from transfer_surgery.transfer.optimizer import _WRAPPED
 from transfer_surgery.transfer.risk import REDUCTIONS, add_risk_gradient
 from transfer_surgery.units import gated_activations
@@ -78,33 +78,21 @@ SCHEDULES = [
 ]
 
 
-@pytest.mark.parametrize("scale", [None, torch.zeros((), device="meta")])
-def test_the_risk_of_a_step_never_looks_at_the_gates(scale: Tensor | None) -> None:
-    model = on_meta()
-    risk = Risk([unit for _, unit in gated_activations(model)], GAMMA, 3, "sum")
-    for step in range(1, 11):
-        risk.add_gradient({"lr": 0.1, "momentum": 0.9}, step, scale)
-        risk.loss({}, step)
-
-
 @pytest.mark.parametrize("skipped", [None, torch.zeros((), device="meta")])
-@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize(
+    ("gate", "schedule"),
+    [
+        *(("hard_concrete", schedule) for schedule in SCHEDULES),
+        *((gate, TransferSchedule(10, start=0)) for gate in ("line", "copy")),
+    ],
+)
 def test_the_projection_of_a_step_never_looks_at_the_gates(
-    schedule: TransferSchedule, skipped: Tensor | None
+    gate: str, schedule: TransferSchedule, skipped: Tensor | None
 ) -> None:
-    projection = Projection(dict(gated_activations(on_meta())), schedule)
+    projection = Projection(dict(gated_activations(on_meta(gate=gate))), schedule)
     projection.begun = True  # it looks once, before it moves the first gate
     for step in range(1, 11):
         projection.follow(step, skipped)
-
-
-@pytest.mark.parametrize("kind", ["line", "copy"])
-def test_gates_without_parameters_never_look_either(kind: str) -> None:
-    projection = Projection(
-        dict(gated_activations(on_meta(gate=kind))), TransferSchedule(10, start=0)
-    )
-    for step in range(1, 11):
-        projection.follow(step, None)
 
 
 HOW: dict[str, dict[str, Any]] = {
@@ -121,15 +109,25 @@ def begin(optimizer: Optimizer) -> None:
         hooks.projection.begun = True
 
 
+@pytest.mark.parametrize("closure", [False, True])
 @pytest.mark.parametrize("make", [SGD, AdamW])
 @pytest.mark.parametrize("how", HOW)
-def test_a_whole_step_never_looks_between_the_looks_at_the_gradients(how: str, make: Any) -> None:
+def test_a_whole_step_never_looks_between_the_looks_at_the_gradients(
+    how: str, make: Any, closure: bool
+) -> None:
     model = on_meta()
     optimizer = wrap_optimizer(make(model.parameters(), lr=0.1), model, **HOW[how])
     begin(optimizer)
+
+    def evaluate() -> Tensor:
+        loss = model(X.to("meta")).sum()
+        loss.backward()
+        return loss
+
     for _ in range(20):
-        model(X.to("meta")).sum().backward()
-        optimizer.step()
+        if not closure:
+            evaluate()
+        optimizer.step(evaluate if closure else None)
         optimizer.zero_grad()
     assert optimizer.param_groups[-1]["transfer_step"] == 20
 

@@ -67,45 +67,19 @@ class SAM(Optimizer):
         self.second_step()
 
 
-class FunctionalSAM:
-    """The reference: one explicit step, without an optimizer that is changed or wrapped.
-
-    The perturbation is along the gradient of the task; the gradient is that of the task there plus
-    that of the risk where the gates are.
-    """
-
-    def __init__(self, model: nn.Module, base: Optimizer) -> None:
-        self.model, self.base = model, base
-
-    def step(self, seed: int) -> None:
-        names, parameters = zip(*self.model.named_parameters(), strict=True)
-
-        def loss(values: Any) -> Tensor:
-            named = dict(zip(names, values, strict=True))
-            return torch.func.functional_call(
-                _Task(self.model), {f"net.{n}": v for n, v in named.items()}, (seed,)
-            )
-
-        first = torch.autograd.grad(loss(parameters), parameters)
-        norm = torch.stack([g.norm() for g in first]).norm()
-        there = [
-            (p + g * RHO / norm).detach().requires_grad_()
-            for p, g in zip(parameters, first, strict=True)
-        ]
-        second = torch.autograd.grad(loss(there), there)
-        here = torch.autograd.grad(risk(self.model), parameters, materialize_grads=True)
-        for p, g, r in zip(parameters, second, here, strict=True):
-            p.grad = g + r
-        self.base.step()
-
-
-class _Task(nn.Module):
-    def __init__(self, net: nn.Module) -> None:
-        super().__init__()
-        self.net = net
-
-    def forward(self, seed: int) -> Tensor:
-        return task(self.net, seed)
+def explicit_step(model: nn.Module, base: Optimizer, seed: int) -> None:
+    """The reference: along the gradient of the task, and there its gradient; the risk's is here."""
+    parameters = list(model.parameters())
+    first = torch.autograd.grad(task(model, seed), parameters)
+    here = torch.autograd.grad(risk(model), parameters, materialize_grads=True)
+    norm = torch.stack([g.norm() for g in first]).norm()
+    before = [p.detach().clone() for p in parameters]
+    torch._foreach_add_([p.data for p in parameters], [g * RHO / norm for g in first])
+    second = torch.autograd.grad(task(model, seed), parameters)
+    for p, old, g, r in zip(parameters, before, second, here, strict=True):
+        p.data.copy_(old)
+        p.grad = g + r
+    base.step()
 
 
 def by_hand(model: nn.Module, optimizer: SAM, seed: int) -> None:
@@ -143,10 +117,10 @@ def test_sam_perturbs_by_the_task_and_adds_the_risk_of_the_restored_gates(
     model = mid_transfer(gated_cnn())
     reference = copy.deepcopy(model)
     optimizer = wrap_optimizer(SAM(model.parameters(), base, **settings), model, gamma=GAMMA)
-    explicit = FunctionalSAM(reference, base(reference.parameters(), **settings))  # type: ignore[call-arg]
+    explicit = base(reference.parameters(), **settings)  # type: ignore[call-arg]
     for seed in range(3):
         loop(model, optimizer, seed)
-        explicit.step(seed)
+        explicit_step(reference, explicit, seed)
     torch.testing.assert_close(model.state_dict(), reference.state_dict(), rtol=1e-4, atol=1e-5)
 
 
