@@ -1,96 +1,114 @@
-"""Time and memory of matching beside a forward pass, for more and more images.
+"""Time and memory of matching beside forward passes, for deeper and deeper networks.
 
     python benchmarks/match_speed.py
+    git worktree add ../before COMMIT
+    python benchmarks/match_speed.py --before ../before
 
-Memory should not grow with the number of images, because sums are kept and no activations. Each row
-is measured in a process of its own. Linux only.
+The time of a site should not grow with the depth. With `--before` the same is measured with the
+code in another folder, such as a worktree of an earlier commit. Times are CPU seconds, which other
+programs disturb less. Each row is measured in a process of its own. Linux only.
 """
 
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
+import time
 import warnings
+from pathlib import Path
 from typing import Annotated, Any
 
-import timm
 import torch
 import typer
-from own_process import in_a_process, observed
+from own_process import observed
 from rich.console import Console
 from rich.table import Table
+from torch import nn
 
 from transfer_surgery import MatchWarning, convert, match_targets
-from transfer_surgery.units import gated_activations
 
-BATCH = 64
+BATCH, WIDTH, SIZE = 64, 32, 16
+HERE = Path(__file__).parents[1]
 
 
 def main(
-    model: Annotated[str, typer.Option(help="A timm model.")] = "resnet18",
-    image_size: Annotated[int, typer.Option(help="Height and width of the images.")] = 64,
-    images: Annotated[
-        list[int] | None, typer.Option(help="Number of images; several times.")
+    depth: Annotated[
+        list[int] | None, typer.Option(help="Number of convolutions; several times.")
     ] = None,
-    threads: Annotated[int, typer.Option(min=1, help="Number of CPU threads.")] = 2,
+    images: Annotated[int, typer.Option(help="Number of images.")] = 512,
+    threads: Annotated[int, typer.Option(min=1, help="Number of CPU threads.")] = 1,
+    before: Annotated[
+        Path | None, typer.Option(help="A folder with other code of the library.")
+    ] = None,
     measure: Annotated[str | None, typer.Option(hidden=True)] = None,
 ) -> None:
-    """Match a network with random weights, and refit its layers, in batches of 64."""
-    numbers = images or [64, 512]
+    """Match plain convolutional networks with random weights, and refit their layers."""
+    depths = depth or [8, 16, 32, 64, 128]
     if measure:
-        print(json.dumps(_measure(model, image_size, numbers[0], measure == "refit", threads)))
+        print(json.dumps(_measure(depths[0], images, measure == "refit", threads)))
         return
-    table = Table(title=f"match_targets, {model}, {image_size} pixels, {threads} threads")
-    heads = ("images", "sites", "match, s", "forwards", "match, MiB", "largest site, MiB")
-    for head in ("how", *heads):
-        table.add_column(head, justify="left" if head == "how" else "right")
-    for how in ("match", "refit"):
-        for number in numbers:
-            options = ("--model", model, "--image-size", image_size, "--images", number)
-            found = in_a_process(__file__, "--measure", how, "--threads", threads, *options)
-            row = [f"{number:,}", str(found["sites"]), f"{found['seconds']:.1f}"]
-            row += [f"{found['seconds'] / found['forward']:.0f}"]
-            row += [f"{found['mib']:,.0f}", f"{found['largest_mib']:,.0f}"]
-            table.add_row(how, *row)
+    table = Table(title=f"match_targets, {images} images of {SIZE} pixels, {threads} threads")
+    for head in ("code", "how", "sites", "CPU s", "s per site", "forwards", "MiB"):
+        table.add_column(head, justify="left" if head in ("code", "how") else "right")
+    folders = {"now": HERE} | ({} if before is None else {"before": before.resolve()})
+    for code, folder in folders.items():
+        for how in ("match", "refit"):
+            for number in depths:
+                options = ("--depth", number, "--images", images, "--threads", threads)
+                found = _in_folder(folder, "--measure", how, *options)
+                seconds = found["seconds"]
+                row = [f"{seconds:.1f}", f"{seconds / number:.2f}"]
+                row += [f"{seconds / found['forward']:.0f}", f"{found['mib']:,.0f}"]
+                table.add_row(code, how, str(number), *row)
     Console().print(table)
     Console().print(
-        "match, MiB: by how much matching raises the peak of the process. Forwards: how many times "
-        "as long as one pass of the same images. Largest site: its inputs of all these images."
+        "Forwards: how many times as long as one pass of the same images. MiB: by how much "
+        "matching raises the peak of the process's memory."
     )
 
 
-def _measure(name: str, size: int, number: int, refit: bool, threads: int) -> dict[str, Any]:
-    torch.set_num_threads(threads)
-    torch.manual_seed(0)
-    model = timm.create_model(name).eval()
-    batches = list(torch.randn(number, 3, size, size).split(BATCH))
-    largest = 0
+def _in_folder(folder: Path, *options: object) -> dict[str, Any]:
+    """This program's measurement with the library that lies in a folder."""
+    command = [sys.executable, __file__, *map(str, options)]
+    environment = {**os.environ, "PYTHONPATH": str(folder)}
+    done = subprocess.run(command, check=True, stdout=subprocess.PIPE, env=environment)
+    return dict(json.loads(done.stdout))
 
-    def see(module: Any, args: Any) -> None:
-        nonlocal largest
-        largest = max(largest, args[0].nbytes // len(batches[0]) * number)
+
+def _network(depth: int) -> nn.Sequential:
+    """Convolutions with ReLUs whose outputs neither grow nor vanish."""
+    torch.manual_seed(0)
+    layers: list[nn.Module] = []
+    for number in range(depth):
+        layer = nn.Conv2d(WIDTH if number else 3, WIDTH, 3, padding=1)
+        nn.init.kaiming_normal_(layer.weight, mode="fan_in")
+        layers += [layer, nn.BatchNorm2d(WIDTH), nn.ReLU()]
+    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(WIDTH, 10))
+
+
+def _measure(depth: int, images: int, refit: bool, threads: int) -> dict[str, Any]:
+    torch.set_num_threads(threads)
+    model = _network(depth)
+    batches = list(torch.randn(images, 3, SIZE, SIZE).split(BATCH))
 
     def forward() -> None:
         with torch.no_grad():
             for batch in batches:
                 model(batch)
 
-    convert(model, "sin")
-    handles = [unit.register_forward_pre_hook(see) for _, unit in gated_activations(model)]
-    with torch.no_grad():
-        model(batches[0])  # also prepares kernels
-    for handle in handles:
-        handle.remove()
-    _, pass_seconds, _ = observed(forward)
+    forward()  # sets the statistics of the norms, and prepares kernels
+    convert(model.eval(), "sin", example_input=batches[0][:2])
+    start = time.process_time()
+    forward()
+    pass_seconds = time.process_time() - start
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", MatchWarning)
-        found, seconds, mib = observed(lambda: match_targets(model, batches, refit=refit))
-    return {
-        "sites": len(found.rows),
-        "seconds": seconds,
-        "forward": pass_seconds,
-        "mib": mib,
-        "largest_mib": largest / 2**20,
-    }
+        start = time.process_time()
+        _, _, mib = observed(lambda: match_targets(model, batches, refit=refit))
+    seconds = time.process_time() - start
+    return {"seconds": seconds, "forward": pass_seconds, "mib": mib}
 
 
 if __name__ == "__main__":

@@ -29,6 +29,7 @@ from transfer_surgery import (
     bake,
     convert,
     load_gates,
+    match_targets,
     report,
     revert,
     save_gates,
@@ -327,3 +328,14 @@ def gates_only(folder: Path) -> Result:
             refused.append(str(error))
     states = {"saved": whole_state(model), "loaded": whole_state(other)}
     return states | {"kept": kept, "refused": refused}
+
+
+def matched(batches: list[Tensor]) -> Result:
+    """Matched and refitted with the batches of this rank alone; one rank's may be no input."""
+    rank = dist.get_rank()
+    model = DistributedDataParallel(network())
+    try:
+        report = match_targets(model, batches[rank::RANKS], refit=True)
+    except Exception as error:
+        return {"error": str(error), "state": model.module.state_dict()}
+    return {"state": model.module.state_dict(), "r2": [row.r2 for row in report]}

@@ -18,8 +18,8 @@ from transfer_surgery import (
     wrap_optimizer,
 )
 from transfer_surgery.matching import MatchReport, MatchRow
-from transfer_surgery.matching.least_squares import TargetFit
 from transfer_surgery.matching.match_report import warn_of_poor_fits
+from transfer_surgery.matching.target_fit import TargetFit
 from transfer_surgery.units import gated_activations
 
 
@@ -173,7 +173,7 @@ def test_parameters_are_shared_as_the_gates_are(granularity):
 
 
 def test_the_first_site_is_the_least_squares_fit_of_its_source(monkeypatch):
-    monkeypatch.setattr("transfer_surgery.matching.match.RIDGE", 0.0)
+    monkeypatch.setattr("transfer_surgery.matching.one_pass.RIDGE", 0.0)
     model = converted()
     match_targets(model, [data()])
     unit = model[1].act_0

@@ -10,26 +10,37 @@ from torch import nn
 from torch.nn.utils import parametrizations, prune
 
 from transfer_surgery import convert, match_targets
-from transfer_surgery.matching.layer_refit import LayerFit, layers_to_refit
+from transfer_surgery.matching.layer_refit import LayerFit
+from transfer_surgery.matching.refit_rules import layers_to_refit
 
 
+def add(fit: LayerFit, x: torch.Tensor, wanted: torch.Tensor) -> None:
+    """All positions of a batch."""
+    fit.add(fit.map.rows(x, wanted.shape, None), fit.map.outputs(wanted, None))
+
+
+@pytest.mark.parametrize("wide", [False, True])
 @pytest.mark.parametrize(
-    "layer",
+    ("layer", "shape"),
     [
-        nn.Linear(6, 4),
-        nn.Linear(6, 4, bias=False),
-        nn.Conv2d(2, 4, 3, padding=1, stride=2),
-        nn.Conv2d(2, 4, 3, dilation=2, bias=False),
+        (nn.Linear(6, 4), (5, 6)),
+        (nn.Linear(6, 4, bias=False), (5, 6)),
+        (nn.Conv1d(2, 4, 3, padding="same"), (2, 9)),
+        (nn.Conv2d(2, 4, 3, padding=1, stride=2), (2, 7, 7)),
+        (nn.Conv2d(2, 4, 3, dilation=2, bias=False), (2, 7, 7)),
+        (nn.Conv2d(4, 4, 3, padding=1, padding_mode="reflect", groups=4), (4, 5, 5)),
+        (nn.Conv3d(2, 2, 2), (2, 3, 4, 3)),
+        (nn.ConvTranspose2d(2, 4, 3, stride=2, padding=1, groups=2), (2, 4, 4)),
     ],
 )
-def test_refitted_weights_are_those_of_independent_least_squares(layer):
-    linear = isinstance(layer, nn.Linear)
-    x = torch.randn(40, 5, 6) if linear else torch.randn(40, 2, 7, 7)
+def test_refitted_weights_are_those_of_independent_least_squares(layer, shape, wide, monkeypatch):
+    monkeypatch.setattr("transfer_surgery.matching.layer_refit._MATRIX", 0 if wide else 2**20)
+    x = torch.randn(40, *shape)
     changed = torch.sin(x) + 0.3 * x + 0.2
     wanted = layer(x).detach()
     fitted = LayerFit(layer, ridge=0.0)
     for a, b in zip(changed.split(16), wanted.split(16), strict=True):
-        fitted.add(a, b)
+        add(fitted, a, b)
     found = copy.deepcopy(layer)
     found.load_state_dict(fitted.solve())
     best = copy.deepcopy(layer).double()
@@ -51,7 +62,7 @@ def test_refitted_weights_are_those_of_independent_least_squares(layer):
 def test_a_strong_ridge_keeps_the_weights():
     layer, x = nn.Linear(6, 4), torch.randn(40, 6)
     fitted = LayerFit(layer, ridge=1e6)
-    fitted.add(x.sin(), layer(x).detach())
+    add(fitted, x.sin(), layer(x).detach())
     torch.testing.assert_close(fitted.solve()["weight"], layer.weight.detach(), rtol=0, atol=1e-4)
 
 
@@ -61,13 +72,20 @@ def test_inputs_that_are_0_leave_their_weights_alone(ridge):
     for scale in (torch.zeros(4), torch.tensor([1.0, 0.0, 1.0, 1.0])):
         x = torch.randn(50, 4) * scale
         fitted = LayerFit(layer, ridge)
-        fitted.add(x, layer(x).detach())
+        add(fitted, x, layer(x).detach())
         for name, value in fitted.solve().items():
             torch.testing.assert_close(value, getattr(layer, name).detach(), rtol=1e-4, atol=1e-5)
 
 
 def test_only_plain_trainable_weights_are_refitted_and_the_others_are_named():
-    frozen = nn.Linear(2, 2).requires_grad_(False)
+    class Subclass(nn.Linear):
+        pass
+
+    frozen, half_frozen, hooked, of_a_teacher = (nn.Linear(2, 2) for _ in range(4))
+    frozen.requires_grad_(False)
+    half_frozen.bias.requires_grad_(False)
+    hooked.register_forward_pre_hook(lambda layer, args: None)
+    teacher = nn.Sequential(of_a_teacher, nn.ReLU())
     pruned = prune.l1_unstructured(nn.Linear(2, 2), "weight", amount=1)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # the older kind of weight norm, still used
@@ -75,19 +93,44 @@ def test_only_plain_trainable_weights_are_refitted_and_the_others_are_named():
     expected = {
         nn.Conv2d(2, 2, 3): None,
         nn.Linear(2, 2): None,
-        nn.Conv2d(2, 2, 3, groups=2): "a grouped convolution",
-        nn.Conv2d(2, 2, 3, padding="same"): "its padding",
-        nn.Conv2d(2, 2, 3, padding=1, padding_mode="reflect"): "its padding",
-        nn.Conv1d(2, 2, 3): "a Conv1d",
-        nn.ConvTranspose2d(2, 2, 3): "a ConvTranspose2d",
-        parametrizations.weight_norm(nn.Linear(2, 2)): "its weight is computed at each call",
-        older: "its weight is computed at each call",
-        pruned: "its weight is computed at each call",
-        frozen: "frozen",
+        nn.Conv2d(2, 2, 3, groups=2, padding="same", padding_mode="reflect"): None,
+        nn.Conv1d(2, 2, 3): None,
+        nn.ConvTranspose3d(2, 2, 3): None,
+        Subclass(2, 2): "is a Subclass",
+        half_frozen: "is frozen",
+        nn.Linear(2, 2, device="meta"): "is offloaded",
+        hooked: "has hooks",
+        of_a_teacher: "is part of another network, too",
+        parametrizations.weight_norm(nn.Linear(2, 2)): "is a ParametrizedLinear",
+        older: "has a computed weight",
+        pruned: "has a computed weight",
+        frozen: "is frozen",
     }
     layers, left = layers_to_refit(nn.ModuleList(expected))
     assert layers == [layer for layer, reason in expected.items() if reason is None]
     assert left == {layer: reason for layer, reason in expected.items() if reason}
+    assert teacher[0] is of_a_teacher  # as long as the teacher lives
+
+
+def test_a_layer_whose_weight_is_read_elsewhere_is_left_alone():
+    class Tied(nn.Module):
+        """An autoencoder whose decoder is its encoder's weight; T5 asks a weight for its dtype."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.code, self.last = (nn.Linear(4, 4) for _ in range(3))
+
+        def forward(self, x):
+            code = F.gelu(self.code(F.relu(self.first(x).to(self.last.weight.dtype))))
+            return self.last(F.linear(code, self.code.weight.t()))
+
+    torch.manual_seed(0)
+    model, x = Tied(), torch.randn(256, 4)
+    before = model.code.weight.clone()
+    report = match_targets(convert(model, example_input=x), [x], refit=True)
+    assert torch.equal(model.code.weight, before)
+    assert report.refitted == ("last",)
+    assert report.left == {"code": "has a weight that something else reads, too"}
 
 
 def test_layers_that_are_left_alone_keep_their_weights_and_stand_in_the_report():
@@ -98,5 +141,5 @@ def test_layers_that_are_left_alone_keep_their_weights_and_stand_in_the_report()
     x = torch.randn(256, 4)
     report = match_targets(convert(model, example_input=x), [x], refit=True)
     assert torch.equal(model[2].weight, before)
-    assert (report.refitted, report.left) == (("4",), {"2": "frozen"})
-    assert "1 layer was not refitted: 2 (frozen)." in str(report)
+    assert (report.refitted, report.left) == (("4",), {"2": "is frozen"})
+    assert "1 layer was not refitted: 2 is frozen." in str(report)

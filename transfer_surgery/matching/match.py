@@ -8,27 +8,18 @@ before it distort.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Iterable
 from typing import Any
 
-import torch
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
-from transfer_surgery._dataflow import norms_behind
-from transfer_surgery._running import as_batches, kl_divergence, prediction_mode
+from transfer_surgery._running import as_batches, prediction_mode
 from transfer_surgery._sharding import check_not_sharded
-from transfer_surgery.matching.layer_refit import layers_to_refit, refit_layer
-from transfer_surgery.matching.least_squares import Inputs, Solution, TargetFit, grouped
-from transfer_surgery.matching.match_report import MatchReport, MatchRow, warn_of_poor_fits
-from transfer_surgery.matching.site_gradients import site_calls
-from transfer_surgery.matching.target_families import family_of
+from transfer_surgery.matching.match_report import MatchReport, warn_of_poor_fits
+from transfer_surgery.matching.one_pass import OnePass
 from transfer_surgery.matching.two_networks import TwoNetworks
 from transfer_surgery.units import GatedActivation, select_units
-
-RIDGE = 1e-4
-"""Added to the diagonal of the fits, as a share of the features' mean squares."""
-
-_FLOOR = 0.01  # least weight of an error with weights="gradient", as a share of the mean weight
 
 
 def match_targets(
@@ -39,6 +30,7 @@ def match_targets(
     exclude: Any = None,
     weights: str | None = None,
     refit: bool = False,
+    max_bytes: int | None = None,
 ) -> MatchReport:
     """Fit the targets of a converted model to its sources, on batches without labels.
 
@@ -50,24 +42,28 @@ def match_targets(
 
     Args:
         model: a converted model; it is run in evaluation mode.
-        batches: tensors, tuples of arguments or dicts of keyword arguments, without labels; some
-            hundred examples are enough. Both networks are run up to each site on each batch, so
-            the time grows with the square of the depth. Memory is that of one batch.
+        batches: tensors, tuples of arguments or dicts of keyword arguments, also with tensors in
+            lists and objects, without labels; some hundred examples are enough. Both networks run
+            once on each batch, and once more for each module that is called several times. Under
+            `torch.distributed` every rank calls this with batches of its own, and all get the same
+            numbers.
         include: sites to match: patterns as in `convert` (a predicate gets the unit); None: all.
         exclude: sites to leave as they are, in the same forms.
         weights: how much an error at a site counts. None: all errors count the same.
             ``"gradient"``: by the squared gradient of the original network's log-likelihood, with
             labels drawn from its answers, as in second-order quantisation; it takes a backward pass
-            per site and batch. On an image classifier this was worse than None. It is here for
+            per batch. On an image classifier this was worse than None. It is here for
             networks with rare outputs: a detector of rare events lost most of them by
             ``refit=True`` and kept them with gradient weights.
-        refit: also refit each linear layer and ordinary convolution behind a site, by least
-            squares, so that its outputs stay close to those of the original network. Layers whose
-            weight is not a plain trainable parameter of their own are left alone; the report names
-            them. The new weights
-            suit the targets and not the sources: as long as gates are at the source, **the outputs
-            are wrong, and swap_targets(model) has to be the next call**. The report says so. (Or
-            swap first: a swapped network can be matched and refitted, too.)
+        refit: also refit each linear layer and convolution behind a site, by least squares, so that
+            its outputs stay close to those of the original network. Layers whose weight is not a
+            plain trainable parameter that they alone read are left alone; the report names them.
+            The new weights suit the targets and not the sources: as long as gates are at the
+            source, **the outputs are wrong, and swap_targets(model) has to be the next call**. The
+            report says so. (Or swap first: a swapped network can be matched and refitted, too.)
+        max_bytes: what the forward passes of both networks may hold while they wait for each other
+            at a site; None: half of the memory that is free. Batches beyond it are run again for
+            each site, so that their time grows with the square of the depth.
 
     Returns:
         A row per site: share of the variance that is explained, periods that the data spans, and
@@ -80,6 +76,7 @@ def match_targets(
         TypeError: the model is sharded by FSDP2. After any error the model is unchanged.
 
     Examples:
+        >>> import torch
         >>> from transfer_surgery import convert
         >>> _ = torch.manual_seed(0)
         >>> model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
@@ -90,24 +87,34 @@ def match_targets(
     """
     if weights not in (None, "gradient"):
         raise ValueError(f"weights={weights!r}: use None or 'gradient'.")
+    if max_bytes is not None and max_bytes < 0:
+        raise ValueError(f"max_bytes={max_bytes}: give a number of bytes, or None.")
     check_not_sharded(model)
     units = _without_kept(select_units(model, include, exclude))
-    networks = TwoNetworks(model, list(units.values()), as_batches(batches, model))
+    # DDP would synchronise buffers at each forward pass, which ranks do in turns of their own.
+    inner = model.module if isinstance(model, DistributedDataParallel) else model
+    networks = TwoNetworks(inner, list(units.values()), as_batches(batches, inner))
+    fit = OnePass(networks, {unit: path for path, unit in units.items()}, weights, refit, max_bytes)
     before = {unit: _numbers(unit) for unit in units.values()}
-    refitted: dict[nn.Module, str | None] = {}
     try:
-        with prediction_mode(model):
-            rows = tuple(_fit_in_order(networks, units, weights, refitted if refit else None))
+        with prediction_mode(inner):
+            rows = tuple(fit.run())
     except BaseException:
-        networks.restore()
         for unit, numbers in before.items():
             _put_back(unit, numbers)
         raise
-    reasons = {p: refitted[m] for p, m in model.named_modules() if m in refitted}
+    reasons = {p: fit.refitted[m] for p, m in model.named_modules() if m in fit.refitted}
     paths = tuple(path for path, reason in reasons.items() if reason is None)
     left = {path: reason for path, reason in reasons.items() if reason is not None}
     waiting = any(bool((unit.gate.predict() != 0).all()) for unit in units.values())
-    report = MatchReport(rows, paths, left, needs_swap=bool(paths) and waiting)
+    report = MatchReport(
+        rows,
+        paths,
+        left,
+        needs_swap=bool(paths) and waiting,
+        held=fit.held,
+        again=len(networks.batches) - fit.waited,
+    )
     warn_of_poor_fits(report, stacklevel=3)
     return report
 
@@ -118,107 +125,6 @@ def _without_kept(units: dict[str, GatedActivation]) -> dict[str, GatedActivatio
     if not any(bool((gates == 0).any()) for gates in z.values()):
         return units
     return {path: unit for path, unit in units.items() if not bool((z[path] == 1).all())}
-
-
-def _fit_in_order(
-    networks: TwoNetworks,
-    units: dict[str, GatedActivation],
-    weights: str | None,
-    refitted: dict[nn.Module, str | None] | None,
-) -> Iterator[MatchRow]:
-    """Fit each site and, unless ``refitted`` is None, each layer behind one; a row per site.
-
-    ``refitted`` gets these layers, with the reason where one was left alone.
-    """
-    first = networks.batches[0]
-    wanted = networks.log_probabilities(first)
-    paths = {unit: path for path, unit in units.items()}
-
-    # Find out what runs, how often, and which batch norms can take an offset.
-    layers, left = ([], {}) if refitted is None else layers_to_refit(networks.model)
-    norms = norms_behind(networks.model, layers, lambda: networks.run(first)) if layers else {}
-    calls_of = networks.count_calls([*units.values(), *layers, *left])
-
-    done: set[GatedActivation] = set()
-    for module, calls in calls_of.items():
-        if isinstance(module, GatedActivation):
-            # Fit the site, then let it run at its target.
-            solution, inputs = _fit_site(networks, module, calls, done, weights)
-            if not all(bool(p.isfinite().all()) for p in solution.parameters):
-                raise ValueError(
-                    f"{paths[module]}: NaN or infinity comes in there. Look for it in the batches; "
-                    "a network that overflows in half precision is matched in float32."
-                )
-            _write(module, solution)
-            done.add(module)
-            divergence = kl_divergence(networks.log_probabilities(first, done, "now"), wanted)
-            yield _row(paths[module], module, solution, inputs, divergence.item())
-        elif done and refitted is not None:
-            refitted[module] = left.get(module)
-            if module not in left:
-                refit_layer(networks, module, calls, done, norms.get(module))
-
-    # List what did not run.
-    for unit in paths.keys() - done:
-        yield MatchRow(paths[unit], str(unit.source), str(unit.target), None, None, None, None)
-
-
-def _fit_site(
-    networks: TwoNetworks,
-    unit: GatedActivation,
-    calls: int,
-    done: Collection[GatedActivation],
-    weights: str | None,
-) -> tuple[Solution, Inputs]:
-    """The least squares of one site, which runs ``calls`` times on a batch."""
-
-    def group(x: Tensor) -> Tensor:
-        return grouped(x, unit.granularity)
-
-    # First pass: what the inputs are like.
-    inputs = Inputs()
-    for batch in networks.batches:
-        for x, _ in networks.see(unit, batch, calls, done, "now"):
-            inputs.add(group(x))
-    # Second pass: the sums, from inputs of this network and outputs of the original one.
-    fit = TargetFit(family_of(unit.target), inputs, RIDGE)
-    for index, batch in enumerate(networks.batches):
-        here = networks.see(unit, batch, calls, done, "now")
-        wanted = networks.see(unit, batch, calls)
-        counted: list[Tensor | None] = [None] * len(wanted)
-        if weights == "gradient":
-            seen = site_calls(networks, [unit], batch, seed=index)[unit]
-            counted = [group(_with_floor(call.squared_gradient)) for call in seen[:calls]]
-        for (x, _), (_, y), weight in zip(here, wanted, counted, strict=True):
-            fit.add(group(x), group(y), weight)
-    return fit.solve(), inputs
-
-
-def _with_floor(weights: Tensor) -> Tensor:
-    """Weights with the mean 1, none of which is next to nothing."""
-    mean = weights.mean()
-    if not bool(mean > 0):
-        return torch.ones_like(weights)
-    return (weights / mean + _FLOOR) / (1 + _FLOOR)
-
-
-def _row(
-    path: str, unit: GatedActivation, solution: Solution, inputs: Inputs, divergence: float
-) -> MatchRow:
-    total = solution.total.sum()
-    explained = 1 - solution.residual.sum() / total if total > 0 else torch.ones(())
-    _, w, _, _ = solution.parameters
-    periods = (w.abs() * inputs.span * inputs.std / (2 * torch.pi)).median()
-    periodic = unit.target.name in ("sin", "cos")
-    return MatchRow(
-        path,
-        str(unit.source),
-        str(unit.target),
-        explained.item(),
-        periods.item() if periodic else None,
-        divergence,
-        inputs.count,
-    )
 
 
 def _numbers(unit: GatedActivation) -> dict[str, Tensor] | None:
@@ -233,10 +139,3 @@ def _put_back(unit: GatedActivation, numbers: dict[str, Tensor] | None) -> None:
         unit.fitted = None
     elif unit.fitted is not None:
         unit.fitted.load_state_dict(numbers)
-
-
-def _write(unit: GatedActivation, solution: Solution) -> None:
-    target = unit.add_fitted_target()
-    for name, values in zip(("a", "w", "c", "b"), solution.parameters, strict=True):
-        parameter = getattr(target, name)
-        parameter.data = values.to(parameter).reshape(parameter.shape)

@@ -56,6 +56,8 @@ class MatchReport(Table[MatchRow]):
         left: layers behind a site that were not refitted, and why.
         needs_swap: whether the outputs are wrong until `swap_targets` is called: layers were
             refitted to the targets while gates are at the source.
+        held: bytes that the waiting forward passes of both networks held at most.
+        again: number of batches that were run once more for each module, for lack of memory.
     """
 
     columns = (
@@ -69,6 +71,8 @@ class MatchReport(Table[MatchRow]):
     refitted: tuple[str, ...] = ()
     left: Mapping[str, str] = field(default_factory=dict)
     needs_swap: bool = False
+    held: int = 0
+    again: int = 0
 
     @property
     def notes(self) -> tuple[str, ...]:
@@ -77,8 +81,15 @@ class MatchReport(Table[MatchRow]):
             wrong = "; the outputs are wrong until you call swap_targets(model)" * self.needs_swap
             notes.append(f"{_layers(len(self.refitted))} refitted to these targets{wrong}.")
         if self.left:
-            named = ", ".join(f"{path} ({reason})" for path, reason in self.left.items())
+            named = ", ".join(f"{path} {reason}" for path, reason in self.left.items())
             notes.append(f"{_layers(len(self.left))} not refitted: {named}.")
+        if self.again:
+            batches = "1 batch was" if self.again == 1 else f"{self.again} batches were"
+            notes.append(
+                f"{batches} run once more for each module, for lack of memory; the others held "
+                f"{self.held / 2**20:,.0f} MiB. Fewer examples, or a larger max_bytes=, take less "
+                "time."
+            )
         return tuple(notes)
 
     def plot(self, ax: Axes | None = None) -> Axes:

@@ -13,7 +13,6 @@ import torch
 from torch import Tensor, nn
 
 from transfer_surgery._running import as_batches, prediction_mode
-from transfer_surgery.matching.least_squares import grouped
 from transfer_surgery.matching.site_gradients import site_calls
 from transfer_surgery.matching.two_networks import TwoNetworks
 from transfer_surgery.units import GatedActivation, fitted_value
@@ -67,6 +66,6 @@ def _costs(networks: TwoNetworks) -> dict[GatedActivation, Tensor]:
             for x, y, squared_gradient in calls:
                 numbers = None if unit.fitted is None else unit.fitted.expand(x)
                 error = fitted_value(x, unit.target, numbers).double() - y
-                cost = grouped(0.5 * squared_gradient * error.square(), unit.granularity)
+                cost = unit.granularity.group(0.5 * squared_gradient * error.square())
                 total[unit] += cost.double().sum(1).cpu()
     return total

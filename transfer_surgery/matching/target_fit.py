@@ -1,7 +1,4 @@
-"""Least squares summed over batches: of the targets of one site, or of the weights of a layer.
-
-Only sums of products are kept, in float64; no activation is.
-"""
+"""Least squares of the target of one site, summed over batches."""
 
 from __future__ import annotations
 
@@ -11,8 +8,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from transfer_surgery.matching.normal_equations import NormalEquations
+from transfer_surgery.matching.ranks import over_ranks
 from transfer_surgery.matching.target_families import Family
-from transfer_surgery.units import Granularity
 
 _CHUNK = 2**22
 """Elements of a feature that are worked on at a time: about 100 MB with everything made of them."""
@@ -20,64 +18,6 @@ _CHUNK = 2**22
 _FAINT = 1 / 100
 """A group whose standard deviation is below this share of the mean over groups is treated as
 constant. In trained ResNets groups are either well above this or far below it."""
-
-
-class NormalEquations:
-    """``min |X s - Y|^2 + sum of ridge * (s - start)^2``, with ``X`` and ``Y`` given in parts.
-
-    Leading axes are systems of their own.
-
-    Examples:
-        >>> _ = torch.manual_seed(0)
-        >>> equations, s = NormalEquations(), torch.randn(3, 1)
-        >>> for x in torch.randn(4, 50, 3):
-        ...     equations.add(x, x @ s)
-        >>> torch.allclose(equations.solve(torch.zeros(3)).float(), s, atol=1e-5)
-        True
-    """
-
-    def __init__(self) -> None:
-        self.matrix: Tensor | float = 0.0
-        self.vector: Tensor | float = 0.0
-
-    def add(self, x: Tensor, y: Tensor, weights: Tensor | None = None) -> None:
-        """Count rows.
-
-        Args:
-            x: ``(..., N, features)``.
-            y: ``(..., N, outputs)``.
-            weights: of the squared errors, ``(..., N)``.
-        """
-        weighted = (x if weights is None else x * weights[..., None]).transpose(-1, -2)
-        self.matrix = self.matrix + (weighted @ x).double()
-        self.vector = self.vector + (weighted @ y).double()
-
-    def diagonal(self) -> Tensor:
-        """Sums of squares of the features, ``(..., features)``."""
-        return torch.as_tensor(self.matrix).diagonal(dim1=-2, dim2=-1)
-
-    def solve(self, ridge: Tensor, start: Tensor | float = 0.0) -> Tensor:
-        """The best coefficients, ``(..., features, outputs)``, in float64.
-
-        Args:
-            ridge: ``(..., features)``.
-            start: what the ridge pulls the coefficients to.
-        """
-        pull = ridge.double()
-        found: Tensor = torch.linalg.solve(
-            self.matrix + torch.diag_embed(pull), self.vector + pull[..., None] * start
-        )
-        return found
-
-    def explained(self, solution: Tensor) -> Tensor:
-        """By how much a solution reduces the sum of squares of each system and output."""
-        matrix, vector = torch.as_tensor(self.matrix), torch.as_tensor(self.vector)
-        return (2 * solution * vector - solution * (matrix @ solution)).sum(-2)
-
-
-def grouped(x: Tensor, granularity: Granularity) -> Tensor:
-    """An activation as ``(groups, N)``: the elements that share a gate, in float32 or wider."""
-    return granularity.group(x.to(torch.promote_types(x.dtype, torch.float32)))
 
 
 @dataclass
@@ -98,6 +38,15 @@ class Inputs:
         self.squares = self.squares + wide.square().sum(1)
         self.lowest = torch.minimum(x.amin(1), torch.as_tensor(self.lowest).to(x))
         self.highest = torch.maximum(x.amax(1), torch.as_tensor(self.highest).to(x))
+
+    def add_over_ranks(self) -> None:
+        """Count the batches of all ranks."""
+        like = torch.as_tensor(self.total)
+        sums = [like.new_tensor(self.count), like, torch.as_tensor(self.squares)]
+        count, self.total, self.squares = over_ranks(sums)
+        self.count = int(count)
+        (self.lowest,) = over_ranks([torch.as_tensor(self.lowest)], "MIN")
+        (self.highest,) = over_ranks([torch.as_tensor(self.highest)], "MAX")
 
     @property
     def mean(self) -> Tensor:
@@ -175,6 +124,14 @@ class TargetFit:
             features = self.family.features(u, candidate._replace(w=w, c=c))
             weight = None if weights is None else weights.to(x)
             equations.add(torch.stack(features, 1).transpose(1, 2), y[..., None], weight)
+
+    def add_over_ranks(self) -> None:
+        """Count the batches of all ranks."""
+        for equations in self.equations:
+            equations.add_over_ranks()
+        self.count, self.sums = over_ranks(
+            [torch.as_tensor(self.count), torch.as_tensor(self.sums)]
+        )
 
     def solve(self) -> Solution:
         """The best candidate of each group."""

@@ -1,0 +1,98 @@
+"""Linear least squares from sums of products, or from rows that are fewer than the unknowns."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from transfer_surgery.matching.ranks import over_ranks
+
+_COLUMNS = 4096  # that are worked on in float64 at a time
+
+
+class NormalEquations:
+    """``min |X s - Y|^2 + sum of ridge * (s - start)^2``, with ``X`` and ``Y`` given in parts.
+
+    Leading axes are systems of their own. Only sums of products are kept, in float64.
+
+    Examples:
+        >>> _ = torch.manual_seed(0)
+        >>> equations, s = NormalEquations(), torch.randn(3, 1)
+        >>> for x in torch.randn(4, 50, 3):
+        ...     equations.add(x, x @ s)
+        >>> torch.allclose(equations.solve(torch.zeros(3)).float(), s, atol=1e-5)
+        True
+    """
+
+    def __init__(self) -> None:
+        self.matrix: Tensor | float = 0.0
+        self.vector: Tensor | float = 0.0
+
+    def add(self, x: Tensor, y: Tensor, weights: Tensor | None = None) -> None:
+        """Count rows.
+
+        Args:
+            x: ``(..., N, features)``.
+            y: ``(..., N, outputs)``.
+            weights: of the squared errors, ``(..., N)``.
+        """
+        weighted = (x if weights is None else x * weights[..., None]).transpose(-1, -2)
+        self.matrix = self.matrix + (weighted @ x).double()
+        self.vector = self.vector + (weighted @ y).double()
+
+    def add_over_ranks(self) -> None:
+        """Count the rows of all ranks."""
+        sums = [torch.as_tensor(self.matrix), torch.as_tensor(self.vector)]
+        self.matrix, self.vector = over_ranks(sums)
+
+    def diagonal(self) -> Tensor:
+        """Sums of squares of the features, ``(..., features)``."""
+        return torch.as_tensor(self.matrix).diagonal(dim1=-2, dim2=-1)
+
+    def solve(self, ridge: Tensor, start: Tensor | float = 0.0) -> Tensor:
+        """The best coefficients, ``(..., features, outputs)``, in float64.
+
+        Args:
+            ridge: ``(..., features)``.
+            start: what the ridge pulls the coefficients to.
+        """
+        pull = ridge.double()
+        found: Tensor = torch.linalg.solve(
+            self.matrix + torch.diag_embed(pull), self.vector + pull[..., None] * start
+        )
+        return found
+
+    def explained(self, solution: Tensor) -> Tensor:
+        """By how much a solution reduces the sum of squares of each system and output."""
+        matrix, vector = torch.as_tensor(self.matrix), torch.as_tensor(self.vector)
+        return (2 * solution * vector - solution * (matrix @ solution)).sum(-2)
+
+
+def solve_few_rows(x: Tensor, y: Tensor, ridge: Tensor, start: Tensor) -> Tensor:
+    """The same solution from rows that are fewer than the features, by a system of their number.
+
+    Args:
+        x: ``(systems, N, features)``.
+        y: ``(systems, N, outputs)``.
+        ridge: ``(systems,)``, above 0.
+        start: what the ridge pulls to, ``(systems, features, outputs)`` in float64.
+
+    Examples:
+        >>> _ = torch.manual_seed(0)
+        >>> x, y, start = torch.randn(1, 5, 9), torch.randn(1, 5, 2), torch.randn(1, 9, 2).double()
+        >>> equations = NormalEquations()
+        >>> equations.add(x, y)
+        >>> expected = equations.solve(torch.full((1, 9), 0.5), start)
+        >>> torch.allclose(solve_few_rows(x, y, torch.tensor([0.5]), start), expected, atol=1e-5)
+        True
+    """
+    kernel = torch.zeros(*x.shape[:2], x.shape[1], dtype=torch.float64, device=x.device)
+    left, parts = y.double(), torch.split(x, _COLUMNS, 2)
+    for part, old in zip(parts, torch.split(start, _COLUMNS, 1), strict=True):
+        wide = part.double()
+        kernel += wide @ wide.transpose(1, 2)
+        left = left - wide @ old
+    pull = torch.diag_embed(ridge.double()[:, None].expand(kernel.shape[:2]))
+    multipliers = torch.linalg.solve(kernel + pull, left)
+    moves = [part.double().transpose(1, 2) @ multipliers for part in parts]
+    return start + torch.cat(moves, 1)

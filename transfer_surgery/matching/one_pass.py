@@ -1,0 +1,197 @@
+"""Fits all sites and layers of a model in one pass of both networks, in order."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from transfer_surgery.matching.forward_state import ForwardState
+from transfer_surgery.matching.layer_refit import RIDGE as LAYER_RIDGE
+from transfer_surgery.matching.layer_refit import LayerFit
+from transfer_surgery.matching.match_report import MatchRow
+from transfer_surgery.matching.memory import batches_that_wait
+from transfer_surgery.matching.output_check import OutputCheck
+from transfer_surgery.matching.probe import Probe, probe
+from transfer_surgery.matching.ranks import check_the_same, failing_together
+from transfer_surgery.matching.refit_rules import layers_to_refit
+from transfer_surgery.matching.samples import Samples
+from transfer_surgery.matching.side_by_side import SideBySide
+from transfer_surgery.matching.target_families import family_of
+from transfer_surgery.matching.target_fit import Inputs, Solution, TargetFit
+from transfer_surgery.matching.two_networks import TwoNetworks
+from transfer_surgery.units import GatedActivation
+
+RIDGE = 1e-4
+"""Added to the diagonal of the fits, as a share of the features' mean squares."""
+
+
+@dataclass
+class OnePass:
+    """The fit of a model; `run` does it once.
+
+    Attributes:
+        networks: both networks.
+        paths: of the sites that are fitted.
+        weights: as in `match_targets`.
+        refit: whether layers are refitted, too.
+        max_bytes: as in `match_targets`.
+        refitted: gets the layers behind a site, with the reason where one was left alone.
+        held: bytes that the waiting forward passes held at most, by the look at the first batch.
+        waited: number of batches whose forward passes waited.
+    """
+
+    networks: TwoNetworks
+    paths: dict[GatedActivation, str]
+    weights: str | None = None
+    refit: bool = False
+    max_bytes: int | None = None
+    refitted: dict[nn.Module, str | None] = field(default_factory=dict)
+    held: int = 0
+    waited: int = 0
+
+    def run(self) -> list[MatchRow]:
+        """Fit each site, and each layer behind one; a row per site.
+
+        After an error the weights are as they were; the fitted targets are the caller's to restore.
+        """
+        state = ForwardState(self.networks.model)
+        layers, left = layers_to_refit(self.networks.model) if self.refit else ([], {})
+        with failing_together():
+            seen = self.networks.with_gradients_if_needed(lambda: self._look(state, layers, left))
+        left |= dict.fromkeys(seen.read_elsewhere, "has a weight that something else reads, too")
+        check_the_same(self._names(seen.calls), "the order of their modules")
+
+        # What stands before the first site gets the same inputs as ever.
+        order = list(seen.calls)
+        first = next((i for i, m in enumerate(order) if m in self.paths), len(order))
+        behind = order[first:]
+        self.refitted |= {m: left[m] for m in behind if m in left}
+        calls = {m: seen.calls[m] for m in behind if m not in left}
+        fits = {
+            m: LayerFit(m, LAYER_RIDGE, offset=m in seen.norms)
+            for m in calls
+            if not isinstance(m, GatedActivation)
+        }
+        samples = Samples(self.networks, calls, fits)
+        if self.weights == "gradient":
+            samples.weigh()
+        check = OutputCheck(self.networks, seen.output, len(self.paths))
+        number, device = len(self.networks.batches), _device_of(self.networks.model)
+        self.waited = batches_that_wait(number, seen.held, device, self.max_bytes)
+        self.held = 2 * seen.held * self.waited
+        both = SideBySide(self.networks, calls, state, self.waited, samples.behind, samples.before)
+        with both:
+            rows = list(self._fit_all(both, samples, fits, seen, check))
+        # List what did not run.
+        return rows + [_row(path, unit) for unit, path in self.paths.items() if unit not in calls]
+
+    def _look(
+        self, state: ForwardState, layers: list[nn.Module], left: dict[nn.Module, str]
+    ) -> Probe:
+        networks, first = self.networks, self.networks.batches[0]
+        modules = [*networks.units, *layers, *left]
+        with state.watch():
+            return probe(networks.model, modules, layers, lambda: networks.run(first))
+
+    def _fit_all(
+        self,
+        both: SideBySide,
+        samples: Samples,
+        fits: dict[nn.Module, LayerFit],
+        seen: Probe,
+        check: OutputCheck,
+    ) -> Iterator[MatchRow]:
+        done: set[GatedActivation] = set()
+        try:
+            for module in samples.modules:
+                if isinstance(module, GatedActivation):
+                    solution, inputs = _fit_site(module, samples, both)
+                    if not all(bool(p.isfinite().all()) for p in solution.parameters):
+                        raise ValueError(
+                            f"{self.paths[module]}: NaN or infinity comes in there. Look for it in "
+                            "the batches; a network that overflows in half precision is matched in "
+                            "float32."
+                        )
+                    _write(module, solution)
+                    both.fitted(module)
+                    done.add(module)
+                    error = check.divergence(done)
+                    yield _row(self.paths[module], module, solution, inputs, error)
+                else:
+                    fit = fits[module]
+                    with failing_together():
+                        for pair in samples.pairs(module, both):
+                            fit.add(pair.now, pair.wanted)
+                    if fit.is_empty:
+                        self.refitted[module] = "gets other inputs in the two networks"
+                    else:
+                        _refit(both, module, fit, seen.norms.get(module))
+                        self.refitted[module] = None
+                    both.fitted(module)
+        except BaseException:
+            both.restore()
+            raise
+
+    def _names(self, modules: Iterable[nn.Module]) -> list[str]:
+        paths = {module: path for path, module in self.networks.model.named_modules()}
+        return [paths[module] for module in modules]
+
+
+def _fit_site(unit: GatedActivation, samples: Samples, both: SideBySide) -> tuple[Solution, Inputs]:
+    """The least squares of one site."""
+    inputs = Inputs()
+    with failing_together():
+        pairs = list(samples.pairs(unit, both))
+        for pair in pairs:
+            inputs.add(pair.now)
+    inputs.add_over_ranks()
+    fit = TargetFit(family_of(unit.target), inputs, RIDGE)
+    with failing_together():
+        for pair in pairs:
+            fit.add(*pair)
+    fit.add_over_ranks()
+    return fit.solve(), inputs
+
+
+def _write(unit: GatedActivation, solution: Solution) -> None:
+    target = unit.add_fitted_target()
+    for name, values in zip(("a", "w", "c", "b"), solution.parameters, strict=True):
+        parameter = getattr(target, name)
+        parameter.data = values.to(parameter).reshape(parameter.shape)
+
+
+def _refit(both: SideBySide, layer: nn.Module, fit: LayerFit, norm: nn.Module | None) -> None:
+    """Give a layer its new weights; a batch norm takes the offset of one without a bias."""
+    found = fit.solve()
+    if norm is not None and layer.bias is None:
+        # In training the statistics of the batch do what this does in evaluation.
+        mean = norm.running_mean
+        assert isinstance(mean, Tensor)
+        both.assign(norm, {"running_mean": mean - found.pop("bias")})
+    both.assign(layer, found)
+
+
+def _row(
+    path: str,
+    unit: GatedActivation,
+    solution: Solution | None = None,
+    inputs: Inputs | None = None,
+    divergence: float | None = None,
+) -> MatchRow:
+    names = path, str(unit.source), str(unit.target)
+    if solution is None or inputs is None:
+        return MatchRow(*names, None, None, None, None)
+    total = solution.total.sum()
+    explained = 1 - solution.residual.sum() / total if total > 0 else torch.ones(())
+    _, w, _, _ = solution.parameters
+    periods = (w.abs() * inputs.span * inputs.std / (2 * torch.pi)).median()
+    periodic = unit.target.name in ("sin", "cos")
+    turns = periods.item() if periodic else None
+    return MatchRow(*names, explained.item(), turns, divergence, inputs.count)
+
+
+def _device_of(model: nn.Module) -> torch.device:
+    return next(model.parameters(), torch.zeros(())).device

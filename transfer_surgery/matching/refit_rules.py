@@ -1,0 +1,67 @@
+"""Which layers can be refitted, and why the others are left alone.
+
+A weight is changed only where it is a plain trainable parameter that this layer alone reads.
+"""
+
+from __future__ import annotations
+
+import gc
+
+from torch import nn
+
+from transfer_surgery._plain_weights import sharing_parameters, why_not_plain
+from transfer_surgery.matching.layer_refit import RIDGE, LayerFit
+from transfer_surgery.matching.linear_maps import LAYERS
+from transfer_surgery.matching.ranks import number_of_ranks
+
+
+def layers_to_refit(model: nn.Module) -> tuple[list[nn.Module], dict[nn.Module, str]]:
+    """The linear layers that can be refitted; and the others, each with the reason."""
+    shared = sharing_parameters(model)
+    elsewhere = _in_other_networks(model)
+    layers: list[nn.Module] = []
+    left: dict[nn.Module, str] = {}
+    for module in model.modules():
+        if isinstance(module, LAYERS):
+            reason = _why_not(module)
+            if reason is None and module in shared:
+                reason = "shares a parameter"
+            if reason is None and module in elsewhere:
+                reason = "is part of another network, too"
+            if reason is None:
+                layers.append(module)
+            else:
+                left[module] = reason
+    return layers, left
+
+
+def _why_not(module: nn.Module) -> str | None:
+    """What about a layer itself forbids to change its weights, in a few words."""
+    if type(module) not in LAYERS:
+        return f"is a {type(module).__name__}"
+    if reason := why_not_plain(module):
+        return reason
+    if number_of_ranks() > 1 and LayerFit(module, RIDGE).is_wide:
+        return "has too many inputs to be refitted by several ranks together"
+    return None
+
+
+def _in_other_networks(model: nn.Module) -> set[nn.Module]:
+    """The layers that a network which is no part of this one has, too: a teacher, say.
+
+    A module that contains the whole model is no other network.
+    """
+    own = set(model.modules())
+    parameters = {id(p): module for module in own for p in module._parameters.values()}
+    gc.collect()  # what nobody holds any more is no network
+    shared: set[nn.Module] = set()
+    for found in gc.get_objects():
+        if not issubclass(type(found), nn.Module) or found in own:
+            continue
+        for parameter in vars(found).get("_parameters", {}).values():
+            if parameter is not None and id(parameter) in parameters:
+                shared.add(parameters[id(parameter)])
+        for child in vars(found).get("_modules", {}).values():
+            if child in own and child is not model:
+                shared.update(child.modules())
+    return shared

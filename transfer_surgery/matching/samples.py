@@ -1,0 +1,146 @@
+"""What is kept of each call of a site or layer: a bounded sample of its values."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from transfer_surgery.matching.layer_refit import LayerFit
+from transfer_surgery.matching.ranks import number_of_ranks
+from transfer_surgery.matching.sample import sampled_groups
+from transfer_surgery.matching.side_by_side import Call, SideBySide
+from transfer_surgery.matching.site_gradients import site_calls
+from transfer_surgery.matching.two_networks import TwoNetworks
+from transfer_surgery.units import GatedActivation
+
+VALUES = 2**15
+"""Values that a gate's target is fitted to at most, in all batches and ranks together."""
+
+_ELEMENTS = 2**26  # of all gates of a site: 256 MB in float32
+_LEAST = 256  # values of a gate, however many gates there are
+
+_FLOOR = 0.01  # least weight of an error with weights="gradient", as a share of the mean weight
+
+
+class Pair(NamedTuple):
+    """Samples of one call: what the module gets now, and what it gave in the original network.
+
+    Both are ``(groups, values)`` for a site, and as `LayerFit.add` takes them for a layer.
+    """
+
+    now: Tensor
+    wanted: Tensor
+    weights: Tensor | None = None
+
+
+class Samples:
+    """Draws the same elements of what a module gets in one network and gives in the other.
+
+    Args:
+        networks: both networks.
+        calls: how often each module is called on a batch.
+        fits: the fits of the layers among them.
+    """
+
+    def __init__(
+        self,
+        networks: TwoNetworks,
+        calls: Mapping[nn.Module, int],
+        fits: Mapping[nn.Module, LayerFit],
+    ) -> None:
+        self._networks, self._calls, self._fits = networks, calls, fits
+        self._seeds = {module: 1000 * index for index, module in enumerate(calls)}
+        self._shapes: dict[Any, Any] = {}
+        self._weights: dict[Any, Tensor] = {}
+
+    @property
+    def modules(self) -> list[nn.Module]:
+        """The modules in the order of their calls."""
+        return list(self._calls)
+
+    def weigh(self) -> None:
+        """Sample the squared gradients of the original network's answers at each site's output."""
+        units = [unit for unit in self._calls if isinstance(unit, GatedActivation)]
+        for index, batch in enumerate(self._networks.batches):
+            for unit, calls in site_calls(self._networks, units, batch, seed=index).items():
+                for number, call in enumerate(calls):
+                    key = Call(unit, index, number, [])
+                    self._weights[key[:3]] = self._groups(key, _with_floor(call.squared_gradient))
+
+    def behind(self, call: Call) -> Tensor:
+        """Of an output of the original network."""
+        output, *given = call.values
+        self._shapes[call[:3]] = (given[0].shape, output.shape)
+        if isinstance(call.module, GatedActivation):
+            return self._groups(call, output)
+        fit = self._fits[call.module]
+        return fit.map.outputs(output, self._positions(call, output.shape))
+
+    def before(self, call: Call) -> tuple[Tensor, Tensor | None] | None:
+        """Of an input of the other network, and what is wanted where the original has no such call.
+
+        None for a layer that has no such call there: nothing says what it should give.
+        """
+        x, *operands = call.values
+        shape, result = self._shapes.pop(call[:3], (None, None))
+        if isinstance(call.module, GatedActivation):
+            own = None
+            if shape != x.shape:  # the networks took different ways
+                used = operands[: len(call.module.source.operands)]
+                own = self._groups(call, call.module.source(x, *used))
+            return self._groups(call, x), own
+        if shape != x.shape:
+            return None
+        rows = self._fits[call.module].map.rows(x, result, self._positions(call, result))
+        return rows, None
+
+    def pairs(self, module: nn.Module, both: SideBySide) -> Iterator[Pair]:
+        """Let both networks come to a module, and take the samples of its calls.
+
+        Raises:
+            ValueError: there are several ranks, and this one's batches do not come to the module.
+        """
+        found = False
+        for batch, (before, behind) in enumerate(both.upto(module)):
+            for number, kept in enumerate(before):
+                if kept is None:
+                    continue
+                now, own = kept
+                found = found or own is not None or number < len(behind)
+                if own is not None:
+                    yield Pair(now, own)
+                elif number < len(behind):
+                    weights = self._weights.get((module, batch, number))
+                    yield Pair(now, behind[number], weights)
+        if not found and number_of_ranks() > 1:
+            raise ValueError("the batches of a rank do not come to each site; give it more.")
+
+    def _count(self, module: nn.Module, limit: int) -> int:
+        """How many values of a call are drawn, out of those of all calls, batches and ranks."""
+        calls = self._calls[module] * len(self._networks.batches) * number_of_ranks()
+        return max(limit // calls, 1)
+
+    def _seed(self, call: Call) -> int:
+        return self._seeds[call.module] + 7919 * call.batch + 104729 * call.number
+
+    def _groups(self, call: Call, x: Tensor) -> Tensor:
+        unit = call.module
+        assert isinstance(unit, GatedActivation)
+        limit = min(VALUES, max(_ELEMENTS // math.prod(unit.gate.shape), _LEAST))
+        return sampled_groups(x, unit.granularity, self._count(unit, limit), self._seed(call))
+
+    def _positions(self, call: Call, shape: Any) -> Any:
+        fit = self._fits[call.module]
+        return fit.map.positions(shape, self._count(call.module, fit.limit), self._seed(call))
+
+
+def _with_floor(weights: Tensor) -> Tensor:
+    """Weights with the mean 1, none of which is next to nothing."""
+    mean = weights.mean()
+    if not bool(mean > 0):
+        return torch.ones_like(weights)
+    return (weights / mean + _FLOOR) / (1 + _FLOOR)

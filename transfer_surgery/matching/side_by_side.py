@@ -1,0 +1,249 @@
+"""Both networks run on every batch, and wait for each other at each module that is fitted.
+
+The original network is ahead: it stops behind a module, where its output is looked at. The other
+one stops before the module, with what it gets there. When the module has its new numbers, both go
+on. So a fit of all modules takes one forward pass of each network, and the memory of what a forward
+pass of all batches holds at one moment.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from transfer_surgery.matching.forward_state import ForwardState
+from transfer_surgery.matching.thread_state import ThreadState
+from transfer_surgery.matching.two_networks import HeldGate, TwoNetworks
+from transfer_surgery.matching.waiting_forward import WaitingForward
+from transfer_surgery.units import Gate, GatedActivation
+
+
+class Call(NamedTuple):
+    """One call of a module in one of the networks.
+
+    Attributes:
+        module: what was called.
+        batch: the number of the batch.
+        number: of the call among those of this module on this batch.
+        values: the arguments, in the original network behind the output.
+    """
+
+    module: nn.Module
+    batch: int
+    number: int
+    values: list[Any]
+
+
+Look = Callable[[Call], Any]
+"""What is kept of a call; its tensors may be overwritten afterwards."""
+
+
+class SideBySide:
+    """Forward passes of the original network and of the one that it becomes, stopped in step.
+
+    As a context manager: at the end the threads are gone, and gates and hooks are as before.
+
+    Args:
+        networks: both networks.
+        calls: the modules to stop at and how often each is called, in the order of their calls.
+        state: what a forward pass changes in the model.
+        waiting: number of batches whose forward passes wait; the others are run once more for each
+            module, which takes less memory and more time.
+        look_behind: what is kept of a call of the original network.
+        look_before: what is kept of a call of the other one.
+    """
+
+    def __init__(
+        self,
+        networks: TwoNetworks,
+        calls: Mapping[nn.Module, int],
+        state: ForwardState,
+        waiting: int,
+        look_behind: Look,
+        look_before: Look,
+    ) -> None:
+        self._networks, self._calls, self._pending = networks, calls, set(calls)
+        self._state, self._waiting = state, waiting
+        batches = range(len(networks.batches))
+        self._original = [_Side(self, i, original=True, look=look_behind) for i in batches]
+        self._other = [_Side(self, i, original=False, look=look_before) for i in batches]
+        self._handles: list[RemovableHandle] = []
+        self._gates: dict[GatedActivation, Gate] = {}
+        self._before: list[tuple[nn.Module, str, Tensor]] = []
+        self.running: _Side | None = None
+
+    def __enter__(self) -> SideBySide:
+        self.threads = ThreadState()
+        for module in self._calls:
+            self._handles.append(module.register_forward_pre_hook(self._arrive, with_kwargs=True))
+            # Before the user's own hooks, which may change the output.
+            self._handles.append(
+                module.register_forward_hook(self._leave, prepend=True, with_kwargs=True)
+            )
+        for unit in [*self._networks.units, *self._networks.others]:
+            own = unit.gate.predict() if unit in self._networks.others else 1.0
+            self._gates[unit] = unit.gate
+            unit._modules["gate"] = _GateOfTheSide(self, unit.gate, own)
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        try:
+            for side in [*self._original, *self._other]:
+                side.close()
+        finally:
+            for handle in self._handles:
+                handle.remove()
+            for unit, gate in self._gates.items():
+                unit._modules["gate"] = gate
+
+    def upto(self, module: nn.Module) -> Iterator[tuple[list[Any], list[Any]]]:
+        """Let both networks come to a module, batch after batch, and see its calls.
+
+        Yields what is kept of the calls in the network that changes, and in the original one. When
+        all batches are through and the module has its new numbers, `fitted` has to be called.
+        """
+        for original, other in zip(self._original, self._other, strict=True):
+            wanted = original.upto(module, self._calls[module])
+            yield other.upto(module, self._calls[module]), wanted
+
+    def fitted(self, module: nn.Module) -> None:
+        """The module has its new numbers: the networks need not stop there again."""
+        self._pending.discard(module)
+        if isinstance(module, GatedActivation):
+            gate = module._modules["gate"]
+            assert isinstance(gate, _GateOfTheSide)
+            gate.transfer(self._networks.transferred_gate(module))
+
+    def assign(self, module: nn.Module, values: Mapping[str, Tensor]) -> None:
+        """Give a module other weights; the original network keeps its own."""
+        for name, value in values.items():
+            tensor = getattr(module, name)
+            self._before.append((module, name, tensor.data))
+            tensor.data = value.to(tensor)
+
+    def restore(self) -> None:
+        """Give the modules their original weights back."""
+        self._exchange()
+        self._before.clear()
+
+    def _exchange(self) -> None:
+        """Original weights in place of the new ones, or the other way round."""
+        for index, (module, name, value) in enumerate(self._before):
+            tensor = getattr(module, name)
+            self._before[index] = (module, name, tensor.data)
+            tensor.data = value
+
+    # ---- what the sides do
+
+    def start(self, batch: int) -> WaitingForward:
+        """A forward pass of the network whose turn it is, as it begins."""
+        run = self._networks.call
+        return WaitingForward(lambda: run(self._networks.batches[batch]), self.threads)
+
+    def take_turn(self, side: _Side, forward: WaitingForward, values: list[Any]) -> Any:
+        """Let one side go on to its next stop; `values` is its state, which is updated."""
+        self.running = side
+        if side.original:
+            self._exchange()
+        try:
+            with self._state.changed_to(values) as after:
+                return forward.advance()
+        finally:
+            values[:] = after
+            if side.original:
+                self._exchange()
+            self.running = None
+
+    def waits(self, batch: int) -> bool:
+        """Whether the forward passes of a batch wait."""
+        return batch < self._waiting
+
+    def start_state(self) -> list[Any]:
+        """What a forward pass finds in the model at its beginning."""
+        return list(self._state.start)
+
+    def is_pending(self, module: nn.Module) -> bool:
+        """Whether a module is still to be fitted."""
+        return module in self._pending
+
+    def _arrive(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if self.running is not None and not self.running.original and module in self._pending:
+            self.running.stop(module, [*args, *kwargs.values()])
+
+    def _leave(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
+    ) -> None:
+        if self.running is not None and self.running.original and module in self._pending:
+            self.running.stop(module, [output, *args, *kwargs.values()])
+
+
+class _Side:
+    """One network on one batch: its forward pass, and what was kept of the calls on its way."""
+
+    def __init__(self, both: SideBySide, batch: int, *, original: bool, look: Look) -> None:
+        self._both, self._batch, self.original, self._look = both, batch, original, look
+        self._forward: WaitingForward | None = None
+        self._values: list[Any] = []
+        self._kept: dict[nn.Module, list[Any]] = {}
+
+    def stop(self, module: nn.Module, values: list[Any]) -> None:
+        """Called in the thread of the forward pass, by a hook."""
+        assert self._forward is not None
+        self._forward.stop((module, values))
+
+    def upto(self, module: nn.Module, calls: int) -> list[Any]:
+        """Go on until a module has been reached so many times; what is kept of these calls.
+
+        Where the forward pass has run past other modules that are to be fitted, or further calls
+        of this one, it is of no use to the network that changes: it starts again the next time.
+        """
+        if self._forward is None:
+            self._forward = self._both.start(self._batch)
+            self._values, self._kept = self._both.start_state(), {}
+        while len(self._kept.get(module, ())) < calls and self._go_on():
+            pass
+        found = self._kept.pop(module, [])
+        passed = any(self._both.is_pending(other) for other in self._kept) or len(found) > 1
+        ended = len(found) < calls
+        if not self._both.waits(self._batch) or (not self.original and (passed or ended)):
+            self.close()
+        return found
+
+    def _go_on(self) -> bool:
+        """To the next stop; False at the end."""
+        assert self._forward is not None
+        seen = self._both.take_turn(self, self._forward, self._values)
+        if seen is None:
+            return False
+        module, values = seen
+        kept = self._kept.setdefault(module, [])
+        with torch.no_grad():
+            kept.append(self._look(Call(module, self._batch, len(kept), values)))
+        return True
+
+    def close(self) -> None:
+        """End the forward pass, wherever it is."""
+        forward, self._forward = self._forward, None
+        if forward is not None:
+            forward.close()
+
+
+class _GateOfTheSide(HeldGate):
+    """Stands in for a gate: 1 in the original network, its own value in the other one."""
+
+    def __init__(self, both: SideBySide, gate: Gate, own: float | Tensor) -> None:
+        super().__init__(gate, own)
+        self._both = both
+        self._source = torch.ones_like(self.z)
+
+    def transfer(self, value: float | Tensor) -> None:
+        """From now on the other network has this value."""
+        self.z = torch.zeros_like(self.z) + value
+
+    def predict(self) -> Tensor:
+        running = self._both.running
+        return self._source if running is not None and running.original else self.z
