@@ -11,4 +11,4 @@ def test_a_layer_that_shares_its_weight_with_any_module_is_not_refitted():
     assert layers_to_refit(model) == ([model[1], model[3]], {})
     model[3].weight = model[0].weight
     assert sharing_parameters(model) == {model[0], model[3]}
-    assert layers_to_refit(model) == ([model[1]], {model[3]: "it shares a parameter"})
+    assert layers_to_refit(model) == ([model[1]], {model[3]: "shares a parameter"})

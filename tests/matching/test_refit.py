@@ -101,7 +101,7 @@ def test_only_plain_trainable_weights_are_refitted_and_the_others_are_named():
         nn.Linear(2, 2, device="meta"): "is offloaded",
         hooked: "has hooks",
         of_a_teacher: "is part of another network, too",
-        parametrizations.weight_norm(nn.Linear(2, 2)): "is a ParametrizedLinear",
+        parametrizations.weight_norm(nn.Linear(2, 2)): "has a computed weight",
         older: "has a computed weight",
         pruned: "has a computed weight",
         frozen: "is frozen",

@@ -37,10 +37,10 @@ def layers_to_refit(model: nn.Module) -> tuple[list[nn.Module], dict[nn.Module, 
 
 def _why_not(module: nn.Module) -> str | None:
     """What about a layer itself forbids to change its weights, in a few words."""
-    if type(module) not in LAYERS:
-        return f"is a {type(module).__name__}"
     if reason := why_not_plain(module):
         return reason
+    if type(module) not in LAYERS:
+        return f"is a {type(module).__name__}"
     if number_of_ranks() > 1 and LayerFit(module, RIDGE).is_wide:
         return "has too many inputs to be refitted by several ranks together"
     return None
