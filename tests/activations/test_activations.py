@@ -246,6 +246,9 @@ def test_a_parameter_needs_a_default():
         (register_activation, "relu", "'relu' is already registered; choose another name"),
         (get_activation, "sinus", r"unknown activation 'sinus'\. Known: .*sin.*snake.*Add"),
         (get_activation, "snake(b=1.0)", r"'snake' has no parameter 'b'; it has: a\."),
+        (get_activation, "snake(a='x')", r"'snake': a='x' cannot take the place of .* 1\.0\."),
+        (get_activation, "snake(a=None)", r"'snake': a=None cannot take the place"),
+        (get_activation, "gelu(approximate=1)", r"approximate=1 cannot .* default 'none'\."),
         (get_activation, "sin(a=2)", r"'sin' has no parameter 'a'; it has: none\."),
         *(
             (get_activation, text, "activation")

@@ -156,3 +156,51 @@ def test_a_branch_that_counts_for_nothing_does_no_harm_in_backward(at):
     bake(units_at(model, [9.0, 9.0, -9.0], fitted=False))
     model(x)[:, :2].sum().backward()
     assert torch.equal(x.grad[:, :2], torch.full((2, 2), float(at > 0)))
+
+
+class Functional(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.two = nn.Linear(3, 3), nn.Linear(3, 3)
+
+    def forward(self, x):
+        return self.two(torch.relu(self.one(x)))
+
+
+@pytest.mark.parametrize("baked", [False, True])
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("make", [Functional, lambda: Network("features", nn.ReLU())])
+def test_units_are_nodes_of_a_graph_and_script_refuses_what_it_would_get_wrong(
+    make, baked, training
+):
+    torch.manual_seed(0)
+    x = torch.randn(8, 3)
+    model = units_at(convert(make(), "sin", example_input=x), [-9.0], fitted=True)
+    if baked:
+        bake(model)
+    traced = fx.symbolic_trace(model.train(training))
+    torch.testing.assert_close(traced(x), model(x))
+    if baked and make is not Functional:
+        torch.testing.assert_close(torch.jit.script(model)(x), model(x))
+    else:
+        with pytest.raises(TypeError, match=r"torch\.jit\.trace"):
+            torch.jit.script(model)
+
+
+@pytest.mark.parametrize("baked", [False, True])
+def test_channels_that_a_pruner_takes_away_take_their_gates_along(baked):
+    """As torch-pruning does: each tensor gets shorter, in a new parameter."""
+    torch.manual_seed(0)
+    x = torch.randn(4, 3, 5, 5)
+    model = convert(Network("images", nn.ReLU()), "sin", example_input=x)
+    units_at(model, [-9.0, 0.3, 9.0], fitted=True)
+    if baked:
+        for _, unit in gated_activations(model):
+            unit.log_alpha.data.fill_(-9.0)
+        bake(model)
+    expected = model.act(model.one(x))[:, [0, 2]]
+    kept = torch.tensor([0, 2])
+    for module in (model.one, *model.act.modules()):
+        for name, parameter in module.named_parameters(recurse=False):
+            module.register_parameter(name, nn.Parameter(parameter.data[kept]))
+    torch.testing.assert_close(model.act(model.one(x)), expected)

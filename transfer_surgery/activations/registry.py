@@ -267,7 +267,20 @@ def get_activation(activation: str | Activation, **parameters: Any) -> Activatio
             f"activation {name!r} has no parameter {unknown[0]!r}; it has: "
             f"{', '.join(defaults) or 'none'}."
         )
+    for key in parameters.keys() & defaults.keys():
+        if not _fits(parameters[key], defaults[key]):
+            raise ValueError(
+                f"activation {name!r}: {key}={parameters[key]!r} cannot take the place of the "
+                f"default {defaults[key]!r}."
+            )
     return Activation(name, tuple((dict(defaults) | parameters).items()))
+
+
+def _fits(value: Any, default: Any) -> bool:
+    """Whether a parameter is of the kind that its default is: a number, a text ..."""
+    if isinstance(default, int | float):
+        return isinstance(value, int | float) and value == value  # nan is no number
+    return isinstance(value, int | float | None if default is None else type(default))
 
 
 def _read_parameters(name: str, text: str) -> dict[str, Any]:
@@ -304,7 +317,7 @@ def recognise(function: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -
     given.pop("out", None)
     entry = _REGISTRY[name]
     chosen = {k: v for k, v in given.items() if k in entry.defaults}
-    if any(not isinstance(v, (bool, int, float, str, type(None))) for v in chosen.values()):
+    if not all(_fits(value, entry.defaults[name]) for name, value in chosen.items()):
         return None  # bounds or slopes that are computed: no fixed function
     activation = _common_name(get_activation(name, **chosen))
     if activation is None:

@@ -81,6 +81,7 @@ def _make_class(base: type[nn.Module], recipe: Recipe) -> type[nn.Module]:
     members |= {
         "_transfer_surgery_recipe": recipe,
         "__reduce_ex__": reduce,
+        "__prepare_scriptable__": _refuse_script,
         "__module__": base.__module__,
         "__qualname__": base.__qualname__,
         "__doc__": base.__doc__,
@@ -91,6 +92,13 @@ def _make_class(base: type[nn.Module], recipe: Recipe) -> type[nn.Module]:
     except Exception as error:  # an `__init_subclass__` may raise anything
         raise UnextendableError(f"class {base.__name__} cannot be extended ({error})") from error
     return made
+
+
+def _refuse_script(self: nn.Module) -> None:
+    raise TypeError(
+        f"{type(self).__name__} calls other activations than the source in its file says, which is "
+        "what torch.jit.script reads: use torch.jit.trace or torch.export."
+    )
 
 
 def _rebuild(recipe: Recipe, function: Any, *args: Any) -> nn.Module:

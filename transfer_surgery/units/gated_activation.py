@@ -6,6 +6,7 @@ from functools import partial
 from typing import Any
 
 import torch
+import torch.fx
 from torch import Tensor, nn
 
 from transfer_surgery.activations import Activation
@@ -125,6 +126,9 @@ class GatedActivation(nn.Module):
     def forward(self, input: Tensor | None = None, *operands: Tensor, **renamed: Tensor) -> Tensor:
         # A module of the user's own may have given its input another name.
         x = next(iter(renamed.values())) if input is None else input
+        if isinstance(x, torch.fx.Proxy):  # a unit is one node of a graph, as torch's modules are
+            path = x.tracer.path_of_module(self)
+            return x.tracer.create_proxy("call_module", path, (x, *operands), {})
         self._check_size(x)
         copied = self.overwrites_input or self.input_changes
         z = self.gate(x.shape[0] if x.dim() else 1)
@@ -155,6 +159,8 @@ class GatedActivation(nn.Module):
                 "these. Add the missing axis of the batch: x[None]."
             )
         found = self.granularity.gate_shape(x.shape)
+        if found != self.gate.shape and self.gate.learned and found == self.log_alpha.shape:
+            self.gate.shape = found  # a pruner has taken gates away along with channels
         if found != self.gate.shape:
             alternative = (
                 ", or use granularity='channel'" if self.granularity.name == "neuron" else ""
@@ -162,8 +168,14 @@ class GatedActivation(nn.Module):
             raise ValueError(
                 f"{self.path}: gates were made for {self.granularity}s {self.gate.shape}, the "
                 f"input has {found}. Fix: convert with an example_input of this "
-                f"size{alternative}."
+                f"size{alternative}. A model that was pruned since is converted after pruning."
             )
+
+    def __prepare_scriptable__(self) -> None:
+        raise TypeError(
+            f"{self.path}: gates draw random numbers in training and cannot be scripted. Call "
+            "bake(model) first, or use torch.jit.trace in evaluation mode."
+        )
 
     def extra_repr(self) -> str:
         target = str(self.target) if self.fitted is None else f"a * {self.target}(w*x + c) + b"
