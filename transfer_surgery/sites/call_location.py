@@ -7,28 +7,18 @@ training mode, so all of them mean the same site.
 
 from __future__ import annotations
 
+import functools
 import itertools
-import os
 import sys
 from collections import Counter
-from pathlib import Path
 from types import CodeType, FrameType
 from typing import NamedTuple
 
-import torch
-import torch.utils.checkpoint
 from torch import nn
 
-GENERATED = "<transfer_surgery"
-"""Start of the file name of generated code."""
+from transfer_surgery.sites.frames import CHECKPOINT, MODULE_CALL, is_users
 
 Location = tuple[tuple[str, int, int, int, int], ...]
-
-# With the separator: torchvision is none of torch's.
-_FOLDERS = (f"{Path(module).parent}{os.sep}" for module in (torch.__file__, __file__))
-_LIBRARY = (*_FOLDERS, GENERATED)
-_MODULE_CALL = nn.Module._call_impl.__code__
-_CHECKPOINT = torch.utils.checkpoint.__file__
 
 
 class CallKey(NamedTuple):
@@ -60,10 +50,10 @@ def locate() -> list[tuple[Location, nn.Module]]:
     frame: FrameType | None = sys._getframe(1)
     while frame is not None:
         code = frame.f_code
-        if code is _MODULE_CALL:
+        if code is MODULE_CALL:
             found.append((tuple(chain), frame.f_locals["self"]))
             chain = []
-        elif not code.co_filename.startswith(_LIBRARY):
+        elif is_users(code.co_filename):
             chain.append(_position(code, frame.f_lasti))
         frame = frame.f_back
     return found
@@ -73,14 +63,15 @@ def is_checkpointed(owner: nn.Module) -> bool:
     """Whether the running call of ``owner`` is inside a ``torch.utils.checkpoint`` of its own."""
     frame: FrameType | None = sys._getframe(1)
     while frame is not None:
-        if frame.f_code is _MODULE_CALL and frame.f_locals["self"] is owner:
+        if frame.f_code is MODULE_CALL and frame.f_locals["self"] is owner:
             return False
-        if frame.f_code.co_filename == _CHECKPOINT:
+        if frame.f_code.co_filename == CHECKPOINT:
             return True
         frame = frame.f_back
     return False
 
 
+@functools.lru_cache(maxsize=4096)
 def _position(code: CodeType, instruction: int) -> tuple[str, int, int, int, int]:
     """Name of a function, and where in it an expression starts and ends.
 

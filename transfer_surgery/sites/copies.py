@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from types import CellType, CodeType, FunctionType
 from typing import Any
 
-from transfer_surgery.sites.route import leads_to
+from transfer_surgery.sites.frames import leads_to
 from transfer_surgery.sites.source import Function, FunctionNode, NoSourceError, read_function
 
 

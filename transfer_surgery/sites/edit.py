@@ -25,9 +25,10 @@ from transfer_surgery.sites.copies import (
     is_unchanged,
     place_code,
 )
-from transfer_surgery.sites.route import End, Expression, Hop, Route, mangle
+from transfer_surgery.sites.evaluate import mangle
+from transfer_surgery.sites.route import End, Expression, Hop, Route
 from transfer_surgery.sites.scope import Caller, Scope, Way, read
-from transfer_surgery.sites.source import FunctionNode, Position
+from transfer_surgery.sites.source import FunctionNode, Position, find_expressions
 from transfer_surgery.sites.swap import PREFIX, make_swap
 from transfer_surgery.sites.unit_calls import call_units, prepare_names
 
@@ -133,10 +134,7 @@ class _Editor(ast.NodeTransformer):
             for expression, name in scope.caller.unseen.items()
             if expression.function == scope.function
         }
-        self.nodes: dict[Position, list[ast.AST]] = defaultdict(list)
-        for node in ast.walk(root):
-            if isinstance(node, (ast.expr, ast.AugAssign)):
-                self.nodes[Position.of(node)].append(node)
+        self.nodes = find_expressions(root)
         self.ends: dict[int, list[tuple[int, End]]] = defaultdict(list)
         self.hops: dict[int, list[tuple[int, Hop]]] = defaultdict(list)
         for i, way in enumerate(scope.ways):

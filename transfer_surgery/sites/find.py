@@ -17,10 +17,11 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from transfer_surgery.sites.caller import check_edits
+from transfer_surgery.sites.frames import is_users
 from transfer_surgery.sites.observation import Observation
 from transfer_surgery.sites.observer import Observer
 from transfer_surgery.sites.plan import OwnerCall, Plan, Site
-from transfer_surgery.sites.route import Expression, is_users, unseen_calls
+from transfer_surgery.sites.route import Expression
 from transfer_surgery.sites.source import Function
 from transfer_surgery.sites.stand_in import (
     Uncopyable,
@@ -29,6 +30,7 @@ from transfer_surgery.sites.stand_in import (
     probe_copy,
     undisturbed,
 )
+from transfer_surgery.sites.unseen import unseen_calls
 from transfer_surgery.sites.zoo import adapt_sites, find_example_input
 
 

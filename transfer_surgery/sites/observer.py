@@ -26,9 +26,10 @@ from transfer_surgery.activations import (
     recognise,
 )
 from transfer_surgery.sites.call_location import Location, locate
+from transfer_surgery.sites.frames import call_frames, code_of
 from transfer_surgery.sites.observation import NOT_LIVE, Event, Frame, Observation
 from transfer_surgery.sites.plan import ActivationChild
-from transfer_surgery.sites.route import Expression, NoRouteError, call_frames, code_of, find_route
+from transfer_surgery.sites.route import Expression, NoRouteError
 from transfer_surgery.sites.tensor_facts import (
     SQUASHING,
     channel_axis,
@@ -39,6 +40,7 @@ from transfer_surgery.sites.tensor_facts import (
     mark_live,
     role_of,
 )
+from transfer_surgery.sites.trace import find_route
 
 _FUSED = "it is inside a fused kernel, which takes no other activation"
 _LISTED = {

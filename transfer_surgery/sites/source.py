@@ -86,6 +86,27 @@ class Function:
         return next(n for n in ast.walk(tree) if isinstance(n, FunctionNode))
 
 
+@functools.lru_cache(maxsize=512)
+def tree_of(function: Function) -> FunctionNode:
+    """The syntax tree of a function, to read."""
+    return function.parse()
+
+
+@functools.lru_cache(maxsize=512)
+def expressions_of(function: Function) -> dict[Position, list[Any]]:
+    """The expressions of a function by their positions, to read."""
+    return find_expressions(tree_of(function))
+
+
+def find_expressions(tree: FunctionNode) -> dict[Position, list[Any]]:
+    """All expressions in a syntax tree by their positions, and augmented assignments."""
+    nodes: dict[Position, list[Any]] = defaultdict(list)
+    for node in ast.walk(tree):
+        if isinstance(node, (ast.expr, ast.AugAssign)):
+            nodes[Position.of(node)].append(node)
+    return nodes
+
+
 _FILES: dict[str, tuple[list[str], _File]] = {}
 SEEN: WeakValueDictionary[Function, FunctionType] = WeakValueDictionary()
 """Functions that have no name by which to find them again, such as lambdas, as last seen."""

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from transfer_surgery.sites.copies import UneditableError, copy_in_wrappers, find_functions
-from transfer_surgery.sites.route import shows_activation
 from transfer_surgery.sites.source import SEEN, Function
+from transfer_surgery.sites.unseen import shows_activation
 
 PREFIX = "_ts_"
 """Start of the names that edited code has beside the user's own."""

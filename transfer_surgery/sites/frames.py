@@ -1,0 +1,78 @@
+"""The Python frames of a running call: whose code each of them is."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import os
+import sys
+from pathlib import Path
+from types import CodeType, FrameType, FunctionType, MethodType
+from typing import Any
+
+import torch
+import torch.utils.checkpoint
+from torch import nn
+
+# With the separator: torchvision is none of torch's.
+_TORCH, _HERE = (f"{Path(module).parent}{os.sep}" for module in (torch.__file__, __file__))
+MODULE_CALL = nn.Module._call_impl.__code__
+CHECKPOINT = torch.utils.checkpoint.__file__
+
+
+def call_frames(owner: nn.Module) -> list[FrameType]:
+    """The frames from the call of ``owner`` to the running one, the outermost first.
+
+    The innermost frames in which torch only passes the call on are left out.
+    """
+    frames: list[FrameType] = []
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None:
+        code = frame.f_code
+        if code is MODULE_CALL:
+            if frame.f_locals["self"] is owner:
+                break
+            frames = []  # the inside of a module that the owner calls is not the owner's code
+        elif code.co_filename == MODULE_CALL.co_filename or code.co_filename.startswith(_HERE):
+            pass
+        elif frames or not is_torch(code) or isinstance(first_local(frame), nn.Module):
+            frames.append(frame)
+        frame = frame.f_back
+    return frames[::-1]
+
+
+def leads_to(value: Any, code: CodeType) -> bool:
+    """Whether a call of a value runs this code, at once or inside of torch's own decorators."""
+    if code_of(value) is code:
+        return True
+    inner = getattr(value, "__wrapped__", None)
+    wrapper = code_of(value)
+    return bool(inner and wrapper and is_torch(wrapper)) and leads_to(inner, code)
+
+
+def code_of(value: Any) -> CodeType | None:
+    """The code that runs when something is called: a function, a method, an object, a partial."""
+    if isinstance(value, functools.partial):
+        return code_of(value.func)
+    if isinstance(value, MethodType):
+        return code_of(value.__func__)
+    if isinstance(value, FunctionType):
+        return value.__code__
+    call = inspect.getattr_static(type(value), "__call__", None)
+    return call.__code__ if isinstance(call, FunctionType) else None
+
+
+def is_users(file: str) -> bool:
+    """Whether a source file is neither torch's nor of this package."""
+    return not file.startswith((_TORCH, _HERE))
+
+
+def is_torch(code: CodeType) -> bool:
+    """Whether code is torch's own."""
+    return code.co_filename.startswith(_TORCH)
+
+
+def first_local(frame: FrameType) -> Any:
+    """The first argument of the function that a frame runs; None where it has none."""
+    code = frame.f_code
+    return frame.f_locals.get(code.co_varnames[0]) if code.co_argcount else None

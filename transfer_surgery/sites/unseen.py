@@ -1,0 +1,78 @@
+"""Activation calls that the source shows, but that did not run when the model was examined."""
+
+from __future__ import annotations
+
+import ast
+import sys
+from collections.abc import Collection, Iterable, Mapping
+from types import FunctionType
+from typing import Any
+
+from torch import Tensor
+
+from transfer_surgery.activations import registered_name
+from transfer_surgery.sites.route import Expression
+from transfer_surgery.sites.source import (
+    Function,
+    NoSourceError,
+    expressions_of,
+    read_function,
+    tree_of,
+)
+
+
+def unseen_calls(
+    functions: Iterable[Function], seen: Collection[Expression]
+) -> tuple[tuple[Expression, str], ...]:
+    """Activation calls that are written in functions, but did not run; with the activation's name.
+
+    Only what the source shows: a function of torch under its name, or a method of a tensor.
+    """
+    found = []
+    for function in functions:
+        space = vars(sys.modules.get(function.module, object))
+        own = _own_argument(function)
+        for position, nodes in expressions_of(function).items():
+            expression = Expression(function, position)
+            for node in nodes:
+                # What is called on the module itself is a module or a method, no tensor's.
+                if isinstance(node, ast.Call) and not (own and _root(node.func) == own):
+                    name = registered_name(_read_name(node.func, space))
+                    if name is not None and name != "clamp" and expression not in seen:
+                        found.append((expression, name))
+    return tuple(found)
+
+
+def shows_activation(function: FunctionType) -> bool:
+    """Whether the source of a function shows an activation call."""
+    try:
+        read = read_function(function.__code__, function.__globals__.get("__name__", ""))
+    except NoSourceError:
+        return False
+    return bool(unseen_calls([read], ()))
+
+
+def _own_argument(function: Function) -> str | None:
+    """What a method calls its first argument."""
+    node = tree_of(function)
+    decorators = map(ast.unparse, getattr(node, "decorator_list", ()))
+    arguments = [*node.args.posonlyargs, *node.args.args]
+    is_method = function.class_name and "staticmethod" not in decorators
+    return arguments[0].arg if is_method and arguments else None
+
+
+def _root(node: ast.expr) -> str | None:
+    """``self`` of ``self.block.relu``; None of a single name."""
+    if not isinstance(node, ast.Attribute):
+        return None
+    return node.value.id if isinstance(node.value, ast.Name) else _root(node.value)
+
+
+def _read_name(node: ast.expr, space: Mapping[str, Any]) -> Any:
+    """What a dotted name means in a module; a method of a tensor where it begins otherwise."""
+    if isinstance(node, ast.Name):
+        return space.get(node.id)
+    if not isinstance(node, ast.Attribute):
+        return None
+    holder = _read_name(node.value, space)
+    return getattr(Tensor if holder is None else holder, node.attr, None)
