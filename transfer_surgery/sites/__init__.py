@@ -3,6 +3,7 @@
 from transfer_surgery.sites.call_location import CallKey
 from transfer_surgery.sites.caller import Recipe, prepare_recipes, rewritten_class
 from transfer_surgery.sites.find import find_activations
+from transfer_surgery.sites.graph import GraphRoute, call_units, restore_graph
 from transfer_surgery.sites.plan import Plan, Site
 from transfer_surgery.sites.stand_in import (
     example_arguments,
@@ -15,15 +16,18 @@ from transfer_surgery.sites.zoo import Adapter, find_example_input, stages_of
 __all__ = [
     "Adapter",
     "CallKey",
+    "GraphRoute",
     "Plan",
     "Recipe",
     "Site",
+    "call_units",
     "example_arguments",
     "fake_arguments",
     "find_activations",
     "find_example_input",
     "prepare_recipes",
     "probe_copy",
+    "restore_graph",
     "rewritten_class",
     "stages_of",
     "undisturbed",

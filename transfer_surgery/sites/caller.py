@@ -10,18 +10,19 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, cast
 from weakref import WeakValueDictionary
 
-from torch import nn
+from torch import fx, nn
 from torch.nn.utils.parametrize import type_before_parametrizations
 
 from transfer_surgery.sites.call_location import CallKey
 from transfer_surgery.sites.copies import UneditableError
 from transfer_surgery.sites.edit import Redirect, edit_forward
+from transfer_surgery.sites.graph import check_graph
 from transfer_surgery.sites.intercept import Entry, hidden_units, intercepted_forward
 from transfer_surgery.sites.plan import OwnerCall, Plan, Site
-from transfer_surgery.sites.route import Expression
+from transfer_surgery.sites.route import Expression, Route
 
 _CLASSES: WeakValueDictionary[tuple[type[nn.Module], Recipe], type[nn.Module]] = (
     WeakValueDictionary()
@@ -117,12 +118,15 @@ def prepare_recipes(model: nn.Module, plan: Plan, chosen: set[str]) -> dict[str,
         chosen: paths of the sites to convert; the others keep their calls.
 
     Raises:
-        ValueError: a caller's class cannot be subclassed in place.
+        ValueError: a caller's class cannot be subclassed in place, or its graph is not what runs.
     """
-    callers = dict.fromkeys(s.owner for s in plan if s.path in chosen and s.way != "child")
     recipes = {}
+    for path in {s.owner for s in plan if s.path in chosen and s.way == "fx"}:
+        check_graph(path, cast(fx.GraphModule, model.get_submodule(path)))
+    own = [site for site in plan if site.way in ("edit", "intercept")]
+    callers = dict.fromkeys(site.owner for site in own if site.path in chosen)
     for caller in callers:
-        sites = [s for s in plan if s.owner == caller and s.way != "child"]
+        sites = [site for site in own if site.owner == caller]
         recipes[caller] = make_recipe(sites, plan.calls[caller], chosen)
         _check_class(model, caller, recipes[caller])
     return recipes
@@ -153,7 +157,7 @@ def make_recipe(sites: Sequence[Site], calls: OwnerCall, chosen: set[str]) -> Re
     redirects = [
         Redirect(several[0].route, units)
         for several in same_place(sites)
-        if several[0].route is not None and any(units := _turns(several, keys, names))
+        if isinstance(several[0].route, Route) and any(units := _turns(several, keys, names))
     ]
     table = tuple(entries.values())
     return Recipe(tuple(redirects), tuple(intercepted), table, keys, calls.unseen)
@@ -163,7 +167,7 @@ def same_place(sites: Iterable[Site]) -> list[list[Site]]:
     """Edited sites that are calls of one expression on one way from ``forward``."""
     places: dict[Any, list[Site]] = defaultdict(list)
     for site in sites:
-        if site.way == "edit" and site.route is not None:
+        if isinstance(site.route, Route):
             places[site.route.hops, site.route.end].append(site)
     return list(places.values())
 
@@ -174,7 +178,7 @@ def _turns(
     """The units that take turns at a place; None for calls that stay as they are."""
     locations = {site.key.location for site in several}
     route = several[0].route
-    if len(locations) > 1 or (route is not None and route.end.expected is not None):
+    if len(locations) > 1 or (isinstance(route, Route) and route.end.expected is not None):
         return tuple(names.get(site.path) for site in several)
     count = sum(key.location in locations for key in keys)
     units: list[str | None] = [None] * count
@@ -212,7 +216,7 @@ def _unfit(several: list[Site]) -> Iterator[tuple[Site, str]]:
     if len(several) == 1:
         return
     for site in several:
-        if site.route is not None and site.route.again:
+        if isinstance(site.route, Route) and site.route.again:
             yield site, "torch.utils.checkpoint repeats an expression that is several sites"
         elif len({s.key.location for s in several}) > 1 and len({s.modes for s in several}) > 1:
             yield site, "its calls come in another order in training"

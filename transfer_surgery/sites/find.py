@@ -18,10 +18,11 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from transfer_surgery.sites.caller import check_edits
 from transfer_surgery.sites.frames import is_users
+from transfer_surgery.sites.graph import GraphRoute
 from transfer_surgery.sites.observation import Observation
 from transfer_surgery.sites.observer import Observer
 from transfer_surgery.sites.plan import OwnerCall, Plan, Site
-from transfer_surgery.sites.route import Expression
+from transfer_surgery.sites.route import Expression, Route
 from transfer_surgery.sites.source import Function
 from transfer_surgery.sites.stand_in import (
     Uncopyable,
@@ -32,6 +33,8 @@ from transfer_surgery.sites.stand_in import (
 )
 from transfer_surgery.sites.unseen import unseen_calls
 from transfer_surgery.sites.zoo import adapt_sites, find_example_input
+
+_WAYS = {Route: "edit", GraphRoute: "fx", type(None): "intercept"}
 
 
 def find_activations(
@@ -139,9 +142,9 @@ def _plan(model: nn.Module, observations: dict[str, Observation], notes: list[st
             fields["overwrites_input"] |= event.overwrites_input
             fields["input_changes"] |= event.fields()["input_changes"]
             fields["reason"] = fields["reason"] or event.reason
-    calls = _owner_calls(observations, merged)
     walked = set[str]().union(*(one.walked for one in observations.values()))
     _assign_ways(model, merged, walked)
+    calls = _owner_calls(observations, merged)
     sites = [
         Site(
             owner=owner,
@@ -167,7 +170,7 @@ def _owner_calls(
     seen = set[Expression]().union(*(one.expressions for one in observations.values()))
     functions: dict[str, set[Function]] = {}
     for (owner, _), f in merged.items():
-        if f["route"] is not None:
+        if isinstance(f["route"], Route):
             functions.setdefault(owner, set()).update(f["route"].functions)
     unseen = {owner: unseen_calls(several, seen) for owner, several in functions.items()}
     owners = dict.fromkeys(owner for one in observations.values() for owner in one.keys)
@@ -199,20 +202,26 @@ def _assign_ways(
         if f["module"] is None:
             base = f["source"].name
         elif len(sites) == 1:
-            f["way"], f["path"], f["why"] = "child", f["module"], None
+            f["way"], f["path"], f["why"], f["route"] = "child", f["module"], None, None
             continue
         else:
             names = _registered_names(model, owner, f["module"])
             private = len(own) == len(names) and (len(own) == 1 or _runs_in_order(model, owner))
             if private:
                 f["way"], f["path"] = "child", _join(owner, names[own.index((owner, key))])
-                f["why"] = None
+                f["why"], f["route"] = None, None
                 continue
             base = names[0] if names else f["module"].rpartition(".")[2]
         if owner in walked:
             f["route"], f["why"] = None, "its code walks over its children"
-        f["way"] = "intercept" if f["route"] is None else "edit"
+        f["way"] = _WAYS[type(f["route"])]
         f["path"] = _free_name(model, owner, base, {g.get("path") for g in merged.values()})
+    # The positions of calls to intercept must stay: a graph is edited for all of them, or none.
+    intercepted = {owner for (owner, _), f in merged.items() if f["way"] == "intercept"}
+    for (owner, _), f in merged.items():
+        if f["way"] == "fx" and owner in intercepted:
+            f["way"], f["route"] = "intercept", None
+            f["why"] = "another call of its graph is intercepted"
 
 
 def _registered_names(model: nn.Module, owner: str, module: str) -> list[str]:

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from transfer_surgery.activations import Activation
 from transfer_surgery.sites.call_location import CallKey, KeyCounter, Location
+from transfer_surgery.sites.graph import GraphRoute
 from transfer_surgery.sites.plan import ActivationChild
 from transfer_surgery.sites.route import Expression, Route
 
@@ -35,7 +36,7 @@ class Event:
     order: int
     file: str
     line: int
-    route: Route | None
+    route: Route | GraphRoute | None
     why: str | None
     module: str | None = None
     overwrites_input: bool = False

@@ -27,6 +27,7 @@ from transfer_surgery.activations import (
 )
 from transfer_surgery.sites.call_location import Location, locate
 from transfer_surgery.sites.frames import call_frames, code_of
+from transfer_surgery.sites.graph import find_node
 from transfer_surgery.sites.observation import NOT_LIVE, Event, Frame, Observation
 from transfer_surgery.sites.plan import ActivationChild
 from transfer_surgery.sites.route import Expression, NoRouteError
@@ -255,13 +256,16 @@ class Observer(TorchFunctionMode):
         called: Call | tuple[nn.Module, tuple[str, ...] | None],
         match: Match | None = None,
     ) -> None:
-        """Note where in the source a call is, and how it can be edited there."""
+        """Note where in the source, or in a graph, a call is, and how it can be edited there."""
         frames = call_frames(owner)
         if frames:
             event.file, event.line = frames[-1].f_code.co_filename, frames[-1].f_lineno
         try:
-            event.route, event.why = find_route(owner, frames, called, match), None
-            end = event.route.end
+            if isinstance(owner, torch.fx.GraphModule):
+                event.route, event.why = find_node(owner, frames, called, match), None
+                return
+            route = find_route(owner, frames, called, match)
+            event.route, event.why, end = route, None, route.end
             self.observation.expressions.add(Expression(end.function, end.position))
         except NoRouteError as error:
             event.route, event.why = None, str(error)

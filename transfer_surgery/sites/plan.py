@@ -14,6 +14,7 @@ from torch import nn
 from transfer_surgery._table import Column, Table
 from transfer_surgery.activations import Activation, get_activation
 from transfer_surgery.sites.call_location import CallKey
+from transfer_surgery.sites.graph import GraphRoute
 from transfer_surgery.sites.route import Expression, Route
 from transfer_surgery.units import Granularity, granularity_of, is_selected, select
 
@@ -62,14 +63,15 @@ class Site:
         file: the source file with the call; empty where there is none.
         line: its line there.
         way: ``"child"`` (a child module is replaced), ``"edit"`` (the call is replaced in the
-            source of the function that makes it) or ``"intercept"`` (the call is redirected while
-            the original code runs).
+            source of the function that makes it), ``"fx"`` (in the graph of a ``GraphModule``) or
+            ``"intercept"`` (the call is redirected while the original code runs).
         why: why the call is not edited; None where it is, and for children.
         reason: why it cannot be converted; None where it can.
         module: path of the activation module that is called, None for functions and methods.
         owner_type: type of the owner.
         module_type: type of the activation module, None for functions and methods.
         key: its identity within the owner's code.
+        route: where the source or the graph has to be edited; None for other ways.
     """
 
     path: str
@@ -93,7 +95,7 @@ class Site:
     owner_type: type[nn.Module]
     module_type: type[nn.Module] | None
     key: CallKey = field(repr=False)
-    route: Route | None = field(repr=False, default=None)
+    route: Route | GraphRoute | None = field(repr=False, default=None)
 
     def gate_shape(self, granularity: str | Granularity) -> tuple[int, ...]:
         """Shape of the gates: ``(1,)`` per layer, ``(C,)`` per channel, or the feature shape."""

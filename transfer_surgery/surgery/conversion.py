@@ -133,7 +133,7 @@ def convert(
         )
         for position, (site, g) in enumerate(zip(chosen, granularities, strict=True))
     }
-    # Generate the code that calls them, then put both in.
+    # Edit the code that calls them, then put both in.
     recipes = prepare_recipes(model, whole, paths)
     insert_units(model, whole, units, recipes)
     return model

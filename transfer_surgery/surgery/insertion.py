@@ -11,7 +11,14 @@ import torch
 from torch import nn
 from torch.nn.utils.parametrize import type_before_parametrizations
 
-from transfer_surgery.sites import Plan, Recipe, rewritten_class
+from transfer_surgery.sites import (
+    GraphRoute,
+    Plan,
+    Recipe,
+    call_units,
+    restore_graph,
+    rewritten_class,
+)
 from transfer_surgery.surgery.encoder_fast_path import close_fused_paths
 from transfer_surgery.units import GatedActivation
 
@@ -43,7 +50,7 @@ def insert_units(
         model: the model.
         plan: all of its sites.
         units: the units, or the plain modules of a baked network, by site path.
-        recipes: the generated code, by owner path.
+        recipes: what makes the classes of callers, by their paths.
     """
     # Make and find all that is needed.
     owners = {path: model.get_submodule(path) for path in recipes}
@@ -73,6 +80,13 @@ def insert_units(
     close_fused_paths(model, [model.get_submodule(s.owner) for s in plan if s.path in units])
     for path, owner in owners.items():
         object.__setattr__(owner, "__class__", classes[path])
+    graphs: dict[str, list[tuple[GraphRoute, str]]] = {}
+    for site in plan:
+        if site.path in units and isinstance(site.route, GraphRoute):
+            name = site.path.rpartition(".")[2]
+            graphs.setdefault(site.owner, []).append((site.route, name))
+    for path, routes in graphs.items():
+        call_units(model.get_submodule(path), routes)
 
 
 def _callers(model: nn.Module, plan: Plan) -> Counter[nn.Module]:
@@ -136,7 +150,9 @@ def answer_for(old: nn.Module, new: nn.Module) -> None:
 
 
 def restore_owner(owner: nn.Module) -> None:
-    """Give a rewritten owner its class back and drop its units; other modules are left alone."""
+    """Give a rewritten owner its class or graph back and drop its units."""
+    units = {name for name, one in owner._modules.items() if isinstance(one, GatedActivation)}
+    restore_graph(owner, units)
     for cls in type(owner).__mro__:
         recipe = vars(cls).get("_transfer_surgery_recipe")
         if recipe is not None:
