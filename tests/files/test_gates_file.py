@@ -44,7 +44,7 @@ from transfer_surgery import (
 from transfer_surgery.files.unit_config import plain_path
 
 
-class Dispatched(nn.Linear):
+class Branching(nn.Linear):
     def __init__(self):
         super().__init__(4, 4)
 
@@ -69,9 +69,9 @@ class TwoNames(nn.Module):
 
 IMAGE = torch.linspace(-2, 2, 2 * 3 * 160 * 160).reshape(2, 3, 160, 160)
 MODELS = {
-    "fx": (Calls, X),
+    "functions": (Calls, X),
     "reused": (Body, X),
-    "dispatch": (Dispatched, X),
+    "a branch": (Branching, X),
     "two names": (TwoNames, X),
     "training": (WhenTraining, X),
     "root sequential": (chain, X),

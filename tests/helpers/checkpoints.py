@@ -20,7 +20,7 @@ def register_bump():
 
 
 class Calls(nn.Linear):
-    """Two functions in one forward: fx rewrites it."""
+    """Two functions in one forward: it is edited."""
 
     def __init__(self):
         super().__init__(4, 4)

@@ -24,7 +24,7 @@ from transfer_surgery.units import gated_activations
 
 
 class Block(nn.Module):
-    """Functional activations, one module called twice, and a skip: fx rewrites it."""
+    """Functional activations, one module called twice, and a skip: it is edited."""
 
     def __init__(self) -> None:
         super().__init__()

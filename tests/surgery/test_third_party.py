@@ -35,8 +35,8 @@ class Functional(nn.Sequential):
         return x
 
 
-class Dispatched(Functional):
-    """The same, in a way that fx cannot trace."""
+class Branching(Functional):
+    """The same, with a branch that depends on values."""
 
     def forward(self, x):
         return super().forward(x if x.sum() > -1e9 else -x)
@@ -124,7 +124,7 @@ def test_one_activation_under_several_names_is_replaced_under_each_of_them():
     ("model", "number"),
     [
         (Functional(nn.Linear(4, 4), nn.Linear(4, 3)), 2),
-        (Dispatched(nn.Linear(4, 4), nn.Linear(4, 3)), 2),
+        (Branching(nn.Linear(4, 4), nn.Linear(4, 3)), 2),
         *((Children(how), 5) for how in CHILDREN),
         (Nested(), 2),
     ],

@@ -10,6 +10,7 @@ from transfer_surgery.activations.formulas import (
     overwrites,
     register_formula,
 )
+from transfer_surgery.activations.operators import name_of
 from transfer_surgery.activations.registry import (
     Activation,
     ActivationModule,
@@ -34,6 +35,7 @@ __all__ = [
     "argument_names",
     "get_activation",
     "may_be_activation",
+    "name_of",
     "overwrites",
     "recognise",
     "register_activation",

@@ -14,10 +14,12 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, fx
+from torch import Tensor
 
+from transfer_surgery.activations.operators import name_of
 from transfer_surgery.activations.registry import (
     Activation,
+    Call,
     get_activation,
     recognise,
     register_variant,
@@ -144,7 +146,7 @@ def _parse(node: ast.expr) -> Any:
 
 
 class Tracker:
-    """Remembers how tensors, or the nodes of an fx graph, were made."""
+    """Remembers how tensors were made."""
 
     def __init__(self) -> None:
         self._records: dict[int, Record] = {}
@@ -155,7 +157,7 @@ class Tracker:
 
     def call(
         self, function: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]
-    ) -> tuple[Record | None, Match | None]:
+    ) -> tuple[Record | None, Match | None, Call | None]:
         """Look at a call before it is made.
 
         Args:
@@ -165,21 +167,22 @@ class Tracker:
 
         Returns:
             A record to pass to `made` together with the result, None for a call that no formula
-            contains; and the formula that the call completes, if any.
+            contains; the formula that the call completes, if any; and the activation that it is by
+            itself, if any.
         """
-        found = _describe(function, args, kwargs)
+        call = recognise(function, args, kwargs)
+        if call is not None:
+            found: Any = str(call.activation), (call.input, *call.operands)
+        else:
+            found = _read_arithmetic(function, args, kwargs)
         if found is None:
-            return None, None
-        record = self.describe(*found)
-        return record, self._match(record, overwrites(function))
-
-    def describe(self, label: str, given: tuple[Any, ...]) -> Record:
-        """A record of a call that is known by its label, such as ``"relu"`` or ``"*"``."""
-        return Record(None, label, tuple(map(self._operand, given)))
+            return None, None, call
+        record = Record(None, found[0], tuple(map(self._operand, found[1])))
+        return record, self._match(record, overwrites(function)), call
 
     def _operand(self, value: Any) -> Any:
-        """The record of a tensor or node; one without a label where no known call made it."""
-        if not isinstance(value, (Tensor, fx.Node)):
+        """The record of a tensor; one without a label where no known call made it."""
+        if not isinstance(value, Tensor):
             return value
         return self._records.setdefault(id(value), Record(value))
 
@@ -243,13 +246,10 @@ def _bind(part: Any, given: Any, bound: _Bound) -> _Bound | None:
     return None
 
 
-def _describe(
+def _read_arithmetic(
     function: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]
 ) -> tuple[str, tuple[Any, ...]] | None:
-    """Label and operands of a call that may be part of a formula."""
-    call = recognise(function, args, kwargs)
-    if call is not None:
-        return str(call.activation), (call.input, *call.operands)
+    """Label and operands of a call that may be part of a formula, and is no activation."""
     name = _base_name(function)
     if name not in _ARITHMETIC or kwargs or len(args) != _OPERANDS.get(name, 2):
         return None
@@ -257,7 +257,7 @@ def _describe(
         return None
     if name == "square":
         args = (*args, 2)
-    tensors = sum(isinstance(one, (Tensor, fx.Node)) for one in args)
+    tensors = sum(isinstance(one, Tensor) for one in args)
     numbers = sum(isinstance(one, (int, float)) and not isinstance(one, bool) for one in args)
     if tensors + numbers != len(args) or tensors < (2 if name in ("max", "maximum") else 1):
         return None
@@ -271,7 +271,7 @@ def may_be_activation(function: Any) -> bool:
 
 def _base_name(function: Any) -> str:
     """``mul`` for ``torch.mul``, ``Tensor.mul_``, ``operator.mul`` and ``operator.imul``."""
-    name = str(getattr(function, "__name__", ""))
+    name = name_of(function)
     if hasattr(function, "__code__") and getattr(Tensor, f"__{name}__", None) is not function:
         return ""  # somebody's own function of that name
     return name[1:] if _is_augmented(function, name) else name.rstrip("_")
@@ -279,7 +279,7 @@ def _base_name(function: Any) -> str:
 
 def overwrites(function: Any) -> bool:
     """Whether a call changes its first argument."""
-    name = str(getattr(function, "__name__", ""))
+    name = name_of(function)
     if name in ("setitem", "__setitem__") or _is_augmented(function, name):
         return True
     return name.endswith("_") and not name.startswith("__")

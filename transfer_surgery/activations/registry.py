@@ -18,6 +18,8 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import handle_torch_function
 
+from transfer_surgery.activations.operators import argument_names_of, functions_of, name_of
+
 Value = Callable[..., Tensor]
 
 
@@ -304,18 +306,17 @@ def recognise(function: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -
     """
     if function is _activate:
         return Call(args[1], args[0], False, tuple(args[2:]))
-    try:
-        found = _CALLS.get(function)
-    except TypeError:  # an unhashable callable is none of ours
-        return None
+    found = _known_call(function)
     if found is None:
         return None
     name, positional = found
     given = dict(zip(positional, args[1:], strict=False)) | dict(kwargs)
     x = args[0] if args else given.pop("input", given.pop("self", None))
-    inplace = bool(given.pop("inplace", False)) or function.__name__.endswith("_")
+    inplace = bool(given.pop("inplace", False)) or name_of(function).endswith("_")
     given.pop("out", None)
     entry = _REGISTRY[name]
+    if functions_of(function) and not given.keys() <= {*entry.defaults, *entry.operands}:
+        return None  # operators have arguments that no function of torch's has
     chosen = {k: v for k, v in given.items() if k in entry.defaults}
     if not all(_fits(value, entry.defaults[name]) for name, value in chosen.items()):
         return None  # bounds or slopes that are computed: no fixed function
@@ -346,12 +347,23 @@ def _common_name(activation: Activation) -> Activation | None:
 
 def argument_names(function: Any) -> tuple[str, ...]:
     """Names of the positional arguments after the input of a call that means an activation."""
-    return _CALLS[function][1] if registered_name(function) else ()
+    found = _known_call(function)
+    return () if found is None else found[1]
 
 
 def registered_name(function: Any) -> str | None:
     """Name of the activation that calls of a torch function may mean."""
+    found = _known_call(function)
+    return None if found is None else found[0]
+
+
+def _known_call(function: Any) -> tuple[str, tuple[str, ...]] | None:
+    """The activation that a call may mean, and the names of its positional arguments."""
     try:
-        return _CALLS[function][0]
-    except (KeyError, TypeError):  # an unhashable callable is none of ours
+        found = _CALLS.get(function)
+    except TypeError:  # an unhashable callable is none of ours
         return None
+    if found is None:
+        known = next((_CALLS[one] for one in functions_of(function) if one in _CALLS), None)
+        return None if known is None else (known[0], argument_names_of(function))
+    return found

@@ -10,6 +10,7 @@ from types import FrameType, ModuleType
 from typing import Any
 
 from torch import Tensor, nn
+from torch._ops import OpOverloadPacket
 
 from transfer_surgery.activations import Call, Match, argument_names, may_be_activation
 from transfer_surgery.sites.evaluate import UNKNOWN, Evaluator
@@ -139,7 +140,7 @@ class RunningExpression:
     def _is_fixed(self, func: ast.expr) -> bool:
         """Whether an expression means the same function whenever it is evaluated."""
         if isinstance(func, ast.Attribute):
-            is_name = isinstance(self.value(func.value), (ModuleType, type))
+            is_name = isinstance(self.value(func.value), (ModuleType, type, OpOverloadPacket))
             return self._is_method(func) or (is_name and self._is_fixed(func.value))
         return isinstance(func, ast.Name) and func.id not in self.frame.f_locals
 

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+from torch import fx, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from transfer_surgery.sites.caller import check_edits
@@ -216,12 +216,8 @@ def _assign_ways(
             f["route"], f["why"] = None, "its code walks over its children"
         f["way"] = _WAYS[type(f["route"])]
         f["path"] = _free_name(model, owner, base, {g.get("path") for g in merged.values()})
-    # The positions of calls to intercept must stay: a graph is edited for all of them, or none.
-    intercepted = {owner for (owner, _), f in merged.items() if f["way"] == "intercept"}
-    for (owner, _), f in merged.items():
-        if f["way"] == "fx" and owner in intercepted:
-            f["way"], f["route"] = "intercept", None
-            f["why"] = "another call of its graph is intercepted"
+        if f["route"] is None and isinstance(model.get_submodule(owner), fx.GraphModule):
+            f["reason"] = f["reason"] or f["why"]  # copies of graphs keep what is in the graph
 
 
 def _registered_names(model: nn.Module, owner: str, module: str) -> list[str]:

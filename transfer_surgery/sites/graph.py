@@ -1,14 +1,14 @@
 """Activation calls in a ``torch.fx.GraphModule``: its graph is the truth, so its nodes are edited.
 
-A node that is an activation call becomes a call of a unit. What it was is kept in the module's
-``meta``, so that it can be restored.
+A node that is an activation call becomes a call of a unit. The unit keeps what it was, so that it
+can be restored: of a graph module, copies have what the graph calls and nothing else.
 """
 
 from __future__ import annotations
 
 import operator
 import re
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from types import FrameType
 from typing import Any
@@ -20,7 +20,7 @@ from torch._ops import OpOverload
 from transfer_surgery.activations import Call, Match, Record
 from transfer_surgery.sites.route import NoRouteError
 
-_META = "transfer_surgery"
+_REPLACED = "_transfer_surgery_node"
 
 
 @dataclass(frozen=True)
@@ -47,9 +47,10 @@ class _Input:
 class _Saved:
     """A node as it was; its arguments may be nodes of a formula, too.
 
-    A module that no node calls any more is kept here: copies of the graph lose it.
+    A module that no node calls any more is kept here, too.
     """
 
+    name: str
     op: str
     target: Any
     args: tuple[Any, ...]
@@ -79,7 +80,7 @@ def find_node(
     found = re.match(r"\s*(\w+)", line)  # each node is a statement, which assigns to its name
     node = nodes.get(found.group(1)) if found else None
     if node is None or len(frames) > 1:
-        raise NoRouteError("its graph has no node for it")
+        raise NoRouteError("it is not in the graph, but in a function that the graph calls")
     if not isinstance(called, Call):
         return GraphRoute(node.name, None)
     values = {name: frame.f_locals.get(name) for name in nodes}
@@ -133,12 +134,11 @@ def call_units(module: fx.GraphModule, units: Sequence[tuple[GraphRoute, str]]) 
         units: where each unit is called, and its name.
     """
     nodes = {node.name: node for node in module.graph.nodes}
-    saved = module.meta.setdefault(_META, {})
     for route, name in units:
         node = nodes[route.node]
         inputs = None if route.inputs is None else [nodes[one] for one in route.inputs]
         given = node.all_input_nodes if inputs is None else inputs
-        saved[name] = _save(module, node, given)
+        setattr(module.get_submodule(name), _REPLACED, _save(module, node, given))
         formula = [one for one in node.all_input_nodes if one not in given]
         node.op, node.target = "call_module", name
         if inputs is not None:
@@ -155,7 +155,7 @@ def _save(module: fx.GraphModule, node: fx.Node, inputs: Sequence[fx.Node]) -> _
     target = str(node.target) if isinstance(node.target, OpOverload) else node.target
     args, kwargs = fx.node.map_arg((node.args, node.kwargs), save)
     called = module.get_submodule(str(target)) if node.op == "call_module" else None
-    return _Saved(node.op, target, args, kwargs, called)
+    return _Saved(node.name, node.op, target, args, kwargs, called)
 
 
 def _erase_unused(nodes: Sequence[fx.Node]) -> None:
@@ -166,17 +166,17 @@ def _erase_unused(nodes: Sequence[fx.Node]) -> None:
             _erase_unused([one for one in inputs if one.op != "placeholder"])
 
 
-def restore_graph(module: nn.Module, units: Collection[str]) -> None:
-    """Give a graph back the nodes that call these units, and remove the units."""
-    saved = getattr(module, "meta", {}).get(_META, {})
-    if not isinstance(module, fx.GraphModule) or not saved:
-        return
-    for node in module.graph.nodes:
-        if node.op == "call_module" and node.target in saved and node.target in units:
-            module._modules.pop(node.target, None)
-            restored = _restore(module, saved.pop(node.target), node)
-            node.op, node.target, node.args, node.kwargs = restored
-    module.recompile()
+def restore_graph(module: nn.Module) -> None:
+    """Give a graph back the nodes that call units, and remove the units."""
+    nodes = list(module.graph.nodes) if isinstance(module, fx.GraphModule) else []
+    calls = [node for node in nodes if node.op == "call_module"]
+    units = {node: module._modules.get(str(node.target)) for node in calls}
+    replaced = {n: getattr(u, _REPLACED) for n, u in units.items() if hasattr(u, _REPLACED)}
+    for node, saved in replaced.items():
+        del module._modules[str(node.target)]
+        node.op, node.target, node.args, node.kwargs = _restore(module, saved, node)
+    if replaced:
+        module.recompile()
 
 
 def _restore(module: fx.GraphModule, saved: _Saved, node: fx.Node) -> tuple[str, Any, Any, Any]:
@@ -187,7 +187,7 @@ def _restore(module: fx.GraphModule, saved: _Saved, node: fx.Node) -> tuple[str,
             return given[value.number]
         if isinstance(value, _Saved):
             with node.graph.inserting_before(node):
-                return node.graph.create_node(*_restore(module, value, node))
+                return node.graph.create_node(*_restore(module, value, node), name=value.name)
         return value
 
     target = saved.target

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
 
-from transfer_surgery.activations import Activation, Tracker, recognise
+from transfer_surgery.activations import Activation, Tracker
 from transfer_surgery.sites.call_location import CallKey, KeyCounter, is_checkpointed, locate
 
 
@@ -70,8 +70,8 @@ class _Interceptor(TorchFunctionMode):
         self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
         kwargs = kwargs or {}
-        record, match = self._tracker.call(func, args, kwargs)
-        call = match or recognise(func, args, kwargs)
+        record, match, single = self._tracker.call(func, args, kwargs)
+        call = match or single
         unit = None if call is None else self._unit_here(call.activation)
         if call is None or unit is None:
             result = func(*args, **kwargs)

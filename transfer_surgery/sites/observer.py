@@ -22,8 +22,8 @@ from transfer_surgery.activations import (
     Record,
     Tracker,
     get_activation,
+    name_of,
     overwrites,
-    recognise,
 )
 from transfer_surgery.sites.call_location import Location, locate
 from transfer_surgery.sites.frames import call_frames, code_of
@@ -175,7 +175,7 @@ class Observer(TorchFunctionMode):
         if outputs:
             self._note_reads(inputs)
             gate = event if event is not None and event.role == "gating" else None
-            follow(getattr(func, "__name__", ""), inputs, outputs, gate)
+            follow(name_of(func), inputs, outputs, gate)
         if call is not None and event is not None and call.inplace:
             self._overwritten[_memory(call.input)] = (call.input, event)
         return out
@@ -186,7 +186,7 @@ class Observer(TorchFunctionMode):
         """What a torch call means: an activation, maybe, and maybe the end of a formula."""
         if not self._stack:
             return None, None, None
-        record, match = self._tracker.call(func, args, kwargs)
+        record, match, call = self._tracker.call(func, args, kwargs)
         if match is not None:
             if not is_live(match.input) or any(map(is_live, match.operands)):
                 # It looks like a formula, but what should be a learned tensor is not. The call
@@ -198,9 +198,7 @@ class Observer(TorchFunctionMode):
                 activation = get_activation("relu", variant="maximum(x, zero)")
             return Call(activation, match.input, match.inplace, match.operands), record, match
         if func in _LISTED:
-            call: Call | None = Call(Activation(_LISTED[func][0]), args[0] if args else None, False)
-        else:
-            call = recognise(func, args, kwargs)
+            call = Call(Activation(_LISTED[func][0]), args[0] if args else None, False)
         return call if call and isinstance(call.input, Tensor) else None, record, None
 
     def _record(self, func: Callable[..., Any], call: Call, match: Match | None, out: Any) -> Event:

@@ -151,8 +151,7 @@ def answer_for(old: nn.Module, new: nn.Module) -> None:
 
 def restore_owner(owner: nn.Module) -> None:
     """Give a rewritten owner its class or graph back and drop its units."""
-    units = {name for name, one in owner._modules.items() if isinstance(one, GatedActivation)}
-    restore_graph(owner, units)
+    restore_graph(owner)
     for cls in type(owner).__mro__:
         recipe = vars(cls).get("_transfer_surgery_recipe")
         if recipe is not None:
