@@ -61,7 +61,7 @@ class _Saved:
 def find_node(
     module: fx.GraphModule,
     frames: Sequence[FrameType],
-    called: Call | nn.Module,
+    called: Call | Any,
     match: Match | None,
 ) -> GraphRoute:
     """The node that makes a running call.
@@ -69,7 +69,7 @@ def find_node(
     Args:
         module: whose code runs.
         frames: those of its code, the outermost first.
-        called: the activation call, or the activation module.
+        called: the activation call; anything else is an activation module.
         match: the formula that the call completes, if any.
 
     Raises:
@@ -126,7 +126,7 @@ def _find_inputs(
             raise NoRouteError(f"the activation reads {one.name} too")
 
 
-def call_units(module: fx.GraphModule, units: Sequence[tuple[GraphRoute, str]]) -> None:
+def edit_graph(module: fx.GraphModule, units: Sequence[tuple[GraphRoute, str]]) -> None:
     """Let nodes of a graph call units.
 
     Args:
@@ -168,8 +168,9 @@ def _erase_unused(nodes: Sequence[fx.Node]) -> None:
 
 def restore_graph(module: nn.Module) -> None:
     """Give a graph back the nodes that call units, and remove the units."""
-    nodes = list(module.graph.nodes) if isinstance(module, fx.GraphModule) else []
-    calls = [node for node in nodes if node.op == "call_module"]
+    if not isinstance(module, fx.GraphModule):
+        return
+    calls = [node for node in module.graph.nodes if node.op == "call_module"]
     units = {node: module._modules.get(str(node.target)) for node in calls}
     replaced = {n: getattr(u, _REPLACED) for n, u in units.items() if hasattr(u, _REPLACED)}
     for node, saved in replaced.items():

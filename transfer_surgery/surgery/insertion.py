@@ -5,17 +5,17 @@ from __future__ import annotations
 import copy
 from collections import Counter
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, cast
 
 import torch
-from torch import nn
+from torch import fx, nn
 from torch.nn.utils.parametrize import type_before_parametrizations
 
 from transfer_surgery.sites import (
     GraphRoute,
     Plan,
     Recipe,
-    call_units,
+    edit_graph,
     restore_graph,
     rewritten_class,
 )
@@ -86,7 +86,7 @@ def insert_units(
             name = site.path.rpartition(".")[2]
             graphs.setdefault(site.owner, []).append((site.route, name))
     for path, routes in graphs.items():
-        call_units(model.get_submodule(path), routes)
+        edit_graph(cast(fx.GraphModule, model.get_submodule(path)), routes)
 
 
 def _callers(model: nn.Module, plan: Plan) -> Counter[nn.Module]:
