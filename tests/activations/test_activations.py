@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from transfer_surgery import get_activation, register_activation
+from transfer_surgery import convert, get_activation, register_activation
 from transfer_surgery.activations import (
     Activation,
     ActivationModule,
@@ -260,6 +260,23 @@ def test_a_parameter_needs_a_default():
 def test_what_is_no_activation_is_answered_with_the_known_ones(call, argument, message):
     with pytest.raises(ValueError, match=message):
         call(argument)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("snake(a='x')", "a='x' cannot take the place of the default"),
+        ("gelu(approximate='x')", "cannot be computed: RuntimeError"),
+        ("snake(a=0)", r"snake\(a=0\) gives no finite numbers"),
+        ("prelu", "prelu takes weight from the site of a network that has it"),
+    ],
+)
+def test_targets_that_cannot_be_computed_are_refused_before_anything_is_changed(text, message):
+    model = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.ReLU())
+    modules = list(model)
+    with pytest.raises(ValueError, match=message):
+        convert(model, text, example_input=torch.zeros(2, 4))
+    assert list(model) == modules
 
 
 def test_parameters_override_those_of_an_activation():

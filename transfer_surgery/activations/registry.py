@@ -285,6 +285,32 @@ def _fits(value: Any, default: Any) -> bool:
     return isinstance(value, int | float | None if default is None else type(default))
 
 
+def get_target(target: str | Activation) -> Activation:
+    """An activation to which a site can be transferred, after a trial.
+
+    Raises:
+        ValueError: it is unknown, needs more than its input, or does not compute.
+    """
+    activation = get_activation(target)
+    if activation.operands:
+        raise ValueError(
+            f"{activation} takes {', '.join(activation.operands)} from the site of a network that "
+            "has it; it can be a source, not a target."
+        )
+    try:
+        with torch.device("cpu"), torch.no_grad():
+            x = torch.linspace(-2, 2, 5)
+            y = activation(x)
+            computes = y.shape == x.shape and bool(y.isfinite().any())
+    except Exception as error:  # what a wrong parameter leads to may be anything
+        raise ValueError(
+            f"the target {activation} cannot be computed: {type(error).__name__}: {error}"
+        ) from error
+    if not computes:
+        raise ValueError(f"the target {activation} gives no finite numbers, or not one per input.")
+    return activation
+
+
 def _read_parameters(name: str, text: str) -> dict[str, Any]:
     """The parameters in ``"(a=0.5)"``; only ``key=value`` with literal values is accepted."""
     try:

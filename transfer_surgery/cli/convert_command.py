@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 import torch
 import typer
 
-from transfer_surgery.activations import get_activation
+from transfer_surgery.activations import get_target
 from transfer_surgery.cli.finetuning.checkpoint import state_of
 from transfer_surgery.cli.options import (
     Exclude,
@@ -107,7 +107,7 @@ def convert(
     if output.exists() and not force:
         raise typer.BadParameter(f"{output} exists already: choose another file, or --force.")
     with option_errors(ValueError):
-        get_activation(target)
+        get_target(target)
         settings = gate_settings({"name": gate} | ({} if noise is None else {"noise": noise}))
     torch.manual_seed(seed)
     with run_errors():

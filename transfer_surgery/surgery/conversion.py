@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from transfer_surgery._sharding import check_not_sharded
-from transfer_surgery.activations import Activation, get_activation
+from transfer_surgery.activations import Activation, get_target
 from transfer_surgery.sites import (
     Plan,
     Site,
@@ -100,7 +100,7 @@ def convert(
     # Look before anything is changed: the arguments, the model, its sites.
     check_model(model)
     kernel_choice()  # a mistake in the environment would end the first training step
-    target, settings = get_activation(target), gate_settings(gate)
+    target, settings = get_target(target), gate_settings(gate)
     include, exclude = (p if p is None else as_patterns(p, model) for p in (include, exclude))
     whole = plan if plan is not None else find_activations(model, example_input)
     for note in whole.unexamined:

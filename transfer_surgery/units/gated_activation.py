@@ -9,7 +9,7 @@ import torch
 import torch.fx
 from torch import Tensor, nn
 
-from transfer_surgery.activations import Activation
+from transfer_surgery.activations import Activation, get_target
 from transfer_surgery.units.fitted_target import TargetParameters
 from transfer_surgery.units.gates import Gate
 from transfer_surgery.units.granularity import Granularity, PerLayer
@@ -70,12 +70,7 @@ class GatedActivation(nn.Module):
         call: tuple[int, int] | None = None,
     ) -> None:
         super().__init__()
-        if target.operands:
-            raise ValueError(
-                f"{path}: {target} takes {', '.join(target.operands)} from the site of a "
-                "network that has it; it can be a source, not a target."
-            )
-        self.source, self.target, self.gate = source, target, gate
+        self.source, self.target, self.gate = source, get_target(target), gate
         self.granularity, self.neurons, self.path = granularity, neurons, path
         self.overwrites_input, self.inplace = overwrites_input, inplace
         self.input_changes, self.dims = input_changes, dims

@@ -1,0 +1,63 @@
+"""An argument of a wrong type is an error that names it, before anything is done with it."""
+
+from __future__ import annotations
+
+import functools
+import reprlib
+from collections.abc import Callable, Iterable, Mapping
+from numbers import Integral, Real
+from types import NoneType, UnionType
+from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
+
+_CLASSES = {float: Real, int: Integral, None: NoneType}
+
+
+def check_arguments(function: Callable[..., Any], given: Mapping[str, Any]) -> None:
+    """Raise where an argument does not have the type that the function's signature says.
+
+    Args:
+        function: a function, of which this is the first line; or a dataclass.
+        given: ``locals()`` in that line; of a dataclass the values of its fields.
+
+    Raises:
+        TypeError: the message names the argument, its value and its type.
+
+    Examples:
+        >>> def double(x: float) -> float:
+        ...     check_arguments(double, locals())
+        ...     return 2 * x
+        >>> double(2), double("2")
+        Traceback (most recent call last):
+        TypeError: double(x='2'): x is a str, and has to be float.
+    """
+    hints = _hints(function)
+    for name, value in given.items():
+        hint = hints.get(name, Any)
+        if not _fits(value, hint):
+            wanted = hint.__name__ if isinstance(hint, type) and not get_args(hint) else hint
+            raise TypeError(
+                f"{function.__name__}({name}={reprlib.repr(value)}): {name} is a "
+                f"{type(value).__name__}, and has to be {wanted}."
+            )
+
+
+_hints = functools.cache(get_type_hints)
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    """Whether a value has a type, as far as a look at it can tell."""
+    if isinstance(hint, TypeVar):
+        hint = hint.__bound__
+    origin, inner = get_origin(hint), get_args(hint)
+    if origin in (Union, UnionType):
+        return any(_fits(value, one) for one in inner)
+    if origin is tuple:
+        if not isinstance(value, tuple | list):  # JSON makes lists of tuples
+            return False
+        items = inner[:1] * len(value) if inner[-1] is ... else inner
+        return len(items) == len(value) and all(map(_fits, value, items))
+    if origin is type:
+        return isinstance(value, type) and issubclass(value, inner[0])
+    if origin is Iterable and hasattr(value, "__getitem__"):  # a data set, for example
+        return True
+    return hint is Any or isinstance(value, _CLASSES.get(hint, origin or hint))
