@@ -7,9 +7,9 @@ import reprlib
 from collections.abc import Callable, Iterable, Mapping
 from numbers import Integral, Real
 from types import NoneType, UnionType
-from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import Any, Union, get_args, get_origin, get_type_hints
 
-_CLASSES = {float: Real, int: Integral, None: NoneType}
+_CLASSES: dict[Any, Any] = {float: Real, int: Integral, None: NoneType}
 
 
 def check_arguments(function: Callable[..., Any], given: Mapping[str, Any]) -> None:
@@ -41,13 +41,16 @@ def check_arguments(function: Callable[..., Any], given: Mapping[str, Any]) -> N
             )
 
 
-_hints = functools.cache(get_type_hints)
+@functools.cache
+def _hints(function: Callable[..., Any]) -> dict[str, Any]:
+    try:
+        return get_type_hints(function)
+    except NameError:  # names of a user's class that only type checkers see
+        return {}
 
 
 def _fits(value: Any, hint: Any) -> bool:
     """Whether a value has a type, as far as a look at it can tell."""
-    if isinstance(hint, TypeVar):
-        hint = hint.__bound__
     origin, inner = get_origin(hint), get_args(hint)
     if origin in (Union, UnionType):
         return any(_fits(value, one) for one in inner)
@@ -56,8 +59,15 @@ def _fits(value: Any, hint: Any) -> bool:
             return False
         items = inner[:1] * len(value) if inner[-1] is ... else inner
         return len(items) == len(value) and all(map(_fits, value, items))
+    if origin is Mapping:
+        return isinstance(value, Mapping) and all(_fits(one, inner[1]) for one in value.values())
     if origin is type:
         return isinstance(value, type) and issubclass(value, inner[0])
     if origin is Iterable and hasattr(value, "__getitem__"):  # a data set, for example
         return True
-    return hint is Any or isinstance(value, _CLASSES.get(hint, origin or hint))
+    if isinstance(value, bool) and hint in (int, float):
+        return False
+    try:
+        return hint is Any or isinstance(value, _CLASSES.get(hint, origin or hint))
+    except TypeError:  # no class, but a TypeVar for example
+        return True

@@ -199,6 +199,8 @@ def test_an_activation_with_operands_is_refused_as_a_target():
         ("relu", "relu(y)", "expected a call or an operation on x"),
         ("relu", "gamma(x) * x", r"cannot contain 'gamma\(x\)'; it may use"),
         ("relu", "x % 2", "cannot contain 'x % 2'"),
+        ("relu", "relu(x", r"^formula 'relu\(x': "),
+        ("relu", "", "^formula ''"),
     ],
 )
 def test_a_bad_formula_is_refused_with_what_is_possible(name, text, message):

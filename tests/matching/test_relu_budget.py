@@ -118,7 +118,6 @@ def test_wrong_budgets_are_refused_and_change_nothing():
         (1.5, [X], "share"),
         (-1, [X], "keep=-1"),
         (1e-9, [X], "keep=1e-09"),
-        (True, [X], "keep=True"),
         (0.5, None, "together"),
         (None, [X], "together"),
         (0.5, [], "there are none"),

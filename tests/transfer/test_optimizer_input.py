@@ -31,11 +31,11 @@ from transfer_surgery import TransferSchedule, wrap_optimizer
         ({"gamma": 1.0, "transfer": SCHEDULE}, ValueError, "exactly one of gamma="),
         ({"gamma": -1.0}, ValueError, "gamma=-1.0: give a finite number"),
         ({"gamma": math.inf}, ValueError, "gamma=inf"),
-        ({"gamma": "often"}, ValueError, "gamma='often': give a finite number"),
+        ({"gamma": "often"}, TypeError, "gamma is a str, and has to be float"),
         ({"gamma": 1.0, "gamma_warmup": -1}, ValueError, "gamma_warmup=-1: give a number of opt"),
         ({"transfer": SCHEDULE, "gamma_warmup": 3}, ValueError, "a transfer schedule has its own"),
         ({"gamma": 1.0, "reduction": "max"}, ValueError, "unknown reduction 'max'"),
-        ({"transfer": 100}, TypeError, r"transfer=100: give a TransferSchedule\(total_steps\)"),
+        ({"transfer": 100}, TypeError, "transfer is a int, and has to be .*TransferSchedule"),
         (
             {"transfer": SCHEDULE, "reduction": "mean"},
             ValueError,

@@ -404,7 +404,7 @@ class Mine(Line):
         (register_gate, "another", "Line has the gate 'line' already"),
         (gate_settings, {"name": "line", "noise": "none"}, "'line': .*unexpected keyword .*noise'"),
         (gate_settings, {"name": "hard_concrete", "temperature": "x"}, "gate 'hard_concrete': "),
-        (gate_settings, {"name": "hard_concrete", "stretch": [0]}, "not enough values"),
+        (gate_settings, {"name": "hard_concrete", "stretch": [0]}, r"stretch=\[0\]"),
         (gate_settings, {}, "unknown gate None"),
     ],
 )

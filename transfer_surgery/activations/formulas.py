@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from transfer_surgery._arguments import check_arguments
 from transfer_surgery.activations.operators import name_of
 from transfer_surgery.activations.registry import (
     Activation,
@@ -109,9 +110,14 @@ def register_formula(name: str, text: str, *, exact: bool = False) -> None:
     Examples:
         >>> register_formula("squared_relu", "relu(x) ** 2.0", exact=True)
     """
+    check_arguments(register_formula, locals())
     get_activation(name)
-    term = _parse(ast.parse(text, mode="eval").body)
-    names = [n.id for n in ast.walk(ast.parse(text)) if isinstance(n, ast.Name)]
+    try:
+        expression = ast.parse(text, mode="eval").body
+    except SyntaxError as error:
+        raise ValueError(f"formula {text!r}: {error.msg}.") from error
+    term = _parse(expression)
+    names = [n.id for n in ast.walk(expression) if isinstance(n, ast.Name)]
     if not isinstance(term, _Term) or "x" not in names:
         raise ValueError(f"formula {text!r}: expected a call or an operation on x.")
     free = [n for n in dict.fromkeys(names) if n not in _FUNCTIONS and n != "x"]

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import handle_torch_function
 
+from transfer_surgery._arguments import check_arguments
 from transfer_surgery.activations.operators import argument_names_of, functions_of, name_of
 
 Value = Callable[..., Tensor]
@@ -74,7 +75,7 @@ class Activation:
 
 def _literal(value: Any) -> str:
     """Text that `ast.literal_eval` reads back, which "inf" is not."""
-    return repr(value).replace("inf", "1e999") if isinstance(value, float) else repr(value)
+    return repr(float(value)).replace("inf", "1e999") if isinstance(value, float) else repr(value)
 
 
 class ActivationModule(nn.Module):
@@ -202,6 +203,7 @@ def register_activation(
         >>> get_activation("docs_gaussian", width=2.0)(torch.zeros(1))
         tensor([1.])
     """
+    check_arguments(register_activation, locals())
     if name in _REGISTRY:
         raise ValueError(f"activation {name!r} is already registered; choose another name.")
 

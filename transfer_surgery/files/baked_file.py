@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from transfer_surgery._arguments import check_arguments
 from transfer_surgery._sharding import check_not_sharded
 from transfer_surgery.files.gates_file import insert_modules, plan_for, sites_in, state_key
 from transfer_surgery.files.model_file import build_model, load_weights, make_model, spec_in
@@ -73,6 +74,7 @@ def save_baked(
         >>> report.rows[0].path, report.rows[0].before
         ('act1', 'bn1')
     """
+    check_arguments(save_baked, locals())
     model = unwrap(model)
     check_not_sharded(model)
     sites = configs_of(model)
@@ -117,6 +119,7 @@ def load_baked(file: str | os.PathLike[str]) -> nn.Module:
         ...     load_baked(f"{folder}/baked.safetensors").act1
         ActivationModule(sin)
     """
+    check_arguments(load_baked, locals())
     return load_network(file, "baked")[1]
 
 

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 from torch.utils import _pytree as pytree
 
+from transfer_surgery._arguments import check_arguments
 from transfer_surgery._running import prediction_mode, to_device_of
 from transfer_surgery.files.replacing import check_replaceable, replace_file
 from transfer_surgery.sites import example_arguments, fake_arguments
@@ -58,6 +59,7 @@ def export_program(
         >>> program(torch.randn(5, 4)).shape
         torch.Size([5, 2])
     """
+    check_arguments(export_program, locals())
     path = Path(path)
     check_replaceable(path, _check_program)
     program = _trace(model, *_arguments(model, example_input))
@@ -88,6 +90,7 @@ def export_onnx(
             or the file exists and is something else.
         RuntimeError: torch cannot export the model, or the model fixes the batch size.
     """
+    check_arguments(export_onnx, locals())
     path = Path(path)
     check_replaceable(path, _check_onnx)
     check_no_gates(model)

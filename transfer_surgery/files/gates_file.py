@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from transfer_surgery._arguments import check_arguments
 from transfer_surgery._sharding import shard_like
 from transfer_surgery.files.safetensors_file import is_below, read, write
 from transfer_surgery.files.unit_config import (
@@ -65,6 +66,7 @@ def save_gates(model: nn.Module, file: str | os.PathLike[str]) -> None:
           (gate): HardConcreteGate(hard_concrete, shape=(8,))
         )
     """
+    check_arguments(save_gates, locals())
     model = unwrap(model)
     sites = configs_of(model)
     check_gates_are_whole(units_of(model))
@@ -103,6 +105,7 @@ def load_gates(
             model is then unchanged.
         TypeError: a base model that is compiled or wrapped for distributed training.
     """
+    check_arguments(load_gates, locals())
     file = Path(file)
     sites, gates, _ = sites_and_tensors(file, *read(file, "gates", "model"))
     inner = unwrap(model)

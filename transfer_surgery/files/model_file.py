@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from transfer_surgery._arguments import check_arguments
 from transfer_surgery.files.gates_file import insert_gates, sites_and_tensors, units_of
 from transfer_surgery.files.model_spec import ModelSpec, UnknownModelError
 from transfer_surgery.files.safetensors_file import read, write
@@ -50,6 +51,7 @@ def save_model(
           (gate): HardConcreteGate(hard_concrete, shape=(32,))
         )
     """
+    check_arguments(save_model, locals())
     model, file = unwrap(model), Path(file)
     check_gates_are_whole(units_of(model))
     spec = spec_in(file, read(file, "model")[0]) if made_by is None else made_by
@@ -73,6 +75,7 @@ def load_model(file: str | os.PathLike[str]) -> nn.Module:
         FileNotFoundError: there is no file.
         ValueError: it is damaged, foreign or too new, or the model has changed since.
     """
+    check_arguments(load_model, locals())
     file = Path(file)
     about, tensors = read(file, "model")
     return build_model(file, spec_in(file, about), about, tensors)

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from transfer_surgery._arguments import check_arguments
 from transfer_surgery.sites import find_example_input
 
 _MOST = 2**28  # numbers in one example; a file may claim any number
@@ -47,17 +48,12 @@ class ModelSpec:
     input_size: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
-        match self.to_dict():
-            case {"name": str(), "arguments": Mapping(), "input_size": None}:
-                return
-            case {"name": str(), "arguments": Mapping(), "input_size": [*size]}:
-                if all(type(n) is int and n > 0 for n in size) and math.prod(size) <= _MOST:
-                    object.__setattr__(self, "input_size", tuple(size))  # JSON gives a list back
-                    return
-        raise ValueError(
-            f"{self.to_dict()} does not say how a model is made: give a name, a dict of arguments, "
-            "and an input_size such as (3, 224, 224) or None."
-        )
+        check_arguments(type(self), vars(self))
+        size = self.input_size
+        if size is not None:
+            if min(size, default=1) < 1 or math.prod(size) > _MOST:
+                raise ValueError(f"input_size={size!r}: give a shape such as (3, 224, 224).")
+            object.__setattr__(self, "input_size", tuple(size))  # JSON gives a list back
 
     def build(self, pretrained: bool = False) -> nn.Module:
         """Make the model.
@@ -113,7 +109,7 @@ class ModelSpec:
         """
         try:
             return cls(**data)
-        except TypeError as error:
+        except (TypeError, ValueError) as error:
             raise ValueError(f"{data!r} does not say how a model is made: {error}.") from error
 
     def _call(self, make: Callable[..., Any], *args: Any) -> nn.Module:

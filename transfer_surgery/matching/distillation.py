@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import CosineAnnealingLR
 from torch.utils.hooks import RemovableHandle
 
+from transfer_surgery._arguments import check_arguments
 from transfer_surgery._running import (
     call_model,
     kl_divergence,
@@ -80,6 +81,7 @@ def distill(
         >>> losses[-1] < losses[0]
         True
     """
+    check_arguments(distill, locals())
     # Refuse what cannot work before anything is changed.
     if train not in TRAINED:
         raise ValueError(f"train={train!r}: use 'all' or 'targets'.")

@@ -14,6 +14,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from transfer_surgery._arguments import check_arguments
 from transfer_surgery._running import as_batches, prediction_mode
 from transfer_surgery._sharding import check_not_sharded
 from transfer_surgery.matching.match_report import MatchReport, warn_of_poor_fits
@@ -85,6 +86,7 @@ def match_targets(
         >>> bool(found.rows[0].r2 > 0.9)
         True
     """
+    check_arguments(match_targets, locals())
     if weights not in (None, "gradient"):
         raise ValueError(f"weights={weights!r}: use None or 'gradient'.")
     if max_bytes is not None and max_bytes < 0:

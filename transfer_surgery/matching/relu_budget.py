@@ -37,7 +37,7 @@ def choose_kept(
     """
     total = sum(unit.neurons for unit in units.values())
     budget = keep if isinstance(keep, int) else int(keep * total)
-    if isinstance(keep, bool) or not 0 <= budget <= total or (keep != 0 and budget == 0):
+    if not 0 <= budget <= total or (keep != 0 and budget == 0):
         raise ValueError(
             f"keep={keep!r}: give a number of the {total:,} neurons (int) or a share of them "
             "(float, from 0.0 to 1.0)."

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from transfer_surgery._arguments import check_arguments
 from transfer_surgery._running import as_batches, kl_divergence, prediction_mode
 from transfer_surgery._sharding import check_not_sharded
 from transfer_surgery._table import Column, Table
@@ -87,6 +88,7 @@ def sensitivity(
         >>> [row.path for row in sensitivity(model, [x])]
         ['3', '1']
     """
+    check_arguments(sensitivity, locals())
     check_not_sharded(model)
     units = select_units(model, include, exclude)
     networks = TwoNetworks(model, list(units.values()), as_batches(batches, model))

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, TypeVar
 import torch
 from torch import Tensor, nn
 
+from transfer_surgery._arguments import check_arguments
 from transfer_surgery._table import Column, Table
 from transfer_surgery.units import GatedActivation, gated_activations, stage_of
 
@@ -143,6 +144,7 @@ def report(model: nn.Module | Mapping[str, GatedActivation], *, by: str = "site"
         ------------------------------------------------------------------------------------------------------------
         total  relu    sin     channel          4       64         48       25.0 %  50.0 %  25.0 %  0.625       2.25
     """  # noqa: E501
+    check_arguments(report, locals())
     if by not in _GROUPINGS:
         raise ValueError(f"by={by!r}: expected one of {', '.join(map(repr, _GROUPINGS))}.")
     found = gated_activations(model) if isinstance(model, nn.Module) else model.items()

@@ -16,6 +16,7 @@ from typing import Any
 from torch import fx, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from transfer_surgery._arguments import check_arguments
 from transfer_surgery.sites.caller import check_edits
 from transfer_surgery.sites.frames import is_users
 from transfer_surgery.sites.graph import GraphRoute
@@ -62,6 +63,7 @@ def find_activations(
         >>> [(site.path, str(site.source), site.shape) for site in plan]
         [('1', 'relu', (2, 8))]
     """
+    check_arguments(find_activations, locals())
     arguments = example_arguments(
         find_example_input(model) if example_input is None else example_input
     )

@@ -8,6 +8,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from transfer_surgery._arguments import check_arguments
 from transfer_surgery._sharding import check_not_sharded
 from transfer_surgery.activations import activation_module
 from transfer_surgery.surgery.baked_modules import (
@@ -59,6 +60,7 @@ def bake(model: nn.Module, harden: bool = False) -> nn.Module:
           (0): ActivationModule(sin)
         )
     """
+    check_arguments(bake, locals())
     check_not_sharded(model)
     baked: dict[nn.Module, nn.Module] = {}
     originals: dict[nn.Module, tuple[nn.Module, ...]] = {}

@@ -27,8 +27,6 @@ def check_model(model: nn.Module) -> None:
         TypeError: no eager module: scripted, compiled, traced or wrapped for distribution.
         ValueError: converted before, or with parameters that have no values yet.
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"convert takes a torch.nn.Module, not {type(model).__name__}.")
     for path, module in model.named_modules():
         where = path or "the model"
         for cls in type(module).__mro__:

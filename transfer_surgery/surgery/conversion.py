@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from transfer_surgery._arguments import check_arguments
 from transfer_surgery._sharding import check_not_sharded
 from transfer_surgery.activations import Activation, get_target
 from transfer_surgery.sites import (
@@ -97,6 +98,7 @@ def convert(
         >>> torch.equal(convert(model, target="sin", example_input=x)(x), before)
         True
     """
+    check_arguments(convert, locals())
     # Look before anything is changed: the arguments, the model, its sites.
     check_model(model)
     kernel_choice()  # a mistake in the environment would end the first training step
@@ -157,6 +159,7 @@ def revert(model: nn.Module) -> nn.Module:
           (1): ReLU()
         )
     """
+    check_arguments(revert, locals())
     check_not_sharded(model)
     originals: dict[nn.Module, nn.Module] = {
         unit: unit.replaced[0] for _, unit in gated_activations(model) if unit.replaced

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
+from transfer_surgery._arguments import check_arguments
 from transfer_surgery._running import call_model, prediction_mode, to_device_of
 from transfer_surgery.surgery.baked_modules import (
     IgnoringOperands,
@@ -71,6 +72,7 @@ def fold_targets(model: nn.Module, example_input: Any) -> FoldReport:
           (2): Linear(in_features=8, out_features=2, bias=True)
         )
     """
+    check_arguments(fold_targets, locals())
     check_no_gates(model)
     check_no_offload(model)
     batch = to_device_of(model, example_input)

@@ -31,7 +31,8 @@ def check_training(
     if transfer is not None:
         _check_schedule(transfer, reduction, warmup, units)
         return
-    if not (isinstance(gamma, (int, float)) and 0 <= gamma < math.inf):
+    assert gamma is not None
+    if not 0 <= gamma < math.inf:
         raise ValueError(f"gamma={gamma!r}: give a finite number that is not negative.")
     if warmup < 0:
         raise ValueError(f"gamma_warmup={warmup}: give a number of optimizer steps, 0 or more.")
@@ -45,8 +46,6 @@ def check_training(
 def _check_schedule(
     transfer: TransferSchedule, reduction: str, warmup: int, units: Sequence[GatedActivation]
 ) -> None:
-    if not isinstance(transfer, TransferSchedule):
-        raise TypeError(f"transfer={transfer!r}: give a TransferSchedule(total_steps).")
     if reduction != "sum":
         raise ValueError(
             f"reduction={reduction!r} weights the risk of gamma=; a transfer schedule counts "

@@ -16,6 +16,7 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
+from transfer_surgery._arguments import check_arguments
 from transfer_surgery.transfer.checks import check_optimizer, check_settings, check_training
 from transfer_surgery.transfer.controllers import Projection, Risk
 from transfer_surgery.transfer.param_groups import PAUSED, add_gates_to_optimizer, gates_group
@@ -112,6 +113,7 @@ def wrap_optimizer(
         >>> model[1].gate.predict().tolist()
         [0.0, 0.0, 0.0, 0.0]
     """
+    check_arguments(wrap_optimizer, locals())
     # Check everything before anything is changed.
     sites = dict(gated_activations(model))
     units = list(sites.values())
@@ -216,6 +218,7 @@ def pause_transfer(optimizer: Optimizer) -> None:
         >>> optimizer.param_groups[-1]["transfer_step"]
         0
     """
+    check_arguments(pause_transfer, locals())
     gates_group(_scheduled(optimizer))[PAUSED] = True
 
 
@@ -241,6 +244,7 @@ def resume_transfer(optimizer: Optimizer) -> None:
         >>> optimizer.param_groups[-1]["transfer_step"]
         1
     """
+    check_arguments(resume_transfer, locals())
     gates_group(_scheduled(optimizer))[PAUSED] = False
 
 

@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass
 
+from transfer_surgery._arguments import check_arguments
 from transfer_surgery.units import GatedActivation, matches_glob
 
 Sites = Mapping[str, GatedActivation]
@@ -60,11 +61,7 @@ class TransferSchedule:
     order: str | Sequence[str] = "joint"
 
     def __post_init__(self) -> None:
-        if isinstance(self.total_steps, bool) or not isinstance(self.total_steps, int):
-            raise ValueError(
-                f"total_steps={self.total_steps!r}: give a whole number of optimizer steps, "
-                "e.g. epochs * len(loader)."
-            )
+        check_arguments(type(self), vars(self))
         if self.total_steps < 1:
             raise ValueError(f"total_steps={self.total_steps}: at least 1 step is needed.")
         if not 0 < self.fraction <= 1:

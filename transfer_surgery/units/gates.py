@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from transfer_surgery._arguments import check_arguments
 from transfer_surgery._float32 import Float32Module
 from transfer_surgery._sharding import gathered
 from transfer_surgery.units.kernels import values_readable
@@ -41,6 +42,7 @@ def register_gate(name: str, settings: type[GateSettings]) -> Callable[[type[Gat
     Raises:
         ValueError: the name, or the settings class, is taken.
     """
+    check_arguments(register_gate, locals())
     if name in _REGISTRY:
         raise ValueError(f"gate {name!r} is already registered; choose another name.")
     if vars(settings).get("name"):

@@ -9,6 +9,8 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
+from transfer_surgery._arguments import check_arguments
+
 
 @dataclass(frozen=True)
 class Granularity:
@@ -16,6 +18,9 @@ class Granularity:
 
     name: ClassVar[str]
     """The short form in ``convert(granularity=name)``."""
+
+    def __post_init__(self) -> None:
+        check_arguments(type(self), vars(self))
 
     def axes(self, dims: int) -> tuple[int, ...]:
         """The axes of an input with that many dimensions along which gates differ."""
@@ -145,8 +150,6 @@ def granularity_of(
     if isinstance(granularity, Mapping):
         axis, found = granularity.get("axis", axis), granularity.get("found", False)
         granularity = str(granularity.get("name"))
-    if type(axis) is not int:
-        raise ValueError(f"the axis of the channels is {axis!r}: give a whole number.")
     known = {"layer": PerLayer(), "channel": PerChannel(axis, found), "neuron": PerNeuron()}
     if granularity not in known:
         raise ValueError(

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from transfer_surgery._arguments import check_arguments
 from transfer_surgery.units.kernels import values_readable
 
 Remake = Callable[[], Tensor]
@@ -46,6 +47,7 @@ def recompute_activations(model: nn.Module, enabled: bool = True) -> nn.Module:
         >>> model = recompute_activations(convert(model, example_input=x))
         >>> model(x).sum().backward()
     """
+    check_arguments(recompute_activations, locals())
     pre, post = model._forward_pre_hooks, model._forward_hooks
     for hooks, function in ((pre, _begin), (post, _end)):
         for key in [key for key, hook in hooks.items() if hook is function]:

@@ -6,8 +6,10 @@ import fnmatch
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, TypeVar
 
+import torch
 from torch import nn
 
+from transfer_surgery._arguments import check_arguments
 from transfer_surgery.units.gated_activation import GatedActivation
 
 Item = TypeVar("Item")
@@ -19,7 +21,10 @@ def gated_activations(model: nn.Module) -> Iterator[tuple[str, GatedActivation]]
 
     Raises:
         ValueError: the model has none, that is, it was not converted.
+        TypeError: it is no module.
     """
+    if not torch.compiler.is_compiling():
+        check_arguments(gated_activations, {"model": model})
     found = False
     for path, module in model.named_modules():
         if isinstance(module, GatedActivation):
@@ -84,6 +89,7 @@ def as_patterns(patterns: Any, model: nn.Module | None = None) -> tuple[Any, ...
 
     Raises:
         ValueError: a module is not part of the model.
+        TypeError: something is no pattern.
     """
     single = isinstance(patterns, str | type | nn.Module) or not isinstance(patterns, Iterable)
     found = []
@@ -96,6 +102,11 @@ def as_patterns(patterns: Any, model: nn.Module | None = None) -> tuple[Any, ...
                     "give one of its modules, or a path."
                 )
             pattern = paths[pattern] or "*"
+        if not (isinstance(pattern, str | type) or callable(pattern)):
+            raise TypeError(
+                f"{pattern!r} is no pattern: give a glob on paths, a module type, a module of the "
+                "model, or a function of a site."
+            )
         found.append(pattern)
     return tuple(found)
 

@@ -8,6 +8,8 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
+from transfer_surgery._arguments import check_arguments
+
 
 @dataclass(frozen=True)
 class GateSettings:
@@ -19,6 +21,9 @@ class GateSettings:
 
     name: ClassVar[str] = ""
     """The registered name; `register_gate` sets it."""
+
+    def __post_init__(self) -> None:
+        check_arguments(type(self), vars(self))
 
     def start(self, normal: Tensor) -> Tensor:
         """Where ``log_alpha`` starts, made of standard normal numbers: ``N(8, 1)``."""
@@ -38,6 +43,7 @@ class SampledSettings(GateSettings):
     noise: str = "batch"
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.init not in ("log_alpha", "alpha"):
             raise ValueError(f"init={self.init!r}: use 'log_alpha' (keeps outputs) or 'alpha'.")
         if self.noise not in ("batch", "example", "none"):
