@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from transfer_surgery.sites import Adapter
 from zoo_adapters.base import block_stages, id_batch, is_from, zero_batch
+from zoo_adapters.transformers_config import follow_activations
 
 __all__ = ["TransformersAdapter"]
 
@@ -51,6 +52,13 @@ class TransformersAdapter(Adapter):
             if isinstance(module, nn.ModuleList) and not path.startswith(tuple(lists)):
                 lists.append(f"{path}.")
         return block_stages(model, [path[:-1] for path in lists])
+
+    def describe(self, model: nn.Module) -> bool:
+        """Its ``config`` follows the activations, which ``from_pretrained`` builds from it."""
+        if not (hasattr(model, "save_pretrained") and hasattr(model, "config")):
+            return False
+        follow_activations(model)
+        return True
 
 
 def _tokens(model: nn.Module, config: Any) -> Tensor:

@@ -11,7 +11,7 @@ from transfer_surgery.sites.stand_in import (
     probe_copy,
     undisturbed,
 )
-from transfer_surgery.sites.zoo import Adapter, find_example_input, stages_of
+from transfer_surgery.sites.zoo import Adapter, describe_baked, find_example_input, stages_of
 
 __all__ = [
     "Adapter",
@@ -20,6 +20,7 @@ __all__ = [
     "Plan",
     "Recipe",
     "Site",
+    "describe_baked",
     "edit_graph",
     "example_arguments",
     "fake_arguments",

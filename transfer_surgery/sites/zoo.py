@@ -56,6 +56,14 @@ class Adapter:
         """
         return {}
 
+    def describe(self, model: nn.Module) -> bool:
+        """Bring up to date what the zoo saves beside the weights: its activations have changed.
+
+        `bake` asks this. Return whether there is such a description of the model; where there is
+        none, adapters of the modules inside are asked.
+        """
+        return False
+
 
 @cache
 def _adapters() -> tuple[Adapter, ...]:
@@ -84,6 +92,15 @@ def _load(entry: EntryPoint) -> Adapter | None:
 def find_adapter(model: nn.Module) -> Adapter | None:
     """The first adapter that knows the model, or None."""
     return next((adapter for adapter in _adapters() if adapter.matches(model)), None)
+
+
+def describe_baked(model: nn.Module) -> None:
+    """Let adapters bring up to date what their zoos save beside the weights of a baked model."""
+    done: set[nn.Module] = set()
+    for module in model.modules():  # outer ones come first
+        adapter = None if module in done else find_adapter(module)
+        if adapter is not None and adapter.describe(module):
+            done.update(module.modules())
 
 
 def find_example_input(model: nn.Module) -> Any:

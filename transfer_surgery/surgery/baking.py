@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from transfer_surgery._arguments import check_arguments
 from transfer_surgery._sharding import check_not_sharded
 from transfer_surgery.activations import activation_module
+from transfer_surgery.sites import describe_baked
 from transfer_surgery.surgery.baked_modules import (
     IgnoringOperands,
     MixedActivation,
@@ -37,8 +38,10 @@ def bake(model: nn.Module, harden: bool = False) -> nn.Module:
     where it was matched. Any other becomes a `MixedActivation`. Outputs equal the eval outputs of
     the gated model: bit for bit where all gates are 0 or 1, to rounding otherwise. The baked model
     computes the same in training mode: nothing is sampled any more. Parameters that stay are the
-    same objects: an optimizer made before goes on training them. `fold_targets` then moves fitted
-    numbers into the layers around.
+    same objects: an optimizer made before goes on training them. The ``config`` of a transformers
+    model follows where it can name the new activations, such as ``hidden_act="relu"``; elsewhere a
+    warning says that ``from_pretrained`` would bring the old ones back. `fold_targets` then moves
+    fitted numbers into the layers around.
 
     Args:
         model: a converted model.
@@ -75,6 +78,7 @@ def bake(model: nn.Module, harden: bool = False) -> nn.Module:
                 answer_for(original, module)
     swap_children(model, baked)
     recompute_activations(model, enabled=False)
+    describe_baked(model)
     return model
 
 
