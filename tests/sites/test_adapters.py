@@ -276,6 +276,7 @@ TRANSFORMERS = {  # class, config, sites, stages
 
 
 @pytest.mark.parametrize("name", TRANSFORMERS)
+@pytest.mark.filterwarnings("ignore:the config of")  # of sines
 def test_transformers_convert_train_and_bake(name):
     transformers = pytest.importorskip("transformers")
     config, sources, stages = TRANSFORMERS[name]
