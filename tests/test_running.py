@@ -1,6 +1,9 @@
 """Outputs of any shape are read as classes: of texts, images, and a single logit."""
 
 import copy
+from collections import UserDict
+from dataclasses import dataclass
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -8,7 +11,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from transfer_surgery import convert, distill, match_targets, sensitivity, swap_targets
-from transfer_surgery._running import log_probabilities, logits_of
+from transfer_surgery._running import log_probabilities, logits_of, map_tensors
 from transfer_surgery.matching.site_gradients import site_calls
 from transfer_surgery.matching.two_networks import TwoNetworks
 
@@ -42,6 +45,32 @@ def test_logits_are_found_by_their_name_or_as_the_first_floating_tensor():
     assert logits_of((torch.zeros(2, dtype=torch.long), y, x)) is y
     with pytest.raises(TypeError, match="without a floating tensor"):
         logits_of([torch.zeros(2, dtype=torch.long)])
+
+
+def test_tensors_are_found_in_whatever_holds_them_and_its_kind_stays():
+    @dataclass(frozen=True, slots=True)
+    class Frozen:
+        x: torch.Tensor
+        name: str = "frozen"
+
+    class Pair(NamedTuple):
+        x: torch.Tensor
+        y: object
+
+    class Node:
+        def __init__(self) -> None:
+            self.x, self.me, self.network = torch.ones(2), self, nn.Linear(1, 1)
+
+    node = Node()
+    value = {"a": [Pair(torch.ones(1), Frozen(torch.ones(3)))], "b": node, "c": UserDict(x=node.x)}
+    found = map_tensors(lambda x: x + 1, value)
+    (pair,) = found["a"]
+    assert (type(pair), type(pair.y), pair.y.name) == (Pair, Frozen, "frozen")
+    for tensor in (pair.x, pair.y.x, found["b"].x, found["c"]["x"]):
+        assert (tensor == 2).all()
+    assert (node.x == 1).all()
+    assert found["b"].network is node.network
+    assert map_tensors(lambda x: x, value) is value
 
 
 class Text(nn.Module):
