@@ -96,7 +96,7 @@ def test_only_plain_trainable_weights_are_refitted_and_the_others_are_named():
         nn.Conv2d(2, 2, 3, groups=2, padding="same", padding_mode="reflect"): None,
         nn.Conv1d(2, 2, 3): None,
         nn.ConvTranspose3d(2, 2, 3): None,
-        Subclass(2, 2): "is a Subclass",
+        Subclass(2, 2): f"is of the class {__name__}.{Subclass.__qualname__}",
         half_frozen: "is frozen",
         nn.Linear(2, 2, device="meta"): "is offloaded",
         hooked: "has hooks",

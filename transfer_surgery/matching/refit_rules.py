@@ -40,7 +40,7 @@ def _why_not(module: nn.Module) -> str | None:
     if reason := why_not_plain(module):
         return reason
     if type(module) not in LAYERS:
-        return f"is a {type(module).__name__}"
+        return f"is of the class {type(module).__module__}.{type(module).__qualname__}"
     if number_of_ranks() > 1 and LayerFit(module, RIDGE).is_wide:
         return "has too many inputs to be refitted by several ranks together"
     return None
