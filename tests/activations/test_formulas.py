@@ -2,7 +2,6 @@
 
 import copy
 import math
-import pickle
 
 import pytest
 import timm
@@ -10,7 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from transfer_surgery import bake, convert, find_activations, register_formula, revert
+from tests.helpers.promises import assert_every_promise
+from tests.helpers.same_run import assert_same_runs, converted
+from transfer_surgery import bake, convert, find_activations, register_formula
 from transfer_surgery.units import gated_activations
 
 
@@ -72,40 +73,23 @@ class Net(nn.Module):
 @pytest.mark.parametrize("written", WRITTEN)
 def test_a_hand_written_activation_is_one_site_and_converts_unchanged(written, walks):
     model, x = Net(written, walks), torch.randn(5, 4)
-    original, before = copy.deepcopy(model), model(x)
-    keys = list(model.state_dict())
-    original(x).square().sum().backward()
-
     site = find_activations(model, x).rows[-1]
     assert (site.source.name, site.role, site.shape) == (WRITTEN[written][1], "hidden", (5, 6))
     assert site.way == ("intercept" if walks or written == "r * r" else "edit")
-
-    convert(model.eval(), example_input=x)
-    for same in (model, copy.deepcopy(model), pickle.loads(pickle.dumps(model)).train()):
-        assert torch.equal(same(x), before)
-    model.train()(x).square().sum().backward()
-    gradients = {key: p.grad for key, p in model.named_parameters()}
-    for key, parameter in original.named_parameters():
-        if parameter.grad is not None:
-            assert torch.equal(gradients[key], parameter.grad), key
-    assert all(gradients[k].isfinite().all() for k in gradients if k.endswith("log_alpha"))
-    assert torch.equal(revert(copy.deepcopy(model))(x), before)
-    assert list(revert(copy.deepcopy(model)).state_dict()) == keys
+    assert_same_runs(model, converted(model, x), x)
+    assert_every_promise(model, x)
 
 
 @pytest.mark.parametrize("written", WRITTEN)
-def test_it_is_transferred_and_baked(written):
+def test_a_mixed_one_bakes_and_its_learned_tensors_stay_in_the_graph(written):
     model, x = Net(written, False), torch.randn(5, 4)
     convert(model.eval(), example_input=x)
-    before = model(x)
     for _, unit in gated_activations(model):
         unit.log_alpha.data.copy_(torch.tensor([8.0, -8.0] * 3))
-    mixed = model(x)
-    assert not torch.equal(mixed, before)
-    assert torch.equal(bake(copy.deepcopy(model))(x), mixed)
+    assert torch.equal(bake(copy.deepcopy(model))(x), model(x))
     for _, unit in gated_activations(model):
         unit.log_alpha.data.fill_(-8.0)
-    model.train()(x).sum().backward()  # learned tensors stay in the graph: DDP asks for that
+    model.train()(x).sum().backward()  # DDP asks for a gradient
     if WRITTEN[written][1] in ("star_relu", "prelu", "tlu", "parametric_swish"):
         learned = model.s if WRITTEN[written][1] == "star_relu" else model.v
         assert torch.equal(learned.grad, torch.zeros_like(learned))

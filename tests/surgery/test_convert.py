@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from tests.helpers.promises import assert_every_promise
+from tests.helpers.same_run import assert_same_runs, converted
 from transfer_surgery import (
     GatedActivation,
     bake,
@@ -98,46 +100,16 @@ def model(request):
     return request.param().eval()
 
 
-@torch.no_grad()
-def test_outputs_stay_bit_for_bit_through_every_copy_and_back(model):
-    before, keys, cls = model(X.clone()), list(model.state_dict()), type(model)
-    assert convert(model, example_input=X) is model
+@pytest.mark.parametrize("cls", [cls for cls in MODELS if cls is not OnlyWhenTraining])
+def test_every_promise_is_kept_and_gates_are_all_that_is_new(cls):
+    model = assert_every_promise(cls(), X)
     assert isinstance(model, cls)
-    assert type(model).__name__ == cls.__name__
-    gates = [key for key in model.state_dict() if key not in keys]
-    assert gates
-    assert all(key.endswith("gate.log_alpha") for key in gates)
-    assert [key for key in model.state_dict() if key in keys] == keys
-    gated_class = type(model)
-    for clone in (copy.deepcopy(model), pickle.loads(pickle.dumps(model)), model):
-        assert type(clone) is gated_class
-        assert torch.equal(clone(X.clone()), before)
-        revert(clone)
-        assert type(clone) is cls
-        assert list(clone.state_dict()) == keys
-        assert torch.equal(clone(X.clone()), before)
+    keys = [key for key in model.state_dict() if not key.endswith("gate.log_alpha")]
+    assert keys == list(cls().state_dict())
 
 
 def test_closed_gates_train_like_the_original_bit_for_bit(model):
-    original, converted = copy.deepcopy(model).train(), convert(model.train(), example_input=X)
-    for name, parameter in converted.named_parameters():
-        if name.endswith("log_alpha"):
-            parameter.data.fill_(30.0)
-    results = []
-    for net in (original, converted):
-        torch.manual_seed(1)
-        optimizer = torch.optim.SGD([*net.parameters(), nn.Parameter(torch.zeros(1))], lr=0.1)
-        for _ in range(3):
-            loss = net(X.clone()).square().mean()
-            optimizer.zero_grad()
-            if loss.requires_grad:
-                loss.backward()
-            optimizer.step()
-        results.append((loss.detach(), net.state_dict()))
-    (loss_before, state_before), (loss_after, state_after) = results
-    assert torch.equal(loss_before, loss_after)
-    for key, value in state_before.items():
-        assert torch.equal(value, state_after[key]), key
+    assert_same_runs(model, converted(model, X), X)
 
 
 def test_every_gate_that_runs_gets_a_finite_gradient(model):
