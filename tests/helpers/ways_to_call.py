@@ -276,10 +276,33 @@ class Formula(Parts):
         return x * 0.5 * (1.0 + torch.erf(x / math.sqrt(2.0))) - 0.1
 
 
+class Generators(Parts):
+    def each(self, x):
+        for layer in self.layers:
+            yield torch.tanh(layer(x))
+
+    def forward(self, x):
+        for i, y in enumerate(self.each(x)):
+            x = x + y * (i + 1)
+        return sum([F.relu(y) - 0.1 for y in self.every(x)])
+
+    def every(self, x):
+        yield from (F.gelu(x) + 0.3, F.silu(x) - 0.1)
+
+
+class Settings(Parts):
+    """What an activation is given beside its input is read when it runs."""
+
+    slope = 0.2
+
+    def forward(self, x):
+        return F.leaky_relu(self.linear(x), self.slope) - 0.1
+
+
 NETWORKS = (Helper, Method, Private, Fixed, Property, Function, Super, Checkpoint, Decorated)
 NETWORKS += (Frozen, Partial, Twice, Steps, Lines, Shadowed, OtherFunctions)
 NETWORKS += (OwnNames, Recursive, ForeignDecorator, TwiceDecorated, Defaults, Among, Closures)
-NETWORKS += (Formula, FrozenAmong)
+NETWORKS += (Formula, FrozenAmong, Generators, Settings)
 
 
 class SeveralFunctions(Parts):
@@ -301,6 +324,26 @@ class Walrus(Parts):
 
     def forward(self, x):
         return (y := self.linear(x)) * torch.sigmoid(y) - 0.1
+
+
+class Dispatched(Parts):
+    """What is called is the attribute of an argument."""
+
+    @functools.singledispatchmethod
+    def step(self, x):
+        return F.relu(x) - 0.1
+
+    def forward(self, x):
+        return self.step(self.linear(x))
+
+
+class Choice(Parts):
+    """One expression calls one activation or another."""
+
+    other = False
+
+    def forward(self, x):
+        return (F.relu if self.other else F.gelu)(self.linear(x)) - 0.1
 
 
 class Counting(Parts):
@@ -331,3 +374,4 @@ class SameDecoratorBelow(SameDecorator):
 
 
 INTERCEPTED = (SeveralFunctions, FunctionOrActivation, Walrus, Counting, SameDecoratorBelow)
+INTERCEPTED += (Dispatched, Choice)

@@ -21,10 +21,12 @@ from tests.helpers.same_run import assert_same_runs, converted
 from tests.helpers.ways_to_call import (
     INTERCEPTED,
     NETWORKS,
+    Choice,
     Function,
     Helper,
     Method,
     Parts,
+    Settings,
     Steps,
     Super,
     helper,
@@ -161,6 +163,22 @@ def test_another_function_in_the_place_of_an_edited_one_runs_with_a_warning():
     model = convert(Function().eval(), example_input=X)
     model.written = lambda h: h * 2
     with pytest.warns(RuntimeWarning, match="is called where another function was"):
+        after = model(X)
+    assert torch.equal(after, revert(model)(X))
+
+
+def test_a_setting_that_changes_is_followed_with_a_warning():
+    model = convert(Settings().eval(), example_input=X)
+    model.slope = 0.5
+    with pytest.warns(RuntimeWarning, match="leaky_relu .* with other settings than when"):
+        after = model(X)
+    assert torch.equal(after, revert(model)(X))
+
+
+def test_another_activation_in_the_place_of_an_intercepted_one_runs_with_a_warning():
+    model = convert(Choice().eval(), example_input=X)
+    model.other = True
+    with pytest.warns(RuntimeWarning, match="Choice calls relu"):
         after = model(X)
     assert torch.equal(after, revert(model)(X))
 

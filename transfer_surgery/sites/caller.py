@@ -16,6 +16,7 @@ from weakref import WeakValueDictionary
 from torch import fx, nn
 from torch.nn.utils.parametrize import type_before_parametrizations
 
+from transfer_surgery.activations import Activation
 from transfer_surgery.sites.call_location import CallKey
 from transfer_surgery.sites.copies import UneditableError
 from transfer_surgery.sites.edit import Redirect, edit_forward
@@ -151,7 +152,9 @@ def make_recipe(sites: Sequence[Site], calls: OwnerCall, chosen: set[str]) -> Re
     keys = frozenset[CallKey]().union(*calls.keys.values())
     names = {s.path: s.path.rpartition(".")[2] for s in sites if s.path in chosen}
     entries = {
-        s.path: Entry(s.key, names[s.path], s.kind == "module") for s in sites if s.path in names
+        s.path: Entry(s.key, names[s.path], s.kind == "module", _written_source(s))
+        for s in sites
+        if s.path in names
     }
     intercepted = [entries[s.path] for s in sites if s.path in names and s.way == "intercept"]
     redirects = [
@@ -161,6 +164,10 @@ def make_recipe(sites: Sequence[Site], calls: OwnerCall, chosen: set[str]) -> Re
     ]
     table = tuple(entries.values())
     return Recipe(tuple(redirects), tuple(intercepted), table, keys, calls.unseen)
+
+
+def _written_source(site: Site) -> Activation | None:
+    return None if "variant" in dict(site.source.parameters) else site.source
 
 
 def same_place(sites: Iterable[Site]) -> list[list[Site]]:

@@ -6,7 +6,7 @@ import ast
 import inspect
 import itertools
 from collections.abc import Iterator
-from types import FrameType, ModuleType
+from types import CodeType, FrameType, ModuleType
 from typing import Any
 
 from torch import Tensor, nn
@@ -18,7 +18,7 @@ from transfer_surgery.sites.frames import code_of, is_torch, leads_to
 from transfer_surgery.sites.route import End, Hop, NoRouteError
 from transfer_surgery.sites.source import Function, Position, expressions_of
 
-_EFFECTS = (ast.Call, ast.NamedExpr, ast.Await, ast.Yield, ast.YieldFrom)
+_SETTINGS = (bool, int, float, str, type(None))
 
 
 class RunningExpression:
@@ -71,9 +71,13 @@ class RunningExpression:
         raise NoRouteError(f"line {self.position.line} does not show that it calls {name}")
 
     def _carriers(self, node: ast.Call) -> Iterator[ast.expr]:
+        """The called expression, and all that the call is given, but for what is called in it."""
         yield node.func
-        for part in (node.func, *node.args, *node.keywords):
-            yield from (n for n in ast.walk(part) if isinstance(n, (ast.Name, ast.Attribute)))
+        inner = [n for part in (node.func, *node.args, *node.keywords) for n in ast.walk(part)]
+        names = [n for n in inner if isinstance(n, (ast.Name, ast.Attribute))]
+        used = [n.value for n in names if isinstance(n, ast.Attribute)]
+        used += [n.func for n in inner if isinstance(n, ast.Call)]
+        yield from (name for name in names if name not in used)
 
     def end(
         self, called: Call | tuple[nn.Module, tuple[str, ...] | None], match: Match | None
@@ -105,13 +109,14 @@ class RunningExpression:
         used = [given.get(name) for name in ("input", *call.activation.operands)]
         if any(one is None or isinstance(one, ast.Starred) for one in used) or None in given:
             raise NoRouteError(f"line {self.position.line} does not show the arguments one by one")
-        rest = (one for one in given.values() if one not in used)
-        dropped = [one for one in rest if self.value(one) is UNKNOWN]
-        if any(isinstance(part, _EFFECTS) for one in dropped for part in ast.walk(one)):
-            raise NoRouteError(f"line {self.position.line} does more than give the arguments")
+        rest = [one for name, one in given.items() if one not in used and name != "inplace"]
+        rest = [one for one in rest if not isinstance(one, ast.Constant)]
+        settings = tuple((Position.of(one), self.value(one)) for one in rest)
+        if any(not isinstance(value, _SETTINGS) for _, value in settings):
+            raise NoRouteError(f"line {self.position.line} computes an argument")
         positions = tuple(Position.of(one) for one in used)
         expected = None if self._is_fixed(node.func) else function
-        return End(self.function, self.position, positions, expected)
+        return End(self.function, self.position, positions, expected, settings)
 
     def _known_function(self, node: Any) -> Any:
         """The torch function that a call expression calls, if activations or formulas have it."""
@@ -197,6 +202,27 @@ class RunningExpression:
                 node.func, ast.Attribute
             )
         return self._known_function(node) is not None and self._is_fixed(node.func)
+
+
+def find_creation(function: Function, frame: FrameType, generator: CodeType) -> tuple[Hop, Any]:
+    """The call that made a generator that now runs, and the generator function.
+
+    Args:
+        function: the function that has made it.
+        frame: the frame of that function.
+        generator: the code of the generator.
+
+    Raises:
+        NoRouteError: there is no such call in the function, or there are several.
+    """
+    value = Evaluator(function, frame).value
+    nodes = itertools.chain.from_iterable(expressions_of(function).values())
+    calls = [n for n in nodes if isinstance(n, ast.Call) and leads_to(value(n.func), generator)]
+    if len(calls) != 1:
+        raise NoRouteError(f"{function.qualname} does not show where {generator.co_name} begins")
+    func = calls[0].func
+    how = "super" if _is_super(func) else "call"
+    return Hop(function, Position.of(calls[0]), Position.of(func), how), value(func)
 
 
 def _is_super(node: ast.expr) -> bool:

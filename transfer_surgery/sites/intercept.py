@@ -19,11 +19,17 @@ from transfer_surgery.sites.call_location import CallKey, KeyCounter, is_checkpo
 
 
 class Entry(NamedTuple):
-    """A call site of an owner, the name of its unit, and whether it calls a module."""
+    """A call site of a caller, the name of its unit, and what it calls.
+
+    Attributes:
+        is_module: whether it calls a module.
+        source: the activation that the unit has been made for; None: a formula.
+    """
 
     key: CallKey
     unit: str
     is_module: bool
+    source: Activation | None
 
 
 def intercepted_forward(
@@ -64,7 +70,7 @@ class _Interceptor(TorchFunctionMode):
         super().__init__()
         self._seen = seen
         self.owner, self._counter, self._tracker = owner, KeyCounter(), Tracker()
-        self._units = {(entry.key, entry.is_module): entry.unit for entry in table}
+        self._entries = {(entry.key, entry.is_module): entry for entry in table}
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None
@@ -97,7 +103,9 @@ class _Interceptor(TorchFunctionMode):
         if depth == 1 and any(True for _ in inner.children()):
             return None
         key = self._counter.key(places[depth][0])
-        if depth == 0 and key not in self._seen:
+        entry = self._entries.get((key, depth == 1))
+        is_other = entry is not None and entry.source not in (None, activation)
+        if is_other or (depth == 0 and key not in self._seen):
             function, line, *_ = key.location[0]
             warnings.warn(
                 f"{type(self.owner).__name__} calls {activation} ({function}, line {line + 1} of "
@@ -106,4 +114,4 @@ class _Interceptor(TorchFunctionMode):
                 RuntimeWarning,
                 stacklevel=2,
             )
-        return self._units.get((key, depth == 1))
+        return None if entry is None or is_other else entry.unit

@@ -56,12 +56,15 @@ class End:
         inputs: positions of what the unit is given; None: the arguments of the call as they are.
         expected: where the expression may call other things too, what it has to call: a torch
             function, or the names that lead from the caller to a module.
+        settings: further arguments that the unit does not take, and the values that it has been
+            made for.
     """
 
     function: Function
     position: Position
     inputs: tuple[Position, ...] | None
     expected: Any = None
+    settings: tuple[tuple[Position, Any], ...] = ()
 
 
 @dataclass(frozen=True)

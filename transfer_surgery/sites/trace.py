@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import inspect
 import itertools
 from types import FrameType, FunctionType
+from typing import Any
 
 from torch import nn
 
 from transfer_surgery.activations import Call, Match
-from transfer_surgery.sites.expression import RunningExpression
+from transfer_surgery.sites.expression import RunningExpression, find_creation
 from transfer_surgery.sites.frames import CHECKPOINT, first_local, is_torch, leads_to
 from transfer_surgery.sites.route import Expression, Hop, NoRouteError, Route
-from transfer_surgery.sites.source import SEEN, NoSourceError, is_inside, read_function
+from transfer_surgery.sites.source import SEEN, Function, NoSourceError, is_inside, read_function
 
 
 def find_route(
@@ -44,23 +46,36 @@ def find_route(
         start = 0
         while True:
             outer = frames[start].f_code
-            function = read_function(outer, frames[start].f_globals.get("__name__", ""))
+            function = _read(frames[start])
             # Comprehensions and functions written inside of this one are edited with it, but where
             # the same code runs again, as in a recursion, that is another call.
             later = range(start + 1, len(frames))
             stop = next((i for i in later if frames[i].f_code is outer), len(frames))
             last = max(i for i in range(start, stop) if is_inside(frames[i].f_code, outer))
+            rest = frames[last + 1 :]
+            if rest and rest[0].f_code.co_flags & inspect.CO_GENERATOR:
+                hop, callee = find_creation(function, frames[start], rest[0].f_code)
+                hops, start = [*hops, hop], last + 1
+                _note(callee, rest[0])
+                continue
             place = RunningExpression(function, frames[last], first_local(frames[start]) is owner)
             if last == len(frames) - 1:
                 expression = Expression(function, place.position)
                 return Route(tuple(hops), place.end(called, match), again)
-            hop, following, callee = place.hop(frames[last + 1 :])
-            hops.append(hop)
-            start = last + 1 + following
-            if isinstance(callee, FunctionType):
-                code = frames[start].f_code
-                SEEN[read_function(code, frames[start].f_globals.get("__name__", ""))] = callee
+            hop, following, callee = place.hop(rest)
+            hops, start = [*hops, hop], last + 1 + following
+            _note(callee, frames[start])
     except (NoSourceError, NoRouteError) as error:
         unknown = NoRouteError(str(error))
         unknown.expression = expression
         raise unknown from error
+
+
+def _read(frame: FrameType) -> Function:
+    return read_function(frame.f_code, frame.f_globals.get("__name__", ""))
+
+
+def _note(callee: Any, frame: FrameType) -> None:
+    """Remember the function that a frame runs: it may have no name by which to find it again."""
+    if isinstance(callee, FunctionType):
+        SEEN[_read(frame)] = callee

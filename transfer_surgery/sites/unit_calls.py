@@ -46,10 +46,13 @@ def call_units(
             unit = read(_UNIT)
             turn_is = ast.NamedExpr(ast.Name(_UNIT, ast.Store()), turn)
             tests.append(ast.Compare(turn_is, [ast.IsNot()], [ast.Constant(None)]))
-            units = [name for name in scope.ways[i].units if name is not None]
-            if end.expected is None and len(units) == len(scope.ways[i].units):
-                result = ast.copy_location(result, node)
-                result = scope.missed(result, units[0].rpartition("_")[0], "more often than")
+            if end.expected is None and None not in scope.ways[i].units:
+                result = _missed(scope, i, result, node, "more often than")
+        if end.settings:
+            positions, values = zip(*end.settings, strict=True)
+            given = ast.Tuple([edited_at(position) for position in positions], ast.Load())
+            tests.append(ast.Compare(given, [ast.Eq()], [ast.Constant(values)]))
+            result = _missed(scope, i, result, node, "with other settings than")
         call = _given_inputs(unit, node, end, edited_at)
         if isinstance(node, ast.AugAssign):
             if tests:
@@ -60,6 +63,11 @@ def call_units(
             call = ast.IfExp(test, call, ast.copy_location(result, node))
         result = call
     return result
+
+
+def _missed(scope: Scope, i: int, result: Any, node: Any, how: str) -> ast.expr:
+    name = next(name for name in scope.ways[i].units if name is not None)
+    return scope.missed(ast.copy_location(result, node), name.rpartition("_")[0], how)
 
 
 def _given_inputs(
