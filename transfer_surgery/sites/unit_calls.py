@@ -51,7 +51,8 @@ def call_units(
         if end.settings:
             positions, values = zip(*end.settings, strict=True)
             given = ast.Tuple([edited_at(position) for position in positions], ast.Load())
-            tests.append(ast.Compare(given, [ast.Eq()], [ast.Constant(values)]))
+            wanted = ast.Tuple([ast.Constant(value) for value in values], ast.Load())
+            tests.append(ast.Compare(given, [ast.Eq()], [wanted]))
             result = _missed(scope, i, result, node, "with other settings than")
         call = _given_inputs(unit, node, end, edited_at)
         if isinstance(node, ast.AugAssign):
