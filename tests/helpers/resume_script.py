@@ -30,8 +30,6 @@ from transfer_surgery import (
 STEPS, EVERY = 18, 4
 KILLED_AFTER = 10  # two steps after the second checkpoint
 KILLED_WRITING = 8
-MOMENTS = ("step", "writing", "outside")
-
 PROJECTION = {"transfer": TransferSchedule(STEPS)}
 SETTINGS = {
     "sgd": ("sgd", PROJECTION),
@@ -168,8 +166,6 @@ def main(folder, setting, route, moment=""):
         step += 1
         if step % EVERY == 0 and save is not None:
             save(folder, step, run, dying=moment == "writing" and step == KILLED_WRITING)
-        if step == KILLED_AFTER and moment == "step":
-            die()
         if step == KILLED_AFTER and moment == "outside":
             print("kill me", flush=True)
             sys.stdin.read()  # of a pipe that is never written to
