@@ -1,4 +1,4 @@
-"""Check every model of timm and torchvision: converted, unchanged, trainable, bakeable.
+"""Check every model of timm, torchvision and transformers: unchanged, trainable, bakeable.
 
     python benchmarks/zoo_coverage.py --out results.jsonl --table docs/coverage.md
 
@@ -65,7 +65,7 @@ def main(
     ] = None,
     table: Annotated[Path | None, typer.Option(help="Write the Markdown table here.")] = None,
 ) -> None:
-    """Check models of timm and torchvision; the exit status is 1 if one has a problem."""
+    """Check models of the zoos; the exit status is 1 if one has a problem."""
     names = FAMILIES.read_text().split() if families else model_names()
     chosen = select(names, models or (), sample, seed)
     if not chosen:

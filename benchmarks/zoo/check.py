@@ -10,6 +10,7 @@ import contextlib
 import resource
 import time
 import traceback
+import warnings
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -63,25 +64,48 @@ class Subject:
 
     model: nn.Module
     setting: Setting
-    arguments: tuple[Any, ...]
+    arguments: tuple[Any, ...] | dict[str, Any]
     reached: frozenset[str] = frozenset()
 
     @torch.no_grad()
     def predict(self) -> Any:
-        return self.model.eval()(*self.arguments)
+        return self._run(self.model.eval())
 
     def train(self) -> None:
         """Forward and backward in training mode."""
         self.model.train().zero_grad()
-        mean_square(self.model(*self.arguments)).backward()
+        mean_square(self._run(self.model)).backward()
         self.model.eval()
+
+    @torch.no_grad()
+    def generate(self) -> list[Any] | None:
+        """Texts with and without a cache; None of models that make none."""
+        model: Any = self.model.eval()
+        if not isinstance(self.arguments, dict) or not model.can_generate():
+            return None
+        settings = {"max_new_tokens": 4, "min_new_tokens": 4, "do_sample": False}
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                return [
+                    model.generate(**self.arguments, **settings, use_cache=use_cache)
+                    for use_cache in (True, False)
+                ]
+        except Exception:  # not with this configuration and these inputs
+            return None
+
+    def _run(self, run: Callable[..., Any]) -> Any:
+        torch.manual_seed(0)  # some draw numbers in eval mode too
+        if isinstance(self.arguments, dict):
+            return run(**self.arguments)
+        return run(*self.arguments)
 
 
 def check(name: str, send: Callable[[dict[str, Any]], None], wait: Callable[[], Any]) -> None:
     """Check one model.
 
     Args:
-        name: ``"timm:NAME"`` or ``"torchvision:NAME"``.
+        name: ``"timm:NAME"``, ``"torchvision:NAME"`` or ``"transformers:NAME"``.
         send: takes new fields of the model's record.
         wait: returns when the memory announced as ``needs_gib`` may be used.
     """
@@ -112,6 +136,7 @@ def _check(name: str, report: Reporter, wait: Callable[[], Any]) -> None:
     subject = _original(name, dtype, frozen, report)
     with report.stage("forward"):
         before = subject.predict()
+        text = subject.generate()
     report.add(depends=depends_on_input(before), finite=finite_share(before))
     with report.stage("find"):
         plan = find_activations(subject.model, subject.arguments)
@@ -122,6 +147,8 @@ def _check(name: str, report: Reporter, wait: Callable[[], Any]) -> None:
     report.add(converted=len(units))
     with report.stage("compare"):
         report.add(identical=equal(subject.predict(), before))
+        if text is not None:
+            report.add(generates=equal(subject.generate(), text))
     with report.stage("target"):
         _set_gates(units, lambda gates: torch.full_like(gates, -8.0))
         report.add(changes=not equal(subject.predict(), before))
@@ -203,10 +230,16 @@ def _findings(plan: Plan) -> dict[str, Any]:
 def _train(subject: Subject, plan: Plan, units: dict[str, Any], report: Reporter) -> None:
     """One backward pass with mixed gates, which have a slope; at the start they have none."""
     _set_gates(units, torch.zeros_like)
-    torch.manual_seed(0)
-    subject.train()
     trained = {site.path for site in plan if "train" in site.modes}
-    gates = {path: unit.log_alpha.grad for path, unit in units.items() if unit.path in trained}
+    ran: set[str] = set()
+    hooks = [unit.register_forward_hook(lambda u, *_: ran.add(u.path)) for unit in units.values()]
+    subject.train()
+    for hook in hooks:
+        hook.remove()
+    # An expert that no token chose has no gradient, as in the original.
+    gates = {
+        path: unit.log_alpha.grad for path, unit in units.items() if unit.path in trained & ran
+    }
     missing = [path for path, grad in gates.items() if grad is None or not grad.isfinite().all()]
     lost = sorted(subject.reached - _reached(subject.model))
     flat = [path for path, grad in gates.items() if grad is not None and not grad.any()]
@@ -215,7 +248,7 @@ def _train(subject: Subject, plan: Plan, units: dict[str, Any], report: Reporter
         gates_without_gradient=missing[:_SHOWN],
         weights_without_gradient=lost[:_SHOWN],
         gates_with_zero_gradient=flat[:_SHOWN],
-        gates_of_eval_only=len(units) - len(gates),
+        gates_that_did_not_run=len(units) - len(gates),
     )
     subject.model.zero_grad()
 

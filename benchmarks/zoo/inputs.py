@@ -1,4 +1,4 @@
-"""Example inputs for the models of both zoos, as small as each model takes them.
+"""Example inputs for the models of the zoos, as small as each model takes them.
 
 What is checked (which activations run, bit equality, gradients) does not depend on the size of the
 image, the time does. Sizes are tried in turn, the last is the size that the model is made for.
@@ -14,6 +14,8 @@ import timm
 import torch
 from torch import Tensor
 
+from zoo.architectures import tiny_inputs
+
 _EXAMPLES = 2
 _SIDES = (96, 128, 160, 192, 224)
 
@@ -24,12 +26,12 @@ class Setting:
 
     Attributes:
         text: describes the input in the results.
-        arguments: makes the positional arguments for a dtype.
+        arguments: makes the arguments for a dtype, positional or by keyword.
         options: what the model has to be built with to take them.
     """
 
     text: str
-    arguments: Callable[[torch.dtype], tuple[Any, ...]]
+    arguments: Callable[[torch.dtype], tuple[Any, ...] | dict[str, Any]]
     options: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -38,6 +40,8 @@ def settings(name: str) -> Iterator[Setting]:
     zoo, _, short = name.partition(":")
     if zoo == "timm":
         return _timm(short)
+    if zoo == "transformers":
+        return _transformers(short)
     for start, special in _SPECIAL.items():
         if short.startswith(start):
             return special()
@@ -55,6 +59,12 @@ def _timm(short: str) -> Iterator[Setting]:
         options = {"img_size": side} if config and config.fixed_input_size else {}
         yield _tensor((channels, side, side), **options)
     yield _tensor((channels, *default))
+
+
+def _transformers(short: str) -> Iterator[Setting]:
+    inputs = tiny_inputs(short)
+    text = ", ".join(f"{name} {_text(tuple(x.shape))}" for name, x in inputs.items())
+    yield Setting(text, lambda dtype: inputs)
 
 
 def _tensor(size: tuple[int, ...], **options: Any) -> Setting:

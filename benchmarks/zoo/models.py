@@ -1,4 +1,4 @@
-"""The models of both zoos by name, and how one is built: without weights, and quickly.
+"""The models of the zoos by name, and how one is built: without weights, and quickly.
 
 Random initialisation would take longer than everything else for models of a billion parameters,
 so random fills become copies of random numbers drawn once while a model is built.
@@ -17,7 +17,10 @@ from unittest import mock
 import timm
 import torch
 import torchvision
+import transformers
 from torch import Tensor, nn
+
+from zoo.architectures import architectures, build_tiny
 
 _CHUNK = 2**20
 _ALWAYS: dict[str, dict[str, Any]] = {
@@ -36,8 +39,12 @@ _WITH_BACKBONE = ("torchvision.models.detection", "torchvision.models.segmentati
 
 
 def model_names() -> list[str]:
-    """``"timm:NAME"`` and ``"torchvision:NAME"`` of every model that the zoos list."""
-    zoos = {"timm": timm.list_models(), "torchvision": torchvision.models.list_models()}
+    """``"timm:NAME"`` of every model that the zoo lists; and so for the other zoos."""
+    zoos = {
+        "timm": timm.list_models(),
+        "torchvision": torchvision.models.list_models(),
+        "transformers": architectures(),
+    }
     return [f"{zoo}:{name}" for zoo, names in zoos.items() for name in names]
 
 
@@ -46,9 +53,10 @@ def family_of(name: str) -> str:
     zoo, _, short = name.partition(":")
     try:
         module = _entry_point(zoo, short).__module__
-    except (KeyError, ValueError, RuntimeError):
+    except (AttributeError, KeyError, ValueError, RuntimeError):
         return zoo
-    return f"{zoo}:{module.removeprefix('timm.models.').removeprefix('torchvision.models.')}"
+    module = module.removeprefix("timm.models.").removeprefix("torchvision.models.")
+    return f"{zoo}:{module.removeprefix('transformers.models.').partition('.modeling')[0]}"
 
 
 def select(
@@ -64,6 +72,8 @@ def select(
 def build(name: str, options: Mapping[str, Any] = {}) -> nn.Module:
     """The model with random weights, in the default dtype, ready for evaluation."""
     zoo, _, short = name.partition(":")
+    if zoo == "transformers":
+        return build_tiny(short)
     with cheap_random_fills():
         if zoo == "timm":
             return timm.create_model(short, **options).eval()
@@ -78,7 +88,7 @@ def count_parameters(name: str) -> int:
     try:
         with torch.device("meta"):
             model = build(name)
-    except NotImplementedError:  # torchvision's RegNet computes with tensors to find its widths
+    except (NotImplementedError, RuntimeError):  # computes with tensors when it is built
         model = build(name)
     return sum(parameter.numel() for parameter in model.parameters())
 
@@ -113,6 +123,8 @@ def cheap_random_fills() -> Iterator[None]:
 def _entry_point(zoo: str, short: str) -> Any:
     if zoo == "timm":
         return timm.model_entrypoint(short)
+    if zoo == "transformers":
+        return getattr(transformers, short)
     return torchvision.models.get_model_builder(short)
 
 

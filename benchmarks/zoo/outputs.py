@@ -1,6 +1,7 @@
 """What a forward pass returned, whatever its structure: equality, dependence on the input, a loss.
 
-Zoos return tensors, tuples, dicts of tensors and, from detectors, a list with a dict per image.
+Zoos return tensors, tuples, dicts of tensors and, from detectors, a list with a dict per image;
+language models also objects that hold their caches.
 """
 
 from __future__ import annotations
@@ -21,6 +22,8 @@ def equal(first: Any, second: Any) -> bool:
 
 def _equal(first: Any, second: Any) -> bool:
     if not isinstance(first, Tensor) or not isinstance(second, Tensor):
+        if type(first) is type(second) and first is not second and hasattr(first, "__dict__"):
+            return equal(vars(first), vars(second))
         return bool(first == second)
     if first.dtype != second.dtype or first.shape != second.shape:
         return False

@@ -14,7 +14,7 @@ from typing import Any, Literal
 from zoo.check import PASSED
 from zoo.models import family_of
 
-PACKAGES = ("torch", "timm", "torchvision", "transfer-surgery")
+PACKAGES = ("torch", "timm", "torchvision", "transformers", "transfer-surgery")
 
 Record = dict[str, Any]
 
@@ -35,6 +35,8 @@ def problem(record: Record) -> str | None:
     if error := record.get("error"):
         return f"{record.get('stage', 'start')}: {error}"
     failed = [_WORDS[name] for name in PASSED if not record.get(name)]
+    if record.get("generates") is False:
+        failed.append("another text is generated")
     return "; ".join(failed) or None
 
 

@@ -20,7 +20,10 @@ from typing import Any
 
 # Installed packages only: the server of Python 3.11 does not know this script's folder. typer and
 # rich are there because each process imports the script that was started.
-_PRELOADED = ("torch", "timm", "torchvision", "transfer_surgery", "typer", "rich.progress")
+_PRELOADED = (
+    *("torch", "timm", "torchvision", "transformers"),
+    *("transfer_surgery", "typer", "rich.progress"),
+)
 _POLL = 0.2
 _GIB = 2**30
 

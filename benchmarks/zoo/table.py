@@ -82,7 +82,7 @@ def _totals(records: list[Record]) -> str:
     zoos = sorted({_zoo(record) for record in records})
     columns = {zoo: [record for record in records if _zoo(record) == zoo] for zoo in zoos}
     if len(zoos) > 1:
-        columns["both"] = records
+        columns["all"] = records
     counts: dict[str, Callable[[Record], int]] = {
         "models": lambda r: 1,
         "converted": lambda r: "converted" in r,
@@ -90,6 +90,8 @@ def _totals(records: list[Record]) -> str:
         "changes": lambda r: r.get("changes", False),
         "trained": lambda r: r.get("trained", False),
         "baked": lambda r: r.get("baked", False),
+        "that generate text": lambda r: "generates" in r,
+        "- the same text": lambda r: r.get("generates", False),
         "**without a problem**": lambda r: r["ok"],
         "hidden activations": lambda r: r.get("sites", {}).get("hidden", 0),
         "of these converted": lambda r: r.get("converted", 0),

@@ -49,6 +49,25 @@ WRITTEN = {
         "gelu",
     ),
     "gelu, erf form": (lambda m, h: h * 0.5 * (1.0 + torch.erf(h / math.sqrt(2.0))), "gelu"),
+    "where(h >= 0, h, 0.2 * h)": (lambda m, h: torch.where(h >= 0, h, 0.2 * h), "leaky_relu"),
+    "max(0.2 * h, h)": (lambda m, h: torch.max(0.2 * h, h), "leaky_relu"),
+    "relu(h) - 0.2 * relu(-h)": (lambda m, h: F.relu(h) - 0.2 * F.relu(-h), "leaky_relu"),
+    "h * mask": (lambda m, h: h * (h > 0).to(h.dtype), "relu"),
+    "masked_fill": (lambda m, h: h.masked_fill(h < 0, 0.0), "relu"),
+    "(h + |h|) / 2": (lambda m, h: 0.5 * (h + h.abs()), "relu"),
+    "-minimum(-h, 0)": (lambda m, h: -torch.minimum(-h, torch.zeros_like(h)), "relu"),
+    "h / (1 + exp(-h))": (lambda m, h: h / (1 + torch.exp(-h)), "silu"),
+    "log(1 + exp(h))": (lambda m, h: torch.log(1 + h.exp()), "softplus"),
+    "elu by where": (lambda m, h: torch.where(h > 0, h, torch.expm1(h)), "elu"),
+    "h * clamp(h + 3, 0, 6) / 6": (lambda m, h: h * (h + 3).clamp(0, 6) / 6, "hardswish"),
+    "h / (1 + |h|)": (lambda m, h: h / (1 + h.abs()), "softsign"),
+    "snake": (lambda m, h: h + torch.sin(h) ** 2, "snake"),
+    "gelu, another tanh form": (
+        lambda m, h: 0.5 * h * (1 + torch.tanh(0.79788456 * (h + 0.044715 * h * h * h))),
+        "gelu",
+    ),
+    "aten": (lambda m, h: torch.ops.aten.leaky_relu.default(h, 0.2), "leaky_relu"),
+    "torch._C._nn": (lambda m, h: torch._C._nn.silu(h), "silu"),
     "silu of a relu": (lambda m, h: _twice(F.relu(h), lambda a, b: a * b.sigmoid()), "silu"),
 }
 
@@ -117,6 +136,38 @@ def test_what_only_resembles_a_formula_is_left_as_it_is(name, monkeypatch):
     monkeypatch.setitem(WRITTEN, name, (OTHER[name], "sigmoid"))
     model, x = Net(name, False), torch.randn(5, 4)
     assert [str(site.source) for site in find_activations(model, x)] == ["sigmoid"]
+
+
+@pytest.mark.parametrize(
+    ("function", "text"),
+    [
+        (lambda m, h: torch.sin(30 * h), "sin(x * 30)"),
+        (lambda m, h: torch.exp(-(h**2)), "exp(-x ** 2)"),
+        (lambda m, h: h * 2 + (h * h + 4).sqrt(), "x * 2 + sqrt(x * x + 4)"),
+    ],
+)
+def test_another_elementwise_formula_is_listed_once_and_says_how_it_is_made_known(
+    function, text, monkeypatch
+):
+    monkeypatch.setitem(WRITTEN, text, (function, ""))
+    model, x = Net(text, False), torch.randn(5, 4)
+    (site,) = find_activations(model, x)
+    assert (site.source.name, site.role, site.shape) == ("handwritten", "hidden", (5, 6))
+    assert f"({text})" in site.reason
+    with pytest.raises(ValueError, match="register_formula"):
+        convert(model, example_input=x)
+
+
+def test_norms_and_attention_by_hand_are_no_activations(monkeypatch):
+    def norm(m, h):
+        h = h * torch.rsqrt(h.pow(2).mean(-1, keepdim=True) + 1e-6) + 0.1
+        e = torch.exp(h - h.amax(-1, keepdim=True))
+        return F.relu(e / e.sum(-1, keepdim=True) / (h.abs().sum(-1, keepdim=True) + 1))
+
+    monkeypatch.setitem(WRITTEN, "norm", (norm, ""))
+    assert [str(s.source) for s in find_activations(Net("norm", False), torch.randn(5, 4))] == [
+        "relu"
+    ]
 
 
 def test_a_result_that_is_read_elsewhere_too_stays_a_site_of_its_own(monkeypatch):

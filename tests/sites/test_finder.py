@@ -37,40 +37,6 @@ class Written(nn.Module):
         self.linear = nn.Linear(4, 4)
 
 
-class Where(Written):
-    def forward(self, x):
-        h = self.linear(x)
-        return torch.where(h > 0, h, 0.2 * h) - 0.1
-
-
-class Maximum(Written):
-    def forward(self, x):
-        h = self.linear(x)
-        return torch.maximum(h, 0.2 * h) - 0.1
-
-
-class Mask(Written):
-    def forward(self, x):
-        h = self.linear(x)
-        return h * (h > 0) - 0.1
-
-
-class Exponential(Written):
-    def forward(self, x):
-        h = self.linear(x)
-        return h / (1 + torch.exp(-h)) - 0.1
-
-
-@pytest.mark.parametrize(
-    ("cls", "name"),
-    [(Where, "leaky_relu"), (Maximum, "leaky_relu"), (Mask, "relu"), (Exponential, "silu")],
-)
-def test_usual_ways_to_write_an_activation_by_hand_are_edited(cls, name):
-    (site,) = find_activations(cls(), X)
-    assert (site.source.name, site.kind, site.way) == (name, "formula", "edit")
-    assert_every_promise(cls(), X)
-
-
 def test_scripted_parts_are_left_alone_and_noted():
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch.jit is deprecated

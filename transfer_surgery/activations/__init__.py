@@ -6,11 +6,12 @@ from transfer_surgery.activations.formulas import (
     Match,
     Record,
     Tracker,
+    formula_of,
     may_be_activation,
     overwrites,
     register_formula,
 )
-from transfer_surgery.activations.operators import name_of
+from transfer_surgery.activations.operators import name_of, tags_of
 from transfer_surgery.activations.registry import (
     Activation,
     ActivationModule,
@@ -34,6 +35,7 @@ __all__ = [
     "Tracker",
     "activation_module",
     "argument_names",
+    "formula_of",
     "get_activation",
     "get_target",
     "may_be_activation",
@@ -44,4 +46,5 @@ __all__ = [
     "register_formula",
     "registered_activations",
     "registered_name",
+    "tags_of",
 ]

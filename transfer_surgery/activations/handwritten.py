@@ -84,15 +84,9 @@ register_formula("mish", "x * tanh(softplus(x))")
 register_formula("hardsigmoid", "relu6(x + 3) / 6")
 register_formula("hardswish", "x * (relu6(x + 3) / 6)")
 register_formula("hardswish", "x * relu6(x + 3) / 6")
-register_formula("silu", "x / (1 + exp(-x))")
-register_formula("leaky_relu", "where(x > 0, x, negative_slope * x)")
 register_formula("leaky_relu", "maximum(x, negative_slope * x)")
-register_formula("relu", "where(x > 0, x, 0)")
-register_formula("relu", "x * (x > 0)")
+register_formula(
+    "gelu(approximate='tanh')",
+    "0.5 * x * (1 + tanh(0.7978845608028654 * (x + 0.044715 * x ** 3)))",
+)
 register_formula("snake", "x + sin(a * x) ** 2 / a", exact=True)
-for _scaled in ("x / 1.4142135623730951", "x * 0.7071067811865475", "x * 0.7071067811865476"):
-    for _product in ("x * 0.5 * {}", "x * (0.5 * {})", "0.5 * (x * {})"):
-        register_formula("gelu", _product.format(f"(1 + erf({_scaled}))"))
-for _root in ("0.7978845608028654", "0.7978845608", "0.79788456"):  # sqrt(2 / pi), as written
-    for _inner in (f"{_root} * (x + 0.044715 * x ** 3)", f"x * {_root} * (1 + 0.044715 * x * x)"):
-        register_formula("gelu(approximate='tanh')", f"0.5 * x * (1 + tanh({_inner}))")

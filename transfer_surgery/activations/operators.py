@@ -5,6 +5,8 @@
 
 from __future__ import annotations
 
+import functools
+from types import BuiltinFunctionType
 from typing import Any
 
 import torch
@@ -17,13 +19,22 @@ def name_of(function: Any) -> str:
     return str(getattr(function, "__name__", "")).partition(".")[0]
 
 
+@functools.cache
+def tags_of(name: str) -> frozenset[torch.Tag]:
+    """What torch says of its operators of that name, such as that they are reductions."""
+    packet: Any = getattr(torch.ops.aten, name, None)
+    overloads = packet.overloads() if isinstance(packet, OpOverloadPacket) else ()
+    return frozenset(tag for one in overloads for tag in getattr(packet, one).tags)
+
+
 def functions_of(operator: Any) -> list[Any]:
-    """The functions of torch that have an operator's name; none for anything else."""
-    if not isinstance(operator, (OpOverload, OpOverloadPacket)):
+    """The functions of torch that have the name of an operator, or of one in ``torch._C``."""
+    if isinstance(operator, (OpOverload, OpOverloadPacket)):
+        if not str(operator).startswith("aten."):
+            return []
+    elif not isinstance(operator, BuiltinFunctionType):
         return []
-    if not str(operator).startswith("aten."):
-        return []
-    name = name_of(operator)
+    name = name_of(operator).rstrip("_")
     found = (getattr(place, name, None) for place in (torch, F, torch._C._nn))
     return [function for function in found if function is not None]
 

@@ -35,6 +35,7 @@ class _Entry:
 _REGISTRY: dict[str, _Entry] = {}
 _CALLS: dict[Callable[..., Any], tuple[str, tuple[str, ...]]] = {}
 _VARIANTS: dict[tuple[str, str], _Entry] = {}
+_READERS: list[Callable[[str], Value]] = []
 
 
 @dataclass(frozen=True)
@@ -63,7 +64,7 @@ class Activation:
     @property
     def _entry(self) -> _Entry:
         variant = dict(self.parameters).get("variant")
-        return _VARIANTS[self.name, variant] if variant else _REGISTRY[self.name]
+        return _variant(self.name, variant) if variant else _REGISTRY[self.name]
 
     def __str__(self) -> str:
         changed = [f"{k}={_literal(v)}" for k, v in self.parameters if self._default(k) != v]
@@ -235,6 +236,26 @@ def register_variant(name: str, variant: str, value: Value, operands: tuple[str,
     _VARIANTS[name, variant] = _Entry(value, {p: known[p] for p in used}, operands)
 
 
+def read_variants(reader: Callable[[str], Value]) -> Callable[[str], Value]:
+    """Let a function make the value of a variant from its text; a decorator.
+
+    A network may come from another process, where a variant was found in its code.
+    """
+    _READERS.append(reader)
+    return reader
+
+
+def _variant(name: str, text: str) -> _Entry:
+    for reader in _READERS if (name, text) not in _VARIANTS else ():
+        register_variant(name, text, reader(text))
+    return _VARIANTS[name, text]
+
+
+def called_activations() -> tuple[str, ...]:
+    """Names of the activations that have a torch call, the usual ones first."""
+    return tuple(dict.fromkeys(name for name, _ in _CALLS.values()))
+
+
 def registered_activations() -> tuple[str, ...]:
     """Names of all registered activations, sorted."""
     return tuple(sorted(_REGISTRY))
@@ -260,12 +281,15 @@ def get_activation(activation: str | Activation, **parameters: Any) -> Activatio
         parameters = _read_parameters(name, match.group(2)) | parameters
     defaults = _REGISTRY[name].defaults
     unknown = sorted(parameters.keys() - defaults.keys() - {"variant"})
-    if "variant" in parameters and (name, parameters["variant"]) not in _VARIANTS:
+    try:
+        if "variant" in parameters:
+            _variant(name, parameters["variant"])
+    except (SyntaxError, ValueError, KeyError):
         known = [text for activation, text in _VARIANTS if activation == name]
         raise ValueError(
             f"activation {name!r} has no variant {parameters['variant']!r}; it has: "
             f"{', '.join(known) or 'none'}."
-        )
+        ) from None
     if unknown:
         raise ValueError(
             f"activation {name!r} has no parameter {unknown[0]!r}; it has: "
@@ -393,5 +417,5 @@ def _known_call(function: Any) -> tuple[str, tuple[str, ...]] | None:
         return None
     if found is None:
         known = next((_CALLS[one] for one in functions_of(function) if one in _CALLS), None)
-        return None if known is None else (known[0], argument_names_of(function))
+        return None if known is None else (known[0], argument_names_of(function) or known[1])
     return found

@@ -46,7 +46,7 @@ class Evaluator:
             case ast.Subscript():
                 return self._evaluate(node.value)[self._evaluate(node.slice)]
             case ast.UnaryOp(op=ast.USub()):
-                return -self._evaluate(node.operand)
+                return -self._number(node.operand)
             case ast.Call(func=ast.Name(id="getattr"), args=[held, name], keywords=[]):
                 return getattr(self._evaluate(held), self._evaluate(name))
             case ast.Call(func=ast.Name(id="super"), args=[], keywords=[]):

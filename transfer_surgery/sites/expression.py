@@ -19,6 +19,7 @@ from transfer_surgery.sites.route import End, Hop, NoRouteError
 from transfer_surgery.sites.source import Function, Position, expressions_of
 
 _SETTINGS = (bool, int, float, str, type(None))
+_OPERATIONS = (ast.Call, ast.BinOp, ast.UnaryOp, ast.Compare, ast.AugAssign)
 
 
 class RunningExpression:
@@ -31,7 +32,7 @@ class RunningExpression:
         self.position = Position.of(self.node)
 
     def _node(self) -> Any:
-        code, kinds = self.frame.f_code, (ast.Call, ast.BinOp, ast.AugAssign, ast.Attribute)
+        code, kinds = self.frame.f_code, (ast.Attribute, *_OPERATIONS)
         found = next(itertools.islice(code.co_positions(), self.frame.f_lasti // 2, None))
         if None in found:
             raise NoRouteError("its code was compiled without positions")
@@ -132,7 +133,7 @@ class RunningExpression:
             return False
         holder = self.value(func.value)
         return isinstance(holder, Tensor) or (
-            holder is UNKNOWN and isinstance(func.value, (ast.Call, ast.BinOp))
+            holder is UNKNOWN and isinstance(func.value, _OPERATIONS)
         )
 
     def _arguments(self, node: ast.Call) -> list[ast.expr]:
@@ -195,7 +196,7 @@ class RunningExpression:
     def _is_part(self, node: Any) -> bool:
         """Whether an expression is an operation of a formula."""
         if not isinstance(node, ast.Call):
-            return isinstance(node, (ast.BinOp, ast.Compare, ast.UnaryOp))
+            return isinstance(node, _OPERATIONS)
         function = self.value(node.func)
         if isinstance(function, nn.Module):
             return not any(True for _ in function.parameters()) and isinstance(

@@ -21,7 +21,8 @@ class Event:
     """One activation call site as seen in one training mode.
 
     `readers` are the calls that read the result, `absorbed` those of them that are part of a
-    formula; `repeats` are further calls from the same place.
+    formula; `repeats` are further calls from the same place. `is_norm`: a square or an exponential
+    that is summed up.
     """
 
     owner: str
@@ -44,6 +45,7 @@ class Event:
     calls: int = 0
     input: Tensor | None = field(default=None, repr=False)
     output: Tensor | None = field(default=None, repr=False)
+    is_norm: bool = False
     readers: set[Any] = field(default_factory=set, repr=False)
     absorbed: set[Any] = field(default_factory=set, repr=False)
     repeats: list[Event] = field(default_factory=list, repr=False)
@@ -52,7 +54,7 @@ class Event:
     def is_part(self) -> bool:
         """Whether all that reads the result belongs to the formula of another activation."""
         alone = bool(self.readers) and self.readers <= self.absorbed
-        return alone and all(event.is_part for event in self.repeats)
+        return (alone or self.is_norm) and all(event.is_part for event in self.repeats)
 
     def fields(self) -> dict[str, Any]:
         """The part of a `Site` that an event knows."""

@@ -21,6 +21,7 @@ from transfer_surgery.activations import (
     Match,
     Record,
     Tracker,
+    formula_of,
     get_activation,
     name_of,
     overwrites,
@@ -35,7 +36,9 @@ from transfer_surgery.sites.tensor_facts import (
     SQUASHING,
     channel_axis,
     follow,
+    is_from_layer,
     is_live,
+    is_reduction,
     is_zero,
     mark_constant,
     mark_live,
@@ -45,7 +48,7 @@ from transfer_surgery.sites.trace import find_route
 
 _FUSED = "it is inside a fused kernel, which takes no other activation"
 _LISTED = {
-    F.rrelu: ("rrelu", "its slope is random"),
+    **dict.fromkeys((F.rrelu, torch.rrelu), ("rrelu", "its slope is random")),
     F.glu: ("glu", "it multiplies two halves of its input"),
     torch.lstm: ("lstm", _FUSED),
     torch.gru: ("gru", _FUSED),
@@ -57,7 +60,10 @@ _LISTED = {
     torch.rnn_relu_cell: ("rnn_relu_cell", _FUSED),
 }
 """Calls that are listed with a reason and never converted."""
+_BY_HAND = "handwritten"
 _LISTED_NAMES = {name for name, _ in _LISTED.values()}
+_STRAIGHT = {"+", "-", "neg", "where", "masked_fill", "type_as", "clone", "zeros_like", "ones_like"}
+"""Operations that bend no line."""
 
 
 class Observer(TorchFunctionMode):
@@ -72,6 +78,7 @@ class Observer(TorchFunctionMode):
         self._overwritten: dict[int, tuple[Tensor, Event]] = {}
         self._written: dict[int, Tensor] = {}
         self._inputs: dict[int, list[Event]] = {}
+        self._bent: dict[Record, tuple[Record, bool]] = {}
         self._kept: list[Tensor] = []  # memory is known by its address while it is held
         self._paths = {id(module): path for path, module in probe.named_modules()}
         for module in list(probe.modules()):
@@ -165,6 +172,8 @@ class Observer(TorchFunctionMode):
             known = self._tracker.known(x)
             if known is not None and known.event is not None and outputs:
                 known.event.readers.add(record or object())
+                if is_reduction(name_of(func)) and self._is_by_hand(known):
+                    known.event.is_norm |= not any(map(self._is_by_hand, known.given))
         for parent, inner in match.inner if match else ():
             if inner.event is not None:
                 inner.event.absorbed.add(parent)
@@ -176,6 +185,8 @@ class Observer(TorchFunctionMode):
             self._note_reads(inputs)
             gate = event if event is not None and event.role == "gating" else None
             follow(name_of(func), inputs, outputs, gate)
+        if record is not None and call is None:
+            self._note_by_hand(func, record, out)
         if call is not None and event is not None and call.inplace:
             self._overwritten[_memory(call.input)] = (call.input, event)
         return out
@@ -201,11 +212,49 @@ class Observer(TorchFunctionMode):
             call = Call(Activation(_LISTED[func][0]), args[0] if args else None, False)
         return call if call and isinstance(call.input, Tensor) else None, record, None
 
-    def _record(self, func: Callable[..., Any], call: Call, match: Match | None, out: Any) -> Event:
+    def _note_by_hand(self, func: Callable[..., Any], record: Record, out: Any) -> None:
+        """List what bends the values of a layer element by element and is no known activation.
+
+        A longer formula takes the place of its beginnings.
+        """
+        given = [one for one in record.given if is_live(one.value)]
+        made = [self._bent.get(one, (one, False)) for one in given]
+        if len({root for root, _ in made}) != 1:
+            return
+        root, label = made[0][0], record.label
+        bends = label not in _STRAIGHT
+        if label in "*/":
+            bends = len(given) > 1 or (label == "/" and given[0] is record.operands[1])
+        bent = bends or any(is_bent for _, is_bent in made)
+        self._bent[record] = root, bent
+        if not bent or not out.is_floating_point() or not is_from_layer(root.value):
+            return
+        why = (
+            f"it is written by hand ({formula_of(record, root) or label}); register_activation and "
+            "register_formula make it known"
+        )
+        call = Call(Activation(_BY_HAND), root.value, False)
+        record.event = self._record(func, call, None, out, why)
+        for one in filter(self._is_by_hand, given):
+            one.event.absorbed.add(record)
+
+    @staticmethod
+    def _is_by_hand(record: Record) -> bool:
+        return record.event is not None and record.event.source.name == _BY_HAND
+
+    def _record(
+        self,
+        func: Callable[..., Any],
+        call: Call,
+        match: Match | None,
+        out: Any,
+        listed: str | None = None,
+    ) -> Event:
+        """Write down an activation call; one that is only `listed` has the reason already."""
         frame, x = self._stack[-1], call.input
         location, caller = locate()[0]
-        draw = frame.draw_listed_key if func in _LISTED else frame.draw_key
-        reason = _LISTED[func][1] if func in _LISTED else None
+        reason = _LISTED[func][1] if func in _LISTED else listed
+        draw = frame.draw_key if reason is None else frame.draw_listed_key
         if not is_live(x):
             reason = NOT_LIVE
         elif not x.is_floating_point():
@@ -236,7 +285,7 @@ class Observer(TorchFunctionMode):
             input=x,
             output=out,
         )
-        self._trace(event, frame.module, call, match)
+        self._trace(event, frame.module, call if draw == frame.draw_key else None, match)
         frame.events.append(event)
         self._kept.append(x)
         self._inputs.setdefault(_memory(x), []).append(event)
@@ -251,13 +300,15 @@ class Observer(TorchFunctionMode):
         self,
         event: Event,
         owner: nn.Module,
-        called: Call | tuple[nn.Module, tuple[str, ...] | None],
+        called: Call | tuple[nn.Module, tuple[str, ...] | None] | None,
         match: Match | None = None,
     ) -> None:
         """Note where in the source, or in a graph, a call is, and how it can be edited there."""
         frames = call_frames(owner)
         if frames:
             event.file, event.line = frames[-1].f_code.co_filename, frames[-1].f_lineno
+        if called is None:
+            return
         try:
             if isinstance(owner, torch.fx.GraphModule):
                 event.route, event.why = find_node(owner, frames, called, match), None
@@ -297,10 +348,11 @@ class Observer(TorchFunctionMode):
 
 
 def _memory(tensor: Tensor) -> int:
-    """What tensors that share memory have in common; sparse ones share none."""
-    if tensor.layout is not torch.strided:
+    """What tensors that share memory have in common."""
+    try:
+        return int(tensor.untyped_storage()._cdata)
+    except NotImplementedError:  # sparse tensors and those inside vmap have no storage
         return id(tensor)
-    return int(tensor.untyped_storage()._cdata)
 
 
 class _Children(dict[str, Any]):

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
-from transfer_surgery.activations import Activation
+from transfer_surgery.activations import Activation, tags_of
 
 _CHANNELS_FIRST = {
     *(f"conv{kind}{n}d" for kind in ("", "_transpose") for n in (1, 2, 3)),
@@ -26,6 +27,11 @@ _ZEROS = {"zeros", "zeros_like", "new_zeros"}
 _GATES = {"sigmoid", "hardsigmoid"}
 SQUASHING = _GATES | {"tanh", "hardtanh", "softplus"}
 """Activations that, returned by the model, make its outputs."""
+
+
+def is_reduction(name: str) -> bool:
+    """Whether a torch function sums up, or finds the largest of, several numbers."""
+    return torch.Tag.reduction in tags_of(name)
 
 
 def mark_constant(tensor: Tensor) -> None:
@@ -48,6 +54,11 @@ def is_zero(x: Tensor) -> bool:
     return getattr(x, "_ts_zero", False)
 
 
+def is_from_layer(x: Tensor) -> bool:
+    """Whether a tensor comes straight from a layer, and where its channels are is known."""
+    return getattr(x, "_ts_axis", None) is not None
+
+
 def channel_axis(x: Tensor) -> int:
     """From the layer that produced ``x``; else 1 for images and volumes, -1 for tokens."""
     axis = getattr(x, "_ts_axis", None)
@@ -61,10 +72,12 @@ def role_of(activation: Activation, x: Tensor) -> str:
     if activation.name in _GATES:
         return "gating"
     written = str(dict(activation.parameters).get("variant", ""))
-    is_clamp = activation.name in ("clamp", "tlu") or written.startswith(("clamp", "maximum"))
+    is_clamp = activation.name in ("clamp", "tlu") or (
+        written != "" and activation.name in ("relu", "relu6")
+    )
     # Of what comes straight from a layer a clamp at 0 is an activation; else it bounds coordinates.
-    from_layer = getattr(x, "_ts_axis", None) is not None and activation.name != "clamp"
-    return "bounding" if is_clamp and not from_layer else "hidden"
+    is_hidden = is_from_layer(x) and activation.name != "clamp"
+    return "bounding" if is_clamp and not is_hidden else "hidden"
 
 
 def follow(name: str, inputs: list[Tensor], outputs: list[Tensor], gate: Any = None) -> None:
@@ -91,7 +104,7 @@ def follow(name: str, inputs: list[Tensor], outputs: list[Tensor], gate: Any = N
         elif name in _PRODUCTS and len(inputs) == 2 and is_live(inputs[0]) != is_live(inputs[1]):
             # The weight makes the channels: rows where it stands on the left, else columns.
             facts._ts_axis = -1 if is_live(inputs[0]) or out.dim() < 2 else -2
-        elif name in _RESHAPES or like is None or like.dim() != out.dim():
+        elif name in _RESHAPES or is_reduction(name) or like is None or like.dim() != out.dim():
             facts._ts_axis = None
         else:
             facts._ts_axis = getattr(like, "_ts_axis", None)
