@@ -10,7 +10,6 @@ from transfer_surgery.activations.formulas import (
     may_be_activation,
     overwrites,
     register_formula,
-    tags_of,
 )
 from transfer_surgery.activations.operators import name_of, tags_of
 from transfer_surgery.activations.registry import (

@@ -23,7 +23,7 @@ def name_of(function: Any) -> str:
 def tags_of(name: str) -> frozenset[torch.Tag]:
     """What torch says of its operators of that name, such as that they are reductions."""
     packet: Any = getattr(torch.ops.aten, name, None)
-    overloads = packet.overloads() if isinstance(packet, OpOverloadPacket) else ()
+    overloads: list[str] = getattr(packet, "overloads", list)()
     return frozenset(tag for one in overloads for tag in getattr(packet, one).tags)
 
 
