@@ -12,6 +12,7 @@ import json
 import shlex
 import sys
 import time
+from collections.abc import Iterable
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
@@ -76,7 +77,7 @@ def main(
     records = read(out)
     if table:
         counts = json.loads(oracle.read_text()) if oracle else {}
-        page = render(records.values(), counts, _command(), listed=len(model_names()))
+        page = render(records.values(), counts, _command(), listed=_listed(records))
         table.write_text(page)
     failed = [name for name in chosen if not records[name]["ok"]]
     console.print(f"{len(chosen) - len(failed)} of {len(chosen)} models without a problem")
@@ -95,6 +96,11 @@ def _run(todo: list[str], out: Path, bounds: Bounds) -> None:
     if todo:
         seconds = time.monotonic() - start
         console.print(f"{seconds:.0f} s, {seconds / len(todo):.1f} s per model")
+
+
+def _listed(names: Iterable[str]) -> int:
+    """How many models there are in the zoos of these."""
+    return len(model_names({name.partition(":")[0] for name in names}))
 
 
 def _command() -> str:

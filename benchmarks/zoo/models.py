@@ -38,14 +38,16 @@ _ALWAYS: dict[str, dict[str, Any]] = {
 _WITH_BACKBONE = ("torchvision.models.detection", "torchvision.models.segmentation")
 
 
-def model_names() -> list[str]:
-    """``"timm:NAME"`` of every model that the zoo lists; and so for the other zoos."""
-    zoos = {
-        "timm": timm.list_models(),
-        "torchvision": torchvision.models.list_models(),
-        "transformers": architectures(),
-    }
-    return [f"{zoo}:{name}" for zoo, names in zoos.items() for name in names]
+ZOOS: dict[str, Callable[[], list[str]]] = {
+    "timm": timm.list_models,
+    "torchvision": torchvision.models.list_models,
+    "transformers": architectures,
+}
+
+
+def model_names(zoos: Iterable[str] = ZOOS) -> list[str]:
+    """``"timm:NAME"`` and so on of every model that the zoos list."""
+    return [f"{zoo}:{name}" for zoo in zoos for name in ZOOS[zoo]()]
 
 
 def family_of(name: str) -> str:
