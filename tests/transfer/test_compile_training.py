@@ -50,25 +50,28 @@ def train(model: nn.Module, run: Any, how: dict[str, Any]) -> None:
         optimizer.zero_grad()
 
 
-@pytest.mark.parametrize(
-    ("name", "how"),
-    [("modules", "schedule"), ("functional", "share in order"), ("functional", "gamma")],
+INDUCTOR = pytest.param(
+    *("functional", "schedule", "inductor"),
+    marks=pytest.mark.skipif(shutil.which("c++") is None, reason="inductor needs a compiler"),
 )
-def test_nothing_is_compiled_again_while_gates_move(name: str, how: str) -> None:
+
+
+@pytest.mark.parametrize(
+    ("name", "how", "backend"),
+    [
+        ("modules", "schedule", "aot_eager"),
+        ("functional", "share in order", "aot_eager"),
+        ("functional", "gamma", "aot_eager"),
+        INDUCTOR,
+    ],
+)
+def test_nothing_is_compiled_again_while_gates_move(name: str, how: str, backend: str) -> None:
     model = converted(name).train()
-    train(model, compiled(model), HOW[how])  # a recompilation would raise
+    train(model, compiled(model, backend), HOW[how])  # a recompilation would raise
     assert counters["stats"]["unique_graphs"] == 1
     if how == "schedule":
         assert mean_probability(model) < 1e-4
         assert_transferred(model)
-
-
-@pytest.mark.skipif(shutil.which("c++") is None, reason="inductor needs a compiler")
-def test_nothing_is_compiled_again_by_inductor_either() -> None:
-    model = converted("functional").train()
-    train(model, compiled(model, "inductor"), HOW["schedule"])
-    assert counters["stats"]["unique_graphs"] == 1
-    assert mean_probability(model) < 1e-4
 
 
 def test_changing_between_training_and_evaluation_compiles_each_once() -> None:
