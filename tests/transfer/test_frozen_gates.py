@@ -66,7 +66,6 @@ def test_rates_of_the_warmup_do_not_count_for_the_end_of_a_cycle() -> None:
     [
         ({"gamma": 3.0}, 200, 50),  # they move
         ({"gamma": 1e-6}, 199, 0),  # step 200 reports them
-        ({"gamma": 3.0, "gamma_warmup": 1000}, 200, 50),
         ({"transfer": TransferSchedule(450)}, 0, 0),
     ],
 )
