@@ -2,6 +2,7 @@
 
 import os
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -53,10 +54,13 @@ def _seed() -> None:
 
 
 @pytest.fixture
-def own_registry(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A registry of its own, so that a test's activations do not outlive it."""
-    monkeypatch.setattr(activations, "_REGISTRY", dict(activations._REGISTRY))
-    monkeypatch.setattr(activations, "_CALLS", dict(activations._CALLS))
+def own_registry() -> Iterator[None]:
+    """A test's activations do not outlive it."""
+    tables = [(table, dict(table)) for table in (activations._REGISTRY, activations.CALLS)]
+    yield
+    for table, before in tables:
+        table.clear()
+        table.update(before)
 
 
 @pytest.fixture(scope="session")

@@ -181,7 +181,7 @@ def test_the_module_of_an_activation_is_torchs_own_where_there_is_one_and_is_rec
 
 
 def test_a_variant_keeps_its_bits_in_a_module_of_its_own():
-    assert type(activation_module("relu(variant='clamp(x, 0)')")) is ActivationModule
+    assert type(activation_module("relu(variant='clamp(x, min=0)')")) is ActivationModule
 
 
 # torch has no second derivative of hardsigmoid either

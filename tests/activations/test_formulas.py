@@ -2,6 +2,9 @@
 
 import copy
 import math
+import pickle
+import subprocess
+import sys
 
 import pytest
 import timm
@@ -11,7 +14,7 @@ from torch import nn
 
 from tests.helpers.promises import assert_every_promise
 from tests.helpers.same_run import assert_same_runs, converted
-from transfer_surgery import bake, convert, find_activations, register_formula
+from transfer_surgery import bake, convert, find_activations, get_activation, register_formula
 from transfer_surgery.units import gated_activations
 
 
@@ -58,12 +61,18 @@ WRITTEN = {
     "-minimum(-h, 0)": (lambda m, h: -torch.minimum(-h, torch.zeros_like(h)), "relu"),
     "h / (1 + exp(-h))": (lambda m, h: h / (1 + torch.exp(-h)), "silu"),
     "log(1 + exp(h))": (lambda m, h: torch.log(1 + h.exp()), "softplus"),
-    "elu by where": (lambda m, h: torch.where(h > 0, h, torch.expm1(h)), "elu"),
+    "elu by where": (lambda m, h: torch.where(h > 0, h, 1.5 * torch.expm1(h)), "elu"),
+    "h.where": (lambda m, h: (0.2 * h).where(h <= 0, h), "leaky_relu"),
+    "max(zeros, h)": (lambda m, h: torch.max(torch.zeros_like(h), h), "relu"),
+    "h / (1 + exp(-1.5 * h))": (lambda m, h: h / (1 + torch.exp(-1.5 * h)), "swish"),
+    "tanh by exp": (lambda m, h: (h.exp() - (-h).exp()) / (h.exp() + (-h).exp()), "tanh"),
+    "mish by log": (lambda m, h: h * torch.tanh(torch.log(1 + torch.exp(h))), "mish"),
+    "snake of a frequency": (lambda m, h: h + (1 / 0.5) * torch.sin(0.5 * h).pow(2), "snake"),
     "h * clamp(h + 3, 0, 6) / 6": (lambda m, h: h * (h + 3).clamp(0, 6) / 6, "hardswish"),
     "h / (1 + |h|)": (lambda m, h: h / (1 + h.abs()), "softsign"),
     "snake": (lambda m, h: h + torch.sin(h) ** 2, "snake"),
     "gelu, another tanh form": (
-        lambda m, h: 0.5 * h * (1 + torch.tanh(0.79788456 * (h + 0.044715 * h * h * h))),
+        lambda m, h: 0.5 * h * (1 + torch.tanh(0.797885 * (h + 0.044715 * h * h * h))),
         "gelu",
     ),
     "aten": (lambda m, h: torch.ops.aten.leaky_relu.default(h, 0.2), "leaky_relu"),
@@ -154,7 +163,7 @@ def test_another_elementwise_formula_is_listed_once_and_says_how_it_is_made_know
     (site,) = find_activations(model, x)
     assert (site.source.name, site.role, site.shape) == ("handwritten", "hidden", (5, 6))
     assert f"({text})" in site.reason
-    with pytest.raises(ValueError, match="register_formula"):
+    with pytest.raises(ValueError, match="register_activation"):
         convert(model, example_input=x)
 
 
@@ -230,14 +239,46 @@ def test_an_activation_with_operands_is_refused_as_a_target():
     ("name", "text", "message"),
     [
         ("no_such", "relu(x) ** 2", "unknown activation 'no_such'"),
-        ("relu", "x", "expected a call or an operation on x"),
-        ("relu", "relu(y)", "expected a call or an operation on x"),
-        ("relu", "gamma(x) * x", r"cannot contain 'gamma\(x\)'; it may use"),
-        ("relu", "x % 2", "cannot contain 'x % 2'"),
-        ("relu", "relu(x", r"^formula 'relu\(x': "),
-        ("relu", "", "^formula ''"),
+        ("relu", "x * (x > 0)", "relu takes no operands: it is recognised by its values"),
+        ("prelu", "weight", "expected an operation on weight, x"),
+        ("prelu", "weight * x", r"has other values than prelu"),
+        ("prelu", "gamma(x) * weight", r"cannot contain 'gamma\(x\)'; it may use"),
+        ("prelu", "x % weight", "cannot contain 'x % weight'"),
+        ("prelu", "x.weight * x", "cannot contain 'x.weight'"),
+        ("prelu", "x * ", "invalid syntax"),
     ],
 )
 def test_a_bad_formula_is_refused_with_what_is_possible(name, text, message):
     with pytest.raises(ValueError, match=message):
         register_formula(name, text)
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda h: F.softplus(h) + 1e-6,  # what keeps a scale positive has to stay
+        lambda h: 2 * torch.sigmoid(h + 1),
+        lambda h: F.relu(h) * 3,
+        lambda h: F.relu(h) + 0 * h,
+    ],
+)
+def test_what_surrounds_an_activation_stays(function, monkeypatch):
+    monkeypatch.setitem(WRITTEN, "surrounded", (lambda m, h: function(h), ""))
+    model, x = Net("surrounded", False).eval(), torch.randn(5, 4)
+    (site,) = (site for site in find_activations(model, x) if site.reason is None)
+    assert site.kind == "function"
+    original = copy.deepcopy(model)
+    assert torch.equal(convert(model, example_input=x)(x), original(x))
+
+
+def test_a_variant_that_was_found_in_another_process_is_read_from_its_text():
+    code = (
+        "import sys, pickle, torch; unit = pickle.loads(bytes.fromhex(sys.argv[1]));"
+        "print(unit, unit(torch.tensor([-1.0, 2.0])).tolist())"
+    )
+    written = get_activation("silu(variant='x / (1.0 + exp(-x))')")
+    told = subprocess.run(
+        [sys.executable, "-c", code, pickle.dumps(written).hex()], capture_output=True, text=True
+    )
+    expected = written(torch.tensor([-1.0, 2.0])).tolist()
+    assert told.stdout.strip() == f"{written} {expected}", told.stderr

@@ -46,7 +46,7 @@ def test_the_budget_is_kept_and_nearly_used(granularity, keep):
 
 def test_those_are_kept_whose_swap_costs_most_per_neuron():
     """Beside the loss that each gate adds when it is swapped alone, by brute force."""
-    model = network(target="relu(variant='clamp(x, 0)')")
+    model = network(target="relu(variant='clamp(x, min=0)')")
     units = [unit for _, unit in gated_activations(model)]
     for i, unit in enumerate(units):  # a*relu(x): small errors, which differ from gate to gate
         numbers = unit.add_fitted_target()

@@ -2,29 +2,19 @@
 
 import transfer_surgery.activations.builtin
 import transfer_surgery.activations.handwritten  # noqa: F401 - both register what they define
-from transfer_surgery.activations.formulas import (
-    Match,
-    Record,
-    Tracker,
-    formula_of,
-    may_be_activation,
-    overwrites,
-    register_formula,
-)
+from transfer_surgery.activations.calls import Call, argument_names, recognise, registered_name
+from transfer_surgery.activations.formulas import register_formula
+from transfer_surgery.activations.modules import ActivationModule, activation_module
+from transfer_surgery.activations.operations import may_be_activation, overwrites
 from transfer_surgery.activations.operators import name_of, tags_of
 from transfer_surgery.activations.registry import (
     Activation,
-    ActivationModule,
-    Call,
-    activation_module,
-    argument_names,
     get_activation,
     get_target,
-    recognise,
     register_activation,
     registered_activations,
-    registered_name,
 )
+from transfer_surgery.activations.tracker import Match, Record, Tracker, formula_of
 
 __all__ = [
     "Activation",

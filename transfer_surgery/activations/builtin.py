@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -64,7 +64,7 @@ def _celu(x: Tensor, alpha: float = 1.0) -> Tensor:
 
 
 @register_activation("gelu", calls={F.gelu: ("approximate",)}, module=nn.GELU)
-def _gelu(x: Tensor, approximate: str = "none") -> Tensor:
+def _gelu(x: Tensor, approximate: Literal["none", "tanh"] = "none") -> Tensor:
     return F.gelu(x, approximate=approximate)
 
 

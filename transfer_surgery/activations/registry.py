@@ -1,4 +1,4 @@
-"""Sources and targets: what an activation computes, and how a call of it looks.
+"""Sources and targets: what an activation computes, and which torch calls mean it.
 
 An activation is one entry in a registry: a value as differentiable tensor code, and the torch calls
 that mean it. The built-in entries are in `builtin` and `handwritten`.
@@ -11,15 +11,13 @@ import inspect
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from types import FunctionType
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.overrides import handle_torch_function
 
 from transfer_surgery._arguments import check_arguments
-from transfer_surgery.activations.operators import argument_names_of, functions_of, name_of
+from transfer_surgery.activations.expressions import function_of, names_in, parse
 
 Value = Callable[..., Tensor]
 
@@ -33,9 +31,8 @@ class _Entry:
 
 
 _REGISTRY: dict[str, _Entry] = {}
-_CALLS: dict[Callable[..., Any], tuple[str, tuple[str, ...]]] = {}
+CALLS: dict[Callable[..., Any], tuple[str, tuple[str, ...]]] = {}
 _VARIANTS: dict[tuple[str, str], _Entry] = {}
-_READERS: list[Callable[[str], Value]] = []
 
 
 @dataclass(frozen=True)
@@ -44,7 +41,7 @@ class Activation:
 
     It holds a registered name and parameter values only, so it is hashable and picklable, and
     ``str(activation)`` is accepted wherever an activation is asked for. The parameter ``variant``
-    names another way to write the function, which rounds differently; see `register_variant`.
+    is another way to write the function, which rounds differently, such as ``"x * sigmoid(x)"``.
     """
 
     name: str
@@ -66,6 +63,9 @@ class Activation:
         variant = dict(self.parameters).get("variant")
         return _variant(self.name, variant) if variant else _REGISTRY[self.name]
 
+    def __reduce__(self) -> Any:
+        return _restored, (self.name, self.parameters)  # which reads the variant, if it has one
+
     def __str__(self) -> str:
         changed = [f"{k}={_literal(v)}" for k, v in self.parameters if self._default(k) != v]
         return f"{self.name}({', '.join(changed)})" if changed else self.name
@@ -77,99 +77,6 @@ class Activation:
 def _literal(value: Any) -> str:
     """Text that `ast.literal_eval` reads back, which "inf" is not."""
     return repr(float(value)).replace("inf", "1e999") if isinstance(value, float) else repr(value)
-
-
-class ActivationModule(nn.Module):
-    """A plain module for one activation: what a fully transferred site is baked to.
-
-    Where the activation is plain tensor code, so is the module: it can be traced, also by
-    `torch.fx`, scripted and exported.
-
-    Examples:
-        >>> import torch
-        >>> ActivationModule("sin")(torch.zeros(2))
-        tensor([0., 0.])
-    """
-
-    def __init__(self, activation: str | Activation) -> None:
-        super().__init__()
-        self.activation = get_activation(activation)
-        self.value = _with_parameters(self.activation)
-
-    def forward(self, input: Tensor) -> Tensor:
-        if torch.jit.is_scripting():  # type: ignore[attr-defined]
-            return self.value(input)
-        return _activate(input, self.activation)
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in vars(self).items() if name != "value"}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)  # type: ignore[no-untyped-call]
-        self.value = _with_parameters(self.activation)
-
-    def extra_repr(self) -> str:
-        return str(self.activation)
-
-
-class _OperandModule(ActivationModule):
-    """An activation that takes further tensors, such as PReLU's slope, from the site."""
-
-    def forward(self, input: Tensor, *operands: Tensor) -> Tensor:
-        return _activate(input, self.activation, *operands)
-
-
-def _with_parameters(activation: Activation) -> Value:
-    """The activation's value as a function of the input, in a form that torch.jit.script takes."""
-    entry = activation._entry
-    known = dict(entry.defaults) | dict(activation.parameters)
-    value = entry.value
-    if not isinstance(value, FunctionType):
-        return value
-    defaults = tuple(known[name] for name in entry.defaults)
-    own: Any = FunctionType(
-        value.__code__, value.__globals__, value.__name__, defaults, value.__closure__
-    )
-    own.__annotations__, own.__module__ = value.__annotations__, value.__module__
-    own.__qualname__ = value.__qualname__
-    result: Value = own
-    return result
-
-
-def activation_module(activation: str | Activation) -> nn.Module:
-    """The plain module of an activation: torch's own where there is one.
-
-    Tools that go by type (quantisation, fusion, attribution) know that one.
-
-    Examples:
-        >>> activation_module("leaky_relu(negative_slope=0.2)"), activation_module("sin")
-        (LeakyReLU(negative_slope=0.2), ActivationModule(sin))
-    """
-    activation = get_activation(activation)
-    module, parameters = activation._entry.module, dict(activation.parameters)
-    if activation.operands:
-        return _OperandModule(activation)
-    if module is None or "variant" in parameters:  # a variant rounds differently
-        return ActivationModule(activation)
-    return module(**parameters)
-
-
-def _activate(x: Tensor, activation: Activation, *operands: Tensor) -> Tensor:
-    """One torch call, as far as the finder can see, whatever the activation consists of."""
-    # Tensors of other kinds, such as the proxies of torch.fx, see what it consists of.
-    if torch._C._is_torch_function_mode_enabled():
-        result: Tensor = handle_torch_function(_activate, (x,), x, activation, *operands)
-        return result
-    return activation(x, *operands)
-
-
-class Call(NamedTuple):
-    """A recognised call: the activation, its input, whether it overwrites that, its operands."""
-
-    activation: Activation
-    input: Any
-    inplace: bool
-    operands: tuple[Any, ...] = ()
 
 
 def register_activation(
@@ -216,49 +123,46 @@ def register_activation(
         defaults = {p.name: p.default for p in parameters}
         _REGISTRY[name] = _Entry(value, defaults, operands, module)
         for function, positional in (calls or {}).items():
-            _CALLS[function] = (name, positional)
+            CALLS[function] = (name, positional)
         return value
 
     return decorate
 
 
-def register_variant(name: str, variant: str, value: Value, operands: tuple[str, ...] = ()) -> None:
-    """Register another way to write an activation: the same function, rounded differently.
-
-    Args:
-        name: a registered activation.
-        variant: how it is written, e.g. ``"x * sigmoid(x)"``. Plans and reports show it.
-        value: ``value(x, *operands, **parameters)``, with parameters of that activation.
-        operands: names of the tensors that it takes after ``x``.
-    """
-    known = _REGISTRY[name].defaults
-    used = [p for p in inspect.signature(value).parameters if p in known]
-    _VARIANTS[name, variant] = _Entry(value, {p: known[p] for p in used}, operands)
-
-
-def read_variants(reader: Callable[[str], Value]) -> Callable[[str], Value]:
-    """Let a function make the value of a variant from its text; a decorator.
-
-    A network may come from another process, where a variant was found in its code.
-    """
-    _READERS.append(reader)
-    return reader
-
-
 def _variant(name: str, text: str) -> _Entry:
-    for reader in _READERS if (name, text) not in _VARIANTS else ():
-        register_variant(name, text, reader(text))
+    """What a variant computes: the expression that its text is.
+
+    Raises:
+        ValueError: the text is no expression.
+    """
+    if (name, text) not in _VARIANTS:
+        tree = parse(text, get_activation)
+        known, names = _REGISTRY[name].defaults, list(dict.fromkeys(names_in(tree)))
+        operands = tuple(n for n in names if n not in known and n != "x")
+        value = function_of(tree, ("x", *operands), get_activation)
+        _VARIANTS[name, text] = _Entry(value, {n: known[n] for n in names if n in known}, operands)
     return _VARIANTS[name, text]
 
 
-def called_activations() -> tuple[str, ...]:
-    """Names of the activations that have a torch call, the usual ones first."""
-    return tuple(dict.fromkeys(name for name, _ in _CALLS.values()))
+def _restored(name: str, parameters: tuple[tuple[str, Any], ...]) -> Activation:
+    if (variant := dict(parameters).get("variant")) and name in _REGISTRY:
+        _variant(name, variant)
+    return Activation(name, parameters)
+
+
+def entry_of(name: str) -> _Entry:
+    """What is registered under a name."""
+    return _REGISTRY[name]
 
 
 def registered_activations() -> tuple[str, ...]:
     """Names of all registered activations, sorted."""
     return tuple(sorted(_REGISTRY))
+
+
+def registered_names() -> tuple[str, ...]:
+    """The same in the order in which they were registered."""
+    return tuple(_REGISTRY)
 
 
 def get_activation(activation: str | Activation, **parameters: Any) -> Activation:
@@ -281,22 +185,15 @@ def get_activation(activation: str | Activation, **parameters: Any) -> Activatio
         parameters = _read_parameters(name, match.group(2)) | parameters
     defaults = _REGISTRY[name].defaults
     unknown = sorted(parameters.keys() - defaults.keys() - {"variant"})
-    try:
-        if "variant" in parameters:
-            _variant(name, parameters["variant"])
-    except (SyntaxError, ValueError, KeyError):
-        known = [text for activation, text in _VARIANTS if activation == name]
-        raise ValueError(
-            f"activation {name!r} has no variant {parameters['variant']!r}; it has: "
-            f"{', '.join(known) or 'none'}."
-        ) from None
+    if "variant" in parameters:
+        _variant(name, parameters["variant"])
     if unknown:
         raise ValueError(
             f"activation {name!r} has no parameter {unknown[0]!r}; it has: "
             f"{', '.join(defaults) or 'none'}."
         )
     for key in parameters.keys() & defaults.keys():
-        if not _fits(parameters[key], defaults[key]):
+        if not is_of_kind(parameters[key], defaults[key]):
             raise ValueError(
                 f"activation {name!r}: {key}={parameters[key]!r} cannot take the place of the "
                 f"default {defaults[key]!r}."
@@ -304,7 +201,7 @@ def get_activation(activation: str | Activation, **parameters: Any) -> Activatio
     return Activation(name, tuple((dict(defaults) | parameters).items()))
 
 
-def _fits(value: Any, default: Any) -> bool:
+def is_of_kind(value: Any, default: Any) -> bool:
     """Whether a parameter is of the kind that its default is: a number, a text ..."""
     if isinstance(default, int | float):
         return isinstance(value, int | float) and value == value  # nan is no number
@@ -346,76 +243,3 @@ def _read_parameters(name: str, text: str) -> dict[str, Any]:
     except (SyntaxError, ValueError):
         pass
     raise ValueError(f"cannot read activation {name + text!r}: write '{name}(parameter=value)'.")
-
-
-def recognise(function: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Call | None:
-    """Read a torch call as an activation, or return None where it is none.
-
-    Args:
-        function: what was called, e.g. ``F.relu``, ``torch.tanh``, ``torch.Tensor.sigmoid_``.
-        args: its positional arguments; the first one is the input.
-        kwargs: its keyword arguments.
-    """
-    if function is _activate:
-        return Call(args[1], args[0], False, tuple(args[2:]))
-    found = _known_call(function)
-    if found is None:
-        return None
-    name, positional = found
-    given = dict(zip(positional, args[1:], strict=False)) | dict(kwargs)
-    x = args[0] if args else given.pop("input", given.pop("self", None))
-    inplace = bool(given.pop("inplace", False)) or name_of(function).endswith("_")
-    given.pop("out", None)
-    entry = _REGISTRY[name]
-    if functions_of(function) and not given.keys() <= {*entry.defaults, *entry.operands}:
-        return None  # operators have arguments that no function of torch's has
-    chosen = {k: v for k, v in given.items() if k in entry.defaults}
-    if not all(_fits(value, entry.defaults[name]) for name, value in chosen.items()):
-        return None  # bounds or slopes that are computed: no fixed function
-    activation = _common_name(get_activation(name, **chosen))
-    if activation is None:
-        return None
-    return Call(activation, x, inplace, tuple(given.get(name) for name in entry.operands))
-
-
-def _common_name(activation: Activation) -> Activation | None:
-    """ReLU and its like in the disguise of a clamp; None for clamps that are no activation."""
-    parameters = dict(activation.parameters)
-    bounds = parameters.get("min_val"), parameters.get("max_val")
-    if activation.name == "hardtanh" and bounds == (0, 6):
-        return get_activation("relu6")  # nn.ReLU6 is a Hardtanh and calls F.hardtanh
-    if activation.name == "threshold" and not any(parameters.values()):
-        return get_activation("relu")
-    if activation.name == "clamp":
-        bounds = parameters["min"], parameters["max"]
-        if bounds == (0, None):
-            return get_activation("relu", variant="clamp(x, 0)")
-        if bounds == (0, 6):
-            return get_activation("relu6", variant="clamp(x, 0, 6)")
-        if None in bounds:
-            return None
-    return activation
-
-
-def argument_names(function: Any) -> tuple[str, ...]:
-    """Names of the positional arguments after the input of a call that means an activation."""
-    found = _known_call(function)
-    return () if found is None else found[1]
-
-
-def registered_name(function: Any) -> str | None:
-    """Name of the activation that calls of a torch function may mean."""
-    found = _known_call(function)
-    return None if found is None else found[0]
-
-
-def _known_call(function: Any) -> tuple[str, tuple[str, ...]] | None:
-    """The activation that a call may mean, and the names of its positional arguments."""
-    try:
-        found = _CALLS.get(function)
-    except TypeError:  # an unhashable callable is none of ours
-        return None
-    if found is None:
-        known = next((_CALLS[one] for one in functions_of(function) if one in _CALLS), None)
-        return None if known is None else (known[0], argument_names_of(function) or known[1])
-    return found

@@ -230,8 +230,8 @@ class Observer(TorchFunctionMode):
         if not bent or not out.is_floating_point() or not is_from_layer(root.value):
             return
         why = (
-            f"it is written by hand ({formula_of(record, root) or label}); register_activation and "
-            "register_formula make it known"
+            f"it is written by hand ({formula_of(record, root) or label}); register_activation "
+            "makes it known"
         )
         call = Call(Activation(_BY_HAND), root.value, False)
         record.event = self._record(func, call, None, out, why)
