@@ -240,9 +240,8 @@ class Plan(Table[Site]):
     def _why_nothing(self, roles: tuple[str, ...]) -> str:
         if not self.rows:
             return (
-                "The forward pass called no known activation. A formula of yours is made known by "
-                "@register_activation(name) and register_formula(name, text), a function by "
-                "@register_activation(name, calls=...)."
+                "The forward pass called no known activation. @register_activation(name) makes "
+                "yours known by its values; with calls=, also a function of another library."
             )
         return f"Asked for roles={roles}; the sites found are:\n{self}"
 
