@@ -108,7 +108,8 @@ def test_a_network_of_any_answers_is_measured_and_taught(make):
     assert fit.divergence == pytest.approx(divergence(swap_targets(model)), rel=1e-4)
     assert fit.divergence < row.divergence
 
-    losses = distill(plain, teacher, [x], steps=100, lr=0.01, temperature=1.0)
+    options = {"loss": "kl", "temperature": 1.0, "features": (), "variation": 0.0}
+    losses = distill(plain, teacher, [x], steps=100, lr=0.01, **options)
     assert losses[0] == pytest.approx(row.divergence, rel=1e-4)
     assert divergence(plain) < 0.3 * row.divergence
 

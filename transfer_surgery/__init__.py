@@ -13,6 +13,7 @@ from transfer_surgery.files import (
     save_model,
 )
 from transfer_surgery.matching import (
+    DistillWarning,
     MatchWarning,
     distill,
     match_targets,
@@ -48,6 +49,7 @@ from transfer_surgery.units import (
 __all__ = [
     "Bernoulli",
     "Copy",
+    "DistillWarning",
     "FrozenGatesWarning",
     "GatedActivation",
     "HardConcrete",

@@ -2,30 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import math
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.optim.lr_scheduler import CosineAnnealingLR
-from torch.utils.hooks import RemovableHandle
+from torch import nn
 
-from transfer_surgery._arguments import check_arguments
-from transfer_surgery._running import (
-    call_model,
-    kl_divergence,
-    log_probabilities,
-    logits_of,
-    modes_kept,
-    to_device_of,
-)
+from transfer_surgery._running import call_model, map_tensors, modes_kept, to_device_of
+from transfer_surgery.matching.distill_loss import Loss, loss_function
+from transfer_surgery.matching.distill_report import DistillReport, warn_of_no_gain
+from transfer_surgery.matching.held_out import Asked, Examination, copied, hold_out, teach
+from transfer_surgery.matching.layer_outputs import LayerOutputs, layers_to_compare
+from transfer_surgery.matching.progress import Shown, progress_line
+from transfer_surgery.matching.variation import bearable_variation, varied
 from transfer_surgery.units import GatedActivation, gated_activations
 
 TRAINED = ("all", "targets")
 _NORMS = (nn.modules.batchnorm._BatchNorm, nn.LayerNorm, nn.GroupNorm)
-_FEATURE_WEIGHT = 4.0  # of the mean relative squared error of the features, beside the divergence
 _CLIP = 2.0  # highest norm of the gradient
+_WARMUP = 0.05  # share of the steps in which the learning rate rises
+_LOOKS = 20  # how often the network is compared with its teacher in evaluation mode
+_WORSE = 3.0  # times the lowest loss: from there on training goes back and takes smaller steps
 
 
 def distill(
@@ -34,41 +33,68 @@ def distill(
     batches: Iterable[Any],
     *,
     steps: int,
+    loss: str | Loss = "relative",
     train: str = "all",
     lr: float = 1e-3,
     temperature: float = 4.0,
-    features: Sequence[str] = (),
-) -> list[float]:
-    """Train a converted model to answer as its original does, by AdamW with a cosine schedule.
+    features: Sequence[str] | None = None,
+    variation: float = 1.0,
+    progress: Shown = True,
+) -> DistillReport:
+    """Train a converted model to answer as its original does, by AdamW.
 
-    The loss is the Kullback-Leibler divergence of the softened answers, times the square of the
-    temperature (Hinton, Vinyals and Dean 2015). With `features`, the relative squared errors of
-    what modules inside the networks return are added. A few hundred steps after `match_targets` and
-    `swap_targets` are worth several epochs with labels. The answers are read as logits:
-    ``(N, classes)``, ``(N, tokens, classes)``, ``(N, classes, height, width)``; a single logit
-    is read as yes or no. For regression, and for other losses, optimizers or schedules, write an
-    ordinary training loop.
+    The outputs of both networks may be of any kind: a tensor, or tensors in containers or objects.
+    The default loss is the mean of the relative squared errors of all of them, which suits logits,
+    probabilities, boxes, energies and forces alike. What the layers inside return is compared, too.
+    A few hundred steps after `match_targets` and `swap_targets` are worth several epochs with
+    labels.
+
+    Some batches are held out. The networks are compared on them in evaluation mode 20 times, and
+    the best state is kept, which may be the one at the start.
+
+    The model is trained in evaluation mode: without dropout, and with the branches that predictions
+    take. Only batch norms that follow their inputs (a momentum above 0) use the statistics of the
+    batch. The learning rate rises during 5 % of the steps, then falls like a cosine.
 
     Args:
-        model: a converted model on its device; it is trained in training mode.
+        model: a converted model on its device.
         teacher: the original network, such as a copy made before `convert`; it is run in evaluation
             mode and not changed.
         batches: inputs without labels, as for `match_targets`. They are repeated as often as
-            needed; shuffle and augment them as for training.
+            needed; shuffle and augment them as for training. Of a list of eight or more the last
+            eighth is held out.
         steps: number of optimizer steps.
+        loss: ``"relative"``; ``"mse"``, the mean of the mean squared errors; ``"kl"``, the
+            Kullback-Leibler divergence of softened logits, times the square of the temperature
+            (Hinton, Vinyals and Dean 2015); ``"bce"``, the divergence of probabilities of yes and
+            no, such as sigmoids; or a function that takes the outputs of the model and of the
+            teacher and returns a number. For ``"kl"``, classes are along the last axis of three,
+            else along the second; a single logit is read as yes or no.
         train: ``"all"`` parameters except the gates, or only ``"targets"``: the fitted targets and
             the scales and shifts of norm layers.
-        lr: highest learning rate.
-        temperature: what both answers are divided by before the softmax.
-        features: paths of modules that both networks have, such as the stages, whose outputs are
-            compared too.
+        lr: highest learning rate. It is halved wherever the network has got much worse, and
+            training goes on from the best state.
+        temperature: what logits are divided by before the softmax, for ``"kl"``.
+        features: paths of modules that both networks have, whose outputs are compared; None: all
+            linear layers and convolutions; an empty list: none.
+        variation: how much floating inputs are mixed with others of their batch, stretched, and
+            made noisy: from 0 to 1. It is halved until the teacher's outputs look as those for the
+            given inputs. Use 0 where there are many inputs, or where you augment them.
+        progress: whether to show a line with the remaining time, or a function that gets each
+            ``Progress``.
 
     Returns:
-        The loss of each step.
+        The loss of each step, with the errors of the outputs before and after.
 
     Raises:
-        ValueError: the model is not converted, all its gates are at their source, ``train`` or a
-            module is unknown, there are no batches, or a gradient is not finite.
+        ValueError: the model is not converted, all its gates are at their source, an argument is
+            unknown or does not suit the outputs, there are no batches, or outputs or gradients are
+            not finite.
+        TypeError: the outputs have no floating tensors, or those of the two networks differ in kind
+            or shape.
+
+    Warns:
+        DistillWarning: no state was better than the start, or an output got worse.
 
     Examples:
         >>> import copy
@@ -77,16 +103,17 @@ def distill(
         >>> teacher = nn.Sequential(nn.Linear(4, 32), nn.ReLU(), nn.Linear(32, 3))
         >>> model, x = copy.deepcopy(teacher), torch.randn(256, 4)
         >>> _ = match_targets(convert(model, "sin", example_input=x), [x])
-        >>> losses = distill(swap_targets(model), teacher, [x], steps=50)
-        >>> losses[-1] < losses[0]
+        >>> found = distill(swap_targets(model), teacher, x.split(32), steps=100)
+        >>> found.after["output"] < found.before["output"]
         True
     """
-    check_arguments(distill, locals())
     # Refuse what cannot work before anything is changed.
     if train not in TRAINED:
         raise ValueError(f"train={train!r}: use 'all' or 'targets'.")
-    if steps < 1 or temperature <= 0:
-        raise ValueError(f"steps={steps}, temperature={temperature}: both have to be positive.")
+    if steps < 1 or temperature <= 0 or lr <= 0:
+        raise ValueError(f"steps={steps}, temperature={temperature}, lr={lr}: use positive ones.")
+    if not 0 <= variation <= 1:
+        raise ValueError(f"variation={variation}: use a number from 0 to 1.")
     units = [unit for _, unit in gated_activations(model)]
     if all(bool((unit.gate.predict() == 1).all()) for unit in units):
         raise ValueError(
@@ -94,111 +121,90 @@ def distill(
             "swap_targets(model) first."
         )
     trained = _trained_parameters(model, units, train)
-    watched = [_Outputs(network, features) for network in (model, teacher)]
+    paths = layers_to_compare(model, teacher, features)
+    ours, theirs = LayerOutputs(model, paths), LayerOutputs(teacher, paths)
+    batches, looked_at = hold_out(batches)
+    looked_at = [to_device_of(model, batch) for batch in looked_at]
 
-    # The gradients of norm layers and of sinusoids are ten times those of weights: SGD with a
-    # clipped norm would hardly move the weights.
-    optimizer = torch.optim.AdamW(trained, lr, weight_decay=0.0)
-    schedule = CosineAnnealingLR(optimizer, steps)
-    losses: list[float] = []
-    with _ready_to_learn(model, teacher, trained, watched):
-        for batch in _repeated(batches, steps):
-            # Compare the answers of both networks on the same batch.
-            batch = to_device_of(model, batch)
-            with torch.no_grad():
-                answers = logits_of(call_model(teacher, batch))
-            loss = softened_divergence(logits_of(call_model(model, batch)), answers, temperature)
-            if features:
-                loss = loss + _FEATURE_WEIGHT * _feature_loss(*watched)
+    with _ready_to_learn(model, teacher, trained):
+        # Ask the teacher about the held-out batches.
+        given = [Asked(batch, teach(teacher, batch)) for batch in looked_at]
+        compare = loss_function(loss, [asked.output for asked in given], temperature)
+        strength, further = bearable_variation(teacher, given, variation)
+        examination = Examination(model, compare, given, further)
+        if not math.isfinite(examination.look(0)):
+            raise ValueError(
+                "the outputs for the held-out batches are not finite: look for NaN in the batches."
+            )
+        before = examination.errors
 
-            # Take one optimizer step.
-            optimizer.zero_grad()
-            loss.backward()  # type: ignore[no-untyped-call]
-            if not nn.utils.clip_grad_norm_(trained, _CLIP).isfinite():
-                raise ValueError(
-                    f"step {len(losses)}: the gradient is not finite; use a lower lr than {lr}, or "
-                    "look for NaN in the batches."
-                )
-            optimizer.step()
-            schedule.step()
-            losses.append(loss.item())
-    return losses
+        # Train. The gradients of norm layers and of sinusoids are ten times those of weights: SGD
+        # with a clipped norm would hardly move the weights.
+        optimizer = torch.optim.AdamW(trained, lr, weight_decay=0.0)
+        losses: list[float] = []
+        show = progress_line(progress, "distill", steps)
+        with ours.watched(), theirs.watched(), show as tell:
+            for step, batch in enumerate(_repeated(batches, steps), 1):
+                batch = varied(to_device_of(model, batch), strength)
+                optimizer.param_groups[0]["lr"] = lr * _rate(step / steps)
+                wanted = teach(teacher, batch)
+                now = call_model(model, map_tensors(copied, batch))
+                found = compare(now, wanted)
+                found = found + ours.error(theirs).to(found)
+                optimizer.zero_grad()
+                found.backward()  # type: ignore[no-untyped-call]
+                finite = nn.utils.clip_grad_norm_(trained, _CLIP).isfinite()
+                if finite:
+                    optimizer.step()
+                losses.append(found.detach().item())
+
+                # Look at the held-out batches; go back where training has gone astray.
+                if not finite or step % max(steps // _LOOKS, 1) == 0 or step == steps:
+                    now_at = examination.look(step) if finite else math.inf
+                    if not now_at <= _WORSE * examination.lowest:
+                        examination.go_back()
+                        optimizer.state.clear()
+                        lr /= 2
+                tell(step, f"loss {losses[-1]:.3g}, held out {examination.lowest:.3g}")
+        examination.go_back()
+    report = DistillReport(losses, before, examination.errors, examination.step, strength)
+    warn_of_no_gain(report, stacklevel=3)
+    return report
+
+
+def _rate(done: float) -> float:
+    """The share of the highest learning rate after this share of the steps."""
+    if done < _WARMUP:
+        return done / _WARMUP
+    return 0.5 * (1 + math.cos(math.pi * (done - _WARMUP) / (1 - _WARMUP)))
 
 
 @contextmanager
 def _ready_to_learn(
-    model: nn.Module,
-    teacher: nn.Module,
-    trained: Sequence[nn.Parameter],
-    watched: Sequence[_Outputs],
+    model: nn.Module, teacher: nn.Module, trained: Sequence[nn.Parameter]
 ) -> Iterator[None]:
-    """Training mode, the teacher in evaluation mode, the other parameters frozen; undone after."""
+    """Both networks in evaluation mode, but norms that follow; other parameters frozen; undone."""
     others = {p: p.requires_grad for p in model.parameters() if p not in set(trained)}
     try:
-        for outputs in watched:
-            outputs.start()
         for parameter in others:
             parameter.requires_grad_(False)
         with modes_kept(model, teacher):
-            model.train()
+            model.eval()
             teacher.eval()
+            for module in model.modules():
+                if _follows(module):
+                    module.training = True
             yield
     finally:
-        for outputs in watched:
-            outputs.stop()
         for parameter, wanted in others.items():
             parameter.requires_grad_(wanted)
 
 
-def softened_divergence(logits: Tensor, wanted: Tensor, temperature: float) -> Tensor:
-    """Mean KL of softened answers, times the square of the temperature (Hinton et al. 2015).
-
-    Args:
-        logits: answers of the network that learns, of a shape that `log_probabilities` takes.
-        wanted: answers of the one that teaches.
-        temperature: what both are divided by.
-    """
-    now, target = (log_probabilities(x, temperature) for x in (logits, wanted))
-    return kl_divergence(now, target) * temperature**2
-
-
-class _Outputs:
-    """The last output of some modules of a network."""
-
-    def __init__(self, network: nn.Module, paths: Sequence[str]) -> None:
-        self.last: dict[str, Tensor] = {}
-        modules = dict(network.named_modules())
-        missing = [path for path in paths if path not in modules]
-        if missing:
-            raise ValueError(
-                f"features={missing}: {type(network).__name__} has no such modules; take paths "
-                "from named_modules() that the model and its teacher both have."
-            )
-        self._modules = {path: modules[path] for path in paths}
-        self._handles: list[RemovableHandle] = []
-
-    def start(self) -> None:
-        for path, module in self._modules.items():
-            self._handles.append(module.register_forward_hook(self._note(path)))
-
-    def _note(self, path: str) -> Callable[[nn.Module, tuple[Any, ...], Any], None]:
-        def note(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-            self.last[path] = logits_of(output)
-
-        return note
-
-    def stop(self) -> None:
-        for handle in self._handles:
-            handle.remove()
-
-
-def _feature_loss(model: _Outputs, teacher: _Outputs) -> Tensor:
-    errors = []
-    for path, wanted in teacher.last.items():
-        wanted = wanted.detach().float()
-        error = (model.last[path].float() - wanted).square().mean()
-        errors.append(error / wanted.square().mean().clamp_min(1e-12))
-    return torch.stack(errors).mean()
+def _follows(module: nn.Module) -> bool:
+    """Whether a module's statistics follow its inputs, or it learns in training mode alone."""
+    if isinstance(module, nn.modules.batchnorm._BatchNorm):
+        return module.track_running_stats and bool(module.momentum)
+    return isinstance(module, nn.RNNBase)  # cuDNN has no gradients in evaluation mode
 
 
 def _trained_parameters(

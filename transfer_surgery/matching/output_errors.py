@@ -9,7 +9,7 @@ the unit nor on the zero point.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, is_dataclass
 from typing import Any
 
 import torch
@@ -53,8 +53,11 @@ def _walk(value: Any, name: str, above: frozenset[int]) -> Iterator[tuple[str, T
         parts = iter(zip(value._fields, value, strict=True))
     elif isinstance(value, list | tuple):
         parts = iter(enumerate(value))
-    elif hasattr(value, "__dict__") and not isinstance(value, type | nn.Module):
-        parts = iter(vars(value).items())
+    elif not isinstance(value, type | nn.Module) and not callable(value):
+        attributes = dict(getattr(value, "__dict__", {}))
+        if is_dataclass(value):  # also one with slots
+            attributes |= {f.name: getattr(value, f.name) for f in fields(value)}
+        parts = iter(attributes.items())
     if id(value) not in above:  # an object may refer to itself
         for key, part in parts:
             yield from _walk(part, f"{name}.{key}" if name else str(key), above | {id(value)})

@@ -1,0 +1,70 @@
+"""What `distill` did to the outputs, and a warning where it did no good."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable, Mapping
+
+_MORE = 1.1  # times the error at the start, from which on an output got worse
+
+
+class DistillWarning(UserWarning):
+    """Training did not bring the network, or one of its outputs, nearer to its teacher."""
+
+
+class DistillReport(list[float]):
+    """The loss of each step, and how far the outputs were from the teacher's.
+
+    Args:
+        losses: one per step.
+        before: relative squared error of each output on the held-out batches before training: 0 is
+            perfect, 1 is as good as the mean.
+        after: the same for the state that was kept.
+        kept: the step after which that state was reached; 0: the start.
+        variation: how much inputs were varied.
+    """
+
+    def __init__(
+        self,
+        losses: Iterable[float],
+        before: Mapping[str, float],
+        after: Mapping[str, float],
+        kept: int,
+        variation: float,
+    ) -> None:
+        super().__init__(losses)
+        self.before, self.after, self.kept, self.variation = before, after, kept, variation
+
+    def __str__(self) -> str:
+        errors = (f"{name} {e:.2g} -> {self.after[name]:.2g}" for name, e in self.before.items())
+        return (
+            f"{len(self)} steps, of which {self.kept} were kept; relative squared errors of the "
+            f"outputs: {', '.join(errors)}"
+        )
+
+    @property
+    def worse(self) -> tuple[str, ...]:
+        """Names of the outputs whose error grew by more than a tenth."""
+        return tuple(name for name, e in self.before.items() if self.after[name] > _MORE * e)
+
+
+def warn_of_no_gain(report: DistillReport, stacklevel: int) -> None:
+    """Warn if the start was the best state, or if some output got worse."""
+    if report.kept == 0:
+        warnings.warn(
+            f"distill did not bring the outputs nearer to the teacher's in {len(report)} steps, so "
+            "the model is as it was before. Take more steps, a lower lr, or more and other inputs.",
+            DistillWarning,
+            stacklevel=stacklevel,
+        )
+    elif report.worse:
+        errors = ", ".join(
+            f"{name} ({report.before[name]:.2g} -> {report.after[name]:.2g})"
+            for name in report.worse
+        )
+        warnings.warn(
+            f"distill made some outputs worse on the held-out batches: {errors}, relative squared "
+            "errors. A function as loss= can give these more weight.",
+            DistillWarning,
+            stacklevel=stacklevel,
+        )

@@ -1,0 +1,110 @@
+"""Inputs that are not trained on, and the best state of a network on them."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from transfer_surgery._running import call_model, map_tensors, modes_kept
+from transfer_surgery.matching.distill_loss import Loss
+from transfer_surgery.matching.output_errors import OutputErrors
+
+_SHARE = 8  # of so many batches of a list one is held out
+_MOST = 8  # batches that are held out at most: their outputs are kept in memory
+
+
+def hold_out(batches: Iterable[Any]) -> tuple[Iterable[Any], list[Any]]:
+    """Batches to train on, and others to look at.
+
+    Of a list the last eighth is held out. Of fewer than eight batches, and of a loader, none can
+    be: then the first ones are looked at too.
+    """
+    if isinstance(batches, Tensor):
+        batches = [batches]
+    if isinstance(batches, Sequence) and (number := min(len(batches) // _SHARE, _MOST)):
+        return batches[:-number], list(batches[-number:])
+    if isinstance(batches, Iterator):  # what is taken from it is gone
+        first = list(itertools.islice(batches, _MOST))
+        return itertools.chain(first, batches), first
+    return batches, list(itertools.islice(batches, _MOST))
+
+
+class Asked(NamedTuple):
+    """A batch and the output of the network that teaches."""
+
+    batch: Any
+    output: Any
+
+
+def teach(network: nn.Module, batch: Any) -> Any:
+    """The output of the network that teaches, without its graph.
+
+    Gradients are on, since some networks take some inside of their forward. The inputs are copies,
+    since some networks write into them.
+    """
+    with torch.enable_grad():
+        output = call_model(network, map_tensors(copied, batch))
+    return map_tensors(Tensor.detach, output)
+
+
+def copied(tensor: Tensor) -> Tensor:
+    """A copy that does not know where it comes from."""
+    return tensor.detach().clone()
+
+
+class Examination:
+    """Compares a network in evaluation mode with its teacher, and keeps the best state.
+
+    Args:
+        model: the network that learns, as it is at the start.
+        loss: what is compared.
+        given: inputs with the teacher's outputs.
+        further: the same of varied inputs, which count in the loss but not in the errors.
+    """
+
+    def __init__(
+        self, model: nn.Module, loss: Loss, given: Sequence[Asked], further: Sequence[Asked] = ()
+    ) -> None:
+        self._model, self._loss = model, loss
+        self._given, self._further = given, further
+        self._best: dict[str, Tensor] = {}
+        self.lowest = float("inf")
+        self.step = 0
+        """The step after which the loss was lowest; 0: the start."""
+        self.errors: dict[str, float] = {}
+        """The relative squared error of each output in the best state."""
+
+    def look(self, step: int) -> float:
+        """The loss after a step. The state is kept if it is the best until now."""
+        errors, losses = OutputErrors(), []
+        with modes_kept(self._model):
+            self._model.eval()
+            for asked in (*self._given, *self._further):
+                with torch.enable_grad():
+                    now = call_model(self._model, map_tensors(copied, asked.batch))
+                losses.append(self._loss(now, asked.output).detach().item())
+                if len(losses) <= len(self._given):
+                    errors.add(now, asked.output)
+        loss = sum(losses) / len(losses)
+        if loss < self.lowest:
+            self.lowest, self.step, self.errors = loss, step, errors.relative()
+            self._best = copy.deepcopy(self._state())
+        return loss
+
+    def go_back(self) -> None:
+        """Bring back the best state."""
+        with torch.no_grad():
+            for name, tensor in self._state().items():
+                tensor.copy_(self._best[name])
+
+    def _state(self) -> dict[str, Tensor]:
+        model = self._model
+        return {
+            name: tensor.detach()
+            for name, tensor in itertools.chain(model.named_parameters(), model.named_buffers())
+        }
