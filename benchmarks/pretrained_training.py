@@ -22,7 +22,7 @@ from transfer_surgery import (
     wrap_optimizer,
 )
 from transfer_surgery.cli.finetuning.images import ImageData, Unlabelled
-from transfer_surgery.matching.distillation import softened_divergence
+from transfer_surgery.matching.distill_loss import softened_divergence
 
 STAGES = ("layer1", "layer2", "layer3")
 
@@ -53,8 +53,10 @@ def train(
                 teacher,
                 Unlabelled(data.train),
                 steps=recipe.steps,
+                loss="kl",
                 lr=recipe.lr,
                 features=STAGES,
+                variation=0.0,  # the images are augmented
             )
         else:
             schedule = _schedule_of(recipe, model, batches) if soft else None
@@ -120,5 +122,5 @@ def _schedule_of(recipe: Recipe, model: nn.Module, batches: list[Tensor]) -> Tra
         return TransferSchedule(recipe.steps, start=0, end=1.0, shape="linear")
     order: Any = recipe.order
     if order == "sensitivity":
-        order = sensitivity(model, batches[:2]).order
+        order = sensitivity(model, batches[:2], logits=True).order
     return TransferSchedule(recipe.steps, order=order)

@@ -140,7 +140,8 @@ def main(
         # The original network teaches the new one.
         steps = (epochs or 3) * len(data.train)
         with machine.autocast():
-            distill(model, teacher, Unlabelled(data.train), steps=steps, lr=distill_lr)
+            images = Unlabelled(data.train)  # augmented
+            distill(model, teacher, images, steps=steps, loss="kl", lr=distill_lr, variation=0)
         transferred = predict(model, data.test, machine)
     else:
         # The paper's way: plain targets; the wrapped optimizer moves the gates in training.

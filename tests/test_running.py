@@ -102,8 +102,8 @@ def test_a_network_of_any_answers_is_measured_and_taught(make):
         wanted, now = (a.log_softmax(-1) for a in answers)
         return (wanted.exp() * (wanted - now)).sum(-1).mean().item()
 
-    (row,) = sensitivity(model, [x])
-    (fit,) = match_targets(model, [x])
+    (row,) = sensitivity(model, [x], logits=True)
+    (fit,) = match_targets(model, [x], logits=True)
     assert row.divergence == pytest.approx(divergence(swap_targets(plain)), rel=1e-4)
     assert fit.divergence == pytest.approx(divergence(swap_targets(model)), rel=1e-4)
     assert fit.divergence < row.divergence

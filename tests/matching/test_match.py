@@ -115,16 +115,16 @@ def test_each_site_makes_up_for_those_before_and_refitted_layers_do_more():
 
 def test_a_refit_leaves_the_gates_and_says_that_a_swap_has_to_follow():
     model = converted()
-    found = match_targets(model, data().split(128), refit=True)
+    found = match_targets(model, data().split(128), refit=True, logits=True)
     assert all((unit.gate.predict() == 1).all() for _, unit in gated_activations(model))
     assert found.refitted == ("1.conv2", "4", "6")  # not the layers before the first site
     assert torch.equal(model[0].weight, network()[0].weight)
     assert not torch.equal(model[6].weight, network()[6].weight)
     assert found.needs_swap
-    assert str(found).endswith(
+    assert (
         "3 layers were refitted to these targets; "
         "the outputs are wrong until you call swap_targets(model)."
-    )
+    ) in found.notes
     assert found.rows[-1].divergence < 0.1
     assert divergence(swap_targets(model)) == pytest.approx(found.rows[-1].divergence, rel=0.5)
     assert "swap_targets" not in str(match_targets(converted(), [data()]))
@@ -138,19 +138,44 @@ def test_a_network_that_is_swapped_first_is_refitted_to_the_same():
     assert state.keys() == other.keys()
     assert all(torch.equal(state[k], other[k]) for k in state if "log_alpha" not in k)
     assert not found.needs_swap
-    assert str(found).endswith("3 layers were refitted to these targets.")
+    assert "3 layers were refitted to these targets." in found.notes
 
 
 def test_rows_are_in_the_order_of_execution_and_say_how_well_it_went():
     model = converted()
-    found = match_targets(model, data().split(128))
+    found = match_targets(model, data().split(128), logits=True)
     assert [row.path for row in found] == ["1.act_0", "1.act_1", "1.gelu_0", "5"]
     assert all(0.5 < row.r2 <= 1 and row.periods >= 0.5 for row in found)
     divergences = [row.divergence for row in found]
     assert (
         divergences[0] < divergences[-1] == pytest.approx(divergence(swap_targets(model)), rel=0.5)
     )
-    assert str(found).splitlines()[0].split() == ["path", "source", "target", "R2", "periods", "KL"]
+    heading = str(found).splitlines()[0].split()
+    assert heading == ["path", "source", "target", "R2", "periods", "output", "error", "KL"]
+
+
+def test_the_report_has_the_error_of_each_output_and_no_divergence_of_what_is_no_logits():
+    class TwoHeads(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body, self.act = nn.Linear(4, 8), nn.ReLU()
+            self.energy, self.classes = nn.Linear(8, 1), nn.Linear(8, 3)
+
+        def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            x = self.act(self.body(x))
+            return 1000 * self.energy(x) - 5000, self.classes(x).softmax(1)
+
+    torch.manual_seed(0)
+    original, x = TwoHeads().eval(), torch.randn(256, 4)
+    model = convert(copy.deepcopy(original), "sin", example_input=x)
+    (row,) = match_targets(model, [x])
+    assert row.divergence is None
+    with torch.no_grad():
+        pairs = zip(swap_targets(model)(x), original(x), strict=True)
+        expected = [
+            ((now - y).square().sum() / (y - y.mean(0)).square().sum()).item() for now, y in pairs
+        ]
+    assert row.errors == {str(i): pytest.approx(e, rel=1e-3) for i, e in enumerate(expected)}
 
 
 def test_batches_of_any_size_give_the_same_fit():
@@ -244,7 +269,10 @@ def test_wrong_batches_are_refused_with_the_fix():
 
 
 def test_a_poor_fit_is_warned_of():
-    rows = (MatchRow(f"{i}", "relu", "sin", r2, 0.5, 0.1, 99) for i, r2 in enumerate((0.4, 0.6)))
+    rows = (
+        MatchRow(f"{i}", "relu", "sin", r2, 0.5, {"output": 0.1}, 99)
+        for i, r2 in enumerate((0.4, 0.6))
+    )
     with pytest.warns(MatchWarning, match=r"less than 50% .* at 0: .*exclude="):
         warn_of_poor_fits(MatchReport(tuple(rows)), stacklevel=1)
 

@@ -78,7 +78,7 @@ def test_of_a_compiled_model_the_same_is_found(in_place):
         compiled = torch.compile(model, backend="eager")
     compiled(X)  # compiled before there are hooks, which its code leaves out from then on
     assert [row.r2 for row in match_targets(compiled, [X])] == [row.r2 for row in expected]
-    costs = [[row.divergence for row in sensitivity(m, [X])] for m in (compiled, plain)]
+    costs = [[row.cost for row in sensitivity(m, [X])] for m in (compiled, plain)]
     assert costs[0] == costs[1]
 
 

@@ -30,7 +30,7 @@ def test_a_row_is_what_the_swap_of_that_site_alone_does():
     model, original = convert(network(), example_input=X), network()
     match_targets(model, [X])
     before = copy.deepcopy(model.state_dict())
-    found = sensitivity(model, X.split(100))
+    found = sensitivity(model, X.split(100), logits=True)
     assert all(torch.equal(model.state_dict()[k], v) for k, v in before.items())
     assert model.training
     assert [row.divergence for row in found] == sorted(row.divergence for row in found)
@@ -43,6 +43,9 @@ def test_a_row_is_what_the_swap_of_that_site_alone_does():
         )
         assert row.divergence == pytest.approx(kl.item(), rel=1e-3)
         assert row.changed == pytest.approx((one.argmax(1) != wanted.argmax(1)).float().mean())
+        deviation = (wanted - wanted.mean(0)).square().sum()
+        error = ((one - wanted).square().sum() / deviation).item()
+        assert row.errors == {"output": pytest.approx(error, rel=1e-4)}
 
 
 def test_sites_that_were_transferred_already_count_as_original():
@@ -57,9 +60,10 @@ def test_rounding_puts_no_divergence_below_zero():
         model[-1].weight.mul_(1e-4)
     convert(model, example_input=X)
     for x in X.split(1):
-        assert min(row.divergence for row in sensitivity(model, [x])) >= 0
+        assert min(row.divergence for row in sensitivity(model, [x], logits=True)) >= 0
     for x in X.split(50):
-        assert min(row.divergence for row in match_targets(copy.deepcopy(model), [x])) >= 0
+        found = match_targets(copy.deepcopy(model), [x], logits=True)
+        assert min(row.divergence for row in found) >= 0
 
 
 def test_the_cheapest_site_is_transferred_first():
@@ -83,6 +87,6 @@ def test_answers_of_any_shape_are_compared():
     torch.manual_seed(0)
     model = convert(nn.Sequential(nn.Conv2d(2, 4, 3), nn.ReLU(), nn.Conv2d(4, 5, 1)),
                     example_input=torch.zeros(1, 2, 6, 6))  # fmt: skip
-    (row,) = sensitivity(model, [torch.randn(8, 2, 6, 6)])
+    (row,) = sensitivity(model, [torch.randn(8, 2, 6, 6)], logits=True)
     assert 0 < row.changed < 1
     assert row.divergence > 0

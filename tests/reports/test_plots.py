@@ -35,7 +35,8 @@ def history_of(model: nn.Module, steps: int) -> History:
 
 def matched(sites: int) -> MatchReport:
     rows = [
-        MatchRow(f"layer{i}", "relu", "sin", 1 - i / 10, 0.5 + i, i / 2, 99) for i in range(sites)
+        MatchRow(f"layer{i}", "relu", "sin", 1 - i / 10, 0.5 + i, {"0": i / 2}, 99)
+        for i in range(sites)
     ]
     return MatchReport((*rows, MatchRow("last", "relu", "square", None, None, None, None)))
 
@@ -140,7 +141,7 @@ def test_matches_are_drawn_as_bars_of_three_measures():
     bars = {ax.get_xlabel(): [bar.get_width() for bar in ax.patches] for ax in ax.figure.axes}
     assert bars["R2"] == pytest.approx([1, 0.9, 0.8])
     assert bars["periods"] == [0.5, 1.5, 2.5]
-    assert bars["KL"] == [0, 0.5, 1]
+    assert bars["output error"] == [0, 0.5, 1]
     labels = [label.get_text() for label in shown_labels(ax)]
     assert labels == ["layer0", "layer1", "layer2", "last"]
 

@@ -71,7 +71,7 @@ def _squared_error(now: Any, wanted: Any, scales: Mapping[str, float]) -> Tensor
     errors = []
     for name, (ours, theirs) in paired_tensors(now, wanted).items():
         if ours.numel():
-            used = theirs.isfinite() | (ours != theirs)  # masked logits are -inf in both
+            used = (theirs != -torch.inf) | (ours != theirs)  # masked logits are -inf in both
             difference = torch.where(used, ours, 0.0).float() - torch.where(used, theirs, 0.0)
             errors.append(difference.square().mean() / scales.get(name, 1.0))
     return torch.stack(errors).mean() if errors else torch.zeros(())
@@ -96,7 +96,8 @@ def _binary_divergence(now: Tensor, wanted: Tensor) -> Tensor:
     entropy = torch.special.entr(p) + torch.special.entr(1 - p)
     # Autocast refuses torch's own binary_cross_entropy.
     cross = -(p * q.clamp_min(tiny).log() + (1 - p) * (1 - q).clamp_min(tiny).log())
-    return (cross - entropy).mean()
+    divergence: Tensor = (cross - entropy).mean()
+    return divergence
 
 
 def _the_tensor(loss: str, output: Any) -> Tensor:

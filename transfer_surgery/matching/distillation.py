@@ -21,6 +21,7 @@ from transfer_surgery.units import GatedActivation, gated_activations
 
 TRAINED = ("all", "targets")
 _NORMS = (nn.modules.batchnorm._BatchNorm, nn.LayerNorm, nn.GroupNorm)
+_KL_WEIGHT = 4.0  # of the layers' errors beside a divergence, as in the study of ResNets
 _CLIP = 2.0  # highest norm of the gradient
 _WARMUP = 0.05  # share of the steps in which the learning rate rises
 _LOOKS = 20  # how often the network is compared with its teacher in evaluation mode
@@ -129,6 +130,7 @@ def distill(
     with _ready_to_learn(model, teacher, trained):
         # Ask the teacher about the held-out batches.
         given = [Asked(batch, teach(teacher, batch)) for batch in looked_at]
+        weight = _KL_WEIGHT if loss == "kl" else 1.0
         compare = loss_function(loss, [asked.output for asked in given], temperature)
         strength, further = bearable_variation(teacher, given, variation)
         examination = Examination(model, compare, given, further)
@@ -150,7 +152,7 @@ def distill(
                 wanted = teach(teacher, batch)
                 now = call_model(model, map_tensors(copied, batch))
                 found = compare(now, wanted)
-                found = found + ours.error(theirs).to(found)
+                found = found + weight * ours.error(theirs).to(found)
                 optimizer.zero_grad()
                 found.backward()  # type: ignore[no-untyped-call]
                 finite = nn.utils.clip_grad_norm_(trained, _CLIP).isfinite()

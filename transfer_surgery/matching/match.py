@@ -32,6 +32,7 @@ def match_targets(
     weights: str | None = None,
     refit: bool = False,
     max_bytes: int | None = None,
+    logits: bool = False,
 ) -> MatchReport:
     """Fit the targets of a converted model to its sources, on batches without labels.
 
@@ -65,11 +66,12 @@ def match_targets(
         max_bytes: what the forward passes of both networks may hold while they wait for each other
             at a site; None: half of the memory that is free. Batches beyond it are run again for
             each site, so that their time grows with the square of the depth.
+        logits: whether the model returns logits of classes, so that the report can have their KL
+            divergence, too. Outputs that are named ``logits`` are read so in any case.
 
     Returns:
         A row per site: share of the variance that is explained, periods that the data spans, and
-        how far the outputs, read as logits, are from the original ones with this site and those
-        before it swapped.
+        how far the outputs are from the original ones with this site and those before it swapped.
 
     Raises:
         ValueError: the model is not converted, there are no batches or NaN in them, a pattern
@@ -96,7 +98,8 @@ def match_targets(
     # DDP would synchronise buffers at each forward pass, which ranks do in turns of their own.
     inner = model.module if isinstance(model, DistributedDataParallel) else model
     networks = TwoNetworks(inner, list(units.values()), as_batches(batches, inner))
-    fit = OnePass(networks, {unit: path for path, unit in units.items()}, weights, refit, max_bytes)
+    named = {unit: path for path, unit in units.items()}
+    fit = OnePass(networks, named, weights, refit, max_bytes, logits)
     before = {unit: _numbers(unit) for unit in units.values()}
     try:
         with prediction_mode(inner):

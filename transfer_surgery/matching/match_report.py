@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 _POOR = 0.5  # share of the variance that a fit should explain
+_FAR = 0.05  # relative squared error of the outputs from which on there is advice
 _FEW = 30  # values that each gate should have
 
 
@@ -32,9 +33,11 @@ class MatchRow:
             negative where the mean would be better, and None where the site did not run.
         periods: median over gates of the number of periods that the data spans; None where the
             target is not periodic.
-        divergence: mean KL divergence of the model's outputs, read as logits, from the original
-            ones on the first batch, with this site and those before it swapped.
+        errors: relative squared error of each output of the model on the first batch, with this
+            site and those before it swapped: 0 is perfect, 1 is as good as the mean. None where the
+            outputs cannot be compared.
         values: number of inputs that each gate was fitted to.
+        divergence: mean KL divergence of the outputs from the original ones, if they are logits.
     """
 
     path: str
@@ -42,8 +45,9 @@ class MatchRow:
     target: str
     r2: float | None
     periods: float | None
-    divergence: float | None
+    errors: Mapping[str, float] | None
     values: int | None
+    divergence: float | None = None
 
 
 @dataclass(frozen=True, repr=False)
@@ -66,6 +70,7 @@ class MatchReport(Table[MatchRow]):
         Column("target"),
         Column("r2", "R2", lambda r2: "not run" if r2 is None else f"{r2:.3f}"),
         Column("periods", text=".2f"),
+        Column("errors", "output error", error_cell),
         Column("divergence", "KL", ".4f"),
     )
     refitted: tuple[str, ...] = ()
@@ -89,6 +94,13 @@ class MatchReport(Table[MatchRow]):
                 f"{batches} run once more for each module, for lack of memory; the others held "
                 f"{self.held / 2**20:,.0f} MiB. Fewer examples, or a larger max_bytes=, take less "
                 "time."
+            )
+        last = next((row.errors for row in reversed(self.rows) if row.errors), {})
+        if max(last.values(), default=0.0) > _FAR:
+            notes.append(
+                "Output error: 0 is perfect, 1 is as good as the mean. What brings it down, most "
+                "first: refit=True, distill after the swap, more inputs, one gate per channel, and "
+                "to leave out the sites after which it jumps (exclude=)."
             )
         return tuple(notes)
 

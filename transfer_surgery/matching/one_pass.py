@@ -38,6 +38,7 @@ class OnePass:
         weights: as in `match_targets`.
         refit: whether layers are refitted, too.
         max_bytes: as in `match_targets`.
+        logits: as in `match_targets`.
         refitted: gets the layers behind a site, with the reason where one was left alone.
         held: bytes that the waiting forward passes held at most, by the look at the first batch.
         waited: number of batches whose forward passes waited.
@@ -48,6 +49,7 @@ class OnePass:
     weights: str | None = None
     refit: bool = False
     max_bytes: int | None = None
+    logits: bool = False
     refitted: dict[nn.Module, str | None] = field(default_factory=dict)
     held: int = 0
     waited: int = 0
@@ -78,7 +80,7 @@ class OnePass:
         samples = Samples(self.networks, calls, fits)
         if self.weights == "gradient":
             samples.weigh()
-        check = OutputCheck(self.networks, seen.output, len(self.paths))
+        check = OutputCheck(self.networks, seen.output, len(self.paths), self.logits)
         number, device = len(self.networks.batches), _device_of(self.networks.model)
         self.waited = batches_that_wait(number, seen.held, device, self.max_bytes)
         self.held = 2 * seen.held * self.waited
@@ -118,8 +120,8 @@ class OnePass:
                     _write(module, solution)
                     both.fitted(module)
                     done.add(module)
-                    error = check.divergence(done)
-                    yield _row(self.paths[module], module, solution, inputs, error)
+                    outputs = check.compare(done)
+                    yield _row(self.paths[module], module, solution, inputs, *outputs)
                 else:
                     fit = fits[module]
                     with failing_together():
@@ -179,6 +181,7 @@ def _row(
     unit: GatedActivation,
     solution: Solution | None = None,
     inputs: Inputs | None = None,
+    errors: dict[str, float] | None = None,
     divergence: float | None = None,
 ) -> MatchRow:
     names = path, str(unit.source), str(unit.target)
@@ -190,7 +193,7 @@ def _row(
     periods = (w.abs() * inputs.span * inputs.std / (2 * torch.pi)).median()
     periodic = unit.target.name in ("sin", "cos")
     turns = periods.item() if periodic else None
-    return MatchRow(*names, explained.item(), turns, divergence, inputs.count)
+    return MatchRow(*names, explained.item(), turns, errors, inputs.count, divergence)
 
 
 def _device_of(model: nn.Module) -> torch.device:

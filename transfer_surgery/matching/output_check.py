@@ -9,7 +9,12 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
 
-from transfer_surgery._running import kl_divergence, log_probabilities, logits_of
+from transfer_surgery._running import kl_divergence, log_probabilities
+from transfer_surgery.matching.output_errors import (
+    OutputErrors,
+    logits_if_declared,
+    output_tensors,
+)
 from transfer_surgery.matching.two_networks import TwoNetworks
 from transfer_surgery.units import GatedActivation
 
@@ -23,9 +28,13 @@ class OutputCheck:
         networks: both networks.
         wanted: the output of the original network for the first batch.
         sites: number of sites after which the outputs are compared.
+        logits: whether the outputs are logits of classes.
+
+    Raises:
+        TypeError: the output has no floating tensors.
     """
 
-    def __init__(self, networks: TwoNetworks, wanted: Any, sites: int) -> None:
+    def __init__(self, networks: TwoNetworks, wanted: Any, sites: int, logits: bool) -> None:
         self._networks = networks
         self._batch, self._wanted = networks.batches[0], wanted
         count = _examples(self._batch)
@@ -33,7 +42,8 @@ class OutputCheck:
             fewer = max(_PASSES * count * len(networks.batches) // max(sites, 1), 1)
             if fewer < count and (part := self._first(fewer)) is not None:
                 self._batch, self._wanted = part
-        self._answers = log_probabilities(logits_of(self._wanted))
+        output_tensors(self._wanted)
+        self._logits = logits
 
     def _first(self, number: int) -> tuple[Any, Any] | None:
         """The first examples and the output for them, if they can be told from the others."""
@@ -58,10 +68,24 @@ class OutputCheck:
                 return None
         return batch, output
 
-    def divergence(self, transferred: Collection[GatedActivation]) -> float:
-        """Mean KL divergence of the outputs, read as logits, from the original ones."""
-        now = self._networks.log_probabilities(self._batch, transferred, False)
-        return kl_divergence(now, self._answers).item()
+    def compare(
+        self, transferred: Collection[GatedActivation]
+    ) -> tuple[dict[str, float] | None, float | None]:
+        """How far the outputs are from the original ones, with these sites at their targets.
+
+        Returns:
+            The relative squared error of each output, or None where they cannot be compared, as
+            numbers of boxes that differ; and the KL divergence, if the outputs are logits.
+        """
+        now = self._networks.run(self._batch, transferred, False)
+        errors = OutputErrors()
+        try:
+            errors.add(now, self._wanted)
+        except TypeError:
+            return None, None
+        logits = [logits_if_declared(output, self._logits) for output in (now, self._wanted)]
+        answers = [log_probabilities(x) for x in logits if x is not None]
+        return errors.relative(), kl_divergence(*answers).item() if len(answers) == 2 else None
 
 
 def _examples(batch: Any) -> int:

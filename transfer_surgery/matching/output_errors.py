@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from transfer_surgery._running import logits_of
+
 
 def output_tensors(output: Any) -> dict[str, Tensor]:
     """The real and complex tensors of an output, by name: ``"output"``, ``"1"``, ``"boxes.0"``.
@@ -119,7 +121,7 @@ class _Sums:
     def add(self, now: Tensor, wanted: Tensor) -> None:
         now, wanted = now.double(), wanted.double()
         # Masked logits are -inf in both networks: there is nothing to compare.
-        used = wanted.isfinite() | (now != wanted)
+        used = (wanted != -torch.inf) | (now != wanted)
         now, wanted = (torch.where(used, x, 0.0) for x in (now, wanted))
         rows = wanted[None] if wanted.dim() == 0 else wanted
         total = rows.sum(0).cpu()
@@ -153,3 +155,19 @@ class _Sums:
 
     def scale(self) -> float:
         return (self._variation() or self.squares) / max(self.elements, 1) or 1.0
+
+
+def error_cell(errors: Mapping[str, float] | None) -> str:
+    """The errors of a row as a table shows them: without a name where there is one output."""
+    if errors is None:
+        return "-"
+    if len(errors) == 1:
+        return f"{next(iter(errors.values())):.4f}"
+    return ", ".join(f"{name}: {error:.4f}" for name, error in errors.items())
+
+
+def logits_if_declared(output: Any, declared: bool) -> Tensor | None:
+    """The logits of an output, if the user declared them, or if they are named so."""
+    if declared or (isinstance(output, Mapping) and "logits" in output):
+        return logits_of(output)
+    return None

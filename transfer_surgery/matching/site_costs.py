@@ -3,17 +3,26 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import nn
 
 from transfer_surgery._arguments import check_arguments
-from transfer_surgery._running import as_batches, kl_divergence, prediction_mode
+from transfer_surgery._running import (
+    as_batches,
+    kl_divergence,
+    log_probabilities,
+    prediction_mode,
+)
 from transfer_surgery._sharding import check_not_sharded
 from transfer_surgery._table import Column, Table
+from transfer_surgery.matching.output_errors import (
+    OutputErrors,
+    error_cell,
+    logits_if_declared,
+)
 from transfer_surgery.matching.two_networks import TwoNetworks
 from transfer_surgery.units import select_units
 
@@ -26,16 +35,26 @@ class SensitivityRow:
         path: where its unit lives in the model.
         source: the activation that the network had.
         target: the activation that it is swapped to.
-        divergence: mean KL divergence of the outputs, read as logits, from those of the original
-            network.
-        changed: share of the outputs whose largest logit is not that of the original network.
+        errors: relative squared error of each output of the model: 0 is perfect, 1 is as good as
+            the mean.
+        divergence: mean KL divergence of the outputs from the original ones, if they are logits.
+        changed: share of the answers whose largest logit is not the original one, if they are
+            logits.
     """
 
     path: str
     source: str
     target: str
-    divergence: float
-    changed: float
+    errors: Mapping[str, float]
+    divergence: float | None = None
+    changed: float | None = None
+
+    @property
+    def cost(self) -> float:
+        """The divergence, or the mean of the errors where the outputs are no logits."""
+        if self.divergence is not None:
+            return self.divergence
+        return sum(self.errors.values()) / len(self.errors)
 
 
 @dataclass(frozen=True, repr=False)
@@ -46,6 +65,7 @@ class Sensitivity(Table[SensitivityRow]):
         Column("path"),
         Column("source"),
         Column("target"),
+        Column("errors", "output error", error_cell),
         Column("divergence", "KL", ".5f"),
         Column("changed", "answers changed", ".1%"),
     )
@@ -57,7 +77,12 @@ class Sensitivity(Table[SensitivityRow]):
 
 
 def sensitivity(
-    model: nn.Module, batches: Iterable[Any], *, include: Any = None, exclude: Any = None
+    model: nn.Module,
+    batches: Iterable[Any],
+    *,
+    include: Any = None,
+    exclude: Any = None,
+    logits: bool = False,
 ) -> Sensitivity:
     """Swap one site at a time to its target, and compare the outputs with the original ones.
 
@@ -69,6 +94,8 @@ def sensitivity(
         batches: inputs without labels, as for `match_targets`.
         include: sites to look at: patterns as in `convert` (a predicate gets the unit); None: all.
         exclude: sites to leave out, in the same forms.
+        logits: whether the model returns logits of classes, so that sites are sorted by the KL
+            divergence. Outputs that are named ``logits`` are read so in any case.
 
     Returns:
         A row per site, the cheapest first.
@@ -92,25 +119,44 @@ def sensitivity(
     check_not_sharded(model)
     units = select_units(model, include, exclude)
     networks = TwoNetworks(model, list(units.values()), as_batches(batches, model))
-    count = 0
+    found = {path: _Cost(logits) for path in units}
     with prediction_mode(model):
-        # For each site the sum of the divergences, and how many largest logits are other ones.
-        found = {path: torch.zeros(2, dtype=torch.float64) for path in units}
         for batch in networks.batches:
-            wanted = networks.log_probabilities(batch)
-            count += wanted.shape[0]
+            wanted = networks.run(batch)
             for path, unit in units.items():
-                now = networks.log_probabilities(batch, {unit})
-                kl = kl_divergence(now, wanted) * wanted.shape[0]
-                changed = (now.argmax(1) != wanted.argmax(1)).sum()
-                found[path] += torch.stack([kl.double(), changed.double()]).cpu()
+                found[path].add(networks.run(batch, {unit}), wanted)
     rows = []
     for path, unit in units.items():
-        divergence, changed = (found[path] / count).tolist()
-        if not math.isfinite(divergence):
+        row = SensitivityRow(path, str(unit.source), str(unit.target), *found[path].values())
+        if math.isnan(row.cost):
             raise ValueError(
                 f"{path}: the outputs, or those of the original network, are not finite. Look for "
                 "NaN in the batches; a network that overflows in half precision needs float32."
             )
-        rows.append(SensitivityRow(path, str(unit.source), str(unit.target), divergence, changed))
-    return Sensitivity(tuple(sorted(rows, key=lambda row: row.divergence)))
+        rows.append(row)
+    return Sensitivity(tuple(sorted(rows, key=lambda row: row.cost)))
+
+
+class _Cost:
+    """What a swap does to the outputs, summed up over batches."""
+
+    def __init__(self, logits: bool) -> None:
+        self._declared, self._errors = logits, OutputErrors()
+        self._divergence, self._changed, self._answers = 0.0, 0, 0
+
+    def add(self, now: Any, wanted: Any) -> None:
+        self._errors.add(now, wanted)
+        logits = logits_if_declared(now, self._declared)
+        original = logits_if_declared(wanted, self._declared)
+        if logits is not None and original is not None:
+            ours, theirs = log_probabilities(logits), log_probabilities(original)
+            self._divergence += float(kl_divergence(ours, theirs)) * len(theirs)
+            self._changed += int((ours.argmax(1) != theirs.argmax(1)).sum())
+            self._answers += len(theirs)
+
+    def values(self) -> tuple[dict[str, float], float | None, float | None]:
+        """Errors; the divergence and the share of changed answers, where there are logits."""
+        errors = self._errors.relative()
+        if not self._answers:
+            return errors, None, None
+        return errors, self._divergence / self._answers, self._changed / self._answers

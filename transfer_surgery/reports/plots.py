@@ -68,7 +68,7 @@ def plot_report(report: Report, ax: Axes | None = None) -> Axes:
 
 
 def plot_match(report: MatchReport, ax: Axes | None = None) -> Axes:
-    """Draw how well targets were matched: R2, periods and KL of each site, side by side.
+    """Draw how well targets were matched: R2, periods and the largest output error of each site.
 
     Args:
         report: what `transfer_surgery.match_targets` returned.
@@ -83,9 +83,11 @@ def plot_match(report: MatchReport, ax: Axes | None = None) -> Axes:
 
     Examples:
         >>> from transfer_surgery.matching import MatchReport, MatchRow
-        >>> ax = plot_match(MatchReport((MatchRow("act", "relu", "sin", 0.97, 0.8, 0.01, 512),)))
+        >>> ax = plot_match(
+        ...     MatchReport((MatchRow("act", "relu", "sin", 0.97, 0.8, {"0": 0.01}, 512),))
+        ... )
         >>> [ax.get_xlabel() for ax in ax.figure.axes]
-        ['R2', 'periods', 'KL']
+        ['R2', 'periods', 'output error']
     """
     rows = report.rows
     ax = ax or axes_for_lines(len(rows), above=0.1)
@@ -96,7 +98,7 @@ def plot_match(report: MatchReport, ax: Axes | None = None) -> Axes:
     for name, values in (
         ("R2", [row.r2 for row in rows]),
         ("periods", [row.periods for row in rows]),
-        ("KL", [row.divergence for row in rows]),
+        ("output error", [max(row.errors.values()) if row.errors else None for row in rows]),
     ):
         panel = ax
         if name != "R2":
