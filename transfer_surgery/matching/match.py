@@ -19,6 +19,7 @@ from transfer_surgery._running import as_batches, prediction_mode
 from transfer_surgery._sharding import check_not_sharded
 from transfer_surgery.matching.match_report import MatchReport, warn_of_poor_fits
 from transfer_surgery.matching.one_pass import OnePass
+from transfer_surgery.matching.progress import Shown
 from transfer_surgery.matching.two_networks import TwoNetworks
 from transfer_surgery.units import GatedActivation, select_units
 
@@ -33,6 +34,7 @@ def match_targets(
     refit: bool = False,
     max_bytes: int | None = None,
     logits: bool = False,
+    progress: Shown = True,
 ) -> MatchReport:
     """Fit the targets of a converted model to its sources, on batches without labels.
 
@@ -68,6 +70,8 @@ def match_targets(
             each site, so that their time grows with the square of the depth.
         logits: whether the model returns logits of classes, so that the report can have their KL
             divergence, too. Outputs that are named ``logits`` are read so in any case.
+        progress: whether to show a line with the remaining time, or a function that gets each
+            ``Progress``.
 
     Returns:
         A row per site: share of the variance that is explained, periods that the data spans, and
@@ -99,7 +103,7 @@ def match_targets(
     inner = model.module if isinstance(model, DistributedDataParallel) else model
     networks = TwoNetworks(inner, list(units.values()), as_batches(batches, inner))
     named = {unit: path for path, unit in units.items()}
-    fit = OnePass(networks, named, weights, refit, max_bytes, logits)
+    fit = OnePass(networks, named, weights, refit, max_bytes, logits, progress)
     before = {unit: _numbers(unit) for unit in units.values()}
     try:
         with prediction_mode(inner):

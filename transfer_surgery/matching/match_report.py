@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from transfer_surgery._table import Column, Table
+from transfer_surgery.matching.output_errors import error_cell
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

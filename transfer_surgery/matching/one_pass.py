@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 
 import torch
@@ -15,6 +15,7 @@ from transfer_surgery.matching.match_report import MatchRow
 from transfer_surgery.matching.memory import batches_that_wait
 from transfer_surgery.matching.output_check import OutputCheck
 from transfer_surgery.matching.probe import Probe, probe
+from transfer_surgery.matching.progress import Shown, progress_line
 from transfer_surgery.matching.ranks import check_the_same, failing_together
 from transfer_surgery.matching.refit_rules import layers_to_refit
 from transfer_surgery.matching.samples import Samples
@@ -39,6 +40,7 @@ class OnePass:
         refit: whether layers are refitted, too.
         max_bytes: as in `match_targets`.
         logits: as in `match_targets`.
+        progress: as in `match_targets`.
         refitted: gets the layers behind a site, with the reason where one was left alone.
         held: bytes that the waiting forward passes held at most, by the look at the first batch.
         waited: number of batches whose forward passes waited.
@@ -50,6 +52,7 @@ class OnePass:
     refit: bool = False
     max_bytes: int | None = None
     logits: bool = False
+    progress: Shown = False
     refitted: dict[nn.Module, str | None] = field(default_factory=dict)
     held: int = 0
     waited: int = 0
@@ -85,8 +88,9 @@ class OnePass:
         self.waited = batches_that_wait(number, seen.held, device, self.max_bytes)
         self.held = 2 * seen.held * self.waited
         both = SideBySide(self.networks, calls, state, self.waited, samples.behind, samples.before)
-        with both:
-            rows = list(self._fit_all(both, samples, fits, seen, check))
+        with both, progress_line(self.progress, "match", len(calls)) as tell:
+            rows = list(self._fit_all(both, samples, fits, seen, check, tell))
+            tell(len(calls), "")
         # List what did not run.
         return rows + [_row(path, unit) for unit, path in self.paths.items() if unit not in calls]
 
@@ -105,10 +109,13 @@ class OnePass:
         fits: dict[nn.Module, LayerFit],
         seen: Probe,
         check: OutputCheck,
+        tell: Callable[[int, str], None],
     ) -> Iterator[MatchRow]:
         done: set[GatedActivation] = set()
+        paths = self._names(samples.modules)
         try:
-            for module in samples.modules:
+            for number, module in enumerate(samples.modules):
+                tell(number, paths[number])
                 if isinstance(module, GatedActivation):
                     solution, inputs = _fit_site(module, samples, both)
                     if not all(bool(p.isfinite().all()) for p in solution.parameters):
