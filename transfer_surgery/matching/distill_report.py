@@ -5,7 +5,10 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterable, Mapping
 
-_MORE = 1.1  # times the error at the start, from which on an output got worse
+from transfer_surgery.matching.held_out import NOT_WORSE
+
+SMALL = 0.01
+"""A relative squared error, or a divergence, that is as good as none."""
 
 
 class DistillWarning(UserWarning):
@@ -44,8 +47,12 @@ class DistillReport(list[float]):
 
     @property
     def worse(self) -> tuple[str, ...]:
-        """Names of the outputs whose error grew by more than a tenth."""
-        return tuple(name for name, e in self.before.items() if self.after[name] > _MORE * e)
+        """Names of the outputs whose error grew by more than a tenth, to more than 0.01."""
+        return tuple(
+            name
+            for name, error in self.before.items()
+            if self.after[name] > max(NOT_WORSE * error, SMALL)
+        )
 
 
 def warn_of_no_gain(report: DistillReport, stacklevel: int) -> None:
@@ -53,7 +60,7 @@ def warn_of_no_gain(report: DistillReport, stacklevel: int) -> None:
     if report.kept == 0:
         warnings.warn(
             f"distill did not bring the outputs nearer to the teacher's in {len(report)} steps, so "
-            "the model is as it was before. Take more steps, a lower lr, or more and other inputs.",
+            "the model is as it was. Take more steps, a lower lr, more inputs, or variation=0.",
             DistillWarning,
             stacklevel=stacklevel,
         )

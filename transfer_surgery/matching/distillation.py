@@ -10,10 +10,11 @@ from typing import Any
 import torch
 from torch import nn
 
+from transfer_surgery._arguments import check_arguments
 from transfer_surgery._running import call_model, map_tensors, modes_kept, to_device_of
 from transfer_surgery.matching.distill_loss import Loss, loss_function
-from transfer_surgery.matching.distill_report import DistillReport, warn_of_no_gain
-from transfer_surgery.matching.held_out import Asked, Examination, copied, hold_out, teach
+from transfer_surgery.matching.distill_report import SMALL, DistillReport, warn_of_no_gain
+from transfer_surgery.matching.held_out import Asked, Examination, copied, hold_out, repeated, teach
 from transfer_surgery.matching.layer_outputs import LayerOutputs, layers_to_compare
 from transfer_surgery.matching.progress import Shown, progress_line
 from transfer_surgery.matching.variation import bearable_variation, varied
@@ -25,7 +26,8 @@ _KL_WEIGHT = 4.0  # of the layers' errors beside a divergence, as in the study o
 _CLIP = 2.0  # highest norm of the gradient
 _WARMUP = 0.05  # share of the steps in which the learning rate rises
 _LOOKS = 20  # how often the network is compared with its teacher in evaluation mode
-_WORSE = 3.0  # times the lowest loss: from there on training goes back and takes smaller steps
+_VARIED = 0.5  # share of the examples that are varied
+_WORSE = 3.0  # times the loss that is allowed, from which on training goes back
 
 
 def distill(
@@ -51,7 +53,8 @@ def distill(
     labels.
 
     Some batches are held out. The networks are compared on them in evaluation mode 20 times, and
-    the best state is kept, which may be the one at the start.
+    the best state is kept: of those that answer the given inputs as well as the start does, the one
+    that answers varied inputs best. That may be the start.
 
     The model is trained in evaluation mode: without dropout, and with the branches that predictions
     take. Only batch norms that follow their inputs (a momentum above 0) use the statistics of the
@@ -73,14 +76,15 @@ def distill(
             else along the second; a single logit is read as yes or no.
         train: ``"all"`` parameters except the gates, or only ``"targets"``: the fitted targets and
             the scales and shifts of norm layers.
-        lr: highest learning rate. It is halved wherever the network has got much worse, and
-            training goes on from the best state.
+        lr: highest learning rate. Wherever the network has got much worse, it is halved together
+            with the variation, and training goes on from the best state.
         temperature: what logits are divided by before the softmax, for ``"kl"``.
         features: paths of modules that both networks have, whose outputs are compared; None: all
             linear layers and convolutions; an empty list: none.
-        variation: how much floating inputs are mixed with others of their batch, stretched, and
-            made noisy: from 0 to 1. It is halved until the teacher's outputs look as those for the
-            given inputs. Use 0 where there are many inputs, or where you augment them.
+        variation: how much half of the floating inputs are mixed with others of their batch,
+            stretched, and made noisy: from 0 to 1. It is halved until the teacher's outputs look as
+            those for the given inputs. Use 0 where there are many inputs, or where you augment
+            them.
         progress: whether to show a line with the remaining time, or a function that gets each
             ``Progress``.
 
@@ -108,6 +112,7 @@ def distill(
         >>> found.after["output"] < found.before["output"]
         True
     """
+    check_arguments(distill, locals())
     # Refuse what cannot work before anything is changed.
     if train not in TRAINED:
         raise ValueError(f"train={train!r}: use 'all' or 'targets'.")
@@ -133,8 +138,10 @@ def distill(
         weight = _KL_WEIGHT if loss == "kl" else 1.0
         compare = loss_function(loss, [asked.output for asked in given], temperature)
         strength, further = bearable_variation(teacher, given, variation)
-        examination = Examination(model, compare, given, further)
-        if not math.isfinite(examination.look(0)):
+        small = SMALL if loss in ("relative", "kl", "bce") else 0.0  # others have a unit
+        examination = Examination(model, compare, given, further, small)
+        start = now_at = examination.look(0)
+        if not math.isfinite(start):
             raise ValueError(
                 "the outputs for the held-out batches are not finite: look for NaN in the batches."
             )
@@ -146,8 +153,8 @@ def distill(
         losses: list[float] = []
         show = progress_line(progress, "distill", steps)
         with ours.watched(), theirs.watched(), show as tell:
-            for step, batch in enumerate(_repeated(batches, steps), 1):
-                batch = varied(to_device_of(model, batch), strength)
+            for step, batch in enumerate(repeated(batches, steps), 1):
+                batch = varied(to_device_of(model, batch), strength, _VARIED)
                 optimizer.param_groups[0]["lr"] = lr * _rate(step / steps)
                 wanted = teach(teacher, batch)
                 now = call_model(model, map_tensors(copied, batch))
@@ -163,11 +170,11 @@ def distill(
                 # Look at the held-out batches; go back where training has gone astray.
                 if not finite or step % max(steps // _LOOKS, 1) == 0 or step == steps:
                     now_at = examination.look(step) if finite else math.inf
-                    if not now_at <= _WORSE * examination.lowest:
+                    if not now_at <= _WORSE * examination.allowed:
                         examination.go_back()
                         optimizer.state.clear()
-                        lr /= 2
-                tell(step, f"loss {losses[-1]:.3g}, held out {examination.lowest:.3g}")
+                        lr, strength = lr / 2, strength / 2
+                tell(step, f"loss {losses[-1]:.3g}, held out {now_at:.3g}, at first {start:.3g}")
         examination.go_back()
     report = DistillReport(losses, before, examination.errors, examination.step, strength)
     warn_of_no_gain(report, stacklevel=3)
@@ -223,24 +230,3 @@ def _trained_parameters(
     if not trained:
         raise ValueError("there is nothing to train: run match_targets first, or use train='all'.")
     return trained
-
-
-def _repeated(batches: Iterable[Any], steps: int) -> Iterator[Any]:
-    """One batch per step; the batches start again when they end.
-
-    Raises:
-        ValueError: there are no batches, or an iterator is used up.
-    """
-    done = 0
-    while done < steps:
-        before = done
-        for batch in batches:
-            yield batch
-            done += 1
-            if done == steps:
-                return
-        if done == before:
-            raise ValueError(
-                f"batches: there are none after {done} of {steps} steps; give a list or a loader, "
-                "which can be repeated."
-            )

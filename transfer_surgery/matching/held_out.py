@@ -1,10 +1,11 @@
-"""Inputs that are not trained on, and the best state of a network on them."""
+"""Inputs to train on and others to look at, and the best state of a network on the latter."""
 
 from __future__ import annotations
 
 import copy
 import itertools
 from collections.abc import Iterable, Iterator, Sequence
+from statistics import fmean
 from typing import Any, NamedTuple
 
 import torch
@@ -13,6 +14,9 @@ from torch import Tensor, nn
 from transfer_surgery._running import call_model, map_tensors, modes_kept
 from transfer_surgery.matching.distill_loss import Loss
 from transfer_surgery.matching.output_errors import OutputErrors
+
+NOT_WORSE = 1.1
+"""Times the error at the start: what is above got worse."""
 
 _SHARE = 8  # of so many batches of a list one is held out
 _MOST = 8  # batches that are held out at most: their outputs are kept in memory
@@ -32,6 +36,27 @@ def hold_out(batches: Iterable[Any]) -> tuple[Iterable[Any], list[Any]]:
         first = list(itertools.islice(batches, _MOST))
         return itertools.chain(first, batches), first
     return batches, list(itertools.islice(batches, _MOST))
+
+
+def repeated(batches: Iterable[Any], steps: int) -> Iterator[Any]:
+    """One batch per step; the batches start again when they end.
+
+    Raises:
+        ValueError: there are no batches, or an iterator is used up.
+    """
+    done = 0
+    while done < steps:
+        before = done
+        for batch in batches:
+            yield batch
+            done += 1
+            if done == steps:
+                return
+        if done == before:
+            raise ValueError(
+                f"batches: there are none after {done} of {steps} steps; give a list or a loader, "
+                "which can be repeated."
+            )
 
 
 class Asked(NamedTuple):
@@ -64,23 +89,31 @@ class Examination:
         model: the network that learns, as it is at the start.
         loss: what is compared.
         given: inputs with the teacher's outputs.
-        further: the same of varied inputs, which count in the loss but not in the errors.
+        further: the same of varied inputs. They count in the choice of the best state, as long as
+            it does not answer the given inputs worse than the start.
+        small: a loss that is as good as none, for which few inputs are no measure.
     """
 
     def __init__(
-        self, model: nn.Module, loss: Loss, given: Sequence[Asked], further: Sequence[Asked] = ()
+        self,
+        model: nn.Module,
+        loss: Loss,
+        given: Sequence[Asked],
+        further: Sequence[Asked] = (),
+        small: float = 0.0,
     ) -> None:
         self._model, self._loss = model, loss
         self._given, self._further = given, further
         self._best: dict[str, Tensor] = {}
-        self.lowest = float("inf")
+        self._lowest, self.allowed = float("inf"), small
+        """The highest loss of the given inputs that is not worse than the start."""
         self.step = 0
-        """The step after which the loss was lowest; 0: the start."""
+        """The step after which the best state was reached; 0: the start."""
         self.errors: dict[str, float] = {}
         """The relative squared error of each output in the best state."""
 
     def look(self, step: int) -> float:
-        """The loss after a step. The state is kept if it is the best until now."""
+        """The loss of the given inputs. The state is kept if it is the best until now."""
         errors, losses = OutputErrors(), []
         with modes_kept(self._model):
             self._model.eval()
@@ -90,11 +123,13 @@ class Examination:
                 losses.append(self._loss(now, asked.output).detach().item())
                 if len(losses) <= len(self._given):
                     errors.add(now, asked.output)
-        loss = sum(losses) / len(losses)
-        if loss < self.lowest:
-            self.lowest, self.step, self.errors = loss, step, errors.relative()
+        given, every = fmean(losses[: len(self._given)]), fmean(losses)
+        if not self._best:
+            self.allowed = max(self.allowed, NOT_WORSE * given)
+        if not self._best or (given <= self.allowed and every < self._lowest):
+            self._lowest, self.step, self.errors = every, step, errors.relative()
             self._best = copy.deepcopy(self._state())
-        return loss
+        return given
 
     def go_back(self) -> None:
         """Bring back the best state."""

@@ -26,14 +26,15 @@ _WIDER = 2.0  # how many times as large the outputs' deviations may become
 _HALVINGS = 8
 
 
-def varied(batch: Any, strength: float) -> Any:
+def varied(batch: Any, strength: float, share: float = 1.0) -> Any:
     """A batch whose floating tensors are varied; masks of zeros and ones stay.
 
     Args:
         batch: what a network is called with.
         strength: from 0, which changes nothing, to 1, which mixes any shares of two examples.
+        share: of the examples, drawn at random; the others stay.
     """
-    orders: dict[int, Tensor] = {}  # tensors of as many rows get the same partners
+    drawn: dict[int, tuple[Tensor, Tensor]] = {}  # the same for tensors of as many rows
 
     def vary(x: Tensor) -> Tensor:
         if not x.is_floating_point() or x.dim() == 0 or len(x) < 2:
@@ -41,13 +42,15 @@ def varied(batch: Any, strength: float) -> Any:
         if bool(((x == 0) | (x == 1)).all()):
             return x
         rows = len(x)
-        order = orders.setdefault(rows, torch.randperm(rows, device=x.device))
-        u, r, n = (
-            strength * torch.rand(rows, *[1] * (x.dim() - 1), device=x.device) for _ in "urn"
-        )
+        if rows not in drawn:
+            chosen = strength * (torch.rand(rows, device=x.device) < share)
+            drawn[rows] = torch.randperm(rows, device=x.device), chosen
+        order, chosen = drawn[rows]
+        most = chosen.to(x.dtype).view(rows, *[1] * (x.dim() - 1))
+        u, r, n = (most * torch.rand_like(most) for _ in range(3))
         mean, deviation = x.mean(0), x.std(0, correction=0)
         mixed = x + u * (x[order] - x) - mean
-        wide = 1 + _RANGE * (2 * r - strength)
+        wide = 1 + _RANGE * (2 * r - most)
         return mean + wide * mixed + _NOISE * n * deviation * torch.randn_like(x)
 
     return map_tensors(vary, batch)
