@@ -4,6 +4,7 @@ import os
 import stat
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -87,6 +88,26 @@ def test_weights_that_are_not_a_number_are_saved(file):
     model[0].bias.data[2] = torch.nan
     a_model_of(model, file)
     assert load_file(file)["0.bias"].isnan().tolist() == [False, False, True, False, False, False]
+
+
+@pytest.mark.skipif(os.name != "posix" or os.geteuid() != 0, reason="another user")
+def test_files_and_folders_of_another_user_are_refused_by_name():
+    with tempfile.TemporaryDirectory() as folder:
+        file, other = Path(folder, "saved"), Path(folder, "other")
+        model = saved(file)
+        file.chmod(0)
+        other.mkdir()
+        Path(folder).chmod(0o711)
+        os.seteuid(65534)
+        try:
+            for use in (read_gates, lambda path: save_gates(model, path)):
+                with pytest.raises(PermissionError, match="saved"):
+                    use(file)
+            with pytest.raises(OSError, match=r"other/gates cannot be written: .*Permission"):
+                save_gates(model, other / "gates")
+        finally:
+            os.seteuid(0)
+        assert not list(other.iterdir())
 
 
 def test_an_empty_file_is_replaced_and_folders_are_made(file):

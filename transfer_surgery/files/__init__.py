@@ -5,8 +5,8 @@ from transfer_surgery.files.export import export_onnx, export_program
 from transfer_surgery.files.gates_file import load_gates, read_gates, save_gates
 from transfer_surgery.files.model_file import load_model, load_weights, save_model
 from transfer_surgery.files.model_spec import ModelSpec, UnknownModelError
-from transfer_surgery.files.replacing import replace_file
-from transfer_surgery.files.safetensors_file import check_is_file, read_tensors
+from transfer_surgery.files.replacing import check_is_file, replace_file
+from transfer_surgery.files.safetensors_file import read_tensors
 
 __all__ = [
     "ModelSpec",

@@ -115,7 +115,7 @@ def export_onnx(
 
 def _check_program(file: Path) -> None:
     """Raise ValueError where a file is no archive as `torch.export.save` writes it."""
-    if file.is_file() and zipfile.is_zipfile(file):
+    if zipfile.is_zipfile(file):
         with zipfile.ZipFile(file) as archive:
             names = [name for name in archive.namelist() if name.endswith("/archive_format")]
             if any(archive.read(name) == b"pt2" for name in names):
@@ -128,12 +128,10 @@ def _check_onnx(file: Path) -> None:
 
     The version comes first, in two bytes, and then the name of the producer.
     """
-    if file.is_file():
-        with file.open("rb") as opened:
-            start = opened.read(11)
-        if start[:1] == b"\x08" and start[2:] == b"\x12\x07pytorch":
-            return
-    raise ValueError(f"{file} is not an ONNX file of torch.")
+    with file.open("rb") as opened:
+        start = opened.read(11)
+    if start[:1] != b"\x08" or start[2:] != b"\x12\x07pytorch":
+        raise ValueError(f"{file} is not an ONNX file of torch.")
 
 
 def _arguments(model: nn.Module, example_input: Any) -> _Arguments:

@@ -1,4 +1,4 @@
-"""Files that are replaced as a whole, and only where nothing of another program is lost."""
+"""Files that are there, and files that are replaced as a whole where nothing else is lost."""
 
 from __future__ import annotations
 
@@ -8,21 +8,39 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
+_USUAL = "model.safetensors"
+
+
+def check_is_file(file: Path) -> None:
+    """Raise where there is no file, or something else has its name, or nobody may read it.
+
+    Raises:
+        FileNotFoundError: there is no file.
+        PermissionError: this user may not read it.
+    """
+    if file.is_dir():
+        raise FileNotFoundError(f"{file} is a folder, and not a file such as {file / _USUAL}.")
+    if not file.is_file():
+        raise FileNotFoundError(f"{file} {'is not a file' if file.exists() else 'does not exist'}.")
+    file.open("rb").close()  # safetensors says of a file that it may not read that there is none
+
 
 def check_replaceable(file: Path, check: Callable[[Path], object]) -> None:
     """Raise where something would be lost. A file that is missing or empty can be replaced.
 
     Args:
         file: the file that is to be written.
-        check: is called with the file, and raises ValueError or FileNotFoundError where it is not
-            of the kind to be written.
+        check: is called with the file, and raises ValueError where it is not of the kind to be
+            written.
 
     Raises:
-        ValueError: `check` raised; the message is the same, with advice.
+        ValueError: `check` raised, or there is a folder; the message is the same, with advice.
+        PermissionError: this user may not read the file.
     """
     if not file.exists() or (file.is_file() and file.stat().st_size == 0):
         return
     try:
+        check_is_file(file)
         check(file)
     except (FileNotFoundError, ValueError) as error:
         raise ValueError(f"{error} It is not replaced: choose another file.") from error

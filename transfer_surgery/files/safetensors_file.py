@@ -12,10 +12,9 @@ import torch
 from torch import Tensor
 
 from transfer_surgery._sharding import gathered
-from transfer_surgery.files.replacing import check_replaceable, replace_file
+from transfer_surgery.files.replacing import check_is_file, check_replaceable, replace_file
 
 _KEY, _VERSION = "transfer_surgery", 1
-_USUAL = "model.safetensors"
 
 
 def write(file: Path, kind: str, about: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
@@ -111,14 +110,6 @@ def read_tensors(file: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
             return opened.metadata() or {}, tensors
     except safetensors.SafetensorError as error:
         raise ValueError(f"{file} is damaged, or is not a safetensors file: {error}.") from error
-
-
-def check_is_file(file: Path) -> None:
-    """Raise FileNotFoundError where there is no file, or something else has its name."""
-    if file.is_dir():
-        raise FileNotFoundError(f"{file} is a folder, and not a file such as {file / _USUAL}.")
-    if not file.is_file():
-        raise FileNotFoundError(f"{file} {'is not a file' if file.exists() else 'does not exist'}.")
 
 
 def _is_dense(value: Any) -> bool:
