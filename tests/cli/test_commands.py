@@ -164,6 +164,8 @@ def test_a_model_whose_code_fails_ends_with_a_line() -> None:
     Path("nets.py").write_text("def make(): return {}['name']\n")
     message = invoke("plan", "nets.py:make", fails=1)
     assert "nets.py:make raised KeyError: 'name'" in message
+    Path("nets.py").write_text("def make(): raise SystemExit('no data')\n")
+    assert "nets.py:make raised SystemExit: no data" in invoke("plan", "nets.py:make", fails=1)
     Path("nets.py").write_text("def make(:\n")
     assert "nets.py raised SyntaxError" in invoke("plan", "nets.py:make", fails=1)
 
@@ -201,10 +203,12 @@ def test_options_of_convert_reach_the_gates_and_files_are_not_replaced() -> None
         (["plan", "test_vit", "--set", "size=3"], "unexpected keyword argument 'size'"),
         (["plan", "test_vit", "--set", "size"], "'size': write NAME=VALUE"),
         (["plan", "test_vit", "--input-size", "3,32"], "write a shape such as 3x64x64"),
+        (["plan", "test_vit", "--input-size", f"3x{10**6}x{10**6}"], "give a shape such as"),
         (["plan", "test_vit", "--include", "[x]"], "include='[x]' matches none of the 6 sites"),
         (["plan", "test_vit", "--role", "hiden"], "unknown role 'hiden'; known: hidden, "),
         (["convert", "test_vit"], "Missing option '--output' / '-o'"),
         (["convert", "test_vit", "-o", "run", "--target", "sine"], "unknown activation 'sine'"),
+        (["convert", "test_vit", "-o", "run", "--target", "snake(a='x')"], "a='x' cannot take"),
         (["convert", "test_vit", "-o", "run", "--gate", "hard"], "unknown gate 'hard'. Known: "),
         (["convert", "test_vit", "-o", "run", "--granularity", "row"], "'row' is not one of"),
         (["convert", "test_vit", "-o", "run", "--weights", "no.pth"], "'no.pth' does not exist"),
@@ -224,6 +228,7 @@ def test_what_there_is_not_ends_with_status_2(arguments: list[str], message: str
     [
         (["plan", f"{NETS}:functional", "--input-size", "3x5x5"], "does not run on the example in"),
         (["plan", f"{NETS}:functional"], "Pass example_input"),
+        (["convert", "test_vit", "-o", "run", "--seed", str(10**30)], "Error: "),
         (["report", __file__], "is damaged, or is not a safetensors file"),
         (["bake", __file__, "-o", "model"], "is damaged, or is not a safetensors file"),
         (["export", __file__, "-o", "model"], "is damaged, or is not a safetensors file"),

@@ -94,11 +94,11 @@ def test_a_training_that_was_killed_goes_on_bit_for_bit(kill: Kill) -> None:
     training = (*TRAINING, "--match")
     invoke("finetune", "whole", *training, "--resume")  # there is nothing yet: it begins
     kill("finetune", "killed", *training)
-    assert "killed was trained: go on with --resume" in invoke(
+    assert "killed was trained: continue with --resume" in invoke(
         "finetune", "killed", *training, fails=2
     )
     changed = invoke("finetune", "killed", *training, "--resume", "--lr", 1, fails=1)
-    assert "lr was 0.01 and is 1.0 now. Go on with the same settings" in changed
+    assert "lr was 0.01 and is 1.0 now. Continue with the same settings" in changed
     invoke("finetune", "killed", *training, "--resume")
     assert_same("killed", "whole")
     state = torch.load("killed.training.pt", weights_only=True)

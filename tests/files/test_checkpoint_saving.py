@@ -11,8 +11,16 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from tests.helpers.checkpoints import X, chain, saved, spread
-from transfer_surgery import ModelSpec, convert, load_gates, save_gates, save_model
+from tests.helpers.checkpoints import X, chain, full_disk, saved, spread
+from transfer_surgery import (
+    ModelSpec,
+    bake,
+    convert,
+    export_program,
+    load_gates,
+    save_gates,
+    save_model,
+)
 from transfer_surgery.files import read_gates, replace_file
 
 
@@ -171,16 +179,15 @@ def memory(name):
 
 @pytest.mark.skipif(os.name != "posix", reason="limits of files")
 def test_a_full_disk_is_an_os_error_and_leaves_the_old_file(file):
-    import resource
-
     model = saved(file)
-    before, limits = file.read_bytes(), resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (100, limits[1]))
-    try:
-        with pytest.raises(OSError, match=r"saved\.safetensors cannot be written: .*"):
-            save_gates(model, file)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    before = file.read_bytes()
+    plain = bake(convert(chain(), example_input=X)).eval()
+    with full_disk():
+        for path in (file, file.parent / "new" / "folder" / "saved.safetensors"):
+            with pytest.raises(OSError, match=r"saved\.safetensors cannot be written: .*"):
+                save_gates(model, path)
+        with pytest.raises(OSError, match=r"program\.pt2 cannot be written: .*too large"):
+            export_program(plain, X, file.with_name("program.pt2"))
     assert file.read_bytes() == before
     assert [path.name for path in file.parent.iterdir()] == [file.name]
 

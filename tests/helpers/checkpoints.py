@@ -1,5 +1,7 @@
 """Small networks with gates in files, and what a refused load must not change; for tests."""
 
+from contextlib import contextmanager
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -9,6 +11,19 @@ from tests.helpers.promises import units
 from transfer_surgery import convert, load_gates, register_activation, save_gates
 
 X = torch.linspace(-3, 3, 2 * 4).reshape(2, 4)
+
+
+@contextmanager
+def full_disk():
+    """Files end after 100 bytes, as far as this process writes them."""
+    import resource
+
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, limits[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
 
 def register_bump():

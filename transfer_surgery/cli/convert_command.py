@@ -84,7 +84,7 @@ def convert(
         ),
     ] = False,
 ) -> None:
-    """Put gates at a model's activations, and save it: same outputs, ready to be transferred.
+    """Put gates at a model's activations, and save the model, whose outputs stay the same.
 
     FILE is a safetensors file with the gates, the weights, and how the model is made. Train it with
     [b]finetune[/b] or in Python:
@@ -106,18 +106,18 @@ def convert(
         raise typer.BadParameter("give --weights or --pretrained, not both.")
     if output.exists() and not force:
         raise typer.BadParameter(f"{output} exists already: choose another file, or --force.")
-    with option_errors(ValueError):
+    with option_errors():
         get_target(target)
         settings = gate_settings({"name": gate} | ({} if noise is None else {"noise": noise}))
-    torch.manual_seed(seed)
     with run_errors():
+        torch.manual_seed(seed)
         network = spec.build(pretrained)
         if weights is not None:
             load_weights(network, read_weights(weights), weights)
-        whole = find_activations(network, spec.example_input(network))
+        found = find_activations(network, spec.example_input(network))
     if weights is None and not pretrained:
         say("The weights are random: neither --weights nor --pretrained was given.")
-    plan = choose(whole, source, include, exclude, role)
+    plan = choose(found, source, include, exclude, role)
     with run_errors():
         convert_model(
             network,
@@ -130,6 +130,8 @@ def convert(
         )
         save_model(network, output, spec)
         state_of(output).unlink(missing_ok=True)  # of the training of a model that was here
-    found = report(network)
-    total = found.total
-    say(f"{output}: {len(found)} sites, {total.gates:,} gates, {total.source} -> {total.target}")
+    converted = report(network)
+    total = converted.total
+    say(
+        f"{output}: {len(converted)} sites, {total.gates:,} gates, {total.source} -> {total.target}"
+    )

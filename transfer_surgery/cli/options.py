@@ -99,7 +99,8 @@ def model_spec(name: str, assignments: list[str] | None, input_size: str | None)
     if file.endswith(".py"):  # the spec may be read in another folder
         name = f"{Path(file).resolve()}{colon}{function}"
     size = None if input_size is None else tuple(map(int, input_size.split("x")))
-    return ModelSpec(name, arguments, size)
+    with option_errors():
+        return ModelSpec(name, arguments, size)
 
 
 def choose(
@@ -113,7 +114,7 @@ def choose(
     if not any((source, include, exclude, role)):
         with run_errors():
             return plan.select()
-    with option_errors(ValueError):
+    with option_errors():
         return plan.select(
             source=source or None,
             include=include or None,
@@ -123,11 +124,11 @@ def choose(
 
 
 @contextmanager
-def option_errors(*errors: type[Exception]) -> Iterator[None]:
+def option_errors() -> Iterator[None]:
     """Exit with status 2 and the message when an argument names something that does not exist."""
     try:
         yield
-    except errors as error:
+    except (ValueError, TypeError) as error:
         raise typer.BadParameter(str(error)) from error
 
 

@@ -48,9 +48,9 @@ def plan(
     spec = model_spec(model, assignments, input_size)
     with run_errors():
         network = spec.build()
-        whole = find_activations(network, spec.example_input(network))
-    chosen = choose(whole, source, include, exclude, role)
-    listed = chosen if any((source, include, exclude, role)) else _with_reasons(whole, chosen)
+        found = find_activations(network, spec.example_input(network))
+    chosen = choose(found, source, include, exclude, role)
+    listed = chosen if any((source, include, exclude, role)) else _with_reasons(found, chosen)
     if as_json:
         show(listed.to_json())
         return
@@ -58,17 +58,17 @@ def plan(
         f"{sum(_gates(site, name) for site in chosen):,} per {name}"
         for name in ("layer", "channel", "neuron")
     )
-    show(f"{listed}\n\n{len(chosen)} of {len(whole)} sites would be converted; gates: {gates}")
+    show(f"{listed}\n\n{len(chosen)} of {len(found)} sites would be converted; gates: {gates}")
 
 
-def _with_reasons(whole: Plan, chosen: Plan) -> Plan:
+def _with_reasons(found: Plan, chosen: Plan) -> Plan:
     """All sites, where those that are not chosen say why."""
     paths = {site.path for site in chosen}
 
     def reason(site: Site) -> str | None:
         return site.reason or (None if site.path in paths else f"role {site.role}")
 
-    return replace(whole, rows=tuple(replace(site, reason=reason(site)) for site in whole))
+    return replace(found, rows=tuple(replace(site, reason=reason(site)) for site in found))
 
 
 def _gates(site: Site, granularity: str) -> int:

@@ -13,11 +13,18 @@ from torch import Tensor, nn
 
 from transfer_surgery._arguments import check_arguments
 from transfer_surgery._sharding import check_not_sharded
-from transfer_surgery.files.gates_file import insert_modules, plan_for, sites_in, state_key
+from transfer_surgery.files.gates_file import insert_modules, plan_for, state_key
 from transfer_surgery.files.model_file import build_model, load_weights, make_model, spec_in
 from transfer_surgery.files.model_spec import ModelSpec
 from transfer_surgery.files.safetensors_file import is_below, read, write
-from transfer_surgery.files.unit_config import Config, build_unit, configs_of, plain_path, unwrap
+from transfer_surgery.files.unit_config import (
+    Config,
+    build_unit,
+    configs_of,
+    plain_path,
+    sites_in,
+    unwrap,
+)
 from transfer_surgery.sites import Site
 from transfer_surgery.surgery import (
     FoldReport,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import warnings
 import zipfile
@@ -63,7 +64,9 @@ def export_program(
     path = Path(path)
     check_replaceable(path, _check_program)
     program = _trace(model, *_arguments(model, example_input))
-    replace_file(path, lambda new: torch.export.save(program, new))
+    data = io.BytesIO()  # torch ends the process where it cannot write to a file
+    torch.export.save(program, data)
+    replace_file(path, lambda new: new.write_bytes(data.getbuffer()))
     return program
 
 
@@ -153,7 +156,7 @@ def _trace(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> E
 
 
 def _axes(arguments: _Arguments, axis: Any) -> list[dict[int, Any] | None]:
-    """What torch is told about the first axis of each tensor; None for other arguments."""
+    """How the first axis of each tensor is given to torch; None for other arguments."""
     leaves = pytree.tree_leaves(arguments)
     sizes = [len(leaf) for leaf in leaves if isinstance(leaf, Tensor) and leaf.dim() > 0]
     if not sizes:
@@ -161,12 +164,12 @@ def _axes(arguments: _Arguments, axis: Any) -> list[dict[int, Any] | None]:
             "no tensor in example_input has an axis of examples: give the model's input as a batch."
         )
 
-    def say(leaf: Any) -> dict[int, Any] | None:
+    def first_axis(leaf: Any) -> dict[int, Any] | None:
         if not isinstance(leaf, Tensor):
             return None
         return {0: axis} if leaf.dim() > 0 and len(leaf) == sizes[0] else {}
 
-    return [say(leaf) for leaf in leaves]
+    return [first_axis(leaf) for leaf in leaves]
 
 
 @contextmanager

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from transfer_surgery._arguments import check_arguments
 from transfer_surgery._sharding import shard_like
-from transfer_surgery.files.safetensors_file import is_below, read, write
+from transfer_surgery.files.safetensors_file import read, write
 from transfer_surgery.files.unit_config import (
     Config,
     build_unit,
@@ -21,11 +21,12 @@ from transfer_surgery.files.unit_config import (
     configs_at,
     configs_of,
     plain_path,
+    sites_and_tensors,
     unwrap,
 )
 from transfer_surgery.sites import Plan, find_activations, prepare_recipes
 from transfer_surgery.surgery import check_model, insert_units
-from transfer_surgery.units import GatedActivation, check_gates_are_whole
+from transfer_surgery.units import GatedActivation, check_gates_not_flattened
 
 # Limit for gates without log_alpha, whose number no tensor in the file confirms.
 _MOST_GATES = 2**28
@@ -69,7 +70,7 @@ def save_gates(model: nn.Module, file: str | os.PathLike[str]) -> None:
     check_arguments(save_gates, locals())
     model = unwrap(model)
     sites = configs_of(model)
-    check_gates_are_whole(units_of(model))
+    check_gates_not_flattened(units_of(model))
     tensors = {
         state_key(path, name): value
         for path, unit in units_of(model).items()
@@ -85,7 +86,7 @@ def load_gates(
 
     A base model is converted first: exactly the sites of the file, with their settings. Of a
     converted model, which must have these sites and settings, values change in place: parameters
-    stay the same objects, also those that FSDP2 shards, and a wrapped optimizer goes on with them.
+    stay the same objects, also those that FSDP2 shards, and a wrapped optimizer trains them on.
 
     The weights are not touched: load them before (or after, with ``strict=False``).
 
@@ -139,38 +140,6 @@ def read_gates(file: str | os.PathLike[str]) -> dict[str, GatedActivation]:
     return units
 
 
-def sites_and_tensors(
-    file: Path, about: Mapping[str, Any], tensors: Mapping[str, Tensor]
-) -> tuple[dict[str, Config], dict[str, Tensor], dict[str, Tensor]]:
-    """The sites of a file of gates or of a model, their values, and the weights.
-
-    Args:
-        file: the file, for messages.
-        about: what it says about its tensors.
-        tensors: all of them.
-
-    Raises:
-        ValueError: the file does not describe its sites.
-    """
-    sites = sites_in(file, about)
-    if about["kind"] == "gates":
-        return sites, dict(tensors), {}
-    gates = {key: value for key, value in tensors.items() if is_below(key, sites)}
-    return sites, gates, {key: value for key, value in tensors.items() if key not in gates}
-
-
-def sites_in(file: Path, about: Mapping[str, Any]) -> dict[str, Config]:
-    """The configs of the sites in the description of a file.
-
-    Raises:
-        ValueError: there are none.
-    """
-    sites = about.get("sites")
-    if isinstance(sites, dict) and sites and all(isinstance(s, dict) for s in sites.values()):
-        return sites
-    raise ValueError(f"{file} is damaged: it does not describe its sites.")
-
-
 def insert_gates(
     model: nn.Module,
     file: Path,
@@ -187,7 +156,7 @@ def insert_gates(
 
 
 def plan_for(model: nn.Module, file: Path, sites: Mapping[str, Config], example_input: Any) -> Plan:
-    """The plan of a base model, after a look whether it has the sites of a file.
+    """The plan of a base model that has the sites of a file.
 
     The sites of the file come first, in its order: an optimizer's state goes by the order of the
     parameters.
@@ -218,7 +187,7 @@ def units_of(model: nn.Module) -> dict[str, GatedActivation]:
 def fill_units(
     file: Path, units: Mapping[str, GatedActivation], tensors: Mapping[str, Tensor]
 ) -> None:
-    """Load values into units, after a look at all of them.
+    """Load values into units, once all of them have been checked.
 
     Raises:
         ValueError: names, shapes or dtypes are not those of the units' state, or a value is NaN.

@@ -10,11 +10,11 @@ from typing import Any
 from torch import Tensor, nn
 
 from transfer_surgery._arguments import check_arguments
-from transfer_surgery.files.gates_file import insert_gates, sites_and_tensors, units_of
+from transfer_surgery.files.gates_file import insert_gates, units_of
 from transfer_surgery.files.model_spec import ModelSpec, UnknownModelError
 from transfer_surgery.files.safetensors_file import read, write
-from transfer_surgery.files.unit_config import configs_of, plain_path, unwrap
-from transfer_surgery.units import check_gates_are_whole
+from transfer_surgery.files.unit_config import configs_of, plain_path, sites_and_tensors, unwrap
+from transfer_surgery.units import check_gates_not_flattened
 
 _SHOWN = 5
 
@@ -53,7 +53,7 @@ def save_model(
     """
     check_arguments(save_model, locals())
     model, file = unwrap(model), Path(file)
-    check_gates_are_whole(units_of(model))
+    check_gates_not_flattened(units_of(model))
     spec = spec_in(file, read(file, "model")[0]) if made_by is None else made_by
     tensors = {plain_path(key): value for key, value in model.state_dict().items()}
     write(file, "model", {"made_by": spec.to_dict(), "sites": configs_of(model)}, tensors)
@@ -95,7 +95,7 @@ def make_model(file: Path, spec: ModelSpec) -> nn.Module:
     """The model before its conversion.
 
     Raises:
-        ValueError: the code that makes it is gone, has other arguments now, or fails on these.
+        ValueError: there is no such code any more, or it fails on the arguments in the file.
     """
     try:
         return spec.build()

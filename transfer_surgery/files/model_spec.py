@@ -63,7 +63,7 @@ class ModelSpec:
 
         Raises:
             UnknownModelError: there is no such model, or it does not take the arguments.
-            OSError: the weights cannot be had.
+            OSError: the weights cannot be downloaded.
             RuntimeError: the code that makes the model failed.
         """
         zoo, _, name = self.name.rpartition(":")

@@ -1,4 +1,4 @@
-"""Files that are there, and files that are replaced as a whole where nothing else is lost."""
+"""Checks of files before they are used, and replacement of a file as a whole."""
 
 from __future__ import annotations
 
@@ -6,17 +6,18 @@ import os
 import shutil
 import tempfile
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 _USUAL = "model.safetensors"
 
 
 def check_is_file(file: Path) -> None:
-    """Raise where there is no file, or something else has its name, or nobody may read it.
+    """Raise where there is no file, or something else has its name, or this user may not read it.
 
     Raises:
         FileNotFoundError: there is no file.
-        PermissionError: this user may not read it.
+        PermissionError: the file cannot be read.
     """
     if file.is_dir():
         raise FileNotFoundError(f"{file} is a folder, and not a file such as {file / _USUAL}.")
@@ -58,10 +59,13 @@ def replace_file(file: Path, write: Callable[[Path], object]) -> None:
             there. What it writes beside that path goes beside the file.
 
     Raises:
-        OSError: the file cannot be written, as on a full disk. It is then as it was.
+        OSError: the file cannot be written, as on a full disk. It is then as it was, and there
+            are no new folders.
     """
+    made: list[Path] = []
     try:
         file = file.resolve()
+        made += (folder for folder in file.parents if not folder.exists())
         file.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=".", dir=file.parent) as folder:
             write(Path(folder, file.name))
@@ -70,6 +74,9 @@ def replace_file(file: Path, write: Callable[[Path], object]) -> None:
                 _replace(file.with_name(written.name), written)
         _sync(file.parent, os.O_RDONLY)  # the new name is on the disk only once its folder is
     except Exception as error:  # torch and safetensors have errors of their own for a full disk
+        with suppress(OSError):  # another process may have put something there
+            for path in made:
+                path.rmdir()
         raise OSError(f"{file} cannot be written: {error}") from error
 
 

@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from transfer_surgery.activations import Activation, get_activation
+from transfer_surgery.files.safetensors_file import is_below
 from transfer_surgery.sites import Plan, Site
 from transfer_surgery.units import (
     GatedActivation,
@@ -58,6 +59,38 @@ def configs_of(model: nn.Module) -> dict[str, Config]:
             _check_text(path, activation)
         configs[plain_path(path)] = unit.config()
     return configs
+
+
+def sites_and_tensors(
+    file: Path, about: Mapping[str, Any], tensors: Mapping[str, Tensor]
+) -> tuple[dict[str, Config], dict[str, Tensor], dict[str, Tensor]]:
+    """The sites of a file of gates or of a model, their values, and the weights.
+
+    Args:
+        file: the file, for messages.
+        about: what it says about its tensors.
+        tensors: all of them.
+
+    Raises:
+        ValueError: the file does not describe its sites.
+    """
+    sites = sites_in(file, about)
+    if about["kind"] == "gates":
+        return sites, dict(tensors), {}
+    gates = {key: value for key, value in tensors.items() if is_below(key, sites)}
+    return sites, gates, {key: value for key, value in tensors.items() if key not in gates}
+
+
+def sites_in(file: Path, about: Mapping[str, Any]) -> dict[str, Config]:
+    """The configs of the sites in the description of a file.
+
+    Raises:
+        ValueError: there are none.
+    """
+    sites = about.get("sites")
+    if isinstance(sites, dict) and sites and all(isinstance(s, dict) for s in sites.values()):
+        return sites
+    raise ValueError(f"{file} is damaged: it does not describe its sites.")
 
 
 def configs_at(plan: Plan, saved: Mapping[str, Config]) -> dict[str, Config | str]:

@@ -11,7 +11,7 @@ from torch.optim import LBFGS, Muon, Optimizer
 from transfer_surgery._sharding import is_fsdp, is_sharded, reshard
 from transfer_surgery.transfer.risk import check_reduction
 from transfer_surgery.transfer.schedule import TransferSchedule
-from transfer_surgery.units import GatedActivation, check_gates_are_whole
+from transfer_surgery.units import GatedActivation, check_gates_not_flattened
 
 
 def check_training(
@@ -140,7 +140,7 @@ def _check_shards(optimizer: Optimizer, model: nn.Module) -> None:
 
 
 def _check_gates(learned: Mapping[str, GatedActivation]) -> None:
-    check_gates_are_whole(learned)
+    check_gates_not_flattened(learned)
     if learned and not any(unit.log_alpha.requires_grad for unit in learned.values()):
         raise ValueError(
             "every gate is frozen, as after freezing the model or PEFT's get_peft_model. Unfreeze "

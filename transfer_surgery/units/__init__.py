@@ -30,7 +30,7 @@ from transfer_surgery.units.kernels import (
 from transfer_surgery.units.recompute import recompute_activations
 from transfer_surgery.units.selection import (
     as_patterns,
-    check_gates_are_whole,
+    check_gates_not_flattened,
     gated_activations,
     is_selected,
     matches_glob,
@@ -66,7 +66,7 @@ __all__ = [
     "SampledSettings",
     "TargetParameters",
     "as_patterns",
-    "check_gates_are_whole",
+    "check_gates_not_flattened",
     "compiler_error",
     "fitted_value",
     "gate_settings",

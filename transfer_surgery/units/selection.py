@@ -36,7 +36,7 @@ def gated_activations(model: nn.Module) -> Iterator[tuple[str, GatedActivation]]
         )
 
 
-def check_gates_are_whole(units: Mapping[str, GatedActivation]) -> None:
+def check_gates_not_flattened(units: Mapping[str, GatedActivation]) -> None:
     """Raise where a rank holds a part of the gates of a unit, and does not know of the others.
 
     Gates that FSDP2 shards are whole: their tensors can be gathered.

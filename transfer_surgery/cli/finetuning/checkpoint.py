@@ -1,4 +1,4 @@
-"""The state of a training after an epoch, from which it goes on bit for bit."""
+"""The state of a training after an epoch, from which it continues bit for bit."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class Checkpoint:
     Args:
         file: where it is kept; restored from where there is one.
         model: the model, converted and on its device.
-        settings: plain values that must be the same when the training goes on.
+        settings: plain values that must be the same when the training continues.
         saved: called after each save, to save the model itself.
     """
 
@@ -72,7 +72,7 @@ class Checkpoint:
                 f"{self.file} is damaged, or is not the state of a training."
             ) from error
         raise ValueError(
-            f"{self.file}: {'; '.join(different)}. Go on with the same settings, or begin anew "
+            f"{self.file}: {'; '.join(different)}. Continue with the same settings, or begin again "
             "with another file."
         )
 

@@ -70,7 +70,7 @@ def finetune(
     resume: Annotated[
         bool,
         typer.Option(
-            "--resume", help="Go on with a training that was stopped. Default: start a new one."
+            "--resume", help="Continue a training that was stopped. Default: start a new one."
         ),
     ] = False,
 ) -> None:
@@ -79,7 +79,7 @@ def finetune(
     The learning rate makes one cycle; the bar shows the time left and the share of the gates that
     is transferred. After each epoch FILE holds the model, for [b]report[/b], [b]bake[/b] and
     [b]export[/b], and a file beside it holds the state of the training: the same command with
-    --resume goes on with it.
+    --resume continues it.
 
     The labels teach here. To let the original network do so, use transfer_surgery.distill in
     Python.
@@ -108,7 +108,7 @@ def finetune(
     state = state_of(file)
     if state.exists() and not resume:
         raise typer.BadParameter(
-            f"{file} was trained: go on with --resume, or convert into another file."
+            f"{file} was trained: continue with --resume, or convert into another file."
         )
     with run_errors():
         machine = Machine.choose(device, amp, compile)

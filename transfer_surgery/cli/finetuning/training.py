@@ -107,7 +107,8 @@ def train(
         title: the name of the progress bar.
         history: the history of a converted model, which gets about 200 records, and at least one in
             each epoch.
-        checkpoint: keeps the state after each epoch, from which a training that was killed goes on.
+        checkpoint: keeps the state after each epoch, so that a training that was killed can be
+            continued.
 
     Returns:
         The outputs of the trained model for the test images.
