@@ -231,15 +231,18 @@ def _train(subject: Subject, plan: Plan, units: dict[str, Any], report: Reporter
     """One backward pass with mixed gates, which have a slope; at the start they have none."""
     _set_gates(units, torch.zeros_like)
     trained = {site.path for site in plan if "train" in site.modes}
-    ran: set[str] = set()
-    hooks = [unit.register_forward_hook(lambda u, *_: ran.add(u.path)) for unit in units.values()]
+    reached: set[str] = set()
+
+    def watch(unit: nn.Module, args: Any, output: torch.Tensor) -> None:
+        if output.requires_grad:
+            output.register_hook(lambda gradient: reached.add(unit.path))
+
+    hooks = [unit.register_forward_hook(watch) for unit in units.values()]
     subject.train()
     for hook in hooks:
         hook.remove()
-    # An expert that no token chose has no gradient, as in the original.
-    gates = {
-        path: unit.log_alpha.grad for path, unit in units.items() if unit.path in trained & ran
-    }
+    # An expert that no token chose has no gradient, nor has an index; so it is in the original.
+    gates = {p: u.log_alpha.grad for p, u in units.items() if u.path in trained & reached}
     missing = [path for path, grad in gates.items() if grad is None or not grad.isfinite().all()]
     lost = sorted(subject.reached - _reached(subject.model))
     flat = [path for path, grad in gates.items() if grad is not None and not grad.any()]
@@ -248,7 +251,7 @@ def _train(subject: Subject, plan: Plan, units: dict[str, Any], report: Reporter
         gates_without_gradient=missing[:_SHOWN],
         weights_without_gradient=lost[:_SHOWN],
         gates_with_zero_gradient=flat[:_SHOWN],
-        gates_that_did_not_run=len(units) - len(gates),
+        gates_not_reached=len(units) - len(gates),
     )
     subject.model.zero_grad()
 

@@ -47,19 +47,48 @@ def test_scripted_parts_are_left_alone_and_noted():
 
 
 class Products(nn.Module):
-    def __init__(self):
+    """What gives the channels their axis: the function that is between the input and a ReLU."""
+
+    def __init__(self, made):
         super().__init__()
-        self.weight = nn.Parameter(torch.randn(6, 4))
+        self.weight, self.linear = nn.Parameter(torch.randn(6, 4)), nn.Linear(4, 4)
+        self.image, self.made = nn.Conv2d(4, 6, 1), made
+        self.register_buffer("nodes", torch.randn(5, 5))
 
     def forward(self, x):
-        return F.softplus(self.weight @ x.transpose(1, 2)).transpose(1, 2) * 2
+        return F.relu(self.made(self, x)) * 2
 
 
-def test_a_weight_on_the_left_makes_its_rows_the_channels():
-    model, example, x = Products().eval(), torch.zeros(2, 16, 4), torch.ones(2, 9, 4)
+TOKENS, IMAGE = torch.randn(2, 5, 4), torch.randn(2, 4, 3, 5)
+AXES = {
+    "weight @ tokens": (lambda m, x: m.weight @ x.transpose(1, 2), TOKENS, -2),
+    "tokens @ weight": (lambda m, x: x @ m.weight.t(), TOKENS, -1),
+    "bmm": (lambda m, x: torch.bmm(m.weight.expand(2, -1, -1), x.mT), TOKENS, -2),
+    "baddbmm": (
+        lambda m, x: torch.baddbmm(x[:, :1, :1], m.weight.expand(2, -1, -1), x.mT),
+        TOKENS,
+        -2,
+    ),
+    "einsum": (lambda m, x: torch.einsum("oc,blc->bol", m.weight, x), TOKENS, 1),
+    "nodes @ features": (lambda m, x: m.nodes @ m.linear(x), TOKENS, -1),
+    "transposed": (lambda m, x: m.linear(x).transpose(1, 2), TOKENS, 1),
+    "halves": (lambda m, x: m.linear(x).permute(0, 2, 1).chunk(2, 1)[0], TOKENS, 1),
+    "one token": (lambda m, x: m.linear(x)[:, 0], TOKENS, -1),
+    "pixels": (lambda m, x: m.image(x).flatten(2), IMAGE, 1),
+    "pixels as tokens": (lambda m, x: m.image(x).flatten(2).mT, IMAGE, -1),
+    "channels last": (lambda m, x: m.image(x).permute(0, 2, 3, 1), IMAGE, -1),
+    "shuffled": (lambda m, x: m.image(x).unflatten(1, (2, 3)).mT.flatten(1, 2), IMAGE, 1),
+}
+
+
+@pytest.mark.parametrize("made", AXES)
+def test_the_channels_are_where_the_last_weight_made_them(made):
+    function, x, axis = AXES[made]
+    model = Products(function).eval()
     before = model(x)
-    assert find_activations(model, example)["softplus_0"].channel_axis == -2
-    assert torch.equal(convert(model, example_input=example)(x), before)
+    (site,) = find_activations(model, x)
+    assert site.channel_axis == axis
+    assert torch.equal(convert(model, example_input=x)(x), before)
 
 
 class Scores(nn.Module):
@@ -152,11 +181,12 @@ def test_a_forward_that_needs_gradients_gets_them(cls):
     assert [site.path for site in find_activations(cls(), X)] == ["relu_0"]
 
 
-def test_hooks_that_a_model_gives_itself_run_when_it_is_examined():
+@pytest.mark.parametrize("written", ["in its class", "elsewhere"])
+def test_hooks_that_a_model_needs_run_when_it_is_examined(written):
     class Own(nn.Module):
         def __init__(self):
             super().__init__()
-            self.body, self.head, self.kept = nn.Sequential(nn.Linear(4, 4), nn.ReLU()), None, None
+            self.body, self.head = nn.Sequential(nn.Linear(4, 4), nn.ReLU()), None
 
         def forward(self, x):
             if self.head is None:
@@ -167,9 +197,15 @@ def test_hooks_that_a_model_gives_itself_run_when_it_is_examined():
         def keep(self, module, args, output):
             self.kept = output
 
+    def keep(module, args, output):
+        model.kept = output
+
     model = Own().eval()
+    if written == "elsewhere":  # outside of the class, as libraries of hooks do
+        model.head = model.body.register_forward_hook(keep)
     with torch.no_grad():
         before = model(X)
+        del model.kept
         assert [site.path for site in find_activations(model, X)] == ["body.1"]
         assert torch.equal(convert(model, example_input=X)(X), before)
 

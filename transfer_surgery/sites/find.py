@@ -102,17 +102,18 @@ def _observe(
 def _run(model: nn.Module, arguments: Any, mode: str) -> Observation | Exception:
     """Examine one mode: on fake tensors, or for real where values steer the model.
 
-    Without gradients where the model does not need them, and with a single example as two.
+    Without gradients and hooks of others where the model does not need them, and with a single
+    example as two.
 
     Returns:
         What was seen, or why the model does not run on its own example.
     """
     error: Exception | None = None
     yes_no, no_yes = (True, False), (False, True)
-    for gradients, is_fake, double in itertools.product(no_yes, yes_no, yes_no):
+    for hooks, gradients, is_fake, double in itertools.product(no_yes, no_yes, yes_no, yes_no):
         fake = FakeTensorMode(allow_non_fake_inputs=True) if is_fake else None
         try:
-            probe = probe_copy(model, fake).train(mode == "train")
+            probe = probe_copy(model, fake, hooks).train(mode == "train")
             args, kwargs = fake_arguments(arguments, fake, double)
             with undisturbed(fake is not None):
                 return Observer(probe).run(args, kwargs, fake, gradients)

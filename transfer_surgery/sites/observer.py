@@ -184,7 +184,8 @@ class Observer(TorchFunctionMode):
         if outputs:
             self._note_reads(inputs)
             gate = event if event is not None and event.role == "gating" else None
-            follow(name_of(func), inputs, outputs, gate)
+            text = next((one for one in args if isinstance(one, str)), "")
+            follow(name_of(func), inputs, outputs, gate, text)
         if record is not None and call is None:
             self._note_by_hand(func, record, out)
         if call is not None and event is not None and call.inplace:

@@ -37,20 +37,26 @@ class Uncopyable(TypeError):  # noqa: N818 - a quality of the model
     """A model that cannot be deep-copied."""
 
 
-def probe_copy(model: nn.Module, fake: FakeTensorMode | None) -> nn.Module:
+def probe_copy(model: nn.Module, fake: FakeTensorMode | None, all_hooks: bool = False) -> nn.Module:
     """Copy a model's modules; with ``fake``, without copying its tensors.
+
+    Args:
+        model: the model.
+        fake: makes tensors without memory; None: tensors are copied.
+        all_hooks: whether hooks are copied that may be another's, such as a profiler's.
 
     Raises:
         Uncopyable: the model cannot be deep-copied.
     """
     memo: dict[int, Any] = {}
     own = {(cls.__module__, cls.__qualname__) for m in model.modules() for cls in type(m).__mro__}
+    packages = {module.partition(".")[0] for module, _ in own} - {"torch", "builtins", "__main__"}
     hooks: list[tuple[nn.Module, str, dict[Any, Any]]] = []
     for module in model.modules():
         for name in _HOOKS & vars(module).keys():
             table = vars(module)[name]
             memo[id(table)] = OrderedDict()
-            kept = {key: hook for key, hook in table.items() if _is_own(hook, own)}
+            kept = {k: h for k, h in table.items() if all_hooks or _is_own(h, own, packages)}
             if kept and name in ("_forward_hooks", "_forward_pre_hooks"):
                 hooks.append((module, name, kept))
         held = (*module._parameters.values(), *module._buffers.values(), *vars(module).values())
@@ -79,9 +85,11 @@ def probe_copy(model: nn.Module, fake: FakeTensorMode | None) -> nn.Module:
     return probe
 
 
-def _is_own(hook: Any, own: set[tuple[str, str]]) -> bool:
-    """Whether a hook was written in a class of the model: it belongs to what the model does."""
+def _is_own(hook: Any, own: set[tuple[str, str]], packages: set[str]) -> bool:
+    """Whether a hook was written in a class or package of the model: it is what the model does."""
     function = getattr(hook, "__func__", hook)
+    if getattr(function, "__module__", "").partition(".")[0] in packages:
+        return True
     name = getattr(function, "__qualname__", "")
     parts = name.partition(".<locals>")[0].split(".")
     prefixes = {".".join(parts[:end]) for end in range(1, len(parts) + 1)}

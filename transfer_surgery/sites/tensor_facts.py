@@ -6,6 +6,7 @@ which sigmoid it comes from.
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -18,11 +19,9 @@ _CHANNELS_FIRST = {
     *("batch_norm", "group_norm", "instance_norm"),
 }
 _CHANNELS_LAST = {"linear", "layer_norm", "rms_norm", "embedding", "bilinear"}
-_RESHAPES = {
-    *("reshape", "view", "flatten", "unflatten", "permute", "transpose", "movedim", "moveaxis"),
-    *("swapaxes", "swapdims", "squeeze", "unsqueeze", "t", "matmul", "bmm", "einsum", "__matmul__"),
-}
-_PRODUCTS = {"matmul", "bmm", "mm", "__matmul__"}
+_RESHAPES = {"reshape", "view", "flatten", "unflatten"}
+_PRODUCTS = {"matmul", "bmm", "mm", "__matmul__", "__rmatmul__"}
+_SUMS_OF_PRODUCTS = {"addmm", "addbmm", "baddbmm"}
 _ZEROS = {"zeros", "zeros_like", "new_zeros"}
 _GATES = {"sigmoid", "hardsigmoid"}
 SQUASHING = _GATES | {"tanh", "hardtanh", "softplus"}
@@ -80,7 +79,9 @@ def role_of(activation: Activation, x: Tensor) -> str:
     return "bounding" if is_clamp and not is_hidden else "hidden"
 
 
-def follow(name: str, inputs: list[Tensor], outputs: list[Tensor], gate: Any = None) -> None:
+def follow(
+    name: str, inputs: list[Tensor], outputs: list[Tensor], gate: Any = None, text: str = ""
+) -> None:
     """Carry the facts from the inputs of a torch call to its outputs.
 
     Args:
@@ -88,25 +89,88 @@ def follow(name: str, inputs: list[Tensor], outputs: list[Tensor], gate: Any = N
         inputs: its tensors.
         outputs: the tensors that it returned.
         gate: the event of a gating sigmoid, if that is what the call is.
+        text: the equation of an einsum.
     """
     live = any(is_live(x) for x in inputs) and name not in _ZEROS
-    like = max(inputs, key=Tensor.numel, default=None)
     layer = name in _CHANNELS_FIRST or name in _CHANNELS_LAST
     sigmoid = getattr(inputs[0], "_ts_sigmoid", None) if inputs else None
     if layer and sigmoid is not None:
         sigmoid.role = "hidden"  # it feeds the next layer instead of multiplying something
     for out in outputs:
         facts: Any = out
-        if name in _CHANNELS_FIRST:
-            facts._ts_axis = 1
-        elif name in _CHANNELS_LAST:
-            facts._ts_axis = -1
-        elif name in _PRODUCTS and len(inputs) == 2 and is_live(inputs[0]) != is_live(inputs[1]):
-            # The weight makes the channels: rows where it stands on the left, else columns.
-            facts._ts_axis = -1 if is_live(inputs[0]) or out.dim() < 2 else -2
-        elif name in _RESHAPES or is_reduction(name) or like is None or like.dim() != out.dim():
-            facts._ts_axis = None
-        else:
-            facts._ts_axis = getattr(like, "_ts_axis", None)
+        facts._ts_axis = _axis_of(name, inputs, out, text)
         facts._ts_live, facts._ts_zero = live, name in _ZEROS
         facts._ts_sigmoid = gate or (sigmoid if len(inputs) == 1 and not layer else None)
+
+
+def _axis_of(name: str, inputs: list[Tensor], out: Tensor, text: str) -> int | None:
+    """Where the channels of a result are; None where that cannot be told."""
+    if name in _CHANNELS_FIRST:
+        return 1
+    if name in _CHANNELS_LAST:
+        return -1
+    if name == "einsum":
+        return _axis_of_einsum(text, inputs, out)
+    if name in _PRODUCTS:
+        return _axis_of_product(inputs, out)
+    if name in _SUMS_OF_PRODUCTS:
+        return _axis_of_product(inputs[1:], out)
+    like = max(inputs, key=Tensor.numel, default=None)
+    axis = None if like is None else getattr(like, "_ts_axis", None)
+    if like is None or axis is None or is_reduction(name):
+        return None
+    if name in _RESHAPES:
+        return _axis_of_shape(like, axis % like.dim(), out)
+    if _is_view(out, like):
+        return _axis_of_view(like, axis % like.dim(), out)
+    return int(axis) if like.dim() == out.dim() else None
+
+
+def _axis_of_product(inputs: list[Tensor], out: Tensor) -> int | None:
+    """A weight makes channels: rows where it stands on the left, else columns."""
+    if len(inputs) != 2 or is_live(inputs[0]) == is_live(inputs[1]) or out.dim() < 2:
+        return None
+    (x,) = filter(is_live, inputs)
+    made = -1 if x is inputs[0] else -2
+    axis = getattr(x, "_ts_axis", None)
+    if axis is None or axis % x.dim() == (made % x.dim()):
+        return made
+    return axis if x.dim() == out.dim() else None  # the weight mixes something else, such as nodes
+
+
+def _axis_of_einsum(text: str, inputs: list[Tensor], out: Tensor) -> int | None:
+    """The one axis of the result that the weights give, and the values do not."""
+    given, _, result = text.replace(" ", "").partition("->")
+    letters = given.split(",")
+    if "." in text or len(letters) != len(inputs) or len(result) != out.dim():
+        return None
+    live = {one for x, names in zip(inputs, letters, strict=True) if is_live(x) for one in names}
+    made = [result.index(one) for one in result if one not in live]
+    return _from_end(made[0], out) if len(made) == 1 else None
+
+
+def _axis_of_shape(x: Tensor, axis: int, out: Tensor) -> int | None:
+    """An axis whose size, and what stands before it, stay in a reshape."""
+    for j in range(out.dim()):
+        same = out.shape[j] == x.shape[axis]
+        if same and math.prod(out.shape[:j]) == math.prod(x.shape[:axis]):
+            return _from_end(j, out)
+    return None
+
+
+def _axis_of_view(x: Tensor, axis: int, out: Tensor) -> int | None:
+    """Where an axis is in a view: it keeps its step in memory."""
+    found = [j for j in range(out.dim()) if out.stride(j) == x.stride(axis) and out.shape[j] > 1]
+    return _from_end(found[0], out) if len(found) == 1 else None
+
+
+def _is_view(out: Tensor, x: Tensor) -> bool:
+    try:
+        return out.untyped_storage()._cdata == x.untyped_storage()._cdata
+    except NotImplementedError:  # sparse tensors and those inside vmap have no storage
+        return False
+
+
+def _from_end(axis: int, x: Tensor) -> int:
+    """The last axis is -1: so it is for inputs with other numbers of axes."""
+    return -1 if axis == x.dim() - 1 else axis

@@ -194,9 +194,10 @@ def _granularity(site: Site, table: Mapping[str, str | Granularity]) -> Granular
     for glob, name in table.items():
         if site.matches(glob):
             found, dims = granularity_of(name, site.channel_axis), len(site.shape)
-            if dims < 2 and isinstance(name, str):
+            is_flat = not isinstance(found, PerLayer) and (dims < 2 or set(found.axes(dims)) <= {0})
+            if is_flat and isinstance(name, str):
                 return PerLayer()  # there is no axis of channels or features
-            if not isinstance(found, PerLayer) and set(found.axes(dims)) <= {0}:
+            if is_flat:
                 raise ValueError(
                     f"{site.path}: its input {site.shape} has no axis for {found!r}; use 'layer' "
                     "there, or another axis."
