@@ -166,7 +166,7 @@ def _axis_of_view(x: Tensor, axis: int, out: Tensor) -> int | None:
 
 def _is_view(out: Tensor, x: Tensor) -> bool:
     try:
-        return out.untyped_storage()._cdata == x.untyped_storage()._cdata
+        return bool(out.untyped_storage()._cdata == x.untyped_storage()._cdata)
     except NotImplementedError:  # sparse tensors and those inside vmap have no storage
         return False
 
