@@ -18,7 +18,7 @@ from transfer_surgery.activations.registry import register_activation
 
 
 def _methods(name: str) -> dict[Callable[..., Any], tuple[str, ...]]:
-    """The four spellings ``torch.f``, ``torch.f_``, ``Tensor.f``, ``Tensor.f_`` of an operator."""
+    """The four names ``torch.f``, ``torch.f_``, ``Tensor.f``, ``Tensor.f_`` of an operator."""
     owners = (torch, torch.Tensor)
     return {getattr(o, n): () for o in owners for n in (name, f"{name}_") if hasattr(o, n)}
 

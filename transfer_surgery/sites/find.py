@@ -41,7 +41,7 @@ _WAYS = {Route: "edit", GraphRoute: "fx", type(None): "intercept"}
 def find_activations(
     model: nn.Module, example_input: Any = None, *, modes: Sequence[str] = ("eval", "train")
 ) -> Plan:
-    """List every activation call of a model, without touching or computing anything.
+    """List every activation call of a model, which is not changed.
 
     Args:
         model: any module.

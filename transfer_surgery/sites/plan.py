@@ -145,7 +145,7 @@ class Plan(Table[Site]):
 
     Attributes:
         rows: all sites found, convertible or not; those that only run in training come last.
-        unexamined: what could not be examined, and why.
+        unexamined: what could not be examined, and which calls are intercepted, with the reasons.
         calls: for each owner, what was seen in its code.
     """
 

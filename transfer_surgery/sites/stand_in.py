@@ -1,7 +1,8 @@
-"""A stand-in of a model that can be run and traced without touching the model.
+"""A stand-in of a model that can be run without touching the model.
 
-The copy has the same module tree; its tensors are fake (shapes without memory), its hooks are gone,
-and whatever a forward pass changes (running statistics, caches, training flags) changes the copy.
+The copy has the same module tree. Its tensors are fake (shapes without memory) or copies, and it
+has only those hooks that belong to the model. Whatever a forward pass changes (running statistics,
+caches, training flags) changes the copy.
 """
 
 from __future__ import annotations

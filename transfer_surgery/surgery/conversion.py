@@ -70,7 +70,7 @@ def convert(
             `PerLayer`, `PerChannel`, `PerNeuron`. ``PerChannel(axis)`` overrides the axis that was
             found. Or a mapping from globs on site paths to these, where the first match counts.
         include: convert only these sites: a glob on paths (``"layer1"`` includes all below it), a
-            module type (of the owner or the activation), a module of the model (all below it), a
+            module type (of the caller or the activation), a module of the model (all below it), a
             predicate on `Site`, or several of them.
         exclude: leave these sites alone; the same forms.
         roles: roles to convert; see `transfer_surgery.sites.plan.ROLES`.

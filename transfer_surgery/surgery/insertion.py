@@ -41,7 +41,7 @@ def insert_units(
     units: Mapping[str, nn.Module],
     recipes: Mapping[str, Recipe],
 ) -> None:
-    """Put units in their places and give rewritten owners their class.
+    """Put units in their places and give callers their class.
 
     All that can fail comes first; then only names and classes are assigned, past any
     ``__setattr__`` of the modules.
@@ -150,7 +150,7 @@ def answer_for(old: nn.Module, new: nn.Module) -> None:
 
 
 def restore_owner(owner: nn.Module) -> None:
-    """Give a rewritten owner its class or graph back and drop its units."""
+    """Give a caller its class or graph back and drop its units."""
     restore_graph(owner)
     for cls in type(owner).__mro__:
         recipe = vars(cls).get("_transfer_surgery_recipe")
@@ -162,7 +162,7 @@ def restore_owner(owner: nn.Module) -> None:
 
 
 def _rewritten_type(owner: nn.Module, recipe: Recipe) -> type[nn.Module]:
-    """The class of a rewritten owner: `parametrize` expects its own class to stay on top."""
+    """The class of a caller: `parametrize` expects its own class to stay on top."""
     base = type_before_parametrizations(owner)
     return _with_ancestor(type(owner), base, rewritten_class(base, recipe))
 

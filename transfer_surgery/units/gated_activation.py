@@ -34,7 +34,7 @@ class GatedActivation(nn.Module):
         dims: number of axes of the input; None: not known.
         position: its place in the order in which the model's activations run.
         stage: the part of the model that it belongs to, such as ``"layer1"``.
-        call: which of the activation calls in the code of its owner it is, as (number, of how
+        call: which of the activation calls in the code of its caller it is, as (number, of how
             many); None where it took the place of a module.
 
     Examples:

@@ -24,7 +24,7 @@ def hard_concrete(
     """``z`` of Eq. 15.
 
     Args:
-        log_alpha: locations, float32.
+        log_alpha: one number per gate, float32.
         eps: noise in (0, 1), of a shape that ``log_alpha`` broadcasts to.
         temperature: ``beta``.
         stretch: ``(xi, zeta)``.
