@@ -15,7 +15,7 @@ _ASIDE = "_transfer_surgery_aside"
 
 
 def close_fused_paths(model: nn.Module, owners: Iterable[nn.Module]) -> None:
-    """Turn fused paths off in those owners that have one, and in the encoders around them."""
+    """Turn fused paths off in those callers that have one, and in the encoders around them."""
     layers = {owner for owner in owners if isinstance(owner, nn.TransformerEncoderLayer)}
     for layer in layers:
         _set_aside(layer, "activation_relu_or_gelu", 0)
