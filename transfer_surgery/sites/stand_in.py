@@ -1,8 +1,8 @@
 """A stand-in of a model that can be run without touching the model.
 
 The copy has the same module tree. Its tensors are fake (shapes without memory) or copies, and it
-has only those hooks that belong to the model. Whatever a forward pass changes (running statistics,
-caches, training flags) changes the copy.
+has those hooks that belong to the model, and others where the model does not run without them.
+Whatever a forward pass changes (running statistics, caches, training flags) changes the copy.
 """
 
 from __future__ import annotations
