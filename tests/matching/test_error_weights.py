@@ -20,7 +20,7 @@ def test_weighted_fits_are_those_of_independent_least_squares():
     y, weights = x.relu(), torch.rand(2, 600, dtype=torch.float64) * torch.tensor([[1.0], [1e-6]])
     inputs = Inputs()
     inputs.add(x)
-    fit = TargetFit(Sinusoid(0.0, (0.7,), min_periods=0.0), inputs, ridge=0.0)
+    fit = TargetFit(Sinusoid(0.0, (0.7,)), inputs, ridge=0.0)
     for part in zip(*(t.split(250, 1) for t in (x, y, weights)), strict=True):
         fit.add(*part)
     solution = fit.solve()

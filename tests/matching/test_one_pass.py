@@ -39,7 +39,6 @@ def best_sinusoid(x, y):
     mean, std = x.mean(), x.std(correction=0)
     u, found = (x - mean) / std, []
     for w in FREQUENCIES:
-        w = max(w, torch.pi / (u.max() - u.min()).item())
         rows = torch.stack([torch.sin(w * u), torch.cos(w * u), torch.ones_like(u)], 1)
         pull = RIDGE * rows.square().sum(0) + 1e-9 * len(u)
         pull[-1] = 0

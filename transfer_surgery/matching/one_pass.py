@@ -16,7 +16,12 @@ from transfer_surgery.matching.memory import batches_that_wait
 from transfer_surgery.matching.output_check import OutputCheck
 from transfer_surgery.matching.probe import Probe, probe
 from transfer_surgery.matching.progress import Shown, progress_line
-from transfer_surgery.matching.ranks import check_the_same, failing_together
+from transfer_surgery.matching.ranks import (
+    check_the_same,
+    failing_together,
+    number_of_ranks,
+    on_any_rank,
+)
 from transfer_surgery.matching.refit_rules import layers_to_refit
 from transfer_surgery.matching.samples import Samples
 from transfer_surgery.matching.side_by_side import SideBySide
@@ -132,9 +137,9 @@ class OnePass:
                 else:
                     fit = fits[module]
                     with failing_together():
-                        for pair in samples.pairs(module, both):
+                        for pair in samples.layer_pairs(module, both):
                             fit.add(pair.now, pair.wanted)
-                    if fit.is_empty:
+                    if on_any_rank(fit.is_empty or module in samples.routed):
                         self.refitted[module] = "gets other inputs in the two networks"
                     else:
                         _refit(both, module, fit, seen.norms.get(module))
@@ -153,7 +158,9 @@ def _fit_site(unit: GatedActivation, samples: Samples, both: SideBySide) -> tupl
     """The least squares of one site."""
     inputs = Inputs()
     with failing_together():
-        pairs = list(samples.pairs(unit, both))
+        pairs = samples.site_pairs(unit, both)
+        if not pairs and number_of_ranks() > 1:
+            raise ValueError("the batches of a rank do not come to each site; give it more.")
         for pair in pairs:
             inputs.add(pair.now)
     inputs.add_over_ranks()

@@ -48,18 +48,21 @@ def failing_together() -> Iterator[None]:
     try:
         yield
     except BaseException:
-        _count(1.0)
+        on_any_rank(True)
         raise
-    if _count(0.0):
+    if on_any_rank(False):
         raise RuntimeError(
             "matching failed on another rank, which says why; this model is as it was."
         )
 
 
-def _count(failed: float) -> float:
-    total = torch.tensor([failed], device=_device())
+def on_any_rank(flag: bool) -> bool:
+    """Whether a flag is set on one of the ranks at least."""
+    if number_of_ranks() == 1:
+        return flag
+    total = torch.tensor([float(flag)], device=_device())
     dist.all_reduce(total)
-    return total.item()
+    return bool(total)
 
 
 def _device() -> torch.device:

@@ -56,6 +56,8 @@ class Samples:
         self._seeds = {module: 1000 * index for index, module in enumerate(calls)}
         self._shapes: dict[Any, Any] = {}
         self._weights: dict[Any, Tensor] = {}
+        self.routed: set[nn.Module] = set()
+        """Modules that get other inputs in the two networks, as experts get other tokens."""
 
     @property
     def modules(self) -> list[nn.Module]:
@@ -80,44 +82,48 @@ class Samples:
         fit = self._fits[call.module]
         return fit.map.outputs(output, self._positions(call, output.shape))
 
-    def before(self, call: Call) -> tuple[Tensor, Tensor | None] | None:
-        """Of an input of the other network, and what is wanted where the original has no such call.
-
-        None for a layer that has no such call there: nothing says what it should give.
-        """
+    def before(self, call: Call) -> tuple[Tensor, Tensor | None]:
+        """Of an input of the other network, and of what the source of a site makes of it."""
         x, *operands = call.values
-        shape, result = self._shapes.pop(call[:3], (None, None))
+        given, result = self._shapes.pop(call[:3], (None, None))
+        if given != x.shape:
+            self.routed.add(call.module)
         if isinstance(call.module, GatedActivation):
-            own = None
-            if shape != x.shape:  # the networks took different ways
-                used = operands[: len(call.module.source.operands)]
-                own = self._groups(call, call.module.source(x, *used))
+            used = operands[: len(call.module.source.operands)]
+            own = self._groups(call, call.module.source(x, *used))
             return self._groups(call, x), own
-        if shape != x.shape:
-            return None
+        if given != x.shape:
+            return x.new_zeros(0), None
         rows = self._fits[call.module].map.rows(x, result, self._positions(call, result))
         return rows, None
 
-    def pairs(self, module: nn.Module, both: SideBySide) -> Iterator[Pair]:
-        """Let both networks come to a module, and take the samples of its calls.
+    def layer_pairs(self, layer: nn.Module, both: SideBySide) -> Iterator[Pair]:
+        """Let both networks come to a layer, and take the samples of its calls.
 
-        Raises:
-            ValueError: there are several ranks, and this one's batches do not come to the module.
+        They are of no use where the layer is in `routed` at the end.
         """
-        found = False
+        for now, wanted, _ in self._pairs(layer, both):
+            if wanted is not None and layer not in self.routed:
+                yield Pair(now[0], wanted)
+
+    def site_pairs(self, unit: nn.Module, both: SideBySide) -> list[Pair]:
+        """The same for a site. Where it is in `routed`, wanted is what its source makes of x."""
+        found = list(self._pairs(unit, both))
+        if unit in self.routed:
+            return [Pair(x, own) for (x, own), _, _ in found]
+        return [
+            Pair(x, wanted, self._weights.get((unit, *key)))
+            for (x, _), wanted, key in found
+            if wanted is not None
+        ]
+
+    def _pairs(self, module: nn.Module, both: SideBySide) -> Iterator[Any]:
         for batch, (before, behind) in enumerate(both.upto(module)):
-            for number, kept in enumerate(before):
-                if kept is None:
-                    continue
-                now, own = kept
-                found = found or own is not None or number < len(behind)
-                if own is not None:
-                    yield Pair(now, own)
-                elif number < len(behind):
-                    weights = self._weights.get((module, batch, number))
-                    yield Pair(now, behind[number], weights)
-        if not found and number_of_ranks() > 1:
-            raise ValueError("the batches of a rank do not come to each site; give it more.")
+            if len(before) != len(behind):
+                self.routed.add(module)
+            for number, now in enumerate(before):
+                wanted = behind[number] if number < len(behind) else None
+                yield now, wanted, (batch, number)
 
     def _count(self, module: nn.Module, limit: int) -> int:
         """How many values of a call are drawn, out of those of all calls, batches and ranks."""

@@ -17,11 +17,8 @@ from torch import Tensor
 
 from transfer_surgery.activations import Activation
 
-FREQUENCIES = (0.4, 0.6, 0.8, 1.0, 1.3)
+FREQUENCIES = (0.2, 0.3, 0.4, 0.5, 0.6, 0.8, 1.0, 1.3)
 """Frequencies of sinusoids to try: ``w`` times the standard deviation of the input."""
-
-MIN_PERIODS = 0.5
-"""A sinusoid spans at least this many periods over the data of its gate."""
 
 _LEAST_BEND = 5e-3
 """Least second coefficient of a parabola as a share of the first, for input of unit variance."""
@@ -37,8 +34,8 @@ class Candidate(NamedTuple):
 class Family(Protocol):
     """How one target is fitted; the first axis of all tensors is that of the groups."""
 
-    def candidates(self, mean: Tensor, std: Tensor, span: Tensor) -> Iterator[Candidate]:
-        """What to try; ``span`` is the range of the standardised data."""
+    def candidates(self, mean: Tensor, std: Tensor) -> Iterator[Candidate]:
+        """What to try."""
 
     def features(self, u: Tensor, candidate: Candidate) -> list[Tensor]:
         """The functions of ``u``, of its shape ``(groups, N)``, to be combined; the last is 1."""
@@ -73,15 +70,10 @@ class Sinusoid:
 
     phase: float
     frequencies: tuple[float, ...] = FREQUENCIES
-    min_periods: float = MIN_PERIODS
 
-    def candidates(self, mean: Tensor, std: Tensor, span: Tensor) -> Iterator[Candidate]:
-        # The range of an input is at least twice its own standard deviation. If it is less than
-        # one, the deviation is that of other groups: this input hardly varies, and half a period
-        # over its range would be a very high frequency.
-        lowest = torch.where(span > 1, 2 * math.pi * self.min_periods / span, 0.0)
+    def candidates(self, mean: Tensor, std: Tensor) -> Iterator[Candidate]:
         for frequency in self.frequencies:
-            yield Candidate(lowest.clamp_min(frequency), torch.zeros_like(span))
+            yield Candidate(torch.full_like(std, frequency), torch.zeros_like(std))
 
     def features(self, u: Tensor, candidate: Candidate) -> list[Tensor]:
         argument = candidate.w[:, None] * u
@@ -102,7 +94,7 @@ class Quadratic:
     b: float
     c: float
 
-    def candidates(self, mean: Tensor, std: Tensor, span: Tensor) -> Iterator[Candidate]:
+    def candidates(self, mean: Tensor, std: Tensor) -> Iterator[Candidate]:
         yield Candidate(torch.ones_like(std), torch.zeros_like(std))
 
     def features(self, u: Tensor, candidate: Candidate) -> list[Tensor]:
@@ -140,7 +132,7 @@ class Searched:
 
     target: Activation
 
-    def candidates(self, mean: Tensor, std: Tensor, span: Tensor) -> Iterator[Candidate]:
+    def candidates(self, mean: Tensor, std: Tensor) -> Iterator[Candidate]:
         scales = [factor * std for factor in (1.0, 0.5, 2.0)]
         scales += [torch.full_like(std, factor) for factor in (0.5, 1.0, 2.0)]
         for w, shift in product(scales, (0.0, -1.0, -0.5, 0.5, 1.0)):

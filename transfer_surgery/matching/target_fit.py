@@ -100,7 +100,7 @@ class TargetFit:
     def __init__(self, family: Family, inputs: Inputs, ridge: float) -> None:
         self.family, self.ridge = family, ridge
         self.mean, self.std = inputs.mean, inputs.std
-        self.candidates = list(family.candidates(self.mean, self.std, inputs.span))
+        self.candidates = list(family.candidates(self.mean, self.std))
         self.equations = [NormalEquations() for _ in self.candidates]
         self.count: Tensor | float = 0.0
         self.sums: Tensor | float = 0.0
@@ -122,8 +122,9 @@ class TargetFit:
         for equations, candidate in zip(self.equations, self.candidates, strict=True):
             w, c = (part.to(x) for part in candidate)
             features = self.family.features(u, candidate._replace(w=w, c=c))
-            weight = None if weights is None else weights.to(x)
-            equations.add(torch.stack(features, 1).transpose(1, 2), y[..., None], weight)
+            # In float64: slow cosines are nearly constant, and their sums nearly cancel.
+            rows = torch.stack(features, 2).double()
+            equations.add(rows, wide[..., None], None if weights is None else counted)
 
     def add_over_ranks(self) -> None:
         """Count the batches of all ranks."""
