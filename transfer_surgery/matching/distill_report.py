@@ -5,10 +5,10 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterable, Mapping
 
-from transfer_surgery.matching.held_out import NOT_WORSE
-
 SMALL = 0.01
 """A relative squared error, or a divergence, that is as good as none."""
+
+_MORE = 1.1  # times the error at the start, from which on an output got worse
 
 
 class DistillWarning(UserWarning):
@@ -51,7 +51,7 @@ class DistillReport(list[float]):
         return tuple(
             name
             for name, error in self.before.items()
-            if self.after[name] > max(NOT_WORSE * error, SMALL)
+            if self.after[name] > max(_MORE * error, SMALL)
         )
 
 

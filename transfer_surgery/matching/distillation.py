@@ -27,7 +27,7 @@ _CLIP = 2.0  # highest norm of the gradient
 _WARMUP = 0.05  # share of the steps in which the learning rate rises
 _LOOKS = 20  # how often the network is compared with its teacher in evaluation mode
 _VARIED = 0.5  # share of the examples that are varied
-_WORSE = 3.0  # times the loss that is allowed, from which on training goes back
+_WORSE = 3.0  # times the loss at the start, from which on training goes back
 
 
 def distill(
@@ -103,13 +103,13 @@ def distill(
 
     Examples:
         >>> import copy
-        >>> from transfer_surgery import convert, match_targets, swap_targets
+        >>> from transfer_surgery import convert, swap_targets
         >>> _ = torch.manual_seed(0)
         >>> teacher = nn.Sequential(nn.Linear(4, 32), nn.ReLU(), nn.Linear(32, 3))
         >>> model, x = copy.deepcopy(teacher), torch.randn(256, 4)
-        >>> _ = match_targets(convert(model, "sin", example_input=x), [x])
-        >>> found = distill(swap_targets(model), teacher, x.split(32), steps=100)
-        >>> found.after["output"] < found.before["output"]
+        >>> model = swap_targets(convert(model, "sin", example_input=x))
+        >>> found = distill(model, teacher, x.split(32), steps=100, lr=0.01)
+        >>> found.after["output"] < 0.5 * found.before["output"]
         True
     """
     check_arguments(distill, locals())
@@ -139,7 +139,7 @@ def distill(
         compare = loss_function(loss, [asked.output for asked in given], temperature)
         strength, further = bearable_variation(teacher, given, variation)
         small = SMALL if loss in ("relative", "kl", "bce") else 0.0  # others have a unit
-        examination = Examination(model, compare, given, further, small)
+        examination = Examination(model, compare, given, further)
         start = now_at = examination.look(0)
         if not math.isfinite(start):
             raise ValueError(
@@ -170,7 +170,7 @@ def distill(
                 # Look at the held-out batches; go back where training has gone astray.
                 if not finite or step % max(steps // _LOOKS, 1) == 0 or step == steps:
                     now_at = examination.look(step) if finite else math.inf
-                    if not now_at <= _WORSE * examination.allowed:
+                    if not now_at <= _WORSE * max(start, small):
                         examination.go_back()
                         optimizer.state.clear()
                         lr, strength = lr / 2, strength / 2

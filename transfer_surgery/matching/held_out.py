@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+import math
 from collections.abc import Iterable, Iterator, Sequence
 from statistics import fmean
 from typing import Any, NamedTuple
@@ -14,9 +15,6 @@ from torch import Tensor, nn
 from transfer_surgery._running import call_model, map_tensors, modes_kept
 from transfer_surgery.matching.distill_loss import Loss
 from transfer_surgery.matching.output_errors import OutputErrors
-
-NOT_WORSE = 1.1
-"""Times the error at the start: what is above got worse."""
 
 _SHARE = 8  # of so many batches of a list one is held out
 _MOST = 8  # batches that are held out at most: their outputs are kept in memory
@@ -91,22 +89,15 @@ class Examination:
         given: inputs with the teacher's outputs.
         further: the same of varied inputs. They count in the choice of the best state, as long as
             it does not answer the given inputs worse than the start.
-        small: a loss that is as good as none, for which few inputs are no measure.
     """
 
     def __init__(
-        self,
-        model: nn.Module,
-        loss: Loss,
-        given: Sequence[Asked],
-        further: Sequence[Asked] = (),
-        small: float = 0.0,
+        self, model: nn.Module, loss: Loss, given: Sequence[Asked], further: Sequence[Asked] = ()
     ) -> None:
         self._model, self._loss = model, loss
         self._given, self._further = given, further
         self._best: dict[str, Tensor] = {}
-        self._lowest, self.allowed = float("inf"), small
-        """The highest loss of the given inputs that is not worse than the start."""
+        self._lowest = self._start = math.inf
         self.step = 0
         """The step after which the best state was reached; 0: the start."""
         self.errors: dict[str, float] = {}
@@ -125,8 +116,8 @@ class Examination:
                     errors.add(now, asked.output)
         given, every = fmean(losses[: len(self._given)]), fmean(losses)
         if not self._best:
-            self.allowed = max(self.allowed, NOT_WORSE * given)
-        if not self._best or (given <= self.allowed and every < self._lowest):
+            self._start = given
+        if not self._best or (given <= self._start and every < self._lowest):
             self._lowest, self.step, self.errors = every, step, errors.relative()
             self._best = copy.deepcopy(self._state())
         return given

@@ -106,6 +106,7 @@ def sensitivity(
         TypeError: the model is sharded by FSDP2, or returns no floating tensor.
 
     Examples:
+        >>> import torch
         >>> from transfer_surgery import convert, match_targets
         >>> _ = torch.manual_seed(0)
         >>> layers = [nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 4), nn.GELU(), nn.Linear(4, 2)]

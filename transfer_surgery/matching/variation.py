@@ -22,7 +22,7 @@ from transfer_surgery.matching.output_errors import OutputErrors
 
 _RANGE = 0.7  # r is at most so far from 1
 _NOISE = 0.5  # highest n
-_WIDER = 2.0  # how many times as large the outputs' deviations may become
+_WIDER = 1.25  # how many times as large the outputs' deviations may become
 _HALVINGS = 8
 
 
