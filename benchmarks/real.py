@@ -29,7 +29,7 @@ from transfer_surgery import convert, distill, match_targets, swap_targets
 
 HERE = Path(__file__).parent
 RESULTS, PAGE = HERE / "results" / "real", HERE.parent / "docs" / "real.md"
-STEPS = {"crepe_tiny": 60, "mtcnn_rnet": 600, "mtcnn_pnet": 2500}
+STEPS = {"crepe_tiny": 50, "mtcnn_rnet": 400, "mtcnn_pnet": 1500}
 TITLES = {
     "crepe_tiny": "CREPE tiny: the pitch of a sound (360 sigmoids)",
     "mtcnn_rnet": "MTCNN's R-Net: a face in 24 x 24 pixels, and its box",
