@@ -112,6 +112,19 @@ def test_only_plain_trainable_weights_are_refitted_and_the_others_are_named():
     assert teacher[0] is of_a_teacher  # as long as the teacher lives
 
 
+@pytest.mark.parametrize("frozen", [False, True])
+def test_a_frozen_norm_keeps_its_statistics(frozen):
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 8, bias=False), nn.BatchNorm1d(8), nn.Linear(8, 2)
+    ).eval()
+    model[3].requires_grad_(not frozen)
+    x, before = torch.randn(256, 4), model[3].running_mean.clone()
+    report = match_targets(convert(model, example_input=x), [x], refit=True)
+    assert report.refitted == ("2", "4")
+    assert torch.equal(model[3].running_mean, before) == frozen
+
+
 def test_a_layer_whose_weight_is_read_elsewhere_is_left_alone():
     class Tied(nn.Module):
         """An autoencoder whose decoder is its encoder's weight; T5 asks a weight for its dtype."""

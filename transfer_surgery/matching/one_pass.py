@@ -80,8 +80,9 @@ class OnePass:
         behind = order[first:]
         self.refitted |= {m: left[m] for m in behind if m in left}
         calls = {m: seen.calls[m] for m in behind if m not in left}
+        norms = {m: norm for m, norm in seen.norms.items() if not _is_frozen(norm)}
         fits = {
-            m: LayerFit(m, LAYER_RIDGE, offset=m in seen.norms)
+            m: LayerFit(m, LAYER_RIDGE, offset=m in norms)
             for m in calls
             if not isinstance(m, GatedActivation)
         }
@@ -94,7 +95,7 @@ class OnePass:
         self.held = 2 * seen.held * self.waited
         both = SideBySide(self.networks, calls, state, self.waited, samples.behind, samples.before)
         with both, progress_line(self.progress, "match", len(calls)) as tell:
-            rows = list(self._fit_all(both, samples, fits, seen, check, tell))
+            rows = list(self._fit_all(both, samples, fits, norms, check, tell))
             tell(len(calls), "")
         # List what did not run.
         return rows + [_row(path, unit) for unit, path in self.paths.items() if unit not in calls]
@@ -112,7 +113,7 @@ class OnePass:
         both: SideBySide,
         samples: Samples,
         fits: dict[nn.Module, LayerFit],
-        seen: Probe,
+        norms: dict[nn.Module, nn.Module],
         check: OutputCheck,
         tell: Callable[[int, str], None],
     ) -> Iterator[MatchRow]:
@@ -122,7 +123,12 @@ class OnePass:
             for number, module in enumerate(samples.modules):
                 tell(number, paths[number])
                 if isinstance(module, GatedActivation):
-                    solution, inputs = _fit_site(module, samples, both)
+                    found = _fit_site(module, samples, both)
+                    if found is None:  # the network that changes takes another way
+                        both.passed(module)
+                        yield _row(self.paths[module], module)
+                        continue
+                    solution, inputs = found
                     if not all(bool(p.isfinite().all()) for p in solution.parameters):
                         raise ValueError(
                             f"{self.paths[module]}: NaN or infinity comes in there. Look for it in "
@@ -142,9 +148,9 @@ class OnePass:
                     if on_any_rank(fit.is_empty or module in samples.routed):
                         self.refitted[module] = "gets other inputs in the two networks"
                     else:
-                        _refit(both, module, fit, seen.norms.get(module))
+                        _refit(both, module, fit, norms.get(module))
                         self.refitted[module] = None
-                    both.fitted(module)
+                    both.passed(module)
         except BaseException:
             both.restore()
             raise
@@ -154,8 +160,10 @@ class OnePass:
         return [paths[module] for module in modules]
 
 
-def _fit_site(unit: GatedActivation, samples: Samples, both: SideBySide) -> tuple[Solution, Inputs]:
-    """The least squares of one site."""
+def _fit_site(
+    unit: GatedActivation, samples: Samples, both: SideBySide
+) -> tuple[Solution, Inputs] | None:
+    """The least squares of one site; None where no batch comes to it."""
     inputs = Inputs()
     with failing_together():
         pairs = samples.site_pairs(unit, both)
@@ -163,6 +171,8 @@ def _fit_site(unit: GatedActivation, samples: Samples, both: SideBySide) -> tupl
             raise ValueError("the batches of a rank do not come to each site; give it more.")
         for pair in pairs:
             inputs.add(pair.now)
+    if not pairs:
+        return None
     inputs.add_over_ranks()
     fit = TargetFit(family_of(unit.target), inputs, RIDGE)
     with failing_together():
@@ -188,6 +198,10 @@ def _refit(both: SideBySide, layer: nn.Module, fit: LayerFit, norm: nn.Module | 
         assert isinstance(mean, Tensor)
         both.assign(norm, {"running_mean": mean - found.pop("bias")})
     both.assign(layer, found)
+
+
+def _is_frozen(norm: nn.Module) -> bool:
+    return not all(parameter.requires_grad for parameter in norm.parameters())
 
 
 def _row(

@@ -1,9 +1,7 @@
 """Both networks run on every batch, and wait for each other at each module that is fitted.
 
-The original network is ahead: it stops behind a module, where its output is looked at. The other
-one stops before the module, with what it gets there. When the module has its new numbers, both go
-on. So a fit of all modules takes one forward pass of each network, and the memory of what a forward
-pass of all batches holds at one moment.
+The original network stops behind a module, the other one before it. When the module has its new
+numbers, both go on. So a fit takes one forward pass of each network.
 """
 
 from __future__ import annotations
@@ -104,19 +102,22 @@ class SideBySide:
         """Let both networks come to a module, batch after batch, and see its calls.
 
         Yields what is kept of the calls in the network that changes, and in the original one. When
-        all batches are through and the module has its new numbers, `fitted` has to be called.
+        all batches are through, `fitted` or `passed` has to be called.
         """
         for original, other in zip(self._original, self._other, strict=True):
             wanted = original.upto(module, self._calls[module])
             yield other.upto(module, self._calls[module]), wanted
 
-    def fitted(self, module: nn.Module) -> None:
-        """The module has its new numbers: the networks need not stop there again."""
+    def passed(self, module: nn.Module) -> None:
+        """The networks need not stop at a module again."""
         self._pending.discard(module)
-        if isinstance(module, GatedActivation):
-            gate = module._modules["gate"]
-            assert isinstance(gate, _GateOfTheSide)
-            gate.transfer(self._networks.transferred_gate(module))
+
+    def fitted(self, unit: GatedActivation) -> None:
+        """A site has its new numbers: from now on the network that changes uses them."""
+        self.passed(unit)
+        gate = unit._modules["gate"]
+        assert isinstance(gate, _GateOfTheSide)
+        gate.transfer(self._networks.transferred_gate(unit))
 
     def assign(self, module: nn.Module, values: Mapping[str, Tensor]) -> None:
         """Give a module other weights; the original network keeps its own."""
