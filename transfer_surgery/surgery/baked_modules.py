@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from transfer_surgery._float32 import Float32Module
+from transfer_surgery.units import align
 
 
 class MixedActivation(Float32Module):
@@ -21,23 +22,21 @@ class MixedActivation(Float32Module):
         source: the activation where ``z`` is 1, a module.
         target: the activation where ``z`` is 0, a module.
         z: gates in [0, 1], float32.
-        shape: in which they broadcast to the input.
+        trailing: how many axes they lack behind, see `Granularity.trailing`.
     """
 
     if TYPE_CHECKING:  # torch.jit.script would read it, and does not know the text
         z: Tensor
 
-    def __init__(
-        self, source: nn.Module, target: nn.Module, z: Tensor, shape: tuple[int, ...]
-    ) -> None:
+    def __init__(self, source: nn.Module, target: nn.Module, z: Tensor, trailing: int) -> None:
         super().__init__()
-        self.source, self.target, self.shape = source, target, shape
+        self.source, self.target, self.trailing = source, target, trailing
         self.guards_source = not has_finite_slopes(source)
         self.guards_target = not has_finite_slopes(getattr(target, "activation", target))
         self.register_buffer("z", z)
 
     def forward(self, input: Tensor) -> Tensor:
-        z = self.z.view(self.shape)
+        z = align(self.z, self.trailing)
         # Where a branch counts for nothing its gradient is 0, and 0 * inf would be nan.
         s = self.source(torch.where(z == 0, 0.0, input) if self.guards_source else input)
         t = self.target(torch.where(z == 1, 0.0, input) if self.guards_target else input)
@@ -51,7 +50,7 @@ class MixedOfOperands(MixedActivation):
     """The same where the source takes further tensors, such as PReLU's slope."""
 
     def forward(self, input: Tensor, *operands: Tensor) -> Tensor:
-        z = self.z.view(self.shape)
+        z = align(self.z, self.trailing)
         s = self.source(torch.where(z == 0, 0.0, input), *operands)
         t = self.target(torch.where(z == 1, 0.0, input) if self.guards_target else input)
         return _selected(s, t, z)

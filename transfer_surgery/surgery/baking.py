@@ -125,9 +125,9 @@ def plain_module(unit: GatedActivation, z: Tensor) -> nn.Module:
     elif outcome == "target":
         plain = IgnoringOperands(_target(unit, dims)) if takes else _target(unit, dims)
     else:
-        shape = unit.granularity.broadcast_shape(z.shape, dims)
+        trailing = unit.granularity.trailing(dims)
         kind = MixedOfOperands if takes else MixedActivation
-        plain = kind(activation_module(unit.source), _target(unit, dims), z.clone(), shape)
+        plain = kind(activation_module(unit.source), _target(unit, dims), z.clone(), trailing)
     if not unit.overwrites_input:
         return plain
     return OverwritingOfOperands(plain) if takes else Overwriting(plain)

@@ -17,6 +17,7 @@ from transfer_surgery.units.granularity import (
     PerChannel,
     PerLayer,
     PerNeuron,
+    align,
     granularity_of,
 )
 from transfer_surgery.units.kernels import (
@@ -65,6 +66,7 @@ __all__ = [
     "SampledGate",
     "SampledSettings",
     "TargetParameters",
+    "align",
     "as_patterns",
     "check_gates_not_flattened",
     "compiler_error",

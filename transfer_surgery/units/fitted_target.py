@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from transfer_surgery._float32 import Float32Module
 from transfer_surgery._sharding import gathered
-from transfer_surgery.units.granularity import Granularity
+from transfer_surgery.units.gates import check_no_sample_gradients
+from transfer_surgery.units.granularity import Granularity, align
 from transfer_surgery.units.kernels import Numbers
 
 
@@ -27,13 +28,13 @@ class TargetParameters(Float32Module):
         >>> from transfer_surgery import PerChannel
         >>> parameters = TargetParameters((3,), PerChannel(1))
         >>> [tuple(p.shape) for p in parameters.expand(torch.zeros(2, 3, 4, 4))]
-        [(1, 3, 1, 1), (1, 3, 1, 1), (1, 3, 1, 1), (1, 3, 1, 1)]
+        [(3, 1, 1), (3, 1, 1), (3, 1, 1), (3, 1, 1)]
     """
 
-    a: nn.Parameter | None
-    w: nn.Parameter | None
-    c: nn.Parameter | None
-    b: nn.Parameter | None
+    a: nn.Parameter
+    w: nn.Parameter
+    c: nn.Parameter
+    b: nn.Parameter
 
     def __init__(self, shape: Sequence[int], granularity: Granularity) -> None:
         super().__init__()
@@ -43,19 +44,18 @@ class TargetParameters(Float32Module):
             self.register_parameter(name, nn.Parameter(value))
 
     def whole(self) -> Numbers:
-        """``(a, w, c, b)`` in float32, gathered where FSDP2 shards them; None: folded away."""
-        a, w, c, b = (
-            None if p is None else gathered(p).float() for p in (self.a, self.w, self.c, self.b)
-        )
+        """``(a, w, c, b)`` in float32, gathered where FSDP2 shards them."""
+        a, w, c, b = (gathered(p).float() for p in (self.a, self.w, self.c, self.b))
         return a, w, c, b
 
     def expand(self, x: Tensor) -> Numbers:
         """The same, viewed so that they broadcast to an input."""
-        a, w, c, b = (None if p is None else self.granularity.expand(p, x) for p in self.whole())
+        a, w, c, b = (self.granularity.expand(p, x) for p in self.whole() if p is not None)
         return a, w, c, b
 
     def forward(self, x: Tensor) -> Numbers:
         """The same; a call, so that hooks of the module see its parameters."""
+        check_no_sample_gradients(self.a)
         return self.expand(x)
 
     def extra_repr(self) -> str:
@@ -90,16 +90,15 @@ class FittedActivation(Float32Module):
         self.activation, self.granularity = activation, parameters.granularity
         for name in "awcb":
             self.register_parameter(name, getattr(parameters, name))
-        shape = tuple(next(parameters.parameters()).shape)
-        self.shape = self.granularity.broadcast_shape(shape, dims)
+        self.trailing = self.granularity.trailing(dims)
 
     def forward(self, input: Tensor) -> Tensor:
         # Float32 numbers make the arithmetic float32; the result is what the network expects.
-        y = input if self.w is None else input * self.w.view(self.shape)
-        y = y if self.c is None else y + self.c.view(self.shape)
+        y = input if self.w is None else input * align(self.w, self.trailing)
+        y = y if self.c is None else y + align(self.c, self.trailing)
         y = self.activation(y)
-        y = y if self.a is None else y * self.a.view(self.shape)
-        y = y if self.b is None else y + self.b.view(self.shape)
+        y = y if self.a is None else y * align(self.a, self.trailing)
+        y = y if self.b is None else y + align(self.b, self.trailing)
         result: Tensor = y.to(input.dtype)
         return result
 

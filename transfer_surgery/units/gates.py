@@ -129,6 +129,19 @@ def probability_of(logit: Tensor) -> Tensor:
     return F.logsigmoid(logit).exp()
 
 
+def check_no_sample_gradients(parameter: Tensor) -> None:
+    """Raise where opacus wants a gradient per example: the examples share a draw of the gates.
+
+    Raises:
+        ValueError: it has marked the parameter.
+    """
+    if hasattr(parameter, "grad_sample"):
+        raise ValueError(
+            "gates have no gradient per example, which opacus asks for. Call bake(model) first, or "
+            "requires_grad_(False) of each GatedActivation."
+        )
+
+
 class Gate(Float32Module):
     """Base class of gates.
 
@@ -176,6 +189,8 @@ class Gate(Float32Module):
 
     def forward(self, batch: int) -> Tensor:
         """``z`` as the training flag says; a call, so that hooks of the gate see its parameter."""
+        if self.learned:
+            check_no_sample_gradients(self.log_alpha)
         return self.sample(batch) if self.training else self.predict()
 
     def sample(self, batch: int) -> Tensor:

@@ -36,33 +36,26 @@ class Granularity:
         Examples:
             >>> import torch
             >>> PerChannel(1).expand(torch.zeros(3), torch.zeros(2, 3, 4, 4)).shape
-            torch.Size([1, 3, 1, 1])
+            torch.Size([3, 1, 1])
         """
-        sizes, axes = [1] * x.dim(), self.axes(x.dim())
+        axes = self.axes(x.dim())
+        if not x.dim() or values.dim() <= max(len(axes), 1):
+            return align(values, self.trailing(x.dim()))
+        sizes = [values.shape[0], *[1] * (x.dim() - 1)]
         for axis, size in zip(axes, values.shape[values.dim() - len(axes) :], strict=True):
             sizes[axis] = size
-        if sizes and values.dim() > len(axes):
-            sizes[0] = values.shape[0]
         return values.reshape(sizes)
 
-    def broadcast_shape(self, shape: Sequence[int], dims: int) -> tuple[int, ...]:
-        """In which one value per gate broadcasts to any input with that many dimensions.
-
-        The first size is -1: it is that of the tensor, also after a pruner has shortened it.
-
-        Args:
-            shape: of the values, one per gate.
-            dims: number of dimensions of the input.
+    def trailing(self, dims: int) -> int:
+        """How many axes values of gates lack behind to broadcast to inputs with so many dimensions.
 
         Examples:
-            >>> PerChannel(1).broadcast_shape((3,), 4), PerNeuron().broadcast_shape((3, 4, 5), 4)
-            ((-1, 1, 1), (-1, 4, 5))
+            >>> PerChannel(1).trailing(4), PerNeuron().trailing(4), PerLayer().trailing(0)
+            (2, 0, -1)
         """
-        axes = self.axes(dims)
-        if not axes:
-            return (-1,) if dims else ()
-        sizes = dict(zip(axes, shape, strict=True)) | {axes[0]: -1}
-        return tuple(sizes.get(axis, 1) for axis in range(axes[0], dims))
+        if not dims:
+            return -1
+        return dims - 1 - max(self.axes(dims), default=dims - 1)
 
     def group(self, x: Tensor) -> Tensor:
         """Lay the elements that share a gate beside each other, as ``(gates, N)``.
@@ -121,6 +114,18 @@ class PerNeuron(Granularity):
 
     def axes(self, dims: int) -> tuple[int, ...]:
         return tuple(range(1, dims))
+
+
+def align(values: Tensor, trailing: int) -> Tensor:
+    """Values with so many axes of size 1 behind; with one axis less where that is -1.
+
+    Written such that fx, TorchScript and pruners follow: without sizes.
+    """
+    if trailing < 0:
+        return values.squeeze(0)
+    for _ in range(trailing):
+        values = values.unsqueeze(-1)
+    return values
 
 
 def granularity_of(
