@@ -38,12 +38,13 @@ class Granularity:
             >>> PerChannel(1).expand(torch.zeros(3), torch.zeros(2, 3, 4, 4)).shape
             torch.Size([3, 1, 1])
         """
-        axes = self.axes(x.dim())
-        if not x.dim() or values.dim() <= max(len(axes), 1):
+        sizes, axes = [1] * x.dim(), self.axes(x.dim())
+        if axes and values.dim() == len(axes):
             return align(values, self.trailing(x.dim()))
-        sizes = [values.shape[0], *[1] * (x.dim() - 1)]
         for axis, size in zip(axes, values.shape[values.dim() - len(axes) :], strict=True):
             sizes[axis] = size
+        if sizes and values.dim() > len(axes):
+            sizes[0] = values.shape[0]
         return values.reshape(sizes)
 
     def trailing(self, dims: int) -> int:
