@@ -46,6 +46,11 @@ def architectures() -> list[str]:
     return [name for name in mains if isinstance(name, str) and name in there]
 
 
+def module_of(name: str) -> str:
+    """The module that defines an architecture, without importing it."""
+    return f"transformers.{transformers._class_to_module[name]}"
+
+
 def build_tiny(name: str) -> nn.Module:
     """An architecture with a tiny configuration."""
     transformers.logging.set_verbosity_error()

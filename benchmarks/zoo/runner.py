@@ -18,6 +18,8 @@ from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from typing import Any
 
+from zoo.architectures import module_of
+
 # Installed packages only: the server of Python 3.11 does not know this script's folder. typer and
 # rich are there because each process imports the script that was started.
 _PRELOADED = (
@@ -82,7 +84,9 @@ class _Job:
 def run(names: Iterable[str], bounds: Bounds) -> Iterator[dict[str, Any]]:
     """Check the models; yield each one's record when it is complete, whatever became of it."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(list(_PRELOADED))
+    names = list(names)
+    zoo = [module_of(n.partition(":")[2]) for n in names if n.startswith("transformers:")]
+    context.set_forkserver_preload([*_PRELOADED, *zoo])
     todo, running = iter(names), list[_Job]()
     try:
         while True:

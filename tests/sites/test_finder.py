@@ -132,17 +132,26 @@ def test_sparse_tensors_do_not_hide_activations(layout):
     assert site.path == "act"
 
 
-def test_what_a_second_head_returns_is_an_output():
-    class Detector(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.body, self.classes, self.size = (nn.Linear(4, 4) for _ in range(3))
+ROLES = {
+    "a head": (lambda m, h: (h, torch.relu(m.linear(h))), "output"),
+    "a head without its last axis": (lambda m, h: (h, [F.relu(m.score(h)).squeeze(-1)]), "output"),
+    "a positive head": (lambda m, h: {"a": h, "b": 10 * (F.elu(m.linear(h)) + 1)}, "output"),
+    "a head that is read again": (lambda m, h: (r := F.relu(m.linear(h)), m.score(r)), "hidden"),
+    "a soft cap": (lambda m, h: m.score(30 * torch.tanh(m.linear(h) / 30)), "bounding"),
+    "a step size": (lambda m, h: m.score(h * torch.exp(-F.softplus(m.linear(h)))), "bounding"),
+    "softplus between layers": (lambda m, h: m.score(F.softplus(m.linear(h))), "hidden"),
+    "SwiGLU": (lambda m, h: m.score(F.silu(m.linear(h)) * h), "hidden"),
+}
 
+
+@pytest.mark.parametrize("what", ROLES)
+def test_roles_follow_from_what_is_done_with_the_result(what):
+    class Network(Scores):
         def forward(self, x):
-            h = F.relu(self.body(x))
-            return {"classes": self.classes(h), "size": torch.relu(self.size(h))}
+            return ROLES[what][0](self, x)
 
-    assert [site.role for site in find_activations(Detector(), X)] == ["hidden", "output"]
+    sites = find_activations(Network(), X)
+    assert [site.role for site in sites if site.reason is None] == [ROLES[what][1]]
 
 
 class Training(nn.Module):

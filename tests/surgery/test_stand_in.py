@@ -7,15 +7,25 @@ from tests.helpers.promises import X, assert_every_promise, units
 from transfer_surgery import bake, convert
 
 
+class Slope(nn.LeakyReLU):
+    @property
+    def angle(self):
+        return self.negative_slope / 2
+
+    def twice(self):
+        return 2 * self.negative_slope
+
+
 class Asking(nn.Module):
-    """Calls its activation by keyword and reads an attribute of it."""
+    """Calls its activation by keyword and asks it for what it has."""
 
     def __init__(self):
         super().__init__()
-        self.linear, self.act = nn.Linear(4, 4), nn.LeakyReLU(0.2)
+        self.linear, self.act = nn.Linear(4, 4), Slope(0.2)
 
     def forward(self, x):
-        return self.act(input=self.linear(x)) * (1 + self.act.negative_slope)
+        asked = self.act.negative_slope + self.act.angle + self.act.twice()
+        return self.act(input=self.linear(x)) * (1 + asked)
 
 
 def test_a_unit_is_called_and_asked_as_the_module_was_also_when_baked():

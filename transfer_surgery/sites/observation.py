@@ -22,7 +22,8 @@ class Event:
 
     `readers` are the calls that read the result, `absorbed` those of them that are part of a
     formula; `repeats` are further calls from the same place. `is_norm`: a square or an exponential
-    that is summed up.
+    that is summed up. `is_read`: something in the network takes the result, or what is made of it
+    alone, together with other values.
     """
 
     owner: str
@@ -46,6 +47,7 @@ class Event:
     input: Tensor | None = field(default=None, repr=False)
     output: Tensor | None = field(default=None, repr=False)
     is_norm: bool = False
+    is_read: bool = False
     readers: set[Any] = field(default_factory=set, repr=False)
     absorbed: set[Any] = field(default_factory=set, repr=False)
     repeats: list[Event] = field(default_factory=list, repr=False)

@@ -42,6 +42,7 @@ from transfer_surgery.sites.tensor_facts import (
     is_zero,
     mark_constant,
     mark_live,
+    origin_of,
     role_of,
 )
 from transfer_surgery.sites.trace import find_route
@@ -104,11 +105,14 @@ class Observer(TorchFunctionMode):
             output = self.probe(*args, **kwargs)
         self._note_reads(output)
         leaves = [leaf for leaf in pytree.tree_leaves(output) if isinstance(leaf, Tensor)]
-        returned = {id(leaf) for leaf in leaves if leaf.is_floating_point() and is_live(leaf)}
+        leaves = [leaf for leaf in leaves if leaf.is_floating_point() and is_live(leaf)]
+        returned, heads = {id(x) for x in leaves}, {id(origin_of(x)) for x in leaves}
         for event in self.observation.sites():
+            calls = (event, *event.repeats)
             # Of several outputs each is a head's own, where nothing in the network reads it too.
-            is_head = event.role == "hidden" and len(returned) > 1 and not event.readers
-            if id(event.output) in returned and (event.source.name in SQUASHING or is_head):
+            is_head = len(returned) > 1 and not any(one.is_read for one in calls)
+            is_head &= event.role in ("hidden", "gating") and any(id(one) in heads for one in calls)
+            if is_head or (id(event.output) in returned and event.source.name in SQUASHING):
                 event.role = "output"
         return self.observation
 
@@ -183,11 +187,11 @@ class Observer(TorchFunctionMode):
             record.event = event
         if outputs:
             self._note_reads(inputs)
-            gate = event if event is not None and event.role == "gating" else None
             text = next((one for one in args if isinstance(one, str)), "")
-            follow(name_of(func), inputs, outputs, gate, text)
+            follow(name_of(func), inputs, outputs, event, text)
         if record is not None and call is None:
             self._note_by_hand(func, record, out)
+            self._note_soft_cap(record)
         if call is not None and event is not None and call.inplace:
             self._overwritten[_memory(call.input)] = (call.input, event)
         return out
@@ -238,6 +242,16 @@ class Observer(TorchFunctionMode):
         record.event = self._record(func, call, None, out, why)
         for one in filter(self._is_by_hand, given):
             one.event.absorbed.add(record)
+
+    @staticmethod
+    def _note_soft_cap(record: Record) -> None:
+        """``cap * tanh(x / cap)`` keeps values within bounds and is no activation of features."""
+        for tanh, cap in itertools.permutations(record.operands, 2):
+            if record.label != "*" or not isinstance(tanh, Record) or tanh.event is None:
+                continue
+            x = tanh.given[0] if tanh.event.source.name == "tanh" and tanh.given else None
+            if x is not None and x.label == "/" and x.operands[1] == cap:
+                tanh.event.role = "bounding"
 
     @staticmethod
     def _is_by_hand(record: Record) -> bool:

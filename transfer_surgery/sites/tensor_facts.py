@@ -1,7 +1,7 @@
 """Facts that tensors carry through the finder's run, by the rules measured on both zoos.
 
 Where a tensor's channels are, whether it depends on the model's input, whether it is all zero, and
-which sigmoid it comes from.
+which activation it comes from.
 """
 
 from __future__ import annotations
@@ -80,7 +80,7 @@ def role_of(activation: Activation, x: Tensor) -> str:
 
 
 def follow(
-    name: str, inputs: list[Tensor], outputs: list[Tensor], gate: Any = None, text: str = ""
+    name: str, inputs: list[Tensor], outputs: list[Tensor], event: Any = None, text: str = ""
 ) -> None:
     """Carry the facts from the inputs of a torch call to its outputs.
 
@@ -88,19 +88,29 @@ def follow(
         name: name of the torch function.
         inputs: its tensors.
         outputs: the tensors that it returned.
-        gate: the event of a gating sigmoid, if that is what the call is.
+        event: that of the activation call, if it is one.
         text: the equation of an einsum.
     """
     live = any(is_live(x) for x in inputs) and name not in _ZEROS
     layer = name in _CHANNELS_FIRST or name in _CHANNELS_LAST
-    sigmoid = getattr(inputs[0], "_ts_sigmoid", None) if inputs else None
-    if layer and sigmoid is not None:
-        sigmoid.role = "hidden"  # it feeds the next layer instead of multiplying something
+    passes = len(inputs) == 1 and not layer and not is_reduction(name)
+    origins = [origin for x in inputs if (origin := origin_of(x)) is not None]
+    for origin in origins:
+        origin.is_read |= event is not None or not passes
+        if layer and origin is origin_of(inputs[0]) and origin.role == "gating":
+            origin.role = "hidden"  # it feeds the next layer instead of multiplying something
+        elif "mul" in name and origin.source.name == "softplus" and len(inputs) > 1:
+            origin.role = "bounding"  # a step size or a scale, which must be positive
     for out in outputs:
         facts: Any = out
         facts._ts_axis = _axis_of(name, inputs, out, text)
         facts._ts_live, facts._ts_zero = live, name in _ZEROS
-        facts._ts_sigmoid = gate or (sigmoid if len(inputs) == 1 and not layer else None)
+        facts._ts_from = event or (origins[0] if passes and origins else None)
+
+
+def origin_of(x: Tensor) -> Any:
+    """The event of the activation that a tensor comes from, by steps that take nothing else."""
+    return getattr(x, "_ts_from", None)
 
 
 def _axis_of(name: str, inputs: list[Tensor], out: Tensor, text: str) -> int | None:

@@ -143,10 +143,14 @@ def share_hooks(old: nn.Module, new: nn.Module, shared: bool = False) -> None:
 
 
 def answer_for(old: nn.Module, new: nn.Module) -> None:
-    """Give ``new`` the plain attributes of the module whose place it takes, such as a slope."""
-    for name in vars(old).keys() - _MODULE_STATE:
-        if not hasattr(new, name):
-            vars(new)[name] = vars(old)[name]
+    """Give ``new`` what the module whose place it takes can be asked for, such as its slope.
+
+    Methods remain those of the old module; of properties it is the value at this time.
+    """
+    public = {name for name in dir(type(old)) if not name.startswith("_")}
+    for name in sorted((vars(old).keys() | public) - _MODULE_STATE):
+        if not hasattr(new, name) and hasattr(old, name):
+            vars(new)[name] = getattr(old, name)
 
 
 def restore_owner(owner: nn.Module) -> None:
