@@ -225,7 +225,7 @@ def test_only_an_empty_file_or_one_of_the_same_kind_is_replaced(
     (tmp_path / "text").write_text("My thesis")
     for path in (other, foreign, tmp_path / "zip", tmp_path / "text", tmp_path):
         before = path.is_dir() or path.read_bytes()
-        with pytest.raises(ValueError, match=f"{path.name} is not .* It is not replaced: choose"):
+        with pytest.raises(ValueError, match=f"{path.name} is .* It is not replaced: choose"):
             export(nn.Linear(4, 3), x, path)
         assert before == (path.is_dir() or path.read_bytes())
 

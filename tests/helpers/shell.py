@@ -34,7 +34,7 @@ def shell(*arguments: object, folder: Path, fails: int = 0) -> tuple[str, str]:
 def in_process(*arguments: object, fails: int = 0) -> Result:
     """The same in this process, where a warning is an error: what is printed, and how it ends."""
     result = CliRunner(env=PLAIN).invoke(app, list(map(str, arguments)))
-    assert result.exit_code == fails, result.output
+    assert result.exit_code == fails, result.output or result.exception
     assert result.exception is None or isinstance(result.exception, SystemExit)
     return result
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import os
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -91,7 +92,10 @@ def save_baked(
         sites[plain_path(path)] |= {"gate": HardConcrete().to_dict(), "outcome": outcome}
     # Baking writes into no tensor, folding does.
     shared = (*model.parameters(), *model.buffers()) if fold is None else ()
-    baked = bake(copy.deepcopy(model, {id(tensor): tensor for tensor in shared}), harden)
+    with warnings.catch_warnings():
+        # They are about configs of transformers, which this file does not need.
+        warnings.simplefilter("ignore", RuntimeWarning)
+        baked = bake(copy.deepcopy(model, {id(tensor): tensor for tensor in shared}), harden)
     report = None if fold is None else fold_targets(baked, fold)
     tensors = {plain_path(key): value for key, value in baked.state_dict().items()}
     write(Path(file), "baked", {"made_by": made_by.to_dict(), "sites": sites}, tensors)

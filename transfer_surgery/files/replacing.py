@@ -9,8 +9,6 @@ from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
-_USUAL = "model.safetensors"
-
 
 def check_is_file(file: Path) -> None:
     """Raise where there is no file, or something else has its name, or this user may not read it.
@@ -19,10 +17,9 @@ def check_is_file(file: Path) -> None:
         FileNotFoundError: there is no file.
         PermissionError: the file cannot be read.
     """
-    if file.is_dir():
-        raise FileNotFoundError(f"{file} is a folder, and not a file such as {file / _USUAL}.")
     if not file.is_file():
-        raise FileNotFoundError(f"{file} {'is not a file' if file.exists() else 'does not exist'}.")
+        why = "is a folder" if file.is_dir() else "is not a file" if file.exists() else ""
+        raise FileNotFoundError(f"{file} {why or 'does not exist'}.")
     file.open("rb").close()  # safetensors says of a file that it may not read that there is none
 
 

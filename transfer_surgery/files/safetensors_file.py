@@ -58,6 +58,11 @@ def write(file: Path, kind: str, about: Mapping[str, Any], tensors: Mapping[str,
         raise ValueError(f"{bad[0]}: {file} is not written.")
     if not writes:
         return
+    if file.is_dir():
+        raise ValueError(
+            f"{file} is a folder. It is not replaced: choose a file, such as "
+            f"{file / 'model.safetensors'}."
+        )
     check_replaceable(file, lambda path: read(path, kind))
     try:
         text = json.dumps({"kind": kind, "version": _VERSION, **about})
