@@ -1,4 +1,4 @@
-"""How long it takes to find the activations of a model, beside one of its forward passes.
+"""How long it takes to find the activations of a model and to convert it, beside a forward pass.
 
     python benchmarks/find_speed.py
 
@@ -9,7 +9,9 @@ only.
 
 from __future__ import annotations
 
+import copy
 import json
+import time
 import warnings
 from typing import Annotated, Any
 
@@ -20,32 +22,35 @@ from own_process import in_a_process, observed
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
+from transformers import LlamaConfig, LlamaForCausalLM
 from zoo.models import build
 
-from transfer_surgery import find_activations
+from transfer_surgery import convert, find_activations
 
 # resnetrs420 has the most activations of all models in both zoos, 699.
-MODELS = ["timm:resnet50", "timm:resnetrs420"]
+MODELS = ["torchvision:resnet50", "timm:densenet121", "timm:hrnet_w18", "timm:resnetrs420", "llama"]
 EXAMPLES = 2
 
 
 def main(
-    models: Annotated[list[str] | None, typer.Argument(help="Models as timm:NAME ...")] = None,
+    models: Annotated[list[str] | None, typer.Argument(help="timm:NAME ... or llama")] = None,
     threads: Annotated[int, typer.Option(min=1, help="Number of CPU threads.")] = 2,
     measure: Annotated[str | None, typer.Option(hidden=True)] = None,
 ) -> None:
-    """Time `find_activations` at the default input size of timm models, two examples."""
+    """Time `find_activations` and `convert` for two examples of the default size."""
     if measure:
         warnings.simplefilter("ignore")  # of the zoos
         print(json.dumps(_measure(measure, threads)))
         return
-    table = Table(title=f"find_activations, {threads} threads, {EXAMPLES} examples")
+    table = Table(title=f"find_activations and convert, {threads} threads, {EXAMPLES} examples")
     table.add_column("model", no_wrap=True)
-    for header in ("sites", "find, s", "forward, s", "ratio", "find, MiB", "outputs, MiB"):
+    headers = ("sites", "find, s", "convert, s", "forward, s", "ratio", "find, MiB", "outputs, MiB")
+    for header in headers:
         table.add_column(header, justify="right")
     for name in models or MODELS:
         found = in_a_process(__file__, "--measure", name, "--threads", threads)
-        times = found["find"], found["forward"], found["find"] / found["forward"]
+        whole = found["find"] + found["convert"]
+        times = found["find"], found["convert"], found["forward"], whole / found["forward"]
         memory = found["find_mib"], found["outputs_mib"]
         row = [*(f"{value:.2f}" for value in times), *(f"{value:,.0f}" for value in memory)]
         table.add_row(name, str(found["sites"]), *row)
@@ -54,24 +59,37 @@ def main(
 
 def _measure(name: str, threads: int) -> dict[str, Any]:
     torch.set_num_threads(threads)
-    model = build(name)
-    size = timm.get_pretrained_cfg(name.partition(":")[2]).input_size
-    images = torch.randn(EXAMPLES, *size)
-    plan, find, grown = observed(lambda: find_activations(model, images))
+    model, examples = _model(name)
+    plan, find, grown = observed(lambda: find_activations(model, examples))
+    start = time.perf_counter()
+    convert(copy.deepcopy(model), plan=plan)
+    converted = time.perf_counter() - start
     with torch.no_grad():
-        model(images)  # the first forward also prepares kernels
-        _, forward, _ = observed(lambda: model(images))
+        model(examples)  # the first forward also prepares kernels
+        _, forward, _ = observed(lambda: model(examples))
     return {
         "sites": sum("eval" in site.modes for site in plan),
         "find": find,
+        "convert": converted,
         "forward": forward,
         "find_mib": grown,
-        "outputs_mib": _output_bytes(model, images) / 2**20,
+        "outputs_mib": _output_bytes(model, examples) / 2**20,
     }
 
 
+def _model(name: str) -> tuple[nn.Module, Tensor]:
+    """A model and two examples: images, or texts of 128 tokens for a Llama of 12 layers."""
+    if name == "llama":
+        sizes = {"hidden_size": 256, "intermediate_size": 688, "vocab_size": 1000}
+        llama = LlamaForCausalLM(LlamaConfig(num_hidden_layers=12, num_attention_heads=4, **sizes))
+        return llama.eval(), torch.randint(1000, (EXAMPLES, 128))
+    zoo, _, short = name.partition(":")
+    size = timm.get_pretrained_cfg(short).input_size if zoo == "timm" else (3, 224, 224)
+    return build(name), torch.randn(EXAMPLES, *size)
+
+
 @torch.no_grad()
-def _output_bytes(model: nn.Module, images: Tensor) -> int:
+def _output_bytes(model: nn.Module, examples: Tensor) -> int:
     """Bytes of the outputs of all modules without children, as training would keep them."""
     total = 0
 
@@ -81,7 +99,7 @@ def _output_bytes(model: nn.Module, images: Tensor) -> int:
 
     leaves = [module for module in model.modules() if not any(True for _ in module.children())]
     handles = [leaf.register_forward_hook(add) for leaf in leaves]
-    model(images)
+    model(examples)
     for handle in handles:
         handle.remove()
     return total

@@ -14,6 +14,8 @@ from tests.helpers.same_run import assert_same_runs, converted
 from transfer_surgery import find_activations
 
 HEAD = """
+import contextlib
+import functools
 import random
 from dataclasses import dataclass
 from types import SimpleNamespace
@@ -55,7 +57,7 @@ class Base(nn.Module):
         self.one, self.two, self.act = nn.Linear(4, 4), nn.Linear(4, 4), nn.SiLU()
         self.register_buffer("count", torch.tensor(0))
         self.register_buffer("running", torch.ones(4))
-        self.cfg, self.table = SimpleNamespace(scale=0.9), {"scale": 1.1}
+        self.cfg, self.table = SimpleNamespace(scale=0.9, slope=0.3), {"scale": 1.1}
         self.calls, self.log, self.feature, self.function = 0, [], None, F.celu
 
     def forward(self, h):
@@ -67,6 +69,20 @@ class Net(Base):
     def step(self, h):
         self.log.append("step")
         return {step}
+
+    def each(self, h):
+        for scale in (0.5, 1.5):
+            self.calls += 1
+            yield {step} * scale
+
+    def again(self, h, depth):
+        return self.again({step}, depth - 1) if depth else h
+
+    @contextlib.contextmanager
+    def logged(self):
+        self.log.append("begin")
+        yield
+        self.log.append("end")
 
     @staticmethod
     def fixed(h):
@@ -117,6 +133,14 @@ STATEMENTS = (
     "def inner(h):\n    return {act}\nh = inner(h)",
     "try:\n    h = {act}\nfinally:\n    self.calls += 1",
     "assert h.shape[-1] == 4, h.shape",
+    "h = sum(self.each(h)) + sum(self.each(h * 0.5))",
+    "for g in self.each(h):\n    h = h + g",
+    "h = self.again(h, 2)",
+    "with self.logged():\n    h = {act}",
+    "h = F.leaky_relu(h, self.cfg.slope)",
+    "h = (g := {act}) * 0.5 + g",
+    "h = {act} if self.training else {act}",
+    "h = functools.partial(helper, scale=0.5)(h) + helper(*[h], **{'scale': 0.1})",
 )
 RETURNS = ("h", "Mapping(logits=h)", "Record(h)", "(h, [h])", "{'h': h, 'scale': self.cfg.scale}")
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import ast
 import inspect
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from types import CodeType, FrameType, ModuleType
 from typing import Any
 
@@ -32,11 +32,8 @@ class RunningExpression:
         self.position = Position.of(self.node)
 
     def _node(self) -> Any:
-        code, kinds = self.frame.f_code, (ast.Attribute, *_OPERATIONS)
-        found = next(itertools.islice(code.co_positions(), self.frame.f_lasti // 2, None))
-        if None in found:
-            raise NoRouteError("its code was compiled without positions")
-        at, index = Position(*found), expressions_of(self.function)  # type: ignore[arg-type]
+        kinds = (ast.Attribute, *_OPERATIONS)
+        at, index = _running_position(self.frame), expressions_of(self.function)
         nodes = [node for node in index.get(at, ()) if isinstance(node, kinds)]
         if not nodes:  # Python gives the call of a method the line of the method's name
             end = at.end_line, at.end_column
@@ -205,20 +202,33 @@ class RunningExpression:
         return self._known_function(node) is not None and self._is_fixed(node.func)
 
 
-def find_creation(function: Function, frame: FrameType, generator: CodeType) -> tuple[Hop, Any]:
+def _running_position(frame: FrameType) -> Position:
+    code = frame.f_code
+    found = next(itertools.islice(code.co_positions(), frame.f_lasti // 2, None))
+    if None in found:
+        raise NoRouteError("its code was compiled without positions")
+    return Position(*found)  # type: ignore[arg-type]
+
+
+def find_creation(
+    function: Function, frames: Sequence[FrameType], generator: CodeType
+) -> tuple[Hop, Any]:
     """The call that made a generator that now runs, and the generator function.
 
     Args:
         function: the function that has made it.
-        frame: the frame of that function.
+        frames: the frames of that function and of comprehensions in it.
         generator: the code of the generator.
 
     Raises:
         NoRouteError: there is no such call in the function, or there are several.
     """
-    value = Evaluator(function, frame).value
+    value = Evaluator(function, frames[0]).value
     nodes = itertools.chain.from_iterable(expressions_of(function).values())
     calls = [n for n in nodes if isinstance(n, ast.Call) and leads_to(value(n.func), generator)]
+    if len(calls) > 1:  # of several the one that is running: ``sum(generator(x))``
+        running = _running_position(frames[-1])
+        calls = [call for call in calls if running.contains(Position.of(call))]
     if len(calls) != 1:
         raise NoRouteError(f"{function.qualname} does not show where {generator.co_name} begins")
     func = calls[0].func

@@ -43,6 +43,11 @@ class Position(NamedTuple):
         """The position of a node of a syntax tree."""
         return cls(node.lineno, node.end_lineno, node.col_offset, node.end_col_offset)
 
+    def contains(self, other: Position) -> bool:
+        """Whether another position is inside of this one, or the same."""
+        starts = (self.line, self.column) <= (other.line, other.column)
+        return starts and (other.end_line, other.end_column) <= (self.end_line, self.end_column)
+
 
 @dataclass(frozen=True)
 class Function:
@@ -179,17 +184,11 @@ class _File:
             node
             for node in self.nodes[code.co_firstlineno]
             if getattr(node, "name", "<lambda>") == code.co_name
-            and all(_holds(node, at) for at in found)
+            and all(Position.of(node).contains(at) for at in found)
         ]
         if not nodes:
             raise NoSourceError(f"{code.co_qualname} is not written as a function")
         return min(nodes, key=lambda node: (node.end_lineno or 0, -node.col_offset))
-
-
-def _holds(node: FunctionNode, at: Position) -> bool:
-    here = Position.of(node)
-    starts = (here.line, here.column) <= (at.line, at.column)
-    return starts and (at.end_line, at.end_column) <= (here.end_line, here.end_column)
 
 
 def _read_file(name: str) -> _File:

@@ -54,7 +54,7 @@ def find_route(
             last = max(i for i in range(start, stop) if is_inside(frames[i].f_code, outer))
             rest = frames[last + 1 :]
             if rest and rest[0].f_code.co_flags & inspect.CO_GENERATOR:
-                hop, callee = find_creation(function, frames[start], rest[0].f_code)
+                hop, callee = find_creation(function, frames[start : last + 1], rest[0].f_code)
                 hops, start = [*hops, hop], last + 1
                 _note(callee, rest[0])
                 continue
