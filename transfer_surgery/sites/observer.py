@@ -357,8 +357,9 @@ class Observer(TorchFunctionMode):
 
     @staticmethod
     def _find_route(owner: nn.Module, *how: Any) -> Route | GraphRoute:
-        is_graph = isinstance(owner, torch.fx.GraphModule)
-        return find_node(owner, *how) if is_graph else find_route(owner, *how)
+        if isinstance(owner, torch.fx.GraphModule):
+            return find_node(owner, *how)
+        return find_route(owner, *how)
 
     def _is_untouched(self, event: Event) -> bool:
         """Whether the result of an activation has not been changed in place since."""
