@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import fx, nn
 
-from transfer_surgery import bake, convert, get_activation
+from transfer_surgery import bake, convert, fold_targets, get_activation
 from transfer_surgery.activations import register_activation, registered_activations
 from transfer_surgery.surgery.baked_modules import MixedActivation
 from transfer_surgery.units import FittedActivation, gated_activations
@@ -204,3 +204,26 @@ def test_channels_that_a_pruner_takes_away_take_their_gates_along(baked):
         for name, parameter in module.named_parameters(recurse=False):
             module.register_parameter(name, nn.Parameter(parameter.data[kept]))
     torch.testing.assert_close(model.act(model.one(x)), expected)
+
+
+def test_offloaded_networks_run_and_are_brought_back_before_surgery():
+    accelerate = pytest.importorskip("accelerate")
+    torch.manual_seed(0)
+    x = torch.randn(8, 3)
+    model = units_at(
+        convert(Network("features", nn.ReLU()), "sin", example_input=x), [-9.0], fitted=True
+    )
+    expected = model(x).detach()
+    accelerate.cpu_offload(model, torch.device("cpu"))
+    torch.testing.assert_close(model(x), expected)
+    with pytest.raises(ValueError, match=r"meta device .*remove_hook_from_submodules"):
+        bake(model)
+    accelerate.hooks.remove_hook_from_submodules(model)
+    bake(model)
+    accelerate.cpu_offload(model, torch.device("cpu"))
+    torch.testing.assert_close(model(x), expected)
+    with pytest.raises(ValueError, match="is on the meta device"):
+        fold_targets(model, x)
+    accelerate.hooks.remove_hook_from_submodules(model)
+    fold_targets(model, x)
+    torch.testing.assert_close(model(x), expected)
