@@ -43,6 +43,7 @@ def stages(figures: dict[str, Any]) -> dict[str, dict[str, Any]]:
     return {stage["name"]: stage for stage in figures["stages"]}
 
 
+@pytest.mark.filterwarnings("ignore:distill did not bring")  # in so few steps
 def test_the_demo_matches_swaps_distils_bakes_and_folds(
     run_example: Callable[..., str], tmp_path: Path
 ) -> None:
@@ -83,6 +84,7 @@ def test_the_paper_s_method_is_one_argument_away(
     assert not [name for name, _ in baked.named_parameters() if "fitted" in name]
 
 
+@pytest.mark.filterwarnings("ignore:distill did not bring")  # in so few steps
 def test_an_image_folder_and_a_checkpoint_with_other_classes(
     run_example: Callable[..., str], tmp_path: Path
 ) -> None:
