@@ -260,6 +260,8 @@ def test_a_bad_formula_is_refused_with_what_is_possible(name, text, message):
         lambda h: 2 * torch.sigmoid(h + 1),
         lambda h: F.relu(h) * 3,
         lambda h: F.relu(h) + 0 * h,
+        lambda h: 2 * F.relu(0.5 * h),
+        lambda h: 2 * F.silu(0.5 * h),
     ],
 )
 def test_what_surrounds_an_activation_stays(function, monkeypatch):

@@ -259,10 +259,10 @@ def test_activations_and_gates_that_are_not_registered_are_named(file, monkeypat
     refuses(ValueError, "unknown gate 'checkpoint_gate'.* @register_gate", model, file)
     monkeypatch.setitem(gates._REGISTRY, "checkpoint_gate", Mine)
     entry = activations._REGISTRY["bump"]
-    monkeypatch.delitem(activations._REGISTRY, "bump")
+    del activations._REGISTRY["bump"]
     message = "unknown activation 'bump.* @register_activation"
     refuses(ValueError, message, model, file)
-    monkeypatch.setitem(activations._REGISTRY, "bump", dataclasses.replace(entry, defaults={}))
+    activations._REGISTRY["bump"] = dataclasses.replace(entry, defaults={})
     refuses(ValueError, "'bump' has no parameter 'width'", model, file)
 
 

@@ -61,11 +61,11 @@ def _activation_written_as(text: str, names: tuple[str, ...]) -> Activation | No
         parts = (_value(part, x) for part in _calls_inside(tree))
         if any(part is not None and _is_close(part, value) for part in parts):
             return None
-        for activation in _candidates(tree, names):
-            if _is_close(_value_of(activation, x), value):
-                break
-        else:
-            return None
+        close = (one for one in _candidates(tree, names) if _is_close(_value_of(one, x), value))
+        activation = next(close, None)
+    called = {ast.unparse(node.func) for node in ast.walk(tree) if isinstance(node, ast.Call)}
+    if activation is None or activation.name in called:
+        return None  # ``2 * relu(x / 2)`` is a ReLU and what surrounds it
     variant = get_activation(activation, variant=text)
     return activation if is_same(variant, activation, exactly=True) else variant
 
