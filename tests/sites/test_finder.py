@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from tests.helpers.promises import X, assert_every_promise, units
-from transfer_surgery import convert, find_activations
+from transfer_surgery import PerChannel, convert, find_activations
 
 
 class Around(nn.Module):
@@ -106,6 +106,10 @@ def test_an_input_without_an_axis_for_channels_gets_one_gate_and_trains():
     assert model.leaky_relu_0.log_alpha.shape == model.relu_1.log_alpha.shape == (1,)
     model.train()(X).sum().backward()
     assert all(unit.log_alpha.grad is not None for unit in units(model).values())
+    with pytest.raises(ValueError, match=r"granularity=\{'\w+': 'layer', '\*': ") as error:
+        convert(Scores(), granularity=PerChannel(1), example_input=X)
+    wanted = eval(str(error.value).partition("granularity=")[2].rstrip("."))
+    convert(Scores(), granularity=wanted, example_input=X)
 
 
 def test_an_image_without_the_axis_of_the_batch_is_refused_with_that_reason():

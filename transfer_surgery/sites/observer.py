@@ -257,7 +257,7 @@ class Observer(TorchFunctionMode):
             return
         why = (
             f"it is written by hand ({formula_of(record, root) or label}); register_activation "
-            "makes it known"
+            "makes it known, with learned tensors register_formula"
         )
         call = Call(Activation(_BY_HAND), root.value, False)
         record.event = self._record(func, call, None, out, why)

@@ -241,7 +241,8 @@ class Plan(Table[Site]):
         if not self.rows:
             return (
                 "The forward pass called no known activation. @register_activation(name) makes "
-                "yours known by its values; with calls=, also a function of another library."
+                "yours known by its values; with calls=, also a function of another library; "
+                "register_formula(name, text) one with learned tensors."
             )
         return f"Asked for roles={roles}; the sites found are:\n{self}"
 

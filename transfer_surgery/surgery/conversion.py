@@ -199,8 +199,8 @@ def _granularity(site: Site, table: Mapping[str, str | Granularity]) -> Granular
                 return PerLayer()  # there is no axis of channels or features
             if is_flat:
                 raise ValueError(
-                    f"{site.path}: its input {site.shape} has no axis for {found!r}; use 'layer' "
-                    "there, or another axis."
+                    f"{site.path}: its input {site.shape} has no axis for {found!r}. Use one gate "
+                    f"there: granularity={{{site.path!r}: 'layer', '*': 'channel'}}."
                 )
             return found
     raise ValueError(
