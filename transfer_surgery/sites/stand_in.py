@@ -25,6 +25,8 @@ from torch.nn.modules import module as torch_module
 from torch.nn.utils.rnn import PackedSequence
 from torch.utils import _pytree as pytree
 
+from transfer_surgery.sites.copies import copy_function
+
 _HOOKS = {name for name, value in vars(nn.Module()).items() if isinstance(value, OrderedDict)}
 _GLOBAL_HOOKS = ("_global_forward_hooks", "_global_forward_pre_hooks")
 
@@ -115,11 +117,7 @@ def _refer_to_copies(value: Any, memo: dict[int, Any]) -> Any:
     if not isinstance(value, FunctionType) or not value.__closure__:
         return value
     cells = tuple(CellType() for _ in value.__closure__)
-    function = FunctionType(
-        value.__code__, value.__globals__, value.__name__, value.__defaults__, cells
-    )
-    function.__kwdefaults__ = value.__kwdefaults__
-    function.__dict__.update(vars(value))
+    function = copy_function(value, value.__code__, cells)
     memo[id(value)] = function  # before its cells, which may hold the function itself
     for cell, original in zip(cells, value.__closure__, strict=True):
         with contextlib.suppress(ValueError):  # a cell may be empty
