@@ -57,15 +57,18 @@ def _activation_written_as(text: str, names: tuple[str, ...]) -> Activation | No
             return None
         if torch.allclose(value.diff(n=3), x[:-3] * 0, atol=1e-9):
             return None  # squares and straight lines stand in norms everywhere
-        # ``softplus(x) + 1e-6`` is softplus and something that has to stay.
-        parts = (_value(part, x) for part in _calls_inside(tree))
-        if any(part is not None and _is_close(part, value) for part in parts):
-            return None
+        found = (_value(part, x) for part in _calls_inside(tree))
+        parts = [part for part in found if part is not None]
+        if any(_is_close(part, value) for part in parts):
+            return None  # ``softplus(x) + 1e-6`` is softplus and something that has to stay
         close = (one for one in _candidates(tree, names) if _is_close(_value_of(one, x), value))
         activation = next(close, None)
+        is_rescaled = any(_is_rescaled(part, value) for part in parts)
     called = {ast.unparse(node.func) for node in ast.walk(tree) if isinstance(node, ast.Call)}
     if activation is None or activation.name in called:
         return None  # ``2 * relu(x / 2)`` is a ReLU and what surrounds it
+    if is_rescaled and activation != get_activation(activation.name):
+        return None  # ``2 * silu(x / 2)`` has the values of a swish, but is a SiLU
     variant = get_activation(activation, variant=text)
     return activation if is_same(variant, activation, exactly=True) else variant
 
@@ -122,6 +125,12 @@ def _value(tree: ast.expr, x: Tensor) -> Tensor | None:
 
 def _is_close(one: Tensor | None, other: Tensor | None) -> bool:
     return one is not None and other is not None and torch.allclose(one, other, _RTOL, _ATOL)
+
+
+def _is_rescaled(part: Tensor, value: Tensor) -> bool:
+    """Whether a value is a multiple of a part of it, and a constant."""
+    one, other = part - part.mean(), value - value.mean()
+    return bool((one @ other) ** 2 > (1 - 1e-12) * (one @ one) * (other @ other))
 
 
 def _calls_inside(tree: ast.expr) -> Iterator[ast.expr]:

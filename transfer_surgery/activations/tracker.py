@@ -18,7 +18,7 @@ from transfer_surgery.activations.expressions import LONGEST, join, number
 from transfer_surgery.activations.formulas import FORMULAS, Bound, bind
 from transfer_surgery.activations.operations import CASTS, base_name, operation, overwrites
 from transfer_surgery.activations.recognition import activation_written_as
-from transfer_surgery.activations.registry import Activation, get_activation
+from transfer_surgery.activations.registry import Activation
 
 _MOST = 40
 """Operations of an expression that is read from what a network does."""
@@ -29,8 +29,8 @@ _PLAIN = {"+", "-", "*", "/", "**", "neg"}
 class Record:
     """How a value was made: the label of a call, and the records and numbers that it was given.
 
-    A value that no known call made has no label. `activation` is what the call means or
-    completes, if it does. `root` is the one value that everything was computed from;
+    A value that no known call made has no label. `activation` is what the call means by
+    itself, if it is an activation. `root` is the one value that everything was computed from;
     the record itself where there are several. `event` is the finder's: the activation call that
     made the value.
     """
@@ -156,30 +156,11 @@ class Tracker:
 
     def _by_value(self, record: Record, inplace: bool) -> Match | None:
         """The activation of one tensor that a call completes, if any, however it is written."""
-        scaled = _unscaled(record)
         for x, text, inner in _written(record):
             activation = activation_written_as(text) if self._is_current(x) else None
-            if activation is None:
-                continue
-            if scaled is not None and not _has_defaults(activation):
-                continue  # ``2 * silu(x / 2)`` has the values of a swish, but is a SiLU
-            record.activation = activation
-            return Match(activation, x.value, (), inplace, inner)
+            if activation is not None:
+                return Match(activation, x.value, (), inplace, inner)
         return None
-
-
-def _unscaled(record: Record) -> Activation | None:
-    """The activation of which a value is a multiple or a shift, if it is one."""
-    while record.label in _PLAIN and len(record.given) == 1:
-        (record,) = record.given
-        if record.activation is not None:
-            return record.activation
-    return None
-
-
-def _has_defaults(activation: Activation) -> bool:
-    known = {key: value for key, value in activation.parameters if key != "variant"}
-    return known == dict(get_activation(activation.name).parameters)
 
 
 def _written(record: Record) -> Iterator[tuple[Record, str, tuple[tuple[Record, Record], ...]]]:

@@ -204,11 +204,9 @@ class Observer(TorchFunctionMode):
             return None, None, None
         record, match, call = self._tracker.call(func, args, kwargs)
         if match is not None:
-            is_other = not is_live(match.input) or any(map(is_live, match.operands))
-            if is_other or self._is_rescaled(record, match):
-                # It looks like a formula, but what should be a learned tensor is not, or a simpler
-                # call is the site. The call counts all the same: the interceptor does not know
-                # better.
+            if not is_live(match.input) or any(map(is_live, match.operands)):
+                # It looks like a formula, but what should be a learned tensor is not. The call
+                # counts all the same: the interceptor does not know better.
                 self._stack[-1].draw_key(locate()[0][0])
                 return None, record, None
             activation = match.activation
@@ -218,25 +216,6 @@ class Observer(TorchFunctionMode):
         if func in _LISTED:
             call = Call(Activation(_LISTED[func][0]), args[0] if args else None, False)
         return call if call and isinstance(call.input, Tensor) else None, record, None
-
-    def _is_rescaled(self, record: Record | None, match: Match) -> bool:
-        """Whether a formula that cannot be edited is an activation that can be, times a number.
-
-        Such as ``relu(0.5 * x)`` in a function whose caller doubles the result.
-        """
-        inner, squashes = record, match.activation.name in SQUASHING
-        while inner is not None and inner.event is None and inner.label in ("*", "/"):
-            inner = inner.given[0] if len(inner.given) == 1 else None
-        event = None if inner is None else inner.event
-        if event is None or not event.route or (event.source.name in SQUASHING) != squashes:
-            return False
-        call = Call(match.activation, match.input, match.inplace, match.operands)
-        owner = self._stack[-1].module
-        try:
-            self._find_route(owner, call_frames(owner), call, match)
-        except NoRouteError:
-            return True
-        return False
 
     def _note_by_hand(self, func: Callable[..., Any], record: Record, out: Any) -> None:
         """List what bends the values of a layer element by element and is no known activation.
