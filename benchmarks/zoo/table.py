@@ -40,10 +40,11 @@ def render(records: Iterable[Record], oracle: Mapping[str, Any], command: str, l
         command: what was typed to make the page.
         listed: number of models that the zoos have.
     """
-    records = sorted(records, key=lambda record: record["name"])
+    given = sorted(records, key=lambda record: record["name"])
+    records = [record for record in given if not _is_unbuilt(record)]
     sections = [
         "# Coverage of the zoos",
-        _introduction(records, command, listed),
+        _introduction(records, command, listed, unbuilt=len(given) - len(records)),
         "## Totals",
         _totals(records),
         "## Exceptions",
@@ -60,13 +61,22 @@ def render(records: Iterable[Record], oracle: Mapping[str, Any], command: str, l
     return "\n\n".join(sections) + "\n"
 
 
-def _introduction(records: list[Record], command: str, listed: int) -> str:
+def _is_unbuilt(record: Record) -> bool:
+    """Whether an architecture's tiny configuration and input did not suit the original."""
+    stages = ("count", "build", "original")
+    return _zoo(record) == "transformers" and record.get("stage") in stages
+
+
+def _introduction(records: list[Record], command: str, listed: int, unbuilt: int) -> str:
     used = {package: _one(r["versions"][package] for r in records) for package in PACKAGES}
     return (
         f"{', '.join(f'{package} {number}' for package, number in used.items())}; "
         f"{datetime.now(UTC):%Y-%m-%d}. This command writes the page:\n\n    {command}\n\n"
         f"It shows {len(records):,} of the {listed:,} models that the zoos list. "
-        "Every model has random weights, with noise on constant ones. It takes two examples of "
+        + f"Of {unbuilt} more the original did not run with a tiny configuration made by the names "
+        "of its numbers. "
+        * bool(unbuilt)
+        + "Every model has random weights, with noise on constant ones. It takes two examples of "
         "real numbers, of the smallest size that it accepts.\n\n"
         "- *Unchanged*: the eval output of the converted model equals the original's bit for bit.\n"
         "- *Trained*: a backward pass gives a finite gradient to every gate, and to every weight "
