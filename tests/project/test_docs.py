@@ -16,7 +16,8 @@ pytestmark = pytest.mark.filterwarnings(
     "ignore:`isinstance.treespec, LeafSpec.` is deprecated",  # Lightning 2.6.6 with torch 2.15
 )
 ROOT = Path(__file__).parents[2]
-GENERATED = ("controller.md", "coverage.md", "coverage_transformers.md", "paper.md")  # they show the commands that made them
+# They show the commands that made them.
+GENERATED = ("controller.md", "coverage.md", "coverage_transformers.md", "paper.md")
 PAGES = [
     ROOT / "README.md",
     ROOT / "CONTRIBUTING.md",
