@@ -6,6 +6,7 @@ import pickle
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import timm
 import torch
@@ -70,6 +71,7 @@ WRITTEN = {
     "snake of a frequency": (lambda m, h: h + (1 / 0.5) * torch.sin(0.5 * h).pow(2), "snake"),
     "h * clamp(h + 3, 0, 6) / 6": (lambda m, h: h * (h + 3).clamp(0, 6) / 6, "hardswish"),
     "h / (1 + |h|)": (lambda m, h: h / (1 + h.abs()), "softsign"),
+    "a number of numpy's": (lambda m, h: torch.maximum(h, h * np.float64(0.2)), "leaky_relu"),
     "snake": (lambda m, h: h + torch.sin(h) ** 2, "snake"),
     "gelu, another tanh form": (
         lambda m, h: 0.5 * h * (1 + torch.tanh(0.797885 * (h + 0.044715 * h * h * h))),

@@ -71,6 +71,8 @@ AXES = {
     ),
     "einsum": (lambda m, x: torch.einsum("oc,blc->bol", m.weight, x), TOKENS, 1),
     "nodes @ features": (lambda m, x: m.nodes @ m.linear(x), TOKENS, -1),
+    "scores of attention": (lambda m, x: m.linear(x) @ x.mT / 2 + 1, TOKENS, 0),
+    "scores by einsum": (lambda m, x: torch.einsum("bqc,bkc->bqk", x, m.linear(x)), TOKENS, 0),
     "transposed": (lambda m, x: m.linear(x).transpose(1, 2), TOKENS, 1),
     "halves": (lambda m, x: m.linear(x).permute(0, 2, 1).chunk(2, 1)[0], TOKENS, 1),
     "one token": (lambda m, x: m.linear(x)[:, 0], TOKENS, -1),

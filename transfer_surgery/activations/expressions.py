@@ -88,7 +88,8 @@ def join(label: str, operands: Sequence[tuple[str, int]]) -> tuple[str, int]:
 
 def number(value: float) -> tuple[str, int]:
     """A number as an operand of `join`."""
-    text = repr(value).replace("inf", "1e999")
+    plain = float(value) if isinstance(value, float) else value  # also of numpy's numbers
+    text = repr(plain).replace("inf", "1e999")
     return text, _BINDING["neg"] if text.startswith("-") else _ATOM
 
 

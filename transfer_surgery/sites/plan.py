@@ -54,7 +54,7 @@ class Site:
         source: the activation that is called.
         role: one of `ROLES`.
         shape: shape of its input in the example, batch first.
-        channel_axis: axis of the channels in that shape; the last one is -1.
+        channel_axis: axis of the channels in that shape; the last one is -1, 0 stands for none.
         inplace: whether the call overwrites its input.
         overwrites_input: whether the overwritten input is read again later.
         input_changes: whether the input is written to after the call, by something else.

@@ -22,6 +22,8 @@ _CHANNELS_LAST = {"linear", "layer_norm", "rms_norm", "embedding", "bilinear"}
 _RESHAPES = {"reshape", "view", "flatten", "unflatten"}
 _PRODUCTS = {"matmul", "bmm", "mm", "__matmul__", "__rmatmul__"}
 _SUMS_OF_PRODUCTS = {"addmm", "addbmm", "baddbmm"}
+_NO_CHANNELS = 0
+"""Instead of an axis: both factors of a product depend on the input, as in attention's scores."""
 _ZEROS = {"zeros", "zeros_like", "new_zeros"}
 _GATES = {"sigmoid", "hardsigmoid"}
 SQUASHING = _GATES | {"tanh", "hardtanh", "softplus"}
@@ -55,7 +57,7 @@ def is_zero(x: Tensor) -> bool:
 
 def is_from_layer(x: Tensor) -> bool:
     """Whether a tensor comes straight from a layer, and where its channels are is known."""
-    return getattr(x, "_ts_axis", None) is not None
+    return getattr(x, "_ts_axis", None) not in (None, _NO_CHANNELS)
 
 
 def channel_axis(x: Tensor) -> int:
@@ -129,6 +131,8 @@ def _axis_of(name: str, inputs: list[Tensor], out: Tensor, text: str) -> int | N
     axis = None if like is None else getattr(like, "_ts_axis", None)
     if like is None or axis is None or is_reduction(name):
         return None
+    if axis == _NO_CHANNELS:
+        return axis if like.shape == out.shape else None
     if name in _RESHAPES:
         return _axis_of_shape(like, axis % like.dim(), out)
     if _is_view(out, like):
@@ -138,8 +142,10 @@ def _axis_of(name: str, inputs: list[Tensor], out: Tensor, text: str) -> int | N
 
 def _axis_of_product(inputs: list[Tensor], out: Tensor) -> int | None:
     """A weight makes channels: rows where it stands on the left, else columns."""
-    if len(inputs) != 2 or is_live(inputs[0]) == is_live(inputs[1]) or out.dim() < 2:
+    if len(inputs) != 2 or out.dim() < 2 or not any(map(is_live, inputs)):
         return None
+    if all(map(is_live, inputs)):
+        return _NO_CHANNELS
     (x,) = filter(is_live, inputs)
     made = -1 if x is inputs[0] else -2
     axis = getattr(x, "_ts_axis", None)
@@ -154,6 +160,8 @@ def _axis_of_einsum(text: str, inputs: list[Tensor], out: Tensor) -> int | None:
     letters = given.split(",")
     if "." in text or len(letters) != len(inputs) or len(result) != out.dim():
         return None
+    if len(inputs) > 1 and all(map(is_live, inputs)):
+        return _NO_CHANNELS
     live = {one for x, names in zip(inputs, letters, strict=True) if is_live(x) for one in names}
     made = [result.index(one) for one in result if one not in live]
     return _from_end(made[0], out) if len(made) == 1 else None
