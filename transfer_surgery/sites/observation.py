@@ -23,7 +23,7 @@ class Event:
     `readers` are the calls that read the result, `absorbed` those of them that are part of a
     formula; `repeats` are further calls from the same place. `is_norm`: a square or an exponential
     that is summed up. `is_read`: something in the network takes the result, or what is made of it
-    alone, together with other values.
+    alone, together with other values. `is_cap`: it is ``c * tanh(x / c)``, within bounds.
     """
 
     owner: str
@@ -48,6 +48,7 @@ class Event:
     output: Tensor | None = field(default=None, repr=False)
     is_norm: bool = False
     is_read: bool = False
+    is_cap: bool = False
     readers: set[Any] = field(default_factory=set, repr=False)
     absorbed: set[Any] = field(default_factory=set, repr=False)
     repeats: list[Event] = field(default_factory=list, repr=False)

@@ -114,6 +114,9 @@ class Observer(TorchFunctionMode):
             is_head &= event.role in ("hidden", "gating") and any(id(one) in heads for one in calls)
             if is_head or (id(event.output) in returned and event.source.name in SQUASHING):
                 event.role = "output"
+        if not any(event.role == "hidden" for event in self.observation.sites()):
+            for event in self.observation.sites():  # a cap is the one activation that there is
+                event.role = "hidden" if event.is_cap else event.role
         return self.observation
 
     def _enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -251,7 +254,7 @@ class Observer(TorchFunctionMode):
                 continue
             x = tanh.given[0] if tanh.event.source.name == "tanh" and tanh.given else None
             if x is not None and x.label == "/" and x.operands[1] == cap:
-                tanh.event.role = "bounding"
+                tanh.event.role, tanh.event.is_cap = "bounding", True
 
     @staticmethod
     def _is_by_hand(record: Record) -> bool:
