@@ -2,8 +2,8 @@
 
 from torch import nn
 
-from transfer_surgery._plain_weights import sharing_parameters
 from transfer_surgery.matching.refit_rules import layers_to_refit
+from transfer_surgery.surgery import sharing_parameters
 
 
 def test_a_layer_that_shares_its_weight_with_any_module_is_not_refitted():

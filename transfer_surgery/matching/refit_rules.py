@@ -9,10 +9,10 @@ import gc
 
 from torch import nn
 
-from transfer_surgery._plain_weights import sharing_parameters, why_not_plain
 from transfer_surgery.matching.layer_refit import RIDGE, LayerFit
 from transfer_surgery.matching.linear_maps import LAYERS
 from transfer_surgery.matching.ranks import number_of_ranks
+from transfer_surgery.surgery import sharing_parameters, why_not_plain
 
 
 def layers_to_refit(model: nn.Module) -> tuple[list[nn.Module], dict[nn.Module, str]]:

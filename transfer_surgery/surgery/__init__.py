@@ -6,6 +6,7 @@ from transfer_surgery.surgery.conversion import convert, revert
 from transfer_surgery.surgery.fold_report import FoldReport
 from transfer_surgery.surgery.folding import fold_targets
 from transfer_surgery.surgery.insertion import insert_units
+from transfer_surgery.surgery.plain_weights import sharing_parameters, why_not_plain
 
 __all__ = [
     "FoldReport",
@@ -19,4 +20,6 @@ __all__ = [
     "outcome_of",
     "plain_module",
     "revert",
+    "sharing_parameters",
+    "why_not_plain",
 ]

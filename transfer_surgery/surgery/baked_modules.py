@@ -11,8 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from transfer_surgery._float32 import Float32Module
-from transfer_surgery.units import align
+from transfer_surgery.units import Float32Module, align
 
 
 class MixedActivation(Float32Module):

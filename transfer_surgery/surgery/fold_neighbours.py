@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from transfer_surgery._dataflow import Readers
-from transfer_surgery._plain_weights import has_hooks, sharing_parameters, why_not_plain
+from transfer_surgery.surgery.plain_weights import has_hooks, sharing_parameters, why_not_plain
 from transfer_surgery.units import FittedActivation
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)

@@ -2,6 +2,7 @@
 
 import transfer_surgery.units.gate_kinds  # noqa: F401 - registers the gates of the paper
 from transfer_surgery.units.fitted_target import FittedActivation, TargetParameters
+from transfer_surgery.units.float32 import Float32Module
 from transfer_surgery.units.gated_activation import GatedActivation
 from transfer_surgery.units.gates import (
     Gate,
@@ -53,6 +54,7 @@ __all__ = [
     "Bernoulli",
     "Copy",
     "FittedActivation",
+    "Float32Module",
     "Gate",
     "GateSettings",
     "GatedActivation",

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from transfer_surgery._float32 import Float32Module
 from transfer_surgery._sharding import gathered
+from transfer_surgery.units.float32 import Float32Module
 from transfer_surgery.units.gates import check_no_sample_gradients
 from transfer_surgery.units.granularity import Granularity, align
 from transfer_surgery.units.kernels import Numbers
