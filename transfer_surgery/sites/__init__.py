@@ -4,7 +4,8 @@ from transfer_surgery.sites.call_location import CallKey
 from transfer_surgery.sites.caller import Recipe, prepare_recipes, rewritten_class
 from transfer_surgery.sites.find import find_activations
 from transfer_surgery.sites.graph import GraphRoute, edit_graph, restore_graph
-from transfer_surgery.sites.plan import Plan, Site
+from transfer_surgery.sites.plan import Plan
+from transfer_surgery.sites.site import Site
 from transfer_surgery.sites.stand_in import (
     example_arguments,
     fake_arguments,

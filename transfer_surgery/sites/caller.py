@@ -22,8 +22,9 @@ from transfer_surgery.sites.copies import UneditableError
 from transfer_surgery.sites.edit import Redirect, edit_forward
 from transfer_surgery.sites.graph import check_graph
 from transfer_surgery.sites.intercept import Entry, hidden_units, intercepted_forward
-from transfer_surgery.sites.plan import OwnerCall, Plan, Site
+from transfer_surgery.sites.plan import Plan
 from transfer_surgery.sites.route import Expression, Route
+from transfer_surgery.sites.site import OwnerCall, Site
 
 _CLASSES: WeakValueDictionary[tuple[type[nn.Module], Recipe], type[nn.Module]] = (
     WeakValueDictionary()

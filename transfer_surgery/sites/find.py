@@ -22,8 +22,9 @@ from transfer_surgery.sites.frames import is_users
 from transfer_surgery.sites.graph import GraphRoute
 from transfer_surgery.sites.observation import Observation
 from transfer_surgery.sites.observer import Observer
-from transfer_surgery.sites.plan import OwnerCall, Plan, Site
+from transfer_surgery.sites.plan import Plan
 from transfer_surgery.sites.route import Expression, Route
+from transfer_surgery.sites.site import OwnerCall, Site
 from transfer_surgery.sites.source import Function
 from transfer_surgery.sites.stand_in import (
     Uncopyable,

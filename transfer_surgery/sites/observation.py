@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from transfer_surgery.activations import Activation
 from transfer_surgery.sites.call_location import CallKey, KeyCounter, Location
 from transfer_surgery.sites.graph import GraphRoute
-from transfer_surgery.sites.plan import ActivationChild
 from transfer_surgery.sites.route import Expression, Route
+from transfer_surgery.sites.site import ActivationChild
 
 NOT_LIVE = "it does not depend on the input"
 

@@ -30,8 +30,8 @@ from transfer_surgery.sites.call_location import Location, locate
 from transfer_surgery.sites.frames import call_frames, code_of
 from transfer_surgery.sites.graph import GraphRoute, find_node
 from transfer_surgery.sites.observation import NOT_LIVE, Event, Frame, Observation
-from transfer_surgery.sites.plan import ActivationChild
 from transfer_surgery.sites.route import Expression, NoRouteError, Route
+from transfer_surgery.sites.site import ActivationChild
 from transfer_surgery.sites.tensor_facts import (
     SQUASHING,
     channel_axis,

@@ -2,141 +2,15 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Collection, Iterable, Mapping
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
-from pathlib import Path
-from typing import Any, NamedTuple
-
-from torch import nn
+from typing import Any
 
 from transfer_surgery._table import Column, Table
 from transfer_surgery.activations import Activation, get_activation
-from transfer_surgery.sites.call_location import CallKey
-from transfer_surgery.sites.graph import GraphRoute
-from transfer_surgery.sites.route import Expression, Route
-from transfer_surgery.units import Granularity, granularity_of, is_selected, select
-
-ROLES = ("hidden", "gating", "output", "bounding")
-"""``hidden`` feeds the next layer; ``gating`` multiplies another tensor; ``output`` is returned;
-``bounding`` keeps coordinates and the like within limits."""
-
-
-@dataclass(frozen=True)
-class OwnerCall:
-    """What was seen in the code of an owner."""
-
-    keys: Mapping[str, frozenset[CallKey]]
-    """For each examined mode, the activation calls in the owner's code, sites or not."""
-    modules: Mapping[str, ActivationChild]
-    """The activation modules that the owner called, by their paths in the model."""
-    unseen: tuple[tuple[Expression, str], ...] = ()
-    """Activation calls that are written in functions to edit, but did not run."""
-
-
-class ActivationChild(NamedTuple):
-    """A module that does nothing but one activation, and the number of known calls in it."""
-
-    activation: Activation
-    calls: int
-
-
-@dataclass(frozen=True)
-class Site:
-    """One activation call in the code of one module, its owner.
-
-    Attributes:
-        path: where its gated unit will live.
-        owner: path of the module whose ``forward`` makes the call; ``""`` is the model.
-        kind: ``"module"``, ``"function"``, ``"method"``, or ``"formula"``: several calls that
-            together are one activation.
-        source: the activation that is called.
-        role: one of `ROLES`.
-        shape: shape of its input in the example, batch first.
-        channel_axis: axis of the channels in that shape; the last one is -1, 0 stands for none.
-        inplace: whether the call overwrites its input.
-        overwrites_input: whether the overwritten input is read again later.
-        input_changes: whether the input is written to after the call, by something else.
-        calls: how often it runs in one forward.
-        modes: the training modes in which it runs, of ``("eval", "train")``.
-        file: the source file with the call; empty where there is none.
-        line: its line there.
-        way: ``"child"`` (a child module is replaced), ``"edit"`` (the call is replaced in the
-            source of the function that makes it), ``"fx"`` (in the graph of a ``GraphModule``) or
-            ``"intercept"`` (the call is redirected while the original code runs).
-        why: why the call is not edited; None where it is, and for children.
-        reason: why it cannot be converted; None where it can.
-        module: path of the activation module that is called, None for functions and methods.
-        owner_type: type of the owner.
-        module_type: type of the activation module, None for functions and methods.
-        key: its identity within the owner's code.
-        route: where the source or the graph has to be edited; None for other ways.
-    """
-
-    path: str
-    owner: str
-    kind: str
-    source: Activation
-    role: str
-    shape: tuple[int, ...]
-    channel_axis: int
-    inplace: bool
-    overwrites_input: bool
-    input_changes: bool
-    calls: int
-    modes: tuple[str, ...]
-    file: str
-    line: int
-    way: str
-    why: str | None
-    reason: str | None
-    module: str | None
-    owner_type: type[nn.Module]
-    module_type: type[nn.Module] | None
-    key: CallKey = field(repr=False)
-    route: Route | GraphRoute | None = field(repr=False, default=None)
-
-    def gate_shape(self, granularity: str | Granularity) -> tuple[int, ...]:
-        """Shape of the gates: ``(1,)`` per layer, ``(C,)`` per channel, or the feature shape."""
-        return granularity_of(granularity, self.channel_axis).gate_shape(self.shape)
-
-    @property
-    def neurons(self) -> int:
-        """Number of elements of the feature shape."""
-        return math.prod(self.shape[1:])
-
-    def matches(self, pattern: Any) -> bool:
-        """Whether a glob on paths, a module type or a predicate selects this site."""
-        return is_selected(self.path, self, pattern, self.types)
-
-    @property
-    def types(self) -> tuple[type[nn.Module], ...]:
-        """The types of the owner and, if there is one, of the activation module."""
-        return (self.owner_type, *([self.module_type] if self.module_type else []))
-
-    @property
-    def call(self) -> str:
-        """The kind of the call, and whether it works in place."""
-        return f"{self.kind}{' (in place)' if self.inplace else ''}"
-
-    @property
-    def where(self) -> str:
-        """File and line of the call; empty where there is none."""
-        return self.file and f"{Path(self.file).name}:{self.line}"
-
-    @property
-    def outcome(self) -> str:
-        """How it is converted, or why it is not."""
-        return self.way if self.reason is None else f"not converted: {self.reason}"
-
-    def to_dict(self) -> dict[str, Any]:
-        """What is known of the site, as plain numbers and strings."""
-        names = (field.name for field in fields(self) if field.name not in _INTERNAL)
-        return {name: _plain(getattr(self, name)) for name in names}
-
-
-_INTERNAL = ("key", "route")
+from transfer_surgery.sites.site import ROLES, OwnerCall, Site
+from transfer_surgery.units import select
 
 
 @dataclass(frozen=True, repr=False)
@@ -245,15 +119,6 @@ class Plan(Table[Site]):
                 "register_formula(name, text) one with learned tensors."
             )
         return f"Asked for roles={roles}; the sites found are:\n{self}"
-
-
-def _plain(value: Any) -> Any:
-    """Activations and types by their names, tuples as lists."""
-    if isinstance(value, tuple):
-        return [*value]
-    if isinstance(value, type):
-        return f"{value.__module__}.{value.__qualname__}"
-    return str(value) if isinstance(value, Activation) else value
 
 
 def _as_tuple(value: Any) -> tuple[Any, ...]:

@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import nn
 
-from transfer_surgery.sites.plan import ROLES, Site
+from transfer_surgery.sites.site import ROLES, Site
 
 
 class Adapter:
