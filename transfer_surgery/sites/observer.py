@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -21,14 +21,15 @@ from transfer_surgery.activations import (
     Match,
     Record,
     Tracker,
-    formula_of,
     get_activation,
     name_of,
-    overwrites,
 )
+from transfer_surgery.sites.by_hand import BY_HAND, ByHand, is_by_hand, note_soft_cap
 from transfer_surgery.sites.call_location import Location, locate
+from transfer_surgery.sites.children import Children
 from transfer_surgery.sites.frames import call_frames, code_of
 from transfer_surgery.sites.graph import GraphRoute, find_node
+from transfer_surgery.sites.in_place import InPlace
 from transfer_surgery.sites.observation import NOT_LIVE, Event, Frame, Observation
 from transfer_surgery.sites.route import Expression, NoRouteError, Route
 from transfer_surgery.sites.site import ActivationChild
@@ -36,12 +37,10 @@ from transfer_surgery.sites.tensor_facts import (
     SQUASHING,
     channel_axis,
     follow,
-    is_from_layer,
     is_live,
     is_reduction,
     is_zero,
     mark_constant,
-    mark_live,
     origin_of,
     role_of,
 )
@@ -61,10 +60,7 @@ _LISTED = {
     torch.rnn_relu_cell: ("rnn_relu_cell", _FUSED),
 }
 """Calls that are listed with a reason and never converted."""
-_BY_HAND = "handwritten"
 _LISTED_NAMES = {name for name, _ in _LISTED.values()}
-_STRAIGHT = {"+", "-", "neg", "where", "masked_fill", "type_as", "clone", "zeros_like", "ones_like"}
-"""Operations that bend no line."""
 
 
 class Observer(TorchFunctionMode):
@@ -76,15 +72,11 @@ class Observer(TorchFunctionMode):
         self._stack: list[Frame] = []
         self._order = itertools.count()
         self._tracker = Tracker()
-        self._overwritten: dict[int, tuple[Tensor, Event]] = {}
-        self._written: dict[int, Tensor] = {}
-        self._inputs: dict[int, list[Event]] = {}
-        self._bent: dict[Record, tuple[Record, bool]] = {}
-        self._kept: list[Tensor] = []  # memory is known by its address while it is held
+        self._in_place, self._by_hand = InPlace(), ByHand()
         self._paths = {id(module): path for path, module in probe.named_modules()}
         for module in list(probe.modules()):
             if type(vars(module).get("_modules")) is dict:
-                vars(module)["_modules"] = _Children(module._modules, partial(self._walk, module))
+                vars(module)["_modules"] = Children(module._modules, partial(self._walk, module))
             for tensor in pytree.tree_leaves(vars(module)):  # also those it keeps in plain lists
                 if isinstance(tensor, Tensor):
                     mark_constant(tensor)
@@ -103,7 +95,7 @@ class Observer(TorchFunctionMode):
     ) -> Observation:
         with torch.set_grad_enabled(gradients), fake or contextlib.nullcontext(), self:
             output = self.probe(*args, **kwargs)
-        self._note_reads(output)
+        self._in_place.note_reads(output)
         leaves = [leaf for leaf in pytree.tree_leaves(output) if isinstance(leaf, Tensor)]
         leaves = [leaf for leaf in leaves if leaf.is_floating_point() and is_live(leaf)]
         returned, heads = {id(x) for x in leaves}, {id(origin_of(x)) for x in leaves}
@@ -174,13 +166,13 @@ class Observer(TorchFunctionMode):
             out = func(*args, **kwargs)
         inputs = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
         outputs = [leaf for leaf in pytree.tree_leaves(out) if isinstance(leaf, Tensor)]
-        self._note_writes(func, inputs)
+        self._in_place.note_writes(func, inputs)
         for x in inputs:
             known = self._tracker.known(x)
             if known is not None and known.event is not None and outputs:
                 known.event.readers.add(record or object())
-                if is_reduction(name_of(func)) and self._is_by_hand(known):
-                    known.event.is_norm |= not any(map(self._is_by_hand, known.given))
+                if is_reduction(name_of(func)) and is_by_hand(known):
+                    known.event.is_norm |= not any(map(is_by_hand, known.given))
         for parent, inner in match.inner if match else ():
             if inner.event is not None:
                 inner.event.absorbed.add(parent)
@@ -189,14 +181,14 @@ class Observer(TorchFunctionMode):
         if record is not None:
             record.event = event
         if outputs:
-            self._note_reads(inputs)
+            self._in_place.note_reads(inputs)
             text = next((one for one in args if isinstance(one, str)), "")
             follow(name_of(func), inputs, outputs, event, text)
         if record is not None and call is None:
             self._note_by_hand(func, record, out)
-            self._note_soft_cap(record)
+            note_soft_cap(record)
         if call is not None and event is not None and call.inplace:
-            self._overwritten[_memory(call.input)] = (call.input, event)
+            self._in_place.note_overwritten(event, call.input)
         return out
 
     def _read(
@@ -221,44 +213,16 @@ class Observer(TorchFunctionMode):
         return call if call and isinstance(call.input, Tensor) else None, record, None
 
     def _note_by_hand(self, func: Callable[..., Any], record: Record, out: Any) -> None:
-        """List what bends the values of a layer element by element and is no known activation.
-
-        A longer formula takes the place of its beginnings.
-        """
-        given = [one for one in record.given if is_live(one.value)]
-        made = [self._bent.get(one, (one, False)) for one in given]
-        if len({root for root, _ in made}) != 1:
+        """List a formula that is no known activation; it takes the place of its beginnings."""
+        found = self._by_hand.bent(record, out)
+        if found is None:
             return
-        root, label = made[0][0], record.label
-        bends = label not in _STRAIGHT
-        if label in "*/":
-            bends = len(given) > 1 or (label == "/" and given[0] is record.operands[1])
-        bent = bends or any(is_bent for _, is_bent in made)
-        self._bent[record] = root, bent
-        if not bent or not out.is_floating_point() or not is_from_layer(root.value):
-            return
-        why = (
-            f"it is written by hand ({formula_of(record, root) or label}); register_activation "
-            "makes it known, with learned tensors register_formula"
-        )
-        call = Call(Activation(_BY_HAND), root.value, False)
+        root, why = found
+        call = Call(Activation(BY_HAND), root.value, False)
         record.event = self._record(func, call, None, out, why)
-        for one in filter(self._is_by_hand, given):
-            one.event.absorbed.add(record)
-
-    @staticmethod
-    def _note_soft_cap(record: Record) -> None:
-        """``cap * tanh(x / cap)`` keeps values within bounds and is no activation of features."""
-        for tanh, cap in itertools.permutations(record.operands, 2):
-            if record.label != "*" or not isinstance(tanh, Record) or tanh.event is None:
-                continue
-            x = tanh.given[0] if tanh.event.source.name == "tanh" and tanh.given else None
-            if x is not None and x.label == "/" and x.operands[1] == cap:
-                tanh.event.role, tanh.event.is_cap = "bounding", True
-
-    @staticmethod
-    def _is_by_hand(record: Record) -> bool:
-        return record.event is not None and record.event.source.name == _BY_HAND
+        for one in record.given:
+            if is_live(one.value) and is_by_hand(one):
+                one.event.absorbed.add(record)
 
     def _record(
         self,
@@ -305,8 +269,7 @@ class Observer(TorchFunctionMode):
         )
         self._trace(event, frame.module, call if draw == frame.draw_key else None, match)
         frame.events.append(event)
-        self._kept.append(x)
-        self._inputs.setdefault(_memory(x), []).append(event)
+        self._in_place.note_event(event, x)
         return event
 
     @staticmethod
@@ -347,59 +310,3 @@ class Observer(TorchFunctionMode):
         """Whether the result of an activation has not been changed in place since."""
         record = self._tracker.known(event.output)
         return event.source.name in _LISTED_NAMES or (record is not None and record.event is event)
-
-    def _note_writes(self, func: Any, inputs: list[Tensor]) -> None:
-        """What something live is written into is live from then on, with all of its views."""
-        for x in inputs:
-            if self._written and _memory(x) in self._written:
-                mark_live(x)
-        if overwrites(func) and any(map(is_live, inputs[1:])):
-            mark_live(inputs[0])
-            self._written[_memory(inputs[0])] = inputs[0]
-        if overwrites(func) and inputs:
-            for event in self._inputs.get(_memory(inputs[0]), ()):
-                event.input_changes = True
-
-    def _note_reads(self, value: Any) -> None:
-        """An input that was overwritten in place is read again: its new value matters."""
-        for leaf in pytree.tree_leaves(value):
-            if self._overwritten and isinstance(leaf, Tensor):
-                _, event = self._overwritten.get(_memory(leaf), (None, None))
-                if event is not None:
-                    event.overwrites_input = True
-
-
-def _memory(tensor: Tensor) -> int:
-    """What tensors that share memory have in common."""
-    try:
-        return int(tensor.untyped_storage()._cdata)
-    except NotImplementedError:  # sparse tensors and those inside vmap have no storage
-        return id(tensor)
-
-
-class _Children(dict[str, Any]):
-    """The table of a module's children, which tells when the module's own code walks over it."""
-
-    def __init__(self, held: dict[str, Any], note: Callable[[], None]) -> None:
-        super().__init__(held)
-        self._note = note
-
-    def __iter__(self) -> Iterator[str]:
-        self._note()
-        return super().__iter__()
-
-    def __len__(self) -> int:
-        self._note()
-        return super().__len__()
-
-    def keys(self) -> Any:
-        self._note()
-        return super().keys()
-
-    def values(self) -> Any:
-        self._note()
-        return super().values()
-
-    def items(self) -> Any:
-        self._note()
-        return super().items()
