@@ -38,7 +38,7 @@ MODELS: dict[str, dict[str, Any]] = {
     "densenet121": {"block_config": (2, 4, 2, 2)},
     "poolformer_s12": {},
 }
-QUICK = ("test_resnet", "test_vit")
+QUICK = ("test_vit",)
 
 
 @torch.no_grad()
@@ -123,6 +123,7 @@ def test_rewritten_and_overwriting_calls_are_exported(name: str, tmp_path: Path)
     assert_both_files_run(baked(NETS[name](), x, mix, transfer), x, tmp_path)
 
 
+@pytest.mark.slow
 def test_files_run_where_the_library_is_not_installed(tmp_path: Path) -> None:
     x = torch.randn(2, 3, 32, 32)
     model = baked(timm_model("test_resnet"), x, *KINDS)

@@ -123,6 +123,7 @@ def test_accumulated_batches_count_as_one_step(tmp_path):
     assert callback.history.records[-1].step == 12
 
 
+@pytest.mark.slow
 def test_a_resumed_training_ends_like_an_uninterrupted_one_bit_for_bit(tmp_path):
     whole, half, resumed = random_bert(), random_bert(), random_bert()
     trainer_of(whole, tmp_path / "whole", TransferCallback()).train()

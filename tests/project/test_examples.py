@@ -156,9 +156,10 @@ def test_loaders_show_every_image_once_and_only_training_changes_the_order() -> 
     "options",
     [
         ["--fsdp", "--order", "front_to_back"],
-        pytest.param([], marks=pytest.mark.slow),  # DDP, as in tests/transfer/test_distributed.py
+        [],  # DDP, as in tests/transfer/test_distributed.py
     ],
 )
+@pytest.mark.slow
 def test_two_processes_transfer_everything_and_go_on_where_they_were(
     options: list[str], tmp_path: Path
 ) -> None:

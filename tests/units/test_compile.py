@@ -54,6 +54,7 @@ def test_inductor_gives_the_outputs_and_gradients_of_the_plain_model(name: str) 
         torch.testing.assert_close(compiled(model.eval(), "inductor")(x), model(x))
 
 
+@pytest.mark.slow
 def test_a_timm_model_is_one_graph() -> None:
     torch.manual_seed(0)
     model = timm.create_model("test_resnet", num_classes=2)

@@ -48,6 +48,7 @@ def test_figure1_writes_numbers_and_picture(tmp_path: Path) -> None:
     assert (tmp_path / "figure1.png").read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.slow
 def test_figure2_trains_what_is_asked_for_and_nothing_twice(tmp_path: Path) -> None:
     options = ["--quick", "--set", "epochs=2", "--name", "tiny", "--out", tmp_path, "--workers", 1]
     succeed("figure2", *options, "--row", "sin")
@@ -79,6 +80,7 @@ def test_table1_learns_from_real_images(task: str, data_folder: Path, tmp_path: 
     assert "soft transfer beats its source" in printed
 
 
+@pytest.mark.slow
 def test_a_study_and_the_page_are_made_from_small_ones(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

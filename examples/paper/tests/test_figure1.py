@@ -16,6 +16,7 @@ from torch import Tensor
 QUICK = Figure1Settings(noise="none", gate_lr=0.15, steps=900, points=65, seeds=3)
 
 
+@pytest.mark.slow
 def test_the_claim_holds_with_the_default_settings():
     sin = train("sin", Figure1Settings(seeds=1, steps=500))
     transferred = train("resin->sin", Figure1Settings(seeds=16, steps=3000))
