@@ -28,11 +28,11 @@ from typing import Annotated
 
 import torch
 import typer
-from cifar_resnet import trained_resnet
 from rich.console import Console
 from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
+from cifar_resnet import trained_resnet
 from pretrained_recipes import Recipe, best_recipes, recipes, swap_recipes
 from pretrained_table import Result, fill, read_results
 from pretrained_training import train

@@ -286,3 +286,13 @@ def test_a_variant_that_was_found_in_another_process_is_read_from_its_text():
     )
     expected = written(torch.tensor([-1.0, 2.0])).tolist()
     assert told.stdout.strip() == f"{written} {expected}", told.stderr
+
+
+def test_a_call_with_several_results_is_no_part_of_a_formula(monkeypatch):
+    def boxes(m, h):
+        rows, _ = torch.where(h.sigmoid() > 0.5)
+        return F.relu(h) + rows.sum()
+
+    monkeypatch.setitem(WRITTEN, "boxes", (boxes, ""))
+    plan = find_activations(Net("boxes", False), torch.randn(5, 4))
+    assert [site.source.name for site in plan] == ["sigmoid", "relu"]

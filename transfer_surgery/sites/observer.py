@@ -184,7 +184,7 @@ class Observer(TorchFunctionMode):
             self._in_place.note_reads(inputs)
             text = next((one for one in args if isinstance(one, str)), "")
             follow(name_of(func), inputs, outputs, event, text)
-        if record is not None and call is None:
+        if record is not None and call is None and isinstance(out, Tensor):
             self._note_by_hand(func, record, out)
             note_soft_cap(record)
         if call is not None and event is not None and call.inplace:
