@@ -50,7 +50,7 @@ class TargetParameters(Float32Module):
 
     def expand(self, x: Tensor) -> Numbers:
         """The same, viewed so that they broadcast to an input."""
-        a, w, c, b = (self.granularity.expand(p, x) for p in self.whole() if p is not None)
+        a, w, c, b = (self.granularity.expand(p, x) for p in self.whole())
         return a, w, c, b
 
     def forward(self, x: Tensor) -> Numbers:

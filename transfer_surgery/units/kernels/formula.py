@@ -11,8 +11,8 @@ from torch import Tensor
 
 from transfer_surgery.activations import Activation
 
-Numbers = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]
-"""``(a, w, c, b)`` of a fitted target, of shapes that broadcast to the input; None: 1, 1, 0, 0."""
+Numbers = tuple[Tensor, Tensor, Tensor, Tensor]
+"""``(a, w, c, b)`` of a fitted target, of shapes that broadcast to the input."""
 
 
 def fitted_value(x: Tensor, f: Activation, numbers: Numbers | None) -> Tensor:
@@ -38,10 +38,9 @@ def fitted_value(x: Tensor, f: Activation, numbers: Numbers | None) -> Tensor:
     if numbers is None:
         return f(x)
     a, w, c, b = numbers
-    given = next((number for number in numbers if number is not None), None)
     # Not torch.result_type, which torch.compile does not follow.
-    inner = x if given is None else x.to(torch.promote_types(x.dtype, given.dtype))
-    return _scale_and_shift(f(_scale_and_shift(inner, w, c)), a, b).to(x.dtype)
+    inner = x.to(torch.promote_types(x.dtype, w.dtype))
+    return (f(inner * w + c) * a + b).to(x.dtype)
 
 
 def gated_value(
@@ -98,8 +97,3 @@ def _blend(s: Tensor, t: Tensor, z: Tensor) -> Tensor:
     # In float32 at least: the gradient of a gate is a sum over all elements that share it.
     wide = torch.promote_types(s.dtype, torch.float32)
     return torch.lerp(t.to(wide), s.to(wide), z.to(wide)).to(s.dtype)
-
-
-def _scale_and_shift(x: Tensor, factor: Tensor | None, offset: Tensor | None) -> Tensor:
-    x = x if factor is None else x * factor
-    return x if offset is None else x + offset

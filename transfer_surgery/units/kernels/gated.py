@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -54,38 +54,34 @@ def gated(
         ... )
         tensor([0.0000, 0.5000, 1.0000])
     """
-    present = None if numbers is None else tuple(n is not None for n in numbers)
-    known = () if numbers is None else tuple(n for n in numbers if n is not None)
-    formula = _GatedFormula(source, target, straight_through, len(operands), present)
-    if is_transformed(x, z, *operands, *known):
-        return formula.plain(x, z, *operands, *known)
+    fitted = numbers or ()
+    formula = _GatedFormula(source, target, straight_through, len(operands))
+    if is_transformed(x, z, *operands, *fitted):
+        return formula.plain(x, z, *operands, *fitted)
     if z.device.type == "cpu" and z.numel():  # elsewhere a look at the gates has to wait for them
         low, high = (end.item() for end in z.detach().aminmax())
         exact = not (z.requires_grad and straight_through)
         if exact and low == 1:
             if in_place and source in _IN_PLACE and x.grad_fn is not None and not x._is_view():
-                return _IN_PLACE[source](_with_zero_gradient_in_place(x, z, *known))
-            return source(_with_zero_gradient(x, z, *known), *operands)
+                return _IN_PLACE[source](_with_zero_gradient_in_place(x, z, *fitted))
+            return source(_with_zero_gradient(x, z, *fitted), *operands)
         if exact and high == 0 and not operands:  # those keep their gradient, which is 0
-            return _target(_with_zero_gradient(x, z), target, present, known)
-    return recomputed(formula, x, z, *operands, *known)
+            return _target(_with_zero_gradient(x, z), target, fitted)
+    return recomputed(formula, x, z, *operands, *fitted)
 
 
-def _target(
-    x: Tensor, target: Activation, present: tuple[bool, ...] | None, known: tuple[Tensor, ...]
-) -> Tensor:
-    return target(x) if present is None else recomputed(_FittedFormula(target, present), x, *known)
+def _target(x: Tensor, target: Activation, fitted: tuple[Tensor, ...]) -> Tensor:
+    return recomputed(_FittedFormula(target), x, *fitted) if fitted else target(x)
 
 
 @dataclass(frozen=True)
 class _GatedFormula(Formula):
-    """Eq. 1 of tensors in a row: input, gates, operands, and those numbers that are present."""
+    """Eq. 1 of tensors in a row: input, gates, operands, and the numbers of a fitted target."""
 
     source: Activation
     target: Activation
     straight_through: bool
     operands: int
-    present: tuple[bool, ...] | None
 
     def __str__(self) -> str:
         return f"the unit {self.source} -> {self.target}"
@@ -106,7 +102,7 @@ class _GatedFormula(Formula):
             "source": self.source,
             "target": self.target,
             "operands": tuple(others[: self.operands]),
-            "numbers": _numbers_of(self.present, iter(others[self.operands :])),
+            "numbers": tuple(others[self.operands :]) or None,
         }
 
     def value(self, *tensors: Tensor) -> Tensor:
@@ -138,22 +134,16 @@ class _GatedFormula(Formula):
 
 @dataclass(frozen=True)
 class _FittedFormula(Formula):
-    """A fitted target alone: input, and those numbers that are present."""
+    """A fitted target alone: input and numbers."""
 
     target: Activation
-    present: tuple[bool, ...]
 
     def __str__(self) -> str:
         return f"the fitted target {self.target}"
 
     def plain(self, *tensors: Tensor) -> Tensor:
-        x, *known = tensors
-        return fitted_value(x, self.target, _numbers_of(self.present, iter(known)))
-
-
-def _numbers_of(present: tuple[bool, ...] | None, known: Iterator[Tensor]) -> Any:
-    """The numbers ``(a, w, c, b)``, with None for those that were folded away."""
-    return None if present is None else tuple(next(known) if here else None for here in present)
+        x, a, w, c, b = tensors
+        return fitted_value(x, self.target, (a, w, c, b))
 
 
 def _with_zero_gradient(x: Tensor, *others: Tensor) -> Tensor:
