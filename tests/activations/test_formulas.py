@@ -15,7 +15,14 @@ from torch import nn
 
 from tests.helpers.promises import assert_every_promise
 from tests.helpers.same_run import assert_same_runs, converted
-from transfer_surgery import bake, convert, find_activations, get_activation, register_formula
+from transfer_surgery import (
+    bake,
+    convert,
+    find_activations,
+    get_activation,
+    register_activation,
+    register_formula,
+)
 from transfer_surgery.units import gated_activations
 
 
@@ -64,6 +71,8 @@ WRITTEN = {
     "log(1 + exp(h))": (lambda m, h: torch.log(1 + h.exp()), "softplus"),
     "elu by where": (lambda m, h: torch.where(h > 0, h, 1.5 * torch.expm1(h)), "elu"),
     "h.where": (lambda m, h: (0.2 * h).where(h <= 0, h), "leaky_relu"),
+    "h.where, by keyword": (lambda m, h: (0.2 * h).where(h <= 0, other=h), "leaky_relu"),
+    "masked_fill, by keyword": (lambda m, h: h.masked_fill(h < 0, value=0.0), "relu"),
     "max(zeros, h)": (lambda m, h: torch.max(torch.zeros_like(h), h), "relu"),
     "h / (1 + exp(-1.5 * h))": (lambda m, h: h / (1 + torch.exp(-1.5 * h)), "swish"),
     "tanh by exp": (lambda m, h: (h.exp() - (-h).exp()) / (h.exp() + (-h).exp()), "tanh"),
@@ -248,6 +257,7 @@ def test_an_activation_with_operands_is_refused_as_a_target():
         ("prelu", "x % weight", "cannot contain 'x % weight'"),
         ("prelu", "x.weight * x", "cannot contain 'x.weight'"),
         ("prelu", "x * ", "invalid syntax"),
+        ("prelu", "x * weight * 9 ** 9 ** 9", r"cannot contain '9 \*\* 9 \*\* 9'"),
     ],
 )
 def test_a_bad_formula_is_refused_with_what_is_possible(name, text, message):
@@ -296,3 +306,18 @@ def test_a_call_with_several_results_is_no_part_of_a_formula(monkeypatch):
     monkeypatch.setitem(WRITTEN, "boxes", (boxes, ""))
     plan = find_activations(Net("boxes", False), torch.randn(5, 4))
     assert [site.source.name for site in plan] == ["sigmoid", "relu"]
+
+
+@pytest.mark.usefixtures("own_registry")
+def test_activations_without_readable_annotations_are_compared_all_the_same():
+    def bell(x, width: "NoSuchName" = "narrow"):  # noqa: F821
+        return torch.exp(-x * x)
+
+    register_activation("test_bell")(bell)
+
+    class Bell(nn.Linear):
+        def forward(self, x):
+            return torch.exp(-(super().forward(x) ** 2)).sin()
+
+    plan = find_activations(Bell(4, 4), torch.randn(3, 4))
+    assert "test_bell" in [site.source.name for site in plan]

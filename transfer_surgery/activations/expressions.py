@@ -169,8 +169,8 @@ def _check(node: ast.expr, lookup: Lookup) -> None:
     match node:
         case ast.Name() | ast.Constant(value=int() | float()):
             pass
-        case ast.BinOp(op=op) if type(op) in SYMBOLS.values():
-            pass
+        case ast.BinOp(op=op) if type(op) in SYMBOLS.values() and any(names_in(node)):
+            pass  # with a tensor in it: powers of numbers may take for ever
         case ast.Compare(ops=[op]) if type(op) in SYMBOLS.values():
             pass
         case ast.UnaryOp(op=ast.USub()):

@@ -6,6 +6,7 @@ An activation of one tensor needs none, since `recognition` knows it by its valu
 from __future__ import annotations
 
 import ast
+import functools
 from typing import Any, NamedTuple
 
 from transfer_surgery._arguments import check_arguments
@@ -26,8 +27,13 @@ class Term(NamedTuple):
 class Formula(NamedTuple):
     """An activation and one way to write it."""
 
-    activation: Activation
+    name: str
+    text: str
     term: Term
+
+    def activation(self) -> Activation:
+        """The activation as it is, or a variant of it where the text rounds differently."""
+        return _as_written(self.name, self.text)
 
 
 class Bound(NamedTuple):
@@ -76,10 +82,14 @@ def register_formula(name: str, text: str) -> None:
         raise ValueError(f"formula {text!r}: expected an operation on {', '.join(sorted(names))}.")
     if not is_same(get_activation(name, variant=text), activation):
         raise ValueError(f"formula {text!r} has other values than {activation}.")
-    same_bits = is_same(get_activation(name, variant=text), activation, exactly=True)
-    found = activation if same_bits else get_activation(name, variant=text)
     term = _term(tree)
-    FORMULAS.setdefault(term.label, []).append(Formula(found, term))
+    FORMULAS.setdefault(term.label, []).append(Formula(name, text, term))
+
+
+@functools.cache
+def _as_written(name: str, text: str) -> Activation:
+    activation, variant = get_activation(name), get_activation(name, variant=text)
+    return activation if is_same(variant, activation, exactly=True) else variant
 
 
 def _term(node: ast.expr) -> Any:

@@ -51,7 +51,9 @@ def operation(
             name, args = f"clamp_{key}", (args[0], bound)
     if name in ("clamp_min", "clamp_max"):  # a number is no operand of maximum
         label = _OPERATORS[name] if isinstance(args[-1], Tensor) else name
-    if function is Tensor.where:
+    if kwargs and kwargs.keys() <= {"other", "value", "exponent"}:  # what comes last in each call
+        args, kwargs = (*args, *kwargs.values()), {}
+    if function is Tensor.where and len(args) == 3:
         args = (args[1], args[0], args[2])
     if name == "square":
         args = (*args, 2)

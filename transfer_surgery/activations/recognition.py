@@ -11,6 +11,7 @@ import functools
 import itertools
 import typing
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -96,7 +97,7 @@ def _points() -> Tensor:
 
 
 def _operands(activation: Activation) -> list[Tensor]:
-    return [torch.tensor(0.3 + 0.4 * i) for i in range(len(activation.operands))]
+    return [torch.tensor(0.3 + 0.4 * i, device="cpu") for i in range(len(activation.operands))]
 
 
 def _value_of(activation: Activation, x: Tensor) -> Tensor | None:
@@ -140,6 +141,15 @@ def _calls_inside(tree: ast.expr) -> Iterator[ast.expr]:
             yield from _calls_inside(part)
 
 
+@functools.cache
+def _texts(name: str, key: str) -> tuple[Any, ...]:
+    """The texts that a parameter may be, where its annotation says so."""
+    try:
+        return typing.get_args(typing.get_type_hints(entry_of(name).value).get(key))
+    except Exception:  # annotations that mean nothing here, or none at all
+        return ()
+
+
 def _candidates(tree: ast.expr, names: tuple[str, ...]) -> Iterator[Activation]:
     """What the expression may be, with as few changed parameters as possible."""
     written = [n.value for n in ast.walk(tree) if isinstance(n, ast.Constant)]
@@ -153,8 +163,8 @@ def _candidates(tree: ast.expr, names: tuple[str, ...]) -> Iterator[Activation]:
             continue
         options = []
         for key, default in activation.parameters:
-            texts = typing.get_args(typing.get_type_hints(entry_of(name).value).get(key))
-            others = texts or (numbers if isinstance(default, (int, float)) else ())
+            is_number = isinstance(default, (int, float)) and not isinstance(default, bool)
+            others = numbers if is_number else _texts(name, key)
             options.append([(key, default), *((key, o) for o in others if o != default)])
         for chosen in itertools.islice(itertools.product(*options), 500):
             changed = sum(pair not in activation.parameters for pair in chosen)

@@ -29,16 +29,14 @@ _PLAIN = {"+", "-", "*", "/", "**", "neg"}
 class Record:
     """How a value was made: the label of a call, and the records and numbers that it was given.
 
-    A value that no known call made has no label. `activation` is what the call means by
-    itself, if it is an activation. `root` is the one value that everything was computed from;
-    the record itself where there are several. `event` is the finder's: the activation call that
-    made the value.
+    A value that no known call made has no label. `root` is the one value that everything was
+    computed from; the record itself where there are several. `event` is the finder's: the
+    activation call that made the value.
     """
 
     value: Any = field(default=None, repr=False)
     label: str = ""
     operands: tuple[Any, ...] = ()
-    activation: Activation | None = None
     event: Any = field(default=None, repr=False)
     root: Record = field(init=False, repr=False)
 
@@ -98,12 +96,11 @@ class Tracker:
         if found is None:
             return None, None, call
         label, given = found
-        activation = None if call is None else call.activation
-        record = Record(None, label, tuple(map(self._operand, given)), activation)
-        inplace = overwrites(function)
-        if activation is not None:
+        record = Record(None, label, tuple(map(self._operand, given)))
+        if call is not None:
             return record, None, call
-        return record, self._by_value(record, inplace) or self._formula(record, inplace), call
+        inplace = overwrites(function)
+        return record, self._by_value(record, inplace) or self._formula(record, inplace), None
 
     def _cast(
         self, function: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]
@@ -145,13 +142,13 @@ class Tracker:
             bound = bind(formula.term, record, Bound({}))
             if bound is None:
                 continue
-            x = bound.names.pop("x")
-            operands = [bound.names[name] for name in formula.activation.operands]
+            activation, x = formula.activation(), bound.names.pop("x")
+            operands = [bound.names[name] for name in activation.operands]
             if any(operand.root is x.root for operand in operands):
                 continue  # what should be a learned tensor depends on the input
             if all(map(self._is_current, (x, *operands))):
                 given = tuple(operand.value for operand in operands)
-                return Match(formula.activation, x.value, given, inplace, bound.inner)
+                return Match(activation, x.value, given, inplace, bound.inner)
         return None
 
     def _by_value(self, record: Record, inplace: bool) -> Match | None:
