@@ -58,6 +58,9 @@ def log_probabilities(logits: Tensor, temperature: float = 1.0) -> Tensor:
 
 def kl_divergence(now: Tensor, wanted: Tensor) -> Tensor:
     """Mean KL divergence of answers from the wanted ones, both as `log_probabilities`."""
+    # A class that is not wanted at all, as a masked one, adds nothing; computed it would be NaN.
+    never = wanted == -torch.inf
+    now, wanted = now.masked_fill(never, 0.0), wanted.masked_fill(never, 0.0)
     # Rounding can put it below zero, which no divergence is.
     return F.kl_div(now, wanted, log_target=True, reduction="batchmean").clamp_min(0)
 

@@ -90,3 +90,45 @@ def test_answers_of_any_shape_are_compared():
     (row,) = sensitivity(model, [torch.randn(8, 2, 6, 6)], logits=True)
     assert 0 < row.changed < 1
     assert row.divergence > 0
+
+
+class Potential(nn.Module):
+    """An energy, and the forces by a gradient inside of the forward."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = network()
+
+    def forward(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
+        x = x.detach().requires_grad_()
+        energy = self.net(x).sum(1)
+        return {
+            "energy": energy,
+            "forces": -torch.autograd.grad(energy.sum(), x, create_graph=True)[0],
+        }
+
+
+def test_networks_that_take_gradients_inside_are_compared():
+    rows = sensitivity(convert(Potential(), example_input=X), [X]).rows
+    assert all(row.errors.keys() == {"energy", "forces"} for row in rows)
+    assert all(error > 0 for row in rows for error in row.errors.values())
+
+
+class Masked(nn.Module):
+    """A third class that is never the answer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = network()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.net(x).masked_fill(torch.tensor([False, False, True]), -torch.inf)
+
+
+def test_a_class_that_is_masked_adds_nothing_to_the_divergence():
+    model = convert(Masked(), example_input=X)
+    wanted = network()(X)[:, :2].log_softmax(1)
+    for row in sensitivity(model, [X], logits=True):
+        one = swap_targets(copy.deepcopy(model), include=row.path).eval()(X)[:, :2].log_softmax(1)
+        kl = F.kl_div(one, wanted, log_target=True, reduction="batchmean")
+        assert row.divergence == pytest.approx(kl.item(), rel=1e-3)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from torch import nn
@@ -123,7 +124,7 @@ def sensitivity(
     found = {path: _Cost(logits) for path in units}
     with prediction_mode(model):
         for batch in networks.batches:
-            wanted = networks.run(batch)
+            wanted = networks.with_gradients_if_needed(partial(networks.run, batch))
             for path, unit in units.items():
                 found[path].add(networks.run(batch, {unit}), wanted)
     rows = []
