@@ -52,18 +52,12 @@ def loss_function(loss: str | Loss, outputs: Iterable[Any], temperature: float) 
         return lambda now, wanted: softened_divergence(
             _the_tensor(loss, now), _the_tensor(loss, wanted), temperature
         )
-    if loss == "bce":
-        if not inside:
-            raise ValueError(
-                "loss='bce' takes probabilities, but the teacher has outputs below 0 or above 1. "
-                "Use loss='kl' for logits of which one is right, or the default."
-            )
-        return lambda now, wanted: _binary_divergence(
-            _the_tensor(loss, now), _the_tensor(loss, wanted)
+    if not inside:
+        raise ValueError(
+            "loss='bce' takes probabilities, but the teacher has outputs below 0 or above 1. "
+            "Use loss='kl' for logits of which one is right, or the default."
         )
-    raise ValueError(
-        f"loss={loss!r}: use one of {', '.join(LOSSES)}, or a function of two outputs."
-    )
+    return lambda now, wanted: _binary_divergence(_the_tensor(loss, now), _the_tensor(loss, wanted))
 
 
 def _squared_error(now: Any, wanted: Any, scales: Mapping[str, float]) -> Tensor:

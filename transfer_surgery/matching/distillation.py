@@ -193,7 +193,8 @@ def _ready_to_learn(
     model: nn.Module, teacher: nn.Module, trained: Sequence[nn.Parameter]
 ) -> Iterator[None]:
     """Both networks in evaluation mode, but norms that follow; other parameters frozen; undone."""
-    others = {p: p.requires_grad for p in model.parameters() if p not in set(trained)}
+    learning = set(trained)
+    others = {p: p.requires_grad for p in model.parameters() if p not in learning}
     try:
         for parameter in others:
             parameter.requires_grad_(False)
