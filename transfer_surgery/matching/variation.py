@@ -10,6 +10,7 @@ where ``u``, ``r`` and ``n`` are drawn for each example. What is the same in all
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -82,7 +83,7 @@ def bearable_variation(
         except Exception:  # a forward that checks its inputs
             continue
         found = _deviations(further)
-        if all(found[name] <= _WIDER * usual[name] for name in usual):
+        if all(found.get(name, math.inf) <= _WIDER * usual[name] for name in usual):
             return strength, further
     return 0.0, []
 
