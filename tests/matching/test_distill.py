@@ -117,6 +117,16 @@ def test_features_are_compared_by_their_relative_error():
     assert not any(m._forward_hooks for net in (model, teacher) for m in net.modules())
 
 
+def test_layers_are_compared_before_an_activation_in_place_writes_into_their_outputs():
+    """The network that learns has no such activation any more."""
+    torch.manual_seed(0)
+    layers = [nn.Linear(4, 8), nn.ReLU(inplace=True), nn.Linear(8, 2)]
+    teacher, x = nn.Sequential(*layers), torch.randn(64, 4)
+    model = swap_targets(convert(copy.deepcopy(teacher), "sin", example_input=x))
+    plain = first_loss(copy.deepcopy(model), teacher, [x])
+    assert first_loss(model, teacher, [x], features=["0"]) == pytest.approx(plain)
+
+
 def test_features_bring_the_inside_nearer_than_answers_alone():
     def distance(**options):
         model, teacher, batches = networks(match=False)
@@ -135,6 +145,9 @@ def test_wrong_arguments_are_refused():
         distill(model, teacher, batches, steps=1, train="norms")
     with pytest.raises(ValueError, match="use positive ones"):
         distill(model, teacher, batches, steps=0)
+    for nothing in ([], iter([])):
+        with pytest.raises(ValueError, match="batches: there are none"):
+            distill(model, teacher, nothing, steps=1, loss="kl")
     with pytest.raises(ValueError, match="none after 16 of 17 steps"):
         distill(model, teacher, iter(batches), steps=17)
     with pytest.raises(ValueError, match="look for NaN in the batches"):
@@ -188,3 +201,13 @@ def test_norms_that_cannot_follow_are_held(momentum):
     assert report.after["output"] < 0.5 * report.before["output"]
     assert torch.equal(model[2].running_mean, teacher[2].running_mean)
     assert not any(module.training for module in model.modules())
+
+
+def test_buffers_that_are_views_of_fewer_numbers_stay():
+    """They cannot be written to; nothing has changed them either."""
+    model, teacher, batches = networks(match=False)
+    for network in (model, teacher):
+        network.register_buffer("mask", torch.ones(1, 3).expand(2, 3))
+    report = distill(model, teacher, batches, steps=20, lr=0.02)
+    assert report.after["output"] < report.before["output"]
+    assert torch.equal(model.mask, torch.ones(2, 3))

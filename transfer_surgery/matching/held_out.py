@@ -25,15 +25,20 @@ def hold_out(batches: Iterable[Any]) -> tuple[Iterable[Any], list[Any]]:
 
     Of a list the last eighth is held out. Of fewer than eight batches, and of a loader, none can
     be: then the first ones are looked at too.
+
+    Raises:
+        ValueError: there are no batches.
     """
     if isinstance(batches, Tensor):
         batches = [batches]
     if isinstance(batches, Sequence) and (number := min(len(batches) // _SHARE, _MOST)):
         return batches[:-number], list(batches[-number:])
-    if isinstance(batches, Iterator):  # what is taken from it is gone
-        first = list(itertools.islice(batches, _MOST))
+    first = list(itertools.islice(batches, _MOST))
+    if not first:
+        raise ValueError("batches: there are none; give some batches of the model's input.")
+    if isinstance(batches, Iterator):  # what was taken from it is gone
         return itertools.chain(first, batches), first
-    return batches, list(itertools.islice(batches, _MOST))
+    return batches, first
 
 
 def repeated(batches: Iterable[Any], steps: int) -> Iterator[Any]:
@@ -126,7 +131,8 @@ class Examination:
         """Bring back the best state."""
         with torch.no_grad():
             for name, tensor in self._state().items():
-                tensor.copy_(self._best[name])
+                if not torch.equal(tensor, self._best[name]):  # an expanded buffer takes no copy
+                    tensor.copy_(self._best[name])
 
     def _state(self) -> dict[str, Tensor]:
         model = self._model

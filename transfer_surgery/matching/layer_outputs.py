@@ -10,8 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from transfer_surgery._running import hooked, logits_of
-
-_LAYERS = (nn.Linear, nn.modules.conv._ConvNd)
+from transfer_surgery.matching.linear_maps import LAYERS
 
 
 def layers_to_compare(
@@ -29,8 +28,8 @@ def layers_to_compare(
     """
     ours, theirs = (dict(network.named_modules()) for network in (model, teacher))
     if features is None:
-        layers = [path for path, module in ours.items() if isinstance(module, _LAYERS)]
-        return tuple(path for path in layers if isinstance(theirs.get(path), _LAYERS))
+        layers = [path for path, module in ours.items() if isinstance(module, LAYERS)]
+        return tuple(path for path in layers if isinstance(theirs.get(path), LAYERS))
     for network, modules in ((model, ours), (teacher, theirs)):
         if missing := [path for path in features if path not in modules]:
             raise ValueError(
@@ -53,7 +52,8 @@ class LayerOutputs:
         """While this lasts, outputs are kept."""
 
         def keep(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-            self._last[self._modules[module]] = logits_of(output)
+            # A copy: an activation in place behind the layer writes into its output.
+            self._last[self._modules[module]] = logits_of(output).clone()
 
         with hooked(*(module.register_forward_hook(keep) for module in self._modules)):
             yield
