@@ -131,8 +131,10 @@ class Examination:
         """Bring back the best state."""
         with torch.no_grad():
             for name, tensor in self._state().items():
-                if not torch.equal(tensor, self._best[name]):  # an expanded buffer takes no copy
-                    tensor.copy_(self._best[name])
+                best = self._best[name]
+                # An expanded buffer takes no copy; a sparse one cannot be compared.
+                if tensor.layout != torch.strided or not torch.equal(tensor, best):
+                    tensor.copy_(best)
 
     def _state(self) -> dict[str, Tensor]:
         model = self._model
