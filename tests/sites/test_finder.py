@@ -1,5 +1,6 @@
 """What the finder sees: every mode for real where it has to be, roles, axes, what stays and why."""
 
+import functools
 import warnings
 
 import pytest
@@ -224,6 +225,51 @@ def test_hooks_that_a_model_needs_run_when_it_is_examined(written):
         del model.kept
         assert [site.path for site in find_activations(model, X)] == ["body.1"]
         assert torch.equal(convert(model, example_input=X)(X), before)
+
+
+class Settings(dict):
+    """Attributes are items: an unknown one is a KeyError, which getattr does not catch."""
+
+    def __getattr__(self, name):
+        if name.startswith("__deepcopy"):
+            raise AttributeError(name)
+        return self[name]
+
+
+HELPERS = {"relu": lambda settings, x: F.relu(x)}
+
+
+class Unseen(Written):
+    def forward(self, x):
+        if self.linear.in_features > 4:
+            return SETTINGS.library.relu(x)  # noqa: F821 - the test puts it there
+        return F.relu(self.linear(x)) * 2
+
+
+class Looked(Written):
+    def __init__(self):
+        super().__init__()
+        self.settings = Settings()
+
+    def forward(self, x):
+        return next(map(functools.partial(HELPERS["relu"], self.settings), [self.linear(x)])) * 2
+
+
+class Held(Written):
+    settings = Settings()
+
+    def forward(self, x):
+        return self.act(x) * 2
+
+    def act(self, x):
+        return F.relu(self.linear(x))
+
+
+@pytest.mark.parametrize("cls", [Unseen, Looked, Held])
+def test_objects_whose_attributes_raise_are_in_nobodys_way(cls, monkeypatch):
+    monkeypatch.setitem(globals(), "SETTINGS", Settings())  # pytest reads attributes of others
+    model = assert_every_promise(cls(), X)
+    assert list(units(model)) == ["relu_0"]
 
 
 def test_the_message_names_the_line_of_the_model_that_fails():

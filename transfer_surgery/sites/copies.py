@@ -11,7 +11,7 @@ import contextlib
 import functools
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from types import CellType, CodeType, FunctionType
+from types import CellType, CodeType, FunctionType, MethodType
 from typing import Any
 
 from transfer_surgery.sites.frames import leads_to
@@ -144,7 +144,9 @@ def find_functions(meant: Function, base: type, name: str | None = None) -> list
 def _outermost(value: Any, meant: Function) -> FunctionType | None:
     """The function in an attribute, or in a decorator around it, that leads to the one meant."""
     function = value.fget if isinstance(value, property) else value
-    for outer in _layers(getattr(function, "__func__", function)):
+    if isinstance(function, (classmethod, staticmethod, MethodType)):
+        function = function.__func__
+    for outer in _layers(function):
         inners = [inner for inner in _layers(outer) if is_meant(inner, meant)]
         if any(leads_to(outer, inner.__code__) for inner in inners):
             return outer

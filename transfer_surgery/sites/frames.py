@@ -43,11 +43,10 @@ def call_frames(owner: nn.Module) -> list[FrameType]:
 
 def leads_to(value: Any, code: CodeType) -> bool:
     """Whether a call of a value runs this code, at once or inside of torch's own decorators."""
-    if code_of(value) is code:
-        return True
-    inner = getattr(value, "__wrapped__", None)
     wrapper = code_of(value)
-    return bool(inner and wrapper and is_torch(wrapper)) and leads_to(inner, code)
+    if wrapper is None or wrapper is code or not is_torch(wrapper):
+        return wrapper is code
+    return leads_to(getattr(value, "__wrapped__", None), code)
 
 
 def code_of(value: Any) -> CodeType | None:

@@ -75,4 +75,7 @@ def _read_name(node: ast.expr, space: Mapping[str, Any]) -> Any:
     if not isinstance(node, ast.Attribute):
         return None
     holder = _read_name(node.value, space)
-    return getattr(Tensor if holder is None else holder, node.attr, None)
+    try:
+        return getattr(Tensor if holder is None else holder, node.attr, None)
+    except Exception:  # whatever the user's attributes raise
+        return None

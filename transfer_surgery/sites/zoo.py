@@ -40,7 +40,7 @@ class Adapter:
         return None
 
     def role(self, model: nn.Module, site: Site) -> str | None:
-        """One of `transfer_surgery.sites.plan.ROLES`; None: as found."""
+        """One of `transfer_surgery.sites.site.ROLES`; None: as found."""
         return None
 
     def leaf_types(self, model: nn.Module) -> tuple[type[nn.Module], ...]:
