@@ -32,7 +32,7 @@ class ByHand:
             return None
         root, label = made[0][0], record.label
         bends = label not in _STRAIGHT
-        if label in "*/":
+        if label in ("*", "/"):
             bends = len(given) > 1 or (label == "/" and given[0] is record.operands[1])
         bent = bends or any(is_bent for _, is_bent in made)
         self._bent[record] = root, bent

@@ -86,11 +86,11 @@ def find_node(
     values = {name: frame.f_locals.get(name) for name in nodes}
     inner = {id(record.value): record for _, record in match.inner} if match else {}
     inputs: dict[int, str] = {}
-    _find_inputs(node, values, inner, [id(x) for x in (called.input, *called.operands)], inputs)
-    wanted = (called.input, *called.operands)
-    if not all(id(x) in inputs for x in wanted):
+    wanted = [id(x) for x in (called.input, *called.operands)]
+    _find_inputs(node, values, inner, wanted, inputs)
+    if not all(one in inputs for one in wanted):
         raise NoRouteError("its graph does not show its input")
-    return GraphRoute(node.name, tuple(inputs[id(x)] for x in wanted))
+    return GraphRoute(node.name, tuple(inputs[one] for one in wanted))
 
 
 def check_graph(path: str, module: fx.GraphModule) -> None:

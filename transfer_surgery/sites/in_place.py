@@ -9,7 +9,7 @@ from torch.utils import _pytree as pytree
 
 from transfer_surgery.activations import overwrites
 from transfer_surgery.sites.observation import Event
-from transfer_surgery.sites.tensor_facts import is_live, mark_live
+from transfer_surgery.sites.tensor_facts import is_live, mark_live, memory_of
 
 
 class InPlace:
@@ -24,36 +24,28 @@ class InPlace:
     def note_event(self, event: Event, x: Tensor) -> None:
         """An activation call has this input."""
         self._kept.append(x)
-        self._inputs.setdefault(_memory(x), []).append(event)
+        self._inputs.setdefault(memory_of(x), []).append(event)
 
     def note_overwritten(self, event: Event, x: Tensor) -> None:
         """The call has written its result into its input."""
-        self._overwritten[_memory(x)] = x, event
+        self._overwritten[memory_of(x)] = x, event
 
     def note_writes(self, func: Any, inputs: list[Tensor]) -> None:
         """What something live is written into is live from then on, with all of its views."""
         for x in inputs:
-            if self._written and _memory(x) in self._written:
+            if self._written and memory_of(x) in self._written:
                 mark_live(x)
         if overwrites(func) and any(map(is_live, inputs[1:])):
             mark_live(inputs[0])
-            self._written[_memory(inputs[0])] = inputs[0]
+            self._written[memory_of(inputs[0])] = inputs[0]
         if overwrites(func) and inputs:
-            for event in self._inputs.get(_memory(inputs[0]), ()):
+            for event in self._inputs.get(memory_of(inputs[0]), ()):
                 event.input_changes = True
 
     def note_reads(self, value: Any) -> None:
         """An input that was overwritten in place is read again: its new value matters."""
         for leaf in pytree.tree_leaves(value):
             if self._overwritten and isinstance(leaf, Tensor):
-                _, event = self._overwritten.get(_memory(leaf), (None, None))
+                _, event = self._overwritten.get(memory_of(leaf), (None, None))
                 if event is not None:
                     event.overwrites_input = True
-
-
-def _memory(tensor: Tensor) -> int:
-    """What tensors that share memory have in common."""
-    try:
-        return int(tensor.untyped_storage()._cdata)
-    except NotImplementedError:  # sparse tensors and those inside vmap have no storage
-        return id(tensor)

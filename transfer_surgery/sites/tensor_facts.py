@@ -68,6 +68,14 @@ def channel_axis(x: Tensor) -> int:
     return int(axis)
 
 
+def memory_of(x: Tensor) -> int:
+    """What tensors that share memory have in common."""
+    try:
+        return int(x.untyped_storage()._cdata)
+    except NotImplementedError:  # sparse tensors and those inside vmap have no storage
+        return id(x)
+
+
 def role_of(activation: Activation, x: Tensor) -> str:
     """The role of an activation of ``x``, as far as it can be known before its result is used."""
     if activation.name in _GATES:
@@ -135,7 +143,7 @@ def _axis_of(name: str, inputs: list[Tensor], out: Tensor, text: str) -> int | N
         return axis if like.shape == out.shape else None
     if name in _RESHAPES:
         return _axis_of_shape(like, axis % like.dim(), out)
-    if _is_view(out, like):
+    if out is not like and memory_of(out) == memory_of(like):
         return _axis_of_view(like, axis % like.dim(), out)
     return int(axis) if like.dim() == out.dim() else None
 
@@ -180,13 +188,6 @@ def _axis_of_view(x: Tensor, axis: int, out: Tensor) -> int | None:
     """Where an axis is in a view: it keeps its step in memory."""
     found = [j for j in range(out.dim()) if out.stride(j) == x.stride(axis) and out.shape[j] > 1]
     return _from_end(found[0], out) if len(found) == 1 else None
-
-
-def _is_view(out: Tensor, x: Tensor) -> bool:
-    try:
-        return bool(out.untyped_storage()._cdata == x.untyped_storage()._cdata)
-    except NotImplementedError:  # sparse tensors and those inside vmap have no storage
-        return False
 
 
 def _from_end(axis: int, x: Tensor) -> int:
