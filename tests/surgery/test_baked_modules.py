@@ -158,6 +158,19 @@ def test_a_branch_that_counts_for_nothing_does_no_harm_in_backward(at):
     assert torch.equal(x.grad[:, :2], torch.full((2, 2), float(at > 0)))
 
 
+@pytest.mark.usefixtures("own_registry")
+@pytest.mark.parametrize("inference", [False, True])
+def test_a_target_without_a_gradient_is_baked_also_in_inference_mode(inference):
+    register_activation("heaviside")(lambda x: (x > 0).to(x.dtype))
+    x = torch.randn(8, 3)
+    model = convert(Network("features", nn.GELU()), "heaviside", example_input=x)
+    expected = units_at(model, [9.0, 0.5, -9.0], fitted=False)(x)
+    with torch.inference_mode(inference):
+        bake(model)
+    assert not model.act.guards_target
+    torch.testing.assert_close(model(x), expected)
+
+
 class Functional(nn.Module):
     def __init__(self) -> None:
         super().__init__()

@@ -69,13 +69,16 @@ def has_finite_slopes(activation: nn.Module) -> bool:
         >>> has_finite_slopes(nn.GELU()), has_finite_slopes(ActivationModule("square"))
         (True, True)
     """
-    with torch.enable_grad():
+    with torch.inference_mode(False), torch.enable_grad():
         half = torch.logspace(-30, 30, 121)
         x = torch.cat((-half, torch.zeros(1), half)).requires_grad_()
         try:
-            (slope,) = torch.autograd.grad(activation(x).sum(), x)
+            y = activation(x)
         except TypeError:  # it takes further tensors
             return False
+        if not y.requires_grad:  # a comparison: constant wherever it has a derivative
+            return True
+        (slope,) = torch.autograd.grad(y.sum(), x)
     return bool(slope.isfinite().all())
 
 

@@ -29,6 +29,7 @@ from transfer_surgery.units import (
 )
 
 
+@torch.inference_mode(False)  # what it makes may be trained
 @torch.no_grad()
 def bake(model: nn.Module, harden: bool = False) -> nn.Module:
     """Replace every gated unit by what it computes in eval mode, in place.
