@@ -98,6 +98,23 @@ def test_where_no_group_can_be_added_the_optimizer_is_as_it_was() -> None:
     refused(KeyError, "use_muon", model, Demanding(groups, lr=0.1), transfer=SCHEDULE)
 
 
+def test_groups_that_fitted_targets_had_left_are_there_again() -> None:
+    class Full(SGD):
+        def add_param_group(self, param_group: dict[str, Any]) -> None:
+            if len(getattr(self, "param_groups", [])) == 2 and self.state:
+                raise ValueError("full")
+            super().add_param_group(param_group)
+
+    model = gated_mlp()
+    targets = [[*unit.add_fitted_target().parameters()] for _, unit in gated_activations(model)]
+    others = [p for name, p in model.named_parameters() if "fitted" not in name]
+    optimizer = Full([{"params": own} for own in (others, *targets)], lr=0.1, momentum=0.9)
+    task(model, 0).backward()
+    optimizer.step()
+    # The targets get a group in place of their two, and the gates none.
+    refused(ValueError, "full", model, optimizer, transfer=SCHEDULE)
+
+
 def test_an_optimizer_without_step_hooks_is_refused() -> None:
     class Foreign(Optimizer):
         def __init__(self, params: Any) -> None:

@@ -57,14 +57,14 @@ def add_gates_to_optimizer(
     groups = inner.param_groups
     gates = [unit.log_alpha for unit in units if unit.gate.learned]
     targets = [p for unit in units if unit.fitted is not None for p in unit.fitted.parameters()]
-    before = [{**group, "params": list(group["params"])} for group in groups]
+    before = [(group, {**group, "params": list(group["params"])}) for group in groups]
     try:
         _add_targets(optimizer, inner, model, targets)
         group = _group_for(gates, optimizer, inner, model, settings, defaults)
     except Exception:  # from add_param_group, for example: put everything back
-        for changed, old in zip(groups, before, strict=False):
+        for changed, old in before:
             changed.update(old)
-        del groups[len(before) :]
+        groups[:] = [group for group, _ in before]
         raise
     group.setdefault(STEP, 0)
     group.setdefault(PAUSED, False)
