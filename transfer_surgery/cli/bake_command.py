@@ -7,8 +7,8 @@ from typing import Annotated, Any
 import torch
 import typer
 from torch import Tensor
-from torch.utils import _pytree as pytree
 
+from transfer_surgery._running import map_tensors
 from transfer_surgery.cli.options import Converted, Output, run_errors
 from transfer_surgery.cli.printing import say
 from transfer_surgery.files import load_network, save_baked
@@ -63,4 +63,4 @@ def _random_batch(example_input: Any) -> Any:
     def fill(tensor: Tensor) -> Tensor:
         return torch.randn_like(tensor) if tensor.is_floating_point() else tensor
 
-    return pytree.tree_map_only(Tensor, fill, example_input)
+    return map_tensors(fill, example_input)

@@ -96,7 +96,7 @@ def export_onnx(
     check_arguments(export_onnx, locals())
     path = Path(path)
     check_replaceable(path, _check_onnx)
-    check_no_gates(model)
+    arguments = _arguments(model, example_input)
     try:
         import onnx  # noqa: F401 - torch imports both, and names neither when it cannot
         import onnxscript  # noqa: F401
@@ -104,7 +104,6 @@ def export_onnx(
         raise ImportError(
             "ONNX needs onnx and onnxscript: pip install 'transfer-surgery[onnx]'"
         ) from error
-    arguments = _arguments(model, example_input)
     traced = _trace(model, *arguments)
     names = [shape for shape in _axes(arguments, "batch") if shape is not None]
     with _explained(model), warnings.catch_warnings():
