@@ -129,8 +129,13 @@ def to_device_of(model: nn.Module, batch: Any) -> Any:
         )
     if all(x.numel() == 0 for x in tensors):
         raise ValueError(f"a batch has no examples: shapes {[tuple(x.shape) for x in tensors]}.")
-    device = next(model.parameters(), torch.zeros(())).device
+    device = device_of(model)
     return map_tensors(lambda x: x.to(device), batch)
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """Where a model's parameters are, by the first of them."""
+    return next(model.parameters(), torch.zeros(())).device
 
 
 def map_tensors(function: Callable[[Tensor], Any], value: Any) -> Any:
@@ -150,6 +155,14 @@ def map_tensors(function: Callable[[Tensor], Any], value: Any) -> Any:
         (tensor([2., 2.]), tensor([1., 1.]))
     """
     return _Mapping(function).of(value)
+
+
+def attributes_of(value: Any) -> dict[str, Any]:
+    """What an object holds by name; also a dataclass with slots."""
+    attributes = dict(getattr(value, "__dict__", {}))
+    if is_dataclass(value):
+        attributes |= {f.name: getattr(value, f.name) for f in fields(value)}
+    return attributes
 
 
 class _Mapping:
@@ -183,9 +196,7 @@ class _Mapping:
                 return value
             named = hasattr(value, "_fields")
             return type(value)(*items) if named else type(value)(items)
-        attributes = dict(getattr(value, "__dict__", {}))
-        if is_dataclass(value):  # also one with slots
-            attributes |= {f.name: getattr(value, f.name) for f in fields(value)}
+        attributes = attributes_of(value)
         changed = {k: new for k, part in attributes.items() if (new := self.of(part)) is not part}
         if changed:
             value = copy.copy(value)

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
+from transfer_surgery._running import device_of
 from transfer_surgery.matching.forward_state import ForwardState
 from transfer_surgery.matching.layer_refit import RIDGE as LAYER_RIDGE
 from transfer_surgery.matching.layer_refit import LayerFit
@@ -90,7 +91,7 @@ class OnePass:
         if self.weights == "gradient":
             samples.weigh()
         check = OutputCheck(self.networks, seen.output, len(self.paths), self.logits)
-        number, device = len(self.networks.batches), _device_of(self.networks.model)
+        number, device = len(self.networks.batches), device_of(self.networks.model)
         self.waited = batches_that_wait(number, seen.held, device, self.max_bytes)
         self.held = 2 * seen.held * self.waited
         both = SideBySide(self.networks, calls, state, self.waited, samples.behind, samples.before)
@@ -222,7 +223,3 @@ def _row(
     periodic = unit.target.name in ("sin", "cos")
     turns = periods.item() if periodic else None
     return MatchRow(*names, explained.item(), turns, errors, inputs.count, divergence)
-
-
-def _device_of(model: nn.Module) -> torch.device:
-    return next(model.parameters(), torch.zeros(())).device

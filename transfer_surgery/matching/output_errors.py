@@ -9,13 +9,13 @@ the unit nor on the zero point.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field, fields, is_dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from transfer_surgery._running import logits_of
+from transfer_surgery._running import attributes_of, logits_of
 
 
 def output_tensors(output: Any) -> dict[str, Tensor]:
@@ -56,10 +56,7 @@ def _walk(value: Any, name: str, above: frozenset[int]) -> Iterator[tuple[str, T
     elif isinstance(value, list | tuple):
         parts = iter(enumerate(value))
     elif not isinstance(value, type | nn.Module) and not callable(value):
-        attributes = dict(getattr(value, "__dict__", {}))
-        if is_dataclass(value):  # also one with slots
-            attributes |= {f.name: getattr(value, f.name) for f in fields(value)}
-        parts = iter(attributes.items())
+        parts = iter(attributes_of(value).items())
     if id(value) not in above:  # an object may refer to itself
         for key, part in parts:
             yield from _walk(part, f"{name}.{key}" if name else str(key), above | {id(value)})
