@@ -34,21 +34,38 @@ def test_nothing_is_shown_where_it_is_not_wanted(clock, capsys):
     assert capsys.readouterr() == ("", "")
 
 
-def test_without_tqdm_plain_lines_come_now_and_then(clock, capsys, monkeypatch):
+@pytest.fixture
+def without_tqdm(monkeypatch):
     real = builtins.__import__
 
-    def without_tqdm(name, *args, **kwargs):
+    def import_others(name, *args, **kwargs):
         if name == "tqdm":
             raise ImportError
         return real(name, *args, **kwargs)
 
-    monkeypatch.setattr(builtins, "__import__", without_tqdm)
+    monkeypatch.setattr(builtins, "__import__", import_others)
+
+
+def test_without_tqdm_plain_lines_come_now_and_then(clock, capsys, without_tqdm):
     with progress_line(True, "distill", 9) as tell:
         for step in range(1, 10):
             tell(step, "loss 0.5")
     lines = capsys.readouterr().err.splitlines()
     assert lines[0] == "distill: 3 of 9 (33%), 1 min left. loss 0.5"
     assert len(lines) == 3
+
+
+def test_on_a_terminal_the_line_is_gone_at_the_end(clock, capsys, monkeypatch, without_tqdm):
+    monkeypatch.setattr(progress.sys.stderr, "isatty", lambda: True)
+    with progress_line(True, "distill", 2) as tell:
+        tell(1, "loss 0.5")
+        tell(2, "loss 0.4")
+    assert capsys.readouterr().err.split("\r\x1b[K") == [
+        "",
+        "distill: 1 of 2 (50%), 10 s left. loss 0.5",
+        "distill: 2 of 2 (100%), 0 s left. loss 0.4",
+        "",
+    ]
 
 
 def test_tqdm_is_used_where_it_is_installed_and_short_work_shows_nothing(capsys):

@@ -55,9 +55,10 @@ def progress_line(shown: Shown, task: str, total: int) -> Iterator[Callable[[int
     started = time.monotonic()
     bar = _tqdm_bar(task, total) if shown is True else None
     last = started
+    written = False
 
     def tell(done: int, now: str = "") -> None:
-        nonlocal last
+        nonlocal last, written
         moment = time.monotonic()
         if bar is not None:
             bar.set_postfix_str(now, refresh=False)
@@ -70,6 +71,7 @@ def progress_line(shown: Shown, task: str, total: int) -> Iterator[Callable[[int
             elif moment - last >= (_PAUSE if sys.stderr.isatty() else _LONG_PAUSE):
                 if moment - started >= _DELAY:
                     _write(state)
+                    written = True
                 last = moment
 
     try:
@@ -77,6 +79,9 @@ def progress_line(shown: Shown, task: str, total: int) -> Iterator[Callable[[int
     finally:
         if bar is not None:
             bar.close()
+        elif written and sys.stderr.isatty():
+            sys.stderr.write("\r\x1b[K")  # as tqdm does: what comes next begins the line
+            sys.stderr.flush()
 
 
 def _tqdm_bar(task: str, total: int) -> Any:
