@@ -63,6 +63,18 @@ def test_targets_and_norms_alone_can_be_trained():
     assert changed == statistics | {f"2.fitted.{n}" for n in "awcb"} | {"1.weight", "1.bias"}
 
 
+@pytest.mark.parametrize("norm", [nn.InstanceNorm1d(4, affine=True), nn.RMSNorm(6)])
+def test_norms_of_other_kinds_are_trained_with_the_targets(norm):
+    torch.manual_seed(0)
+    teacher = nn.Sequential(nn.Conv1d(3, 4, 3), norm, nn.ReLU())
+    x = list(torch.randn(64, 3, 8).split(16))
+    model = swap_targets(convert(copy.deepcopy(teacher), "sin", example_input=x[0]))
+    before = copy.deepcopy(model.state_dict())
+    distill(model, teacher, x, steps=20, train="targets", lr=0.02)
+    changed = {k for k, v in model.state_dict().items() if not torch.equal(v, before[k])}
+    assert changed == {f"1.{name}" for name, _ in norm.named_parameters()}
+
+
 PLAIN = {"features": (), "variation": 0.0}
 """Neither layers are compared nor inputs varied: the loss is that of the outputs."""
 

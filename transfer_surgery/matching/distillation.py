@@ -21,7 +21,7 @@ from transfer_surgery.matching.variation import bearable_variation, varied
 from transfer_surgery.units import GatedActivation, gated_activations
 
 TRAINED = ("all", "targets")
-_NORMS = (nn.modules.batchnorm._BatchNorm, nn.LayerNorm, nn.GroupNorm)
+_NORMS = (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
 _KL_WEIGHT = 4.0  # of the layers' errors beside a divergence, as in the study of ResNets
 _CLIP = 2.0  # highest norm of the gradient
 _WARMUP = 0.05  # share of the steps in which the learning rate rises
