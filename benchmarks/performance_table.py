@@ -37,7 +37,8 @@ NOTES = """
 target is 1.25 for efficientnet_b0 and 1.45 for cifar_resnet20.
 The baseline is the network as it was. For *all gates 0*, *baked* and *matched* it is the network
 with plain sines, and for *compiled* the compiled network as it was. Memory is what waits for the
-backward pass.
+backward pass. `-` stands for what was not measured. Each network's page has the date of its run;
+those of 2026-11-26 are of an earlier version of the units' arithmetic.
 """
 
 

@@ -1,6 +1,6 @@
 """Turn the activations of a trained timm model into sinusoids, then bake it.
 
-Without arguments: a small ResNet and scikit-learn's digits, about a minute on a CPU. `--no-match`
+Without arguments: a small ResNet and scikit-learn's digits, a minute or two on a CPU. `--no-match`
 is the paper's method: plain sine, and gates that move while the model is fine-tuned. On a GPU:
 
     python examples/finetune_timm.py --model resnet50.a1_in1k --pretrained --data FOLDER \
