@@ -12,9 +12,6 @@ programs disturb less. Each row is measured in a process of its own. Linux only.
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 import time
 import warnings
 from pathlib import Path
@@ -22,7 +19,7 @@ from typing import Annotated, Any
 
 import torch
 import typer
-from own_process import observed
+from own_process import HERE, in_a_process, observed
 from rich.console import Console
 from rich.table import Table
 from torch import nn
@@ -30,7 +27,6 @@ from torch import nn
 from transfer_surgery import MatchWarning, convert, match_targets
 
 BATCH, WIDTH, SIZE = 64, 32, 16
-HERE = Path(__file__).parents[1]
 
 
 def main(
@@ -57,7 +53,7 @@ def main(
         for how in ("match", "refit"):
             for number in depths:
                 options = ("--depth", number, "--images", images, "--threads", threads)
-                found = _in_folder(folder, "--measure", how, *options)
+                found = in_a_process(__file__, "--measure", how, *options, library=folder)
                 seconds = found["seconds"]
                 row = [f"{seconds:.1f}", f"{seconds / number:.2f}"]
                 row += [f"{seconds / found['forward']:.0f}", f"{found['mib']:,.0f}"]
@@ -67,14 +63,6 @@ def main(
         "Forwards: how many times as long as one pass of the same images. MiB: by how much "
         "matching raises the peak of the process's memory."
     )
-
-
-def _in_folder(folder: Path, *options: object) -> dict[str, Any]:
-    """This program's measurement with the library that lies in a folder."""
-    command = [sys.executable, __file__, *map(str, options)]
-    environment = {**os.environ, "PYTHONPATH": str(folder)}
-    done = subprocess.run(command, check=True, stdout=subprocess.PIPE, env=environment)
-    return dict(json.loads(done.stdout))
 
 
 def _network(depth: int) -> nn.Sequential:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 import time
@@ -10,13 +11,16 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+HERE = Path(__file__).parents[1]
 CLEAR, STATUS = Path("/proc/self/clear_refs"), Path("/proc/self/status")
 
 
-def in_a_process(program: str, *options: object) -> dict[str, Any]:
-    """Run a program, which prints its result as JSON."""
+def in_a_process(program: str, *options: object, library: Path = HERE) -> dict[str, Any]:
+    """Run a program, which prints its result as JSON, with the library that lies in a folder."""
     command = [sys.executable, program, *map(str, options)]
-    return dict(json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout))
+    environment = {**os.environ, "PYTHONPATH": str(library)}
+    done = subprocess.run(command, check=True, stdout=subprocess.PIPE, env=environment)
+    return dict(json.loads(done.stdout))
 
 
 def observed(run: Callable[[], Any]) -> tuple[Any, float, float]:
