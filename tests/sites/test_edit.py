@@ -136,13 +136,13 @@ def test_a_whole_model_loads_in_a_fresh_process_also_when_its_file_has_moved_on(
 @pytest.mark.parametrize("cls", [Helper, Method, Super, Steps], ids=lambda cls: cls.__name__)
 def test_copies_share_the_edited_class(cls):
     model = convert(cls().eval(), example_input=X)
-    del model.written
     twins = [copy.deepcopy(model)]
-    if cls is not Super:
+    if cls is not Super:  # its forward calls a lambda, which pickle does not take
+        del model.written
         twins.append(pickle.loads(pickle.dumps(model)))
-        for twin in twins:
-            assert type(twin) is type(model)
-            assert torch.equal(twin(X), model(X))
+    for twin in twins:
+        assert type(twin) is type(model)
+        assert torch.equal(twin(X), model(X))
 
 
 def test_owners_of_one_class_share_their_edited_class():

@@ -1,7 +1,6 @@
 """Graph modules are edited in their graph: symbolic traces, modules of exported programs."""
 
 import copy
-import pickle
 import re
 
 import pytest
@@ -9,7 +8,13 @@ import torch
 import torch.nn.functional as F
 from torch import fx, nn
 
-from tests.helpers.promises import X, assert_every_promise, assert_refused, units
+from tests.helpers.promises import (
+    X,
+    assert_every_promise,
+    assert_refused,
+    through_pickle,
+    units,
+)
 from transfer_surgery import bake, convert, find_activations, revert
 
 
@@ -33,10 +38,6 @@ def traced():
 def without_numbers(code):
     """Nodes that were made anew have other numbers."""
     return re.sub(r"_\d+\b", "", code)
-
-
-def through_pickle(model):
-    return pickle.loads(pickle.dumps(model))
 
 
 def assert_every_gate_counts(model, before):
