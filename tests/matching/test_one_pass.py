@@ -65,7 +65,7 @@ def test_the_numbers_are_those_of_a_fit_site_by_site(refit):
 
     here = wanted = x.double()
     for number, layer in enumerate(original):
-        into, wanted = wanted, layer(wanted).detach()
+        wanted = layer(wanted).detach()
         if isinstance(layer, nn.ReLU):
             pairs = zip(here.T, wanted.T, strict=True)
             here = torch.stack([best_sinusoid(a, b) for a, b in pairs], 1)
@@ -75,7 +75,6 @@ def test_the_numbers_are_those_of_a_fit_site_by_site(refit):
             torch.testing.assert_close(found[number].weight, s[:-1].T.float(), rtol=1e-3, atol=1e-3)
         else:
             here = layer(here).detach()
-        del into
     with torch.no_grad():
         outputs = swap_targets(found)(x)
     torch.testing.assert_close(outputs, here.float(), rtol=1e-2, atol=1e-2)

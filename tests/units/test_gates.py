@@ -1,6 +1,6 @@
+"""Each kind of gates beside its formulas: samples, predictions, probabilities, precision."""
+
 import copy
-import dataclasses
-import json
 import math
 
 import pytest
@@ -9,18 +9,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from transfer_surgery import Bernoulli, Copy, HardConcrete, Line, convert, register_gate
-from transfer_surgery.units import (
-    Gate,
-    GateSettings,
-    gate_settings,
-    gates,
-    make_gate,
-    registered_gates,
-)
+from transfer_surgery import Bernoulli, HardConcrete
+from transfer_surgery.units import Gate, GateSettings, make_gate
 
 BETA, XI, ZETA = 2 / 3, -0.1, 1.1  # section 4.2
-
 
 locations = st.floats(-30, 30, width=32)
 
@@ -327,87 +319,3 @@ def test_line_and_copy_follow_the_schedule_without_parameters(name, progress, z)
     assert torch.equal(gate.probability(), torch.full((2, 3), float(z > 0)))
     assert not gate.learned
     assert not list(gate.parameters())
-
-
-# --- the registry ------------------------------------------------------------------------------
-
-
-def test_a_third_party_registers_a_gate_of_its_own(monkeypatch):
-    monkeypatch.setattr(gates, "_REGISTRY", dict(gates._REGISTRY))
-
-    @dataclasses.dataclass(frozen=True)
-    class HardSigmoid(GateSettings):
-        width: float = 6.0
-
-    @register_gate("hard_sigmoid", HardSigmoid)
-    class HardSigmoidGate(Gate):
-        def sample(self, batch):
-            return self.predict()
-
-        def predict(self):
-            return (self.log_alpha / self.settings.width + 0.5).clamp(0, 1)
-
-        def probability(self):
-            return self.predict()
-
-    assert "hard_sigmoid" in registered_gates()
-    gate = make_gate("hard_sigmoid", (3,))
-    assert (gate.predict() == 1).all()
-    assert (gate.settings, gate.half().log_alpha.dtype) == (HardSigmoid(6.0), torch.float32)
-    assert repr(gate) == "HardSigmoidGate(hard_sigmoid, shape=(3,))"
-    model = nn.Sequential(nn.Linear(2, 3), nn.ReLU())
-    convert(model, gate=HardSigmoid(width=100.0), example_input=torch.zeros(1, 2))
-    assert type(model[1].gate) is HardSigmoidGate
-    assert ((model[1].gate.predict() > 0.5) & (model[1].gate.predict() < 0.7)).all()
-
-
-@pytest.mark.parametrize(
-    "settings",
-    [HardConcrete("alpha", "example", 0.4, (-0.3, 1.2)), Bernoulli(noise="none"), Line(), Copy()],
-    ids=str,
-)
-def test_settings_turn_to_json_and_back(settings):
-    assert gate_settings(json.loads(json.dumps(settings.to_dict()))) == settings
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"init": "zero"}, "init='zero': use 'log_alpha'"),
-        ({"noise": "pixel"}, "noise='pixel': use 'batch', 'example' or 'none'"),
-        ({"temperature": 0.0}, "temperature=0.0: it must lie between 0 and 1"),
-        ({"temperature": 1.0}, "temperature=1.0: it must lie"),
-        ({"temperature": math.nan}, "temperature=nan: it must lie"),
-        ({"stretch": (0.0, 1.1)}, r"stretch=\(0.0, 1.1\): needs xi < 0 and zeta > 1"),
-        ({"stretch": (-0.1, 1.0)}, "needs xi < 0 and zeta > 1"),
-        ({"stretch": (-0.01, 1.001)}, "conversion would change the outputs"),
-        ({"stretch": (-0.1, 1.0001)}, "conversion would change the outputs"),
-        ({"stretch": (-math.inf, math.inf)}, "conversion would change the outputs"),
-    ],
-)
-def test_bad_settings_are_refused_with_what_is_right(options, message):
-    with pytest.raises(ValueError, match=message):
-        HardConcrete(**options)
-
-
-class Mine(Line):
-    """Settings without a gate."""
-
-
-@pytest.mark.parametrize(
-    ("call", "argument", "message"),
-    [
-        (make_gate, "soft", r"unknown gate 'soft'\. Known: bernoulli, .*line.*Add"),
-        (make_gate, HardConcrete, r"write HardConcrete\(\)"),
-        (make_gate, Mine(), r"Mine has no gate: put @register_gate\(name, Mine\)"),
-        (register_gate, "line", "'line' is already registered; choose another name"),
-        (register_gate, "another", "Line has the gate 'line' already"),
-        (gate_settings, {"name": "line", "noise": "none"}, "'line': .*unexpected keyword .*noise'"),
-        (gate_settings, {"name": "hard_concrete", "temperature": "x"}, "gate 'hard_concrete': "),
-        (gate_settings, {"name": "hard_concrete", "stretch": [0]}, r"stretch=\[0\]"),
-        (gate_settings, {}, "unknown gate None"),
-    ],
-)
-def test_what_is_no_gate_is_refused_with_what_is_right(call, argument, message):
-    with pytest.raises(ValueError, match=message):
-        call(argument, *{make_gate: [()], register_gate: [Line]}.get(call, []))
