@@ -68,25 +68,27 @@ def find_activations(
     arguments = example_arguments(
         find_example_input(model) if example_input is None else example_input
     )
-    observations, notes = _observe(model, arguments, modes)
-    return _plan(model, observations, notes)
+    observations, failures = _observe(model, arguments, modes)
+    return _plan(model, observations, failures)
 
 
 def _observe(
     model: nn.Module, arguments: Any, modes: Sequence[str]
 ) -> tuple[dict[str, Observation], list[str]]:
-    """Run a probe in each mode, each in the first way in which the model runs."""
+    """Run a probe in each mode, each in the first way in which the model runs.
+
+    Returns:
+        What was seen in each mode, and why the model does not run in the others.
+    """
     observations: dict[str, Observation] = {}
-    notes, error = [], None
+    failures, error = [], None
     for mode in modes:
         result = _run(model, arguments, mode)
         if isinstance(result, Observation):
             observations[mode] = result
-            scripted = sorted(result.scripted)
-            notes += [f"{what or 'the model'} is TorchScript: not examined" for what in scripted]
         else:
             error = result
-            notes.append(
+            failures.append(
                 f"{mode} mode could not be examined, so what runs in it alone has no gates "
                 f"({type(error).__name__}: {_first_line(error)})"
             )
@@ -97,7 +99,7 @@ def _observe(
             "pass another example_input=: a tensor, a tuple of positional arguments or a dict of "
             "keyword arguments."
         ) from error
-    return observations, list(dict.fromkeys(notes))
+    return observations, failures
 
 
 def _run(model: nn.Module, arguments: Any, mode: str) -> Observation | Exception:
@@ -136,7 +138,7 @@ def _where(error: Exception) -> str:
     return f", at {Path(frames[-1].filename).name}:{frames[-1].lineno}" if frames else ""
 
 
-def _plan(model: nn.Module, observations: dict[str, Observation], notes: list[str]) -> Plan:
+def _plan(model: nn.Module, observations: dict[str, Observation], failures: list[str]) -> Plan:
     merged: dict[tuple[str, Any], dict[str, Any]] = {}
     for mode, observation in observations.items():
         for event in observation.sites():
@@ -160,12 +162,14 @@ def _plan(model: nn.Module, observations: dict[str, Observation], notes: list[st
         for (owner, key), f in merged.items()
     ]
     sites = check_edits(model, adapt_sites(model, sites), calls)
+    scripted = sorted(set[str]().union(*(one.scripted for one in observations.values())))
+    notes = [f"{what or 'the model'} is TorchScript: not examined" for what in scripted]
     notes += [
         f"{site.path}: intercepted, because {site.why}"
         for site in sites
         if site.way == "intercept" and site.reason is None
     ]
-    return Plan(tuple(sites), tuple(notes), calls)
+    return Plan(tuple(sites), tuple(failures), tuple(notes), calls)
 
 
 def _owner_calls(

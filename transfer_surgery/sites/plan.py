@@ -19,6 +19,7 @@ class Plan(Table[Site]):
 
     Attributes:
         rows: all sites found, convertible or not; those that only run in training come last.
+        failures: for each training mode in which the model did not run, a sentence that says why.
         unexamined: what could not be examined, and which calls are intercepted, with the reasons.
         calls: for each owner, what was seen in its code.
     """
@@ -35,16 +36,21 @@ class Plan(Table[Site]):
         Column("outcome", "way"),
     )
 
+    failures: tuple[str, ...] = ()
     unexamined: tuple[str, ...] = ()
     calls: Mapping[str, OwnerCall] = field(default_factory=dict)
 
     @property
     def notes(self) -> tuple[str, ...]:
-        return tuple(f"note: {note}" for note in self.unexamined)
+        return tuple(f"note: {note}" for note in (*self.failures, *self.unexamined))
 
     def to_dict(self) -> dict[str, Any]:
         rows = [site.to_dict() for site in self.rows]
-        return {"version": self.version, "rows": rows, "unexamined": [*self.unexamined]}
+        return {
+            "version": self.version,
+            "rows": rows,
+            "unexamined": [*self.failures, *self.unexamined],
+        }
 
     def __getitem__(self, path: str) -> Site:
         for site in self.rows:

@@ -105,9 +105,8 @@ def convert(
     target, settings = get_target(target), gate_settings(gate)
     include, exclude = (p if p is None else as_patterns(p, model) for p in (include, exclude))
     whole = plan if plan is not None else find_activations(model, example_input)
-    for note in whole.unexamined:
-        if "could not be examined" in note:
-            warnings.warn(note, RuntimeWarning, stacklevel=2)
+    for failure in whole.failures:
+        warnings.warn(failure, RuntimeWarning, stacklevel=2)
     chosen = whole.select(source=source, include=include, exclude=exclude, roles=roles)
     chosen = chosen.filter(lambda site: site.source != target)
     if not chosen.rows:
