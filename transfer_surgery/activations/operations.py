@@ -79,7 +79,7 @@ def base_name(function: Any) -> str:
     """``mul`` for ``torch.mul``, ``Tensor.mul_``, ``operator.mul`` and ``operator.imul``."""
     name = name_of(function)
     own = (getattr(Tensor, one, None) for one in (name, f"__{name}__"))
-    if hasattr(function, "__code__") and function not in own:
+    if not name or (hasattr(function, "__code__") and function not in own):
         return ""  # somebody's own function of that name
     return name[1:] if _is_augmented(function, name) else name.strip("_")
 

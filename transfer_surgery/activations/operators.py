@@ -15,8 +15,12 @@ from torch._ops import OpOverload, OpOverloadPacket
 
 
 def name_of(function: Any) -> str:
-    """The name of a torch function; of an operator, without the overload's."""
-    return str(getattr(function, "__name__", "")).partition(".")[0]
+    """The name of a torch function; of an operator, without the overload's; empty without one."""
+    try:
+        name = getattr(function, "__name__", "")
+    except Exception:  # whatever the user's objects raise
+        return ""
+    return str(name).partition(".")[0]
 
 
 @functools.cache
