@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from transfer_surgery import bake, convert, match_targets, report, swap_targets
+from transfer_surgery.matching import relu_budget
 from transfer_surgery.matching.relu_budget import choose_kept
 from transfer_surgery.units import gated_activations
 
@@ -73,6 +74,17 @@ def test_those_are_kept_whose_swap_costs_most_per_neuron():
     assert len(kept & best) >= len(kept) - 1
     assert order[0] in kept
     assert order[-1] not in kept
+
+
+def test_gates_of_few_neurons_come_before_one_of_many_that_costs_more_in_all(monkeypatch):
+    model = network()
+    units = dict(gated_activations(model))  # gates of 16 and of 4 neurons
+    costs = [torch.full((8,), 3.0), torch.full((6,), 1.0)]
+    of_units = dict(zip(units.values(), costs, strict=True))
+    monkeypatch.setattr(relu_budget, "_costs", lambda networks: of_units)
+    first, second = choose_kept(model, units, [X], 24).values()
+    assert not first.any()
+    assert second.all()
 
 
 def test_matching_again_leaves_kept_gates_and_fits_what_follows_to_them():
