@@ -73,7 +73,7 @@ def main(
     ] = None,
     distill_lr: Annotated[
         float, typer.Option(help="Highest learning rate of distillation.")
-    ] = 5e-4,
+    ] = 1e-4,
     opt: Annotated[str, typer.Option(help="Any timm optimizer.")] = "sgd",
     lr: Annotated[float, typer.Option(help="Highest learning rate.")] = 0.05,
     weight_decay: float = 5e-4,
