@@ -43,7 +43,7 @@ class TimmAdapter(Adapter):
     def channel_axis(self, model: nn.Module, site: Site) -> int | None:
         from timm.layers.eca import CecaModule, EcaModule
 
-        return -1 if issubclass(site.owner_type, (EcaModule, CecaModule)) else None
+        return -1 if issubclass(site.caller_type, (EcaModule, CecaModule)) else None
 
     def stages(self, model: nn.Module) -> Mapping[str, Iterable[str]]:
         """``stem``, then each numbered block of the coarse ``group_matcher``, under its own name.

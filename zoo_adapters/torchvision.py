@@ -49,9 +49,9 @@ class TorchvisionAdapter(Adapter):
 
     def role(self, model: nn.Module, site: Site) -> str | None:
         """In detection, sigmoids make scores and a ReLU makes distances: results, not features."""
-        if not site.owner_type.__module__.startswith("torchvision.models.detection"):
+        if not site.caller_type.__module__.startswith("torchvision.models.detection"):
             return None
-        results = site.source.name == "sigmoid" or site.owner_type.__name__ == "FCOSRegressionHead"
+        results = site.source.name == "sigmoid" or site.caller_type.__name__ == "FCOSRegressionHead"
         return "output" if results else None
 
     def stages(self, model: nn.Module) -> Mapping[str, Iterable[str]]:

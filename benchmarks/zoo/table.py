@@ -175,7 +175,7 @@ def _left(records: list[Record]) -> str:
     )
     if notes:
         text += "\n\nNotes of the finder:\n\n" + _table(
-            ["note", "owners"], [[note, str(number)] for note, number in notes.most_common()]
+            ["note", "callers"], [[note, str(number)] for note, number in notes.most_common()]
         )
     return text
 

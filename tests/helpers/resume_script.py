@@ -42,7 +42,7 @@ SETTINGS = {
 
 
 class Net(nn.Module):
-    """A child, a function in a rewritten owner, dropout, running statistics."""
+    """A child, a function in a rewritten caller, dropout, running statistics."""
 
     def __init__(self):
         super().__init__()

@@ -112,7 +112,7 @@ def test_the_recipe_is_found_through_its_entry_point_before_the_generic_adapter(
 
 def test_the_recipe_decides_about_sites(my_model):
     plan = find_activations(my_model)
-    assert {site.owner or site.path: site.role for site in plan if site.role != "hidden"} == {
+    assert {site.caller or site.path: site.role for site in plan if site.role != "hidden"} == {
         "head": "output"
     }
     assert plan["mixer.gelu_0"].channel_axis == -1

@@ -145,7 +145,7 @@ def test_copies_share_the_edited_class(cls):
         assert torch.equal(twin(X), model(X))
 
 
-def test_owners_of_one_class_share_their_edited_class():
+def test_callers_of_one_class_share_their_edited_class():
     model = convert(nn.Sequential(Steps(), Steps()), example_input=X)
     assert type(model[0]) is type(model[1]) is not Steps
     assert isinstance(model[0], Steps)

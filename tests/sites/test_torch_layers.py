@@ -161,7 +161,7 @@ def test_activations_inside_recurrent_kernels_are_listed_and_the_others_converte
     cls, options, name
 ):
     hidden, head = find_activations(Recurrent(cls, **options), X)
-    assert (hidden.owner, hidden.source.name) == ("layer", name)
+    assert (hidden.caller, hidden.source.name) == ("layer", name)
     assert hidden.reason == "it is inside a fused kernel, which takes no other activation"
     assert (str(head.source), head.reason) == ("gelu", None)
     model = assert_every_promise(Recurrent(cls, **options), X)

@@ -77,7 +77,7 @@ class Untraceable(nn.Module):
 
 
 class Alias(nn.Module):
-    """One ReLU registered in two owners, which both call it."""
+    """One ReLU registered in two callers, which both call it."""
 
     def __init__(self):
         super().__init__()

@@ -10,10 +10,10 @@ from tests.helpers.promises import Body, X, assert_every_promise
 from transfer_surgery import bake, convert, revert
 
 
-def test_hooks_of_every_kind_go_on_running_on_owners_and_activations_until_removed():
+def test_hooks_of_every_kind_go_on_running_on_callers_and_activations_until_removed():
     model, seen = nn.Sequential(Body(), nn.Linear(4, 4), nn.ReLU()), collections.Counter()
     handles = []
-    for name, module in (("owner", model[0]), ("activation", model[2])):
+    for name, module in (("caller", model[0]), ("activation", model[2])):
 
         def count(kind, *_, name=name):
             seen[name, kind] += 1

@@ -257,7 +257,7 @@ def test_activations_inside_a_patched_forward_are_listed_and_stay(bound):
     model.forward = types.MethodType(forward, model) if bound else lambda x: forward(model, x)
     plan = find_activations(model, X)
     reasons = {str(site.source): site.reason for site in plan}
-    assert reasons == {"relu": None, "gelu": "its owner's forward is replaced on the instance"}
+    assert reasons == {"relu": None, "gelu": "its caller's forward is replaced on the instance"}
     convert(model, example_input=X)
     assert list(units(model)) == ["act"]
 
@@ -310,7 +310,7 @@ def test_a_weight_that_still_has_its_graph_does_not_keep_a_model_from_being_exam
     assert model[0].weight is weight
 
 
-def test_parametrizations_of_a_rewritten_owner_come_and_go_as_before():
+def test_parametrizations_of_a_rewritten_caller_come_and_go_as_before():
     model = Weighted()
     parametrize.register_parametrization(model, "weight", Scale())
     assert_every_promise(model, X, copies=(copy.deepcopy,))

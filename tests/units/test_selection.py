@@ -28,7 +28,7 @@ PATTERNS = {
     "a path": (lambda m: "1.act", ["1.act"]),
     "all below a path": (lambda m: "0", ["0.act", "0.relu_0"]),
     "a glob": (lambda m: "*.relu_*", ["0.relu_0", "1.relu_0"]),
-    "an owner's type": (lambda m: Block, ["0.act", "0.relu_0", "1.act", "1.relu_0"]),
+    "a caller's type": (lambda m: Block, ["0.act", "0.relu_0", "1.act", "1.relu_0"]),
     "an activation's type": (lambda m: nn.ReLU, ["2"]),
     "a module": (lambda m: m[1], ["1.act", "1.relu_0"]),
     "the model": (lambda m: m, ["0.act", "0.relu_0", "1.act", "1.relu_0", "2"]),

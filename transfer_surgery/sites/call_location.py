@@ -1,6 +1,6 @@
-"""Where in an owner's code a call happens: the identity of a call site.
+"""Where in a caller's code a call happens: the identity of a call site.
 
-A call site is the chain of source positions from the owner's ``forward`` down to the call, and its
+A call site is the chain of source positions from the caller's ``forward`` down to the call, and its
 count among calls from that chain. The finder and the interceptor read the same chain, in either
 training mode, so all of them mean the same site.
 """
@@ -22,14 +22,14 @@ Location = tuple[tuple[str, int, int, int, int], ...]
 
 
 class CallKey(NamedTuple):
-    """One call site of an owner: where, and the how-manyth activation call from there."""
+    """One call site of a caller: where, and the how-manyth activation call from there."""
 
     location: Location
     number: int
 
 
 class KeyCounter:
-    """Numbers the activation calls of one call of an owner, location by location."""
+    """Numbers the activation calls of one call of a caller, location by location."""
 
     def __init__(self) -> None:
         self._seen: Counter[Location] = Counter()
@@ -59,11 +59,11 @@ def locate() -> list[tuple[Location, nn.Module]]:
     return found
 
 
-def is_checkpointed(owner: nn.Module) -> bool:
-    """Whether the running call of ``owner`` is inside a ``torch.utils.checkpoint`` of its own."""
+def is_checkpointed(caller: nn.Module) -> bool:
+    """Whether the running call of ``caller`` is inside a ``torch.utils.checkpoint`` of its own."""
     frame: FrameType | None = sys._getframe(1)
     while frame is not None:
-        if frame.f_code is MODULE_CALL and frame.f_locals["self"] is owner:
+        if frame.f_code is MODULE_CALL and frame.f_locals["self"] is caller:
             return False
         if frame.f_code.co_filename == CHECKPOINT:
             return True

@@ -24,7 +24,7 @@ from transfer_surgery.sites.graph import check_graph
 from transfer_surgery.sites.intercept import Entry, hidden_units, intercepted_forward
 from transfer_surgery.sites.plan import Plan
 from transfer_surgery.sites.route import Expression, Route
-from transfer_surgery.sites.site import OwnerCall, Site
+from transfer_surgery.sites.site import CallerCode, Site
 
 _CLASSES: WeakValueDictionary[tuple[type[nn.Module], Recipe], type[nn.Module]] = (
     WeakValueDictionary()
@@ -123,12 +123,12 @@ def prepare_recipes(model: nn.Module, plan: Plan, chosen: set[str]) -> dict[str,
         ValueError: a caller's class cannot be subclassed in place, or its graph is not what runs.
     """
     recipes = {}
-    for path in {s.owner for s in plan if s.path in chosen and s.way == "fx"}:
+    for path in {s.caller for s in plan if s.path in chosen and s.way == "fx"}:
         check_graph(path, cast(fx.GraphModule, model.get_submodule(path)))
     own = [site for site in plan if site.way in ("edit", "intercept")]
-    callers = dict.fromkeys(site.owner for site in own if site.path in chosen)
+    callers = dict.fromkeys(site.caller for site in own if site.path in chosen)
     for caller in callers:
-        sites = [site for site in own if site.owner == caller]
+        sites = [site for site in own if site.caller == caller]
         recipes[caller] = make_recipe(sites, plan.calls[caller], chosen)
         _check_class(model, caller, recipes[caller])
     return recipes
@@ -142,7 +142,7 @@ def _check_class(model: nn.Module, caller: str, recipe: Recipe) -> None:
         raise ValueError(f"{path}: its {error}; leave it out with exclude={caller!r}.") from error
 
 
-def make_recipe(sites: Sequence[Site], calls: OwnerCall, chosen: set[str]) -> Recipe:
+def make_recipe(sites: Sequence[Site], calls: CallerCode, chosen: set[str]) -> Recipe:
     """The recipe of one caller.
 
     Args:
@@ -196,12 +196,12 @@ def _turns(
 
 
 def check_edits(
-    model: nn.Module, sites: Sequence[Site], calls: Mapping[str, OwnerCall]
+    model: nn.Module, sites: Sequence[Site], calls: Mapping[str, CallerCode]
 ) -> list[Site]:
     """Edit each caller's functions, without using them; what cannot be edited is intercepted."""
     unfit: dict[str, str] = {}
-    for caller in dict.fromkeys(site.owner for site in sites if site.way == "edit"):
-        own = [site for site in sites if site.owner == caller and site.way == "edit"]
+    for caller in dict.fromkeys(site.caller for site in sites if site.way == "edit"):
+        own = [site for site in sites if site.caller == caller and site.way == "edit"]
         unfit |= {s.path: why for several in same_place(own) for s, why in _unfit(several)}
         own = [site for site in own if site.path not in unfit]
         base = type_before_parametrizations(model.get_submodule(caller))

@@ -185,7 +185,7 @@ class _Editor(ast.NodeTransformer):
             copied = scope.refer("c", _copy_method(edit, scope.caller.base, name))
             if hop.how == "property":
                 return ast.Call(copied, [node.value], given)
-            first = node.func.value.args[1:] or [scope.owner()]  # of super(Net, self)
+            first = node.func.value.args[1:] or [scope.module()]  # of super(Net, self)
             return ast.Call(copied, [*first, *node.args], [*node.keywords, *given])
         carrier = node.func if hop.how == "call" else node
         is_local = isinstance(carrier, ast.Name) and carrier.id in self.locals

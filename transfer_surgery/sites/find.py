@@ -24,7 +24,7 @@ from transfer_surgery.sites.observation import Observation
 from transfer_surgery.sites.observer import Observer
 from transfer_surgery.sites.plan import Plan
 from transfer_surgery.sites.route import Expression, Route
-from transfer_surgery.sites.site import OwnerCall, Site
+from transfer_surgery.sites.site import CallerCode, Site
 from transfer_surgery.sites.source import Function
 from transfer_surgery.sites.stand_in import (
     Uncopyable,
@@ -142,7 +142,7 @@ def _plan(model: nn.Module, observations: dict[str, Observation], failures: list
     merged: dict[tuple[str, Any], dict[str, Any]] = {}
     for mode, observation in observations.items():
         for event in observation.sites():
-            fields = merged.setdefault((event.owner, event.key), event.fields() | {"modes": ()})
+            fields = merged.setdefault((event.caller, event.key), event.fields() | {"modes": ()})
             fields["modes"] += (mode,)
             fields["calls"] = max(fields["calls"], event.calls)
             fields["overwrites_input"] |= event.overwrites_input
@@ -150,16 +150,16 @@ def _plan(model: nn.Module, observations: dict[str, Observation], failures: list
             fields["reason"] = fields["reason"] or event.reason
     walked = set[str]().union(*(one.walked for one in observations.values()))
     _assign_ways(model, merged, walked)
-    calls = _owner_calls(observations, merged)
+    calls = _caller_codes(observations, merged)
     sites = [
         Site(
-            owner=owner,
+            caller=caller,
             key=key,
-            owner_type=type(model.get_submodule(owner)),
+            caller_type=type(model.get_submodule(caller)),
             module_type=None if f["module"] is None else type(model.get_submodule(f["module"])),
             **f,
         )
-        for (owner, key), f in merged.items()
+        for (caller, key), f in merged.items()
     ]
     sites = check_edits(model, adapt_sites(model, sites), calls)
     scripted = sorted(set[str]().union(*(one.scripted for one in observations.values())))
@@ -172,27 +172,29 @@ def _plan(model: nn.Module, observations: dict[str, Observation], failures: list
     return Plan(tuple(sites), tuple(failures), tuple(notes), calls)
 
 
-def _owner_calls(
+def _caller_codes(
     observations: dict[str, Observation], merged: dict[tuple[str, Any], dict[str, Any]]
-) -> dict[str, OwnerCall]:
+) -> dict[str, CallerCode]:
     seen = set[Expression]().union(*(one.expressions for one in observations.values()))
     functions: dict[str, set[Function]] = {}
-    for (owner, _), f in merged.items():
+    for (caller, _), f in merged.items():
         if isinstance(f["route"], Route):
-            functions.setdefault(owner, set()).update(f["route"].functions)
-    unseen = {owner: unseen_calls(several, seen) for owner, several in functions.items()}
-    owners = dict.fromkeys(owner for one in observations.values() for owner in one.keys)
+            functions.setdefault(caller, set()).update(f["route"].functions)
+    unseen = {caller: unseen_calls(several, seen) for caller, several in functions.items()}
+    callers = dict.fromkeys(caller for one in observations.values() for caller in one.keys)
     return {
-        owner: OwnerCall(
-            keys={m: frozenset(o.keys[owner]) for m, o in observations.items() if owner in o.keys},
+        caller: CallerCode(
+            keys={
+                m: frozenset(o.keys[caller]) for m, o in observations.items() if caller in o.keys
+            },
             modules={
                 path: child
                 for one in observations.values()
-                for path, child in one.modules.get(owner, {}).items()
+                for path, child in one.modules.get(caller, {}).items()
             },
-            unseen=unseen.get(owner, ()),
+            unseen=unseen.get(caller, ()),
         )
-        for owner in owners
+        for caller in callers
     }
 
 
@@ -201,51 +203,51 @@ def _assign_ways(
 ) -> None:
     """Decide how each site is redirected and where its unit will live."""
     callers: dict[str, list[tuple[str, Any]]] = {}
-    for (owner, key), f in merged.items():
+    for (caller, key), f in merged.items():
         if f["module"] is not None:
-            callers.setdefault(f["module"], []).append((owner, key))
-    for (owner, key), f in merged.items():
+            callers.setdefault(f["module"], []).append((caller, key))
+    for (caller, key), f in merged.items():
         sites = callers.get(f["module"], [])
-        own = [site for site in sites if site[0] == owner]
+        own = [site for site in sites if site[0] == caller]
         if f["module"] is None:
             base = f["source"].name
         elif len(sites) == 1:
             f["way"], f["path"], f["why"], f["route"] = "child", f["module"], None, None
             continue
         else:
-            names = _registered_names(model, owner, f["module"])
-            private = len(own) == len(names) and (len(own) == 1 or _runs_in_order(model, owner))
+            names = _registered_names(model, caller, f["module"])
+            private = len(own) == len(names) and (len(own) == 1 or _runs_in_order(model, caller))
             if private:
-                f["way"], f["path"] = "child", _join(owner, names[own.index((owner, key))])
+                f["way"], f["path"] = "child", _join(caller, names[own.index((caller, key))])
                 f["why"], f["route"] = None, None
                 continue
             base = names[0] if names else f["module"].rpartition(".")[2]
-        if owner in walked:
+        if caller in walked:
             f["route"], f["why"] = None, "its code walks over its children"
         f["way"] = _WAYS[type(f["route"])]
-        f["path"] = _free_name(model, owner, base, {g.get("path") for g in merged.values()})
-        if f["route"] is None and isinstance(model.get_submodule(owner), fx.GraphModule):
+        f["path"] = _free_name(model, caller, base, {g.get("path") for g in merged.values()})
+        if f["route"] is None and isinstance(model.get_submodule(caller), fx.GraphModule):
             f["reason"] = f["reason"] or f["why"]  # copies of graphs keep what is in the graph
 
 
-def _registered_names(model: nn.Module, owner: str, module: str) -> list[str]:
+def _registered_names(model: nn.Module, caller: str, module: str) -> list[str]:
     target = model.get_submodule(module)
-    return [n for n, child in model.get_submodule(owner)._modules.items() if child is target]
+    return [n for n, child in model.get_submodule(caller)._modules.items() if child is target]
 
 
-def _runs_in_order(model: nn.Module, owner: str) -> bool:
-    return type(model.get_submodule(owner)).forward is nn.Sequential.forward
+def _runs_in_order(model: nn.Module, caller: str) -> bool:
+    return type(model.get_submodule(caller)).forward is nn.Sequential.forward
 
 
-def _free_name(model: nn.Module, owner: str, base: str, taken: set[str | None]) -> str:
-    module, number = model.get_submodule(owner), 0
+def _free_name(model: nn.Module, caller: str, base: str, taken: set[str | None]) -> str:
+    module, number = model.get_submodule(caller), 0
     # Not hasattr: a __getattr__ may answer to any name.
     held = {*dir(type(module)), *vars(module), *module._modules}
     held |= {*module._parameters, *module._buffers}
-    while f"{base}_{number}" in held or _join(owner, f"{base}_{number}") in taken:
+    while f"{base}_{number}" in held or _join(caller, f"{base}_{number}") in taken:
         number += 1
-    return _join(owner, f"{base}_{number}")
+    return _join(caller, f"{base}_{number}")
 
 
-def _join(owner: str, name: str) -> str:
-    return f"{owner}.{name}" if owner else name
+def _join(caller: str, name: str) -> str:
+    return f"{caller}.{name}" if caller else name

@@ -20,8 +20,8 @@ MODULE_CALL = nn.Module._call_impl.__code__
 CHECKPOINT = torch.utils.checkpoint.__file__
 
 
-def call_frames(owner: nn.Module) -> list[FrameType]:
-    """The frames from the call of ``owner`` to the running one, the outermost first.
+def call_frames(caller: nn.Module) -> list[FrameType]:
+    """The frames from the call of ``caller`` to the running one, the outermost first.
 
     The innermost frames in which torch only passes the call on are left out.
     """
@@ -30,9 +30,9 @@ def call_frames(owner: nn.Module) -> list[FrameType]:
     while frame is not None:
         code = frame.f_code
         if code is MODULE_CALL:
-            if frame.f_locals["self"] is owner:
+            if frame.f_locals["self"] is caller:
                 break
-            frames = []  # the inside of a module that the owner calls is not the owner's code
+            frames = []  # the inside of a module that the caller calls is not the caller's code
         elif code.co_filename == MODULE_CALL.co_filename or code.co_filename.startswith(_HERE):
             pass
         elif frames or not is_torch(code) or isinstance(first_local(frame), nn.Module):

@@ -34,29 +34,29 @@ class Entry(NamedTuple):
 
 def intercepted_forward(
     forward: Callable[..., Any],
-    owner: nn.Module,
+    caller: nn.Module,
     table: tuple[Entry, ...],
     seen: frozenset[CallKey],
     args: Any,
     kwargs: Any,
 ) -> Any:
-    """Run ``forward`` on the owner with its listed activation calls going to their units.
+    """Run ``forward`` on the caller with its listed activation calls going to their units.
 
     An activation call that is not among those `seen` at conversion stays what it is, with a
     warning.
     """
-    with _Interceptor(owner, table, seen):
-        return forward(owner, *args, **kwargs)
+    with _Interceptor(caller, table, seen):
+        return forward(caller, *args, **kwargs)
 
 
 def hidden_units(table: tuple[Entry, ...]) -> property:
-    """``_modules`` of an owner, without its units where the owner's own code may walk over them."""
+    """``_modules`` of a caller, without its units where its own code may walk over them."""
     units = {entry.unit for entry in table}
 
     def read(self: nn.Module) -> dict[str, nn.Module | None]:
         held: dict[str, nn.Module | None] = vars(self)["_modules"]
         modes = _get_current_function_mode_stack()  # type: ignore[no-untyped-call]
-        if not any(isinstance(mode, _Interceptor) and mode.owner is self for mode in modes):
+        if not any(isinstance(mode, _Interceptor) and mode.caller is self for mode in modes):
             return held
         return {name: child for name, child in held.items() if name not in units}
 
@@ -65,11 +65,11 @@ def hidden_units(table: tuple[Entry, ...]) -> property:
 
 class _Interceptor(TorchFunctionMode):
     def __init__(
-        self, owner: nn.Module, table: tuple[Entry, ...], seen: frozenset[CallKey]
+        self, caller: nn.Module, table: tuple[Entry, ...], seen: frozenset[CallKey]
     ) -> None:
         super().__init__()
         self._seen = seen
-        self.owner, self._counter, self._tracker = owner, KeyCounter(), Tracker()
+        self.caller, self._counter, self._tracker = caller, KeyCounter(), Tracker()
         self._entries = {(entry.key, entry.is_module): entry for entry in table}
 
     def __torch_function__(
@@ -82,21 +82,21 @@ class _Interceptor(TorchFunctionMode):
         if call is None or unit is None:
             result = func(*args, **kwargs)
         else:
-            if is_checkpointed(self.owner) and (self.owner.training or torch.is_grad_enabled()):
+            if is_checkpointed(self.caller) and (self.caller.training or torch.is_grad_enabled()):
                 raise RuntimeError(
-                    f"{self.owner.get_submodule(unit).path}: its caller calls it inside "
+                    f"{self.caller.get_submodule(unit).path}: its caller calls it inside "
                     "torch.utils.checkpoint, whose recomputation would not see the gates. Call a "
                     "child module inside checkpoint instead, or convert without this site "
                     "(exclude=)."
                 )
-            result = self.owner.get_submodule(unit)(call.input, *call.operands)
+            result = self.caller.get_submodule(unit)(call.input, *call.operands)
         self._tracker.made(record, func, args, result)
         return result
 
     def _unit_here(self, activation: Activation) -> str | None:
-        """The unit of the running call, if the owner itself or an activation module makes it."""
+        """The unit of the running call, if the caller itself or an activation module makes it."""
         places = locate()
-        depth = next((i for i, (_, module) in enumerate(places) if module is self.owner), None)
+        depth = next((i for i, (_, module) in enumerate(places) if module is self.caller), None)
         if depth is None or depth > 1:
             return None
         inner = places[0][1]
@@ -108,7 +108,7 @@ class _Interceptor(TorchFunctionMode):
         if is_other or (depth == 0 and key not in self._seen):
             function, line, *_ = key.location[0]
             warnings.warn(
-                f"{type(self.owner).__name__} calls {activation} ({function}, line {line + 1} of "
+                f"{type(self.caller).__name__} calls {activation} ({function}, line {line + 1} of "
                 "it) in a branch that did not run when the model was converted: it has no gates. "
                 "Revert, and convert in the state and with an example_input that take this branch.",
                 RuntimeWarning,

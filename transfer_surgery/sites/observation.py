@@ -26,7 +26,7 @@ class Event:
     alone, together with other values. `is_cap`: it is ``c * tanh(x / c)``, within bounds.
     """
 
-    owner: str
+    caller: str
     key: CallKey
     source: Activation
     kind: str
@@ -69,7 +69,7 @@ class Event:
 
 @dataclass
 class Observation:
-    """All sites of one run, and what was seen in the code of each owner."""
+    """All sites of one run, and what was seen in the code of each caller."""
 
     events: dict[tuple[str, CallKey], Event] = field(default_factory=dict)
     keys: dict[str, set[CallKey]] = field(default_factory=dict)
@@ -79,15 +79,15 @@ class Observation:
     scripted: set[str] = field(default_factory=set)
     """What is TorchScript, where nothing can be seen."""
     walked: set[str] = field(default_factory=set)
-    """Owners whose code looks at the table of their children."""
+    """Callers whose code looks at the table of their children."""
 
     def sites(self) -> list[Event]:
-        """The sites in the order of their first calls; owners are complete in another order."""
+        """The sites in the order of their first calls; callers are complete in another order."""
         events = (event for event in self.events.values() if not event.is_part)
         return sorted(events, key=lambda event: event.order)
 
     def add(self, event: Event) -> None:
-        seen = self.events.setdefault((event.owner, event.key), event)
+        seen = self.events.setdefault((event.caller, event.key), event)
         seen.calls += 1
         if seen is not event:
             seen.repeats.append(event)

@@ -136,7 +136,7 @@ class Observer(TorchFunctionMode):
         frame = self._stack.pop()
         if self._stack and frame.is_one_activation(output) and self._is_untouched(frame.events[0]):
             caller, event = self._stack[-1], frame.events[0]
-            event.owner, event.module, event.kind = caller.path, frame.path, "module"
+            event.caller, event.module, event.kind = caller.path, frame.path, "module"
             self._trace(event, caller.module, (module, self._names_below(caller.path, frame.path)))
             if event.source.name in _LISTED_NAMES:
                 event.key = caller.draw_listed_key(frame.called_from)
@@ -247,10 +247,10 @@ class Observer(TorchFunctionMode):
                 "nn.ModuleList or nn.ModuleDict"
             )
         elif "forward" in vars(frame.module):
-            reason = "its owner's forward is replaced on the instance"
+            reason = "its caller's forward is replaced on the instance"
         kind = "method" if getattr(Tensor, func.__name__, None) is func else "function"
         event = Event(
-            owner=frame.path,
+            caller=frame.path,
             key=draw(location),
             source=call.activation,
             kind="formula" if match else kind,
@@ -273,25 +273,25 @@ class Observer(TorchFunctionMode):
         return event
 
     @staticmethod
-    def _names_below(owner: str, path: str) -> tuple[str, ...] | None:
-        names, above = path.split("."), owner.split(".") if owner else []
+    def _names_below(caller: str, path: str) -> tuple[str, ...] | None:
+        names, above = path.split("."), caller.split(".") if caller else []
         return tuple(names[len(above) :]) if names[: len(above)] == above else None
 
     def _trace(
         self,
         event: Event,
-        owner: nn.Module,
+        caller: nn.Module,
         called: Call | tuple[nn.Module, tuple[str, ...] | None] | None,
         match: Match | None = None,
     ) -> None:
         """Note where in the source, or in a graph, a call is, and how it can be edited there."""
-        frames = call_frames(owner)
+        frames = call_frames(caller)
         if frames:
             event.file, event.line = frames[-1].f_code.co_filename, frames[-1].f_lineno
         if called is None:
             return
         try:
-            event.route, event.why = self._find_route(owner, frames, called, match), None
+            event.route, event.why = self._find_route(caller, frames, called, match), None
             if isinstance(event.route, Route):
                 end = event.route.end
                 self.observation.expressions.add(Expression(end.function, end.position))
@@ -301,10 +301,10 @@ class Observer(TorchFunctionMode):
                 self.observation.expressions.add(error.expression)
 
     @staticmethod
-    def _find_route(owner: nn.Module, *how: Any) -> Route | GraphRoute:
-        if isinstance(owner, torch.fx.GraphModule):
-            return find_node(owner, *how)
-        return find_route(owner, *how)
+    def _find_route(caller: nn.Module, *how: Any) -> Route | GraphRoute:
+        if isinstance(caller, torch.fx.GraphModule):
+            return find_node(caller, *how)
+        return find_route(caller, *how)
 
     def _is_untouched(self, event: Event) -> bool:
         """Whether the result of an activation has not been changed in place since."""

@@ -9,7 +9,7 @@ from typing import Any
 
 from transfer_surgery._table import Column, Table
 from transfer_surgery.activations import Activation, get_activation
-from transfer_surgery.sites.site import ROLES, OwnerCall, Site
+from transfer_surgery.sites.site import ROLES, CallerCode, Site
 from transfer_surgery.units import select
 
 
@@ -21,7 +21,7 @@ class Plan(Table[Site]):
         rows: all sites found, convertible or not; those that only run in training come last.
         failures: for each training mode in which the model did not run, a sentence that says why.
         unexamined: what could not be examined, and which calls are intercepted, with the reasons.
-        calls: for each owner, what was seen in its code.
+        calls: for each caller, what was seen in its code.
     """
 
     columns = (
@@ -38,7 +38,7 @@ class Plan(Table[Site]):
 
     failures: tuple[str, ...] = ()
     unexamined: tuple[str, ...] = ()
-    calls: Mapping[str, OwnerCall] = field(default_factory=dict)
+    calls: Mapping[str, CallerCode] = field(default_factory=dict)
 
     @property
     def notes(self) -> tuple[str, ...]:
@@ -59,7 +59,7 @@ class Plan(Table[Site]):
         raise KeyError(f"no site {path!r}; the plan has {', '.join(s.path for s in self.rows)}")
 
     def call_number(self, site: Site, chosen: Collection[str]) -> tuple[int, int] | None:
-        """Which of the activation calls in its owner's code a site is, as (number, of how many).
+        """Which of the activation calls in its caller's code a site is, as (number, of how many).
 
         Args:
             site: a site of the plan.
@@ -71,10 +71,10 @@ class Plan(Table[Site]):
         """
         if site.way == "child":
             return None
-        calls = {key for keys in self.calls[site.owner].keys.values() for key in keys}
-        own = (s for s in self.rows if s.owner == site.owner and s.way != "child")
+        calls = {key for keys in self.calls[site.caller].keys.values() for key in keys}
+        own = (s for s in self.rows if s.caller == site.caller and s.way != "child")
         calls |= {s.key for s in own if s.path in chosen}
-        # By position, seen from the owner's ``forward``: line numbers alone change too easily.
+        # By position, seen from the caller's ``forward``: line numbers alone change too easily.
         order = sorted(calls, key=lambda call: (call.location[::-1], call.number))
         return order.index(site.key) + 1, len(order)
 

@@ -52,7 +52,7 @@ class Scope:
         self.objects: dict[str, Any] = {}
         self._first = _first_argument(node)
 
-    def owner(self) -> ast.expr:
+    def module(self) -> ast.expr:
         """The module, whatever the function calls its first argument."""
         if self._first is None:
             raise UneditableError(f"{self.function.qualname} has no name for the module")
@@ -60,7 +60,7 @@ class Scope:
 
     def unit(self, name: str) -> ast.expr:
         """``self.relu_0``."""
-        return ast.Attribute(self.owner(), name, ast.Load())
+        return ast.Attribute(self.module(), name, ast.Load())
 
     def given(self, i: int) -> ast.expr:
         """The unit of a way, or the iterator over its units."""

@@ -22,13 +22,13 @@ ROLES = ("hidden", "gating", "output", "bounding")
 
 
 @dataclass(frozen=True)
-class OwnerCall:
-    """What was seen in the code of an owner."""
+class CallerCode:
+    """What was seen in the code of a caller."""
 
     keys: Mapping[str, frozenset[CallKey]]
-    """For each examined mode, the activation calls in the owner's code, sites or not."""
+    """For each examined mode, the activation calls in the caller's code, sites or not."""
     modules: Mapping[str, ActivationChild]
-    """The activation modules that the owner called, by their paths in the model."""
+    """The activation modules that the caller called, by their paths in the model."""
     unseen: tuple[tuple[Expression, str], ...] = ()
     """Activation calls that are written in functions to edit, but did not run."""
 
@@ -42,11 +42,11 @@ class ActivationChild(NamedTuple):
 
 @dataclass(frozen=True)
 class Site:
-    """One activation call in the code of one module, its owner.
+    """One activation call in the code of one module, its caller.
 
     Attributes:
         path: where its gated unit will live.
-        owner: path of the module whose ``forward`` makes the call; ``""`` is the model.
+        caller: path of the module whose ``forward`` makes the call; ``""`` is the model.
         kind: ``"module"``, ``"function"``, ``"method"``, or ``"formula"``: several calls that
             together are one activation.
         source: the activation that is called.
@@ -66,14 +66,14 @@ class Site:
         why: why the call is not edited; None where it is, and for children.
         reason: why it cannot be converted; None where it can.
         module: path of the activation module that is called, None for functions and methods.
-        owner_type: type of the owner.
+        caller_type: type of the caller.
         module_type: type of the activation module, None for functions and methods.
-        key: its identity within the owner's code.
+        key: its identity within the caller's code.
         route: where the source or the graph has to be edited; None for other ways.
     """
 
     path: str
-    owner: str
+    caller: str
     kind: str
     source: Activation
     role: str
@@ -90,7 +90,7 @@ class Site:
     why: str | None
     reason: str | None
     module: str | None
-    owner_type: type[nn.Module]
+    caller_type: type[nn.Module]
     module_type: type[nn.Module] | None
     key: CallKey = field(repr=False)
     route: Route | GraphRoute | None = field(repr=False, default=None)
@@ -110,8 +110,8 @@ class Site:
 
     @property
     def types(self) -> tuple[type[nn.Module], ...]:
-        """The types of the owner and, if there is one, of the activation module."""
-        return (self.owner_type, *([self.module_type] if self.module_type else []))
+        """The types of the caller and, if there is one, of the activation module."""
+        return (self.caller_type, *([self.module_type] if self.module_type else []))
 
     @property
     def call(self) -> str:

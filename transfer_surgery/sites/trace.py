@@ -17,25 +17,25 @@ from transfer_surgery.sites.source import SEEN, Function, NoSourceError, is_insi
 
 
 def find_route(
-    owner: nn.Module,
+    caller: nn.Module,
     frames: list[FrameType],
     called: Call | tuple[nn.Module, tuple[str, ...] | None],
     match: Match | None = None,
 ) -> Route:
-    """How the source leads from the owner's ``forward`` to a call while that is running.
+    """How the source leads from the caller's ``forward`` to a call while that is running.
 
     Args:
-        owner: the module whose code makes the call.
+        caller: the module whose code makes the call.
         frames: as `call_frames` gives them.
         called: the activation call; or the activation module and the names that lead to it from
-            the owner, None where it is not below the owner.
+            the caller, None where it is not below the caller.
         match: the formula that the call completes, if any.
 
     Raises:
         NoRouteError: the call cannot be edited in the source.
     """
     again = any(f.f_code.co_filename == CHECKPOINT for f in frames)
-    forward = getattr(type(owner), "forward", None)
+    forward = getattr(type(caller), "forward", None)
     users = list(itertools.dropwhile(lambda frame: is_torch(frame.f_code), frames))
     frames = next((f for f in (users, frames) if f and leads_to(forward, f[0].f_code)), [])
     if not frames:
@@ -58,7 +58,7 @@ def find_route(
                 hops, start = [*hops, hop], last + 1
                 _note(callee, rest[0])
                 continue
-            place = RunningExpression(function, frames[last], first_local(frames[start]) is owner)
+            place = RunningExpression(function, frames[last], first_local(frames[start]) is caller)
             if last == len(frames) - 1:
                 expression = Expression(function, place.position)
                 return Route(tuple(hops), place.end(called, match), again)

@@ -85,7 +85,7 @@ def _expected(scope: Scope, expected: Any) -> ast.expr:
     """A torch function, or a module below the caller."""
     if not isinstance(expected, tuple):
         return scope.refer("e", expected)
-    module = scope.owner()
+    module = scope.module()
     for name in expected[1:]:
         children = ast.Attribute(module, "_modules", ast.Load())
         module = ast.Subscript(children, ast.Constant(name), ast.Load())

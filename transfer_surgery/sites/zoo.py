@@ -160,7 +160,7 @@ def _adapt(adapter: Adapter, model: nn.Module, site: Site, leaves: Mapping[str, 
             f"{name} gives {site.path} the channel axis {axis}; its input is {site.shape}, batch "
             f"first: expected 1 to {dims - 1}, or -1 to {1 - dims}."
         )
-    paths = (site.owner, site.module or site.owner)
+    paths = (site.caller, site.module or site.caller)
     inside = next((leaf for leaf in leaves if any(_is_below(p, leaf) for p in paths)), None)
     reason = None if inside is None else f"{name} leaves {type(leaves[inside]).__name__} as it is"
     return replace(

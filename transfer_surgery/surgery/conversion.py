@@ -23,7 +23,7 @@ from transfer_surgery.surgery.checks import check_model
 from transfer_surgery.surgery.encoder_fast_path import reopen_fused_paths
 from transfer_surgery.surgery.insertion import (
     insert_units,
-    restore_owner,
+    restore_caller,
     swap_children,
 )
 from transfer_surgery.units import (
@@ -168,7 +168,7 @@ def revert(model: nn.Module) -> nn.Module:
         original._is_full_backward_hook = unit._is_full_backward_hook
     swap_children(model, originals)
     for module in list(model.modules()):
-        restore_owner(module)
+        restore_caller(module)
     reopen_fused_paths(model)
     return recompute_activations(model, enabled=False)
 

@@ -14,9 +14,9 @@ from torch import nn
 _ASIDE = "_transfer_surgery_aside"
 
 
-def close_fused_paths(model: nn.Module, owners: Iterable[nn.Module]) -> None:
+def close_fused_paths(model: nn.Module, callers: Iterable[nn.Module]) -> None:
     """Turn fused paths off in those callers that have one, and in the encoders around them."""
-    layers = {owner for owner in owners if isinstance(owner, nn.TransformerEncoderLayer)}
+    layers = {caller for caller in callers if isinstance(caller, nn.TransformerEncoderLayer)}
     for layer in layers:
         _set_aside(layer, "activation_relu_or_gelu", 0)
     for encoder in model.modules():

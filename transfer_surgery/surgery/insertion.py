@@ -53,49 +53,49 @@ def insert_units(
         recipes: what makes the classes of callers, by their paths.
     """
     # Make and find all that is needed.
-    owners = {path: model.get_submodule(path) for path in recipes}
-    classes = {path: _rewritten_type(owners[path], recipe) for path, recipe in recipes.items()}
+    callers = {path: model.get_submodule(path) for path in recipes}
+    classes = {path: _rewritten_type(callers[path], recipe) for path, recipe in recipes.items()}
     default = next(model.parameters(), torch.zeros(())).device
-    callers = _callers(model, plan)
+    calls = _count_callers(model, plan)
     places = []
     for site in plan:
         if site.path not in units:
             continue
         holder_path, _, name = site.path.rpartition(".")
         holder, unit = model.get_submodule(holder_path), units[site.path]
-        unit.to(_device(model.get_submodule(site.owner), default)).train(holder.training)
+        unit.to(_device(model.get_submodule(site.caller), default)).train(holder.training)
         original = holder._modules[name] if site.way == "child" else None
         if original is not None:
             if isinstance(unit, GatedActivation):
                 unit.replaced = (original,)
             unit.train(original.training)
-            share_hooks(original, unit, shared=callers[original] > 1)
+            share_hooks(original, unit, shared=calls[original] > 1)
             answer_for(original, unit)
         places.append((holder, name, unit, original))
     # Assign. A module with one caller is that site under each of its names.
-    everywhere = {old: unit for _, _, unit, old in places if old is not None and callers[old] == 1}
+    everywhere = {old: unit for _, _, unit, old in places if old is not None and calls[old] == 1}
     for holder, name, unit, _ in places:
         holder._modules[name] = unit
     swap_children(model, everywhere)
-    close_fused_paths(model, [model.get_submodule(s.owner) for s in plan if s.path in units])
-    for path, owner in owners.items():
-        object.__setattr__(owner, "__class__", classes[path])
+    close_fused_paths(model, [model.get_submodule(s.caller) for s in plan if s.path in units])
+    for path, caller in callers.items():
+        object.__setattr__(caller, "__class__", classes[path])
     graphs: dict[str, list[tuple[GraphRoute, str]]] = {}
     for site in plan:
         if site.path in units and isinstance(site.route, GraphRoute):
             name = site.path.rpartition(".")[2]
-            graphs.setdefault(site.owner, []).append((site.route, name))
+            graphs.setdefault(site.caller, []).append((site.route, name))
     for path, routes in graphs.items():
         edit_graph(cast(fx.GraphModule, model.get_submodule(path)), routes)
 
 
-def _callers(model: nn.Module, plan: Plan) -> Counter[nn.Module]:
+def _count_callers(model: nn.Module, plan: Plan) -> Counter[nn.Module]:
     """At how many places each activation module is called, also where a filtered plan is silent."""
     sites = Counter(model.get_submodule(s.module) for s in plan if s.module is not None)
-    owners: Counter[nn.Module] = Counter()
-    for call in plan.calls.values():
-        owners.update({model.get_submodule(path) for path in call.modules})
-    return sites | owners
+    seen: Counter[nn.Module] = Counter()
+    for code in plan.calls.values():
+        seen.update({model.get_submodule(path) for path in code.modules})
+    return sites | seen
 
 
 def swap_children(model: nn.Module, swaps: Mapping[nn.Module, nn.Module]) -> None:
@@ -153,22 +153,22 @@ def answer_for(old: nn.Module, new: nn.Module) -> None:
             vars(new)[name] = getattr(old, name)
 
 
-def restore_owner(owner: nn.Module) -> None:
+def restore_caller(caller: nn.Module) -> None:
     """Give a caller its class or graph back and drop its units."""
-    restore_graph(owner)
-    for cls in type(owner).__mro__:
+    restore_graph(caller)
+    for cls in type(caller).__mro__:
         recipe = vars(cls).get("_transfer_surgery_recipe")
         if recipe is not None:
             for entry in recipe.table:
-                owner._modules.pop(entry.unit, None)
-            restored = _with_ancestor(type(owner), cls, cls.__bases__[0])
-            object.__setattr__(owner, "__class__", restored)
+                caller._modules.pop(entry.unit, None)
+            restored = _with_ancestor(type(caller), cls, cls.__bases__[0])
+            object.__setattr__(caller, "__class__", restored)
 
 
-def _rewritten_type(owner: nn.Module, recipe: Recipe) -> type[nn.Module]:
+def _rewritten_type(caller: nn.Module, recipe: Recipe) -> type[nn.Module]:
     """The class of a caller: `parametrize` expects its own class to stay on top."""
-    base = type_before_parametrizations(owner)
-    return _with_ancestor(type(owner), base, rewritten_class(base, recipe))
+    base = type_before_parametrizations(caller)
+    return _with_ancestor(type(caller), base, rewritten_class(base, recipe))
 
 
 def _with_ancestor(cls: type[Any], old: type[Any], new: type[Any]) -> type[Any]:
@@ -179,5 +179,5 @@ def _with_ancestor(cls: type[Any], old: type[Any], new: type[Any]) -> type[Any]:
     return type(cls.__name__, (_with_ancestor(cls.__bases__[0], old, new),), members)
 
 
-def _device(owner: nn.Module, default: torch.device) -> torch.device:
-    return next(owner.parameters(), torch.empty(0, device=default)).device
+def _device(caller: nn.Module, default: torch.device) -> torch.device:
+    return next(caller.parameters(), torch.empty(0, device=default)).device

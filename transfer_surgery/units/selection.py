@@ -166,8 +166,8 @@ def select_units(
     units = dict(gated_activations(model))
 
     def types_of(path: str) -> tuple[type, ...]:
-        owner = model.get_submodule(path.rpartition(".")[0])
-        return type(owner), *(type(module) for module in units[path].replaced)
+        caller = model.get_submodule(path.rpartition(".")[0])
+        return type(caller), *(type(module) for module in units[path].replaced)
 
     chosen = select(units, include, exclude, types_of, model)
     if not chosen:
