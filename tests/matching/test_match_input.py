@@ -52,7 +52,7 @@ def test_batches_that_cannot_be_used_are_named(batches, complaint):
 
 
 def test_a_handful_of_examples_draws_a_warning():
-    with pytest.warns(MatchWarning, match=r"fewer than 30 values at 1, 3: .* more examples"):
+    with pytest.warns(MatchWarning, match=r"fewer than 30 values at 1 .*, 3 .*: .* more examples"):
         found = match_targets(network(), [X[:20]])
     assert [row.values for row in found] == [20, 20]
     assert [row.values for row in match_targets(network(), X.split(64))] == [256, 256]

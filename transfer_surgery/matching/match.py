@@ -74,8 +74,9 @@ def match_targets(
             ``Progress``.
 
     Returns:
-        A row per site: share of the variance that is explained, periods that the data spans, and
-        how far the outputs are from the original ones with this site and those before it swapped.
+        A row per site: where it is in the code, the share of the variance that is explained, the
+        range of the inputs and the share of new ones outside of it, and how far the outputs are
+        from the original ones with this site and those before it swapped.
 
     Raises:
         ValueError: the model is not converted, there are no batches or NaN in them, a pattern
@@ -102,8 +103,15 @@ def match_targets(
     # DDP would synchronise buffers at each forward pass, which ranks do in turns of their own.
     inner = model.module if isinstance(model, DistributedDataParallel) else model
     networks = TwoNetworks(inner, list(units.values()), as_batches(batches, inner))
-    named = {unit: path for path, unit in units.items()}
-    fit = OnePass(networks, named, weights, refit, max_bytes, logits, progress)
+    fit = OnePass(
+        networks=networks,
+        paths={unit: path for path, unit in units.items()},
+        weights=weights,
+        refit=refit,
+        max_bytes=max_bytes,
+        logits=logits,
+        progress=progress,
+    )
     before = {unit: _numbers(unit) for unit in units.values()}
     try:
         with prediction_mode(inner):

@@ -39,6 +39,10 @@ class MatchRow:
             outputs cannot be compared.
         values: number of inputs that each gate was fitted to.
         divergence: mean KL divergence of the outputs from the original ones, if they are logits.
+        where: source file and line of the site; empty where it is not known.
+        range: the lowest and the highest input that the targets of its gates were fitted to.
+        outside: share of the inputs that will lie outside of the range of their gate, estimated
+            from parts of the inputs that are compared with the others.
     """
 
     path: str
@@ -49,6 +53,14 @@ class MatchRow:
     errors: Mapping[str, float] | None
     values: int | None
     divergence: float | None = None
+    where: str = ""
+    range: tuple[float, float] | None = None
+    outside: float | None = None
+
+    @property
+    def place(self) -> str:
+        """Its path, with file and line where they are known."""
+        return f"{self.path} ({self.where})" if self.where else self.path
 
 
 @dataclass(frozen=True, repr=False)
@@ -67,10 +79,13 @@ class MatchReport(Table[MatchRow]):
 
     columns = (
         Column("path"),
+        Column("where"),
         Column("source"),
         Column("target"),
         Column("r2", "R2", lambda r2: "not run" if r2 is None else f"{r2:.3f}"),
         Column("periods", text=".2f"),
+        Column("range", text=lambda r: "-" if r is None else f"{r[0]:.3g} to {r[1]:.3g}"),
+        Column("outside", text=".2%"),
         Column("errors", "output error", error_cell),
         Column("divergence", "KL", ".4f"),
     )
@@ -118,9 +133,9 @@ def _layers(count: int) -> str:
 
 def warn_of_poor_fits(report: MatchReport, stacklevel: int) -> None:
     """Warn of sites that saw few values, and of sites that the target hardly explains."""
-    few = [row.path for row in report if row.values is not None and row.values < _FEW]
-    poor = [row.path for row in report if row.r2 is not None and row.r2 < _POOR]
-    for paths, problem, remedy in (
+    few = [row.place for row in report if row.values is not None and row.values < _FEW]
+    poor = [row.place for row in report if row.r2 is not None and row.r2 < _POOR]
+    for places, problem, remedy in (
         (few, f"a gate saw fewer than {_FEW} values", "give more examples, some hundred"),
         (
             poor,
@@ -129,6 +144,6 @@ def warn_of_poor_fits(report: MatchReport, stacklevel: int) -> None:
             "network",
         ),
     ):
-        if paths:
-            named = ", ".join(paths[:5]) + ", ..." * (len(paths) > 5)
+        if places:
+            named = ", ".join(places[:5]) + ", ..." * (len(places) > 5)
             warnings.warn(f"{problem} at {named}: {remedy}.", MatchWarning, stacklevel=stacklevel)

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from transfer_surgery._running import device_of
+from transfer_surgery.matching.fitted_range import share_outside
 from transfer_surgery.matching.forward_state import ForwardState
 from transfer_surgery.matching.layer_refit import RIDGE as LAYER_RIDGE
 from transfer_surgery.matching.layer_refit import LayerFit
@@ -35,7 +37,7 @@ RIDGE = 1e-4
 """Added to the diagonal of the fits, as a share of the features' mean squares."""
 
 
-@dataclass
+@dataclass(kw_only=True)
 class OnePass:
     """The fit of a model; `run` does it once.
 
@@ -129,18 +131,17 @@ class OnePass:
                         both.passed(module)
                         yield _row(self.paths[module], module)
                         continue
-                    solution, inputs = found
-                    if not all(bool(p.isfinite().all()) for p in solution.parameters):
+                    if not all(bool(p.isfinite().all()) for p in found.solution.parameters):
                         raise ValueError(
                             f"{self.paths[module]}: NaN or infinity comes in there. Look for it in "
                             "the batches; a network that overflows in half precision is matched in "
                             "float32."
                         )
-                    _write(module, solution)
+                    _write(module, found.solution)
                     both.fitted(module)
                     done.add(module)
                     outputs = check.compare(done)
-                    yield _row(self.paths[module], module, solution, inputs, *outputs)
+                    yield _row(self.paths[module], module, found, *outputs)
                 else:
                     fit = fits[module]
                     with failing_together():
@@ -161,9 +162,15 @@ class OnePass:
         return [paths[module] for module in modules]
 
 
-def _fit_site(
-    unit: GatedActivation, samples: Samples, both: SideBySide
-) -> tuple[Solution, Inputs] | None:
+class SiteFit(NamedTuple):
+    """What was found at one site; `outside` as in `MatchRow`."""
+
+    solution: Solution
+    inputs: Inputs
+    outside: float
+
+
+def _fit_site(unit: GatedActivation, samples: Samples, both: SideBySide) -> SiteFit | None:
     """The least squares of one site; None where no batch comes to it."""
     inputs = Inputs()
     with failing_together():
@@ -180,7 +187,7 @@ def _fit_site(
         for pair in pairs:
             fit.add(*pair)
     fit.add_over_ranks()
-    return fit.solve(), inputs
+    return SiteFit(fit.solve(), inputs, share_outside([pair.now for pair in pairs]))
 
 
 def _write(unit: GatedActivation, solution: Solution) -> None:
@@ -208,18 +215,27 @@ def _is_frozen(norm: nn.Module) -> bool:
 def _row(
     path: str,
     unit: GatedActivation,
-    solution: Solution | None = None,
-    inputs: Inputs | None = None,
+    found: SiteFit | None = None,
     errors: dict[str, float] | None = None,
     divergence: float | None = None,
 ) -> MatchRow:
     names = path, str(unit.source), str(unit.target)
-    if solution is None or inputs is None:
-        return MatchRow(*names, None, None, None, None)
+    if found is None:
+        return MatchRow(*names, None, None, None, None, where=unit.where)
+    solution, inputs, outside = found
     total = solution.total.sum()
     explained = 1 - solution.residual.sum() / total if total > 0 else torch.ones(())
     _, w, _, _ = solution.parameters
     periods = (w.abs() * inputs.span * inputs.std / (2 * torch.pi)).median()
-    periodic = unit.target.name in ("sin", "cos")
-    turns = periods.item() if periodic else None
-    return MatchRow(*names, explained.item(), turns, errors, inputs.count, divergence)
+    lowest, highest = torch.as_tensor(inputs.lowest).min(), torch.as_tensor(inputs.highest).max()
+    return MatchRow(
+        *names,
+        explained.item(),
+        periods.item() if family_of(unit.target).periodic else None,
+        errors,
+        inputs.count,
+        divergence,
+        where=unit.where,
+        range=(lowest.item(), highest.item()),
+        outside=outside,
+    )

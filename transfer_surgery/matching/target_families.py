@@ -10,7 +10,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import product
-from typing import NamedTuple, Protocol
+from typing import ClassVar, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -33,6 +33,8 @@ class Candidate(NamedTuple):
 
 class Family(Protocol):
     """How one target is fitted; the first axis of all tensors is that of the groups."""
+
+    periodic: ClassVar[bool]
 
     def candidates(self, mean: Tensor, std: Tensor) -> Iterator[Candidate]:
         """What to try."""
@@ -68,6 +70,8 @@ def family_of(target: Activation) -> Family:
 class Sinusoid:
     """``p*sin(w*u) + q*cos(w*u) + b``: amplitude and phase in closed form, ``w`` from a grid."""
 
+    periodic: ClassVar[bool] = True
+
     phase: float
     frequencies: tuple[float, ...] = FREQUENCIES
 
@@ -89,6 +93,8 @@ class Sinusoid:
 @dataclass(frozen=True)
 class Quadratic:
     """Any parabola, written as ``A * f(u + C) + B`` with ``f(v) = a*v**2 + b*v + c``."""
+
+    periodic: ClassVar[bool] = False
 
     a: float
     b: float
@@ -129,6 +135,8 @@ class Searched:
     The grid contains the target as it is (``w = 1, c = 0``), wider and narrower ones, and ones for
     input of unit variance.
     """
+
+    periodic: ClassVar[bool] = False
 
     target: Activation
 

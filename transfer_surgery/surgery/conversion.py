@@ -131,6 +131,7 @@ def convert(
             position=position,
             stage=stages[site.path],
             call=whole.call_number(site, paths),
+            where=site.where,
         )
         for position, (site, g) in enumerate(zip(chosen, granularities, strict=True))
     }

@@ -36,6 +36,7 @@ class GatedActivation(nn.Module):
         stage: the part of the model that it belongs to, such as ``"layer1"``.
         call: which of the activation calls in the code of its caller it is, as (number, of how
             many); None where it took the place of a module.
+        where: source file and line of the call, for reports; empty where it is not known.
 
     Examples:
         >>> import torch
@@ -68,13 +69,14 @@ class GatedActivation(nn.Module):
         position: int = 0,
         stage: str = "",
         call: tuple[int, int] | None = None,
+        where: str = "",
     ) -> None:
         super().__init__()
         self.source, self.target, self.gate = source, get_target(target), gate
         self.granularity, self.neurons, self.path = granularity, neurons, path
         self.overwrites_input, self.inplace = overwrites_input, inplace
         self.input_changes, self.dims = input_changes, dims
-        self.position, self.stage, self.call = position, stage, call
+        self.position, self.stage, self.call, self.where = position, stage, call, where
         self.fitted: TargetParameters | None = None
         # The module that this unit stands in for, in a tuple: it is not a child of the unit.
         self.replaced: tuple[nn.Module, ...] = ()
