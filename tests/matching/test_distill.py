@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from transfer_surgery import DistillWarning, convert, distill, match_targets, swap_targets
+from transfer_surgery.matching.held_out import Examination
 from transfer_surgery.units import gated_activations
 
 
@@ -215,12 +216,36 @@ def test_norms_that_cannot_follow_are_held(momentum):
     assert not any(module.training for module in model.modules())
 
 
-@pytest.mark.parametrize("mask", [torch.ones(1, 3).expand(2, 3), torch.eye(3).to_sparse()])
+@pytest.mark.parametrize(
+    "mask",
+    [
+        torch.ones(1, 3).expand(2, 3),
+        torch.tensor([[1.0, math.nan, 2.0]]).expand(2, 3),
+        torch.eye(3).to_sparse(),
+    ],
+)
 def test_buffers_that_are_expanded_or_sparse_stay(mask):
-    """The first cannot be written to, the second cannot be compared."""
+    """The first two cannot be written to, the third cannot be compared."""
     model, teacher, batches = networks(match=False)
     for network in (model, teacher):
         network.register_buffer("mask", mask)
     report = distill(model, teacher, batches, steps=20, lr=0.02)
     assert report.after["output"] < report.before["output"]
-    assert torch.equal(model.mask.to_dense(), mask.to_dense())
+    torch.testing.assert_close(
+        model.mask.to_dense(), mask.to_dense(), rtol=0, atol=0, equal_nan=True
+    )
+
+
+@pytest.mark.filterwarnings("ignore::transfer_surgery.DistillWarning")
+@pytest.mark.parametrize("steps", [7, 39])
+def test_the_network_is_looked_at_twenty_times_at_most(steps, monkeypatch):
+    looks = []
+    look = Examination.look
+    monkeypatch.setattr(
+        Examination, "look", lambda self, step: looks.append(step) or look(self, step)
+    )
+    model, teacher, batches = networks()
+    distill(model, teacher, batches, steps=steps)
+    assert looks[0] == 0  # the start
+    assert looks[-1] == steps
+    assert len(looks) == 1 + min(steps, 20)

@@ -139,7 +139,7 @@ def distill(
         compare = loss_function(loss, [asked.output for asked in given], temperature)
         strength, further = bearable_variation(teacher, given, variation)
         small = SMALL if loss in ("relative", "kl", "bce") else 0.0  # others have a unit
-        examination = Examination(model, compare, given, further)
+        examination = Examination(model, trained, compare, given, further)
         start = now_at = examination.look(0)
         if not math.isfinite(start):
             raise ValueError(
@@ -168,7 +168,7 @@ def distill(
                 losses.append(found.detach().item())
 
                 # Look at the held-out batches; go back where training has gone astray.
-                if not finite or step % max(steps // _LOOKS, 1) == 0 or step == steps:
+                if not finite or step * _LOOKS // steps > (step - 1) * _LOOKS // steps:
                     now_at = examination.look(step) if finite else math.inf
                     if not now_at <= _WORSE * max(start, small):
                         examination.go_back()

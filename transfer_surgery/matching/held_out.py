@@ -90,6 +90,7 @@ class Examination:
 
     Args:
         model: the network that learns, as it is at the start.
+        trained: those of its parameters that may change; its buffers may, too.
         loss: what is compared.
         given: inputs with the teacher's outputs.
         further: the same of varied inputs. They count in the choice of the best state, as long as
@@ -97,11 +98,16 @@ class Examination:
     """
 
     def __init__(
-        self, model: nn.Module, loss: Loss, given: Sequence[Asked], further: Sequence[Asked] = ()
+        self,
+        model: nn.Module,
+        trained: Sequence[Tensor],
+        loss: Loss,
+        given: Sequence[Asked],
+        further: Sequence[Asked] = (),
     ) -> None:
-        self._model, self._loss = model, loss
+        self._model, self._trained, self._loss = model, trained, loss
         self._given, self._further = given, further
-        self._best: dict[str, Tensor] = {}
+        self._best: list[Tensor] = []
         self._lowest = self._start = math.inf
         self.step = 0
         """The step after which the best state was reached; 0: the start."""
@@ -130,15 +136,15 @@ class Examination:
     def go_back(self) -> None:
         """Bring back the best state."""
         with torch.no_grad():
-            for name, tensor in self._state().items():
-                best = self._best[name]
+            for tensor, best in zip(self._state(), self._best, strict=True):
                 # An expanded buffer takes no copy; a sparse one cannot be compared.
-                if tensor.layout != torch.strided or not torch.equal(tensor, best):
+                if tensor.layout != torch.strided or not _same(tensor, best):
                     tensor.copy_(best)
 
-    def _state(self) -> dict[str, Tensor]:
-        model = self._model
-        return {
-            name: tensor.detach()
-            for name, tensor in itertools.chain(model.named_parameters(), model.named_buffers())
-        }
+    def _state(self) -> list[Tensor]:
+        return [tensor.detach() for tensor in (*self._trained, *self._model.buffers())]
+
+
+def _same(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors have the same values, where NaN is one."""
+    return torch.equal(a, b) or bool(((a == b) | (a.isnan() & b.isnan())).all())
