@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, Self
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -51,28 +51,25 @@ def norms_behind(
     return {layer: norm for norm, layer in once.items() if layer and len(outputs[layer]) == 1}
 
 
-class Readers(TorchFunctionMode):
-    """Who reads each tensor: modules that are looked at, or a call outside of them (None).
+class OutsideReads(TorchFunctionMode):
+    """Finds modules whose own parameters are read by something else than their calls.
 
     Args:
         modules: those that are looked at.
-        norms: norms for which only the call with their weight counts as the writer of a tensor.
     """
 
-    def __init__(self, modules: set[nn.Module], norms: Iterable[Any]) -> None:
+    def __init__(self, modules: Iterable[nn.Module]) -> None:
         super().__init__()
-        self.calls: dict[nn.Module, list[tuple[Tensor, Tensor]]] = {}
-        self.read: dict[int, list[nn.Module | None]] = {}
-        self._kept: list[Any] = []  # so that no other tensor gets the same id
+        self.read_elsewhere: set[nn.Module] = set()
+        self._modules = set(modules)
+        self._owners = {id(p): m for m in self._modules for p in m.parameters(recurse=False)}
+        self._running: list[nn.Module] = []
         self._handles: list[RemovableHandle] = []
-        self._inside = 0
-        self._modules = modules
-        self._norms = {id(norm.weight): norm for norm in norms if norm.weight is not None}
 
-    def __enter__(self) -> Readers:
+    def __enter__(self) -> Self:
         for module in self._modules:
             begin = module.register_forward_pre_hook(self._begin, with_kwargs=True)
-            end = module.register_forward_hook(self._end, with_kwargs=True)
+            end = module.register_forward_hook(self._end, with_kwargs=True, always_call=True)
             self._handles += [begin, end]
         super().__enter__()  # type: ignore[no-untyped-call]
         return self
@@ -83,34 +80,76 @@ class Readers(TorchFunctionMode):
             handle.remove()
 
     def _begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if not self._inside:
-            self._note((args, kwargs), module)
-        self._inside += 1
+        self._running.append(module)
 
     def _end(
-        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
     ) -> None:
-        self._inside -= 1
-        (given, *_) = (*args, *kwargs.values())
-        self.calls.setdefault(module, []).append((given, output))
-        self._kept.append(output)
+        self._running.pop()
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         result = func(*args, **(kwargs or {}))
+        made = [leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor)]
+        if made:  # not where only a dtype or a device is asked for
+            self._see(func, args, kwargs or {}, result, made)
+        return result
+
+    def _see(
+        self, func: Any, args: tuple[Any, ...], kwargs: Any, result: Any, made: list[Tensor]
+    ) -> None:
+        """A call that made tensors."""
+        self._note_owners((args, kwargs), self._running)
+
+    def _note_owners(self, values: Any, running: Iterable[nn.Module | None]) -> None:
+        owners = {self._owners.get(id(leaf)) for leaf in tree_leaves(values)}
+        self.read_elsewhere.update(m for m in owners if m is not None and m not in running)
+
+
+class Readers(OutsideReads):
+    """Who reads each tensor: modules that are looked at, or a call outside of them (None).
+
+    Args:
+        modules: those that are looked at.
+        norms: norms for which only the call with their weight counts as the writer of a tensor.
+    """
+
+    def __init__(self, modules: Iterable[nn.Module], norms: Iterable[Any]) -> None:
+        super().__init__(modules)
+        self.calls: dict[nn.Module, list[tuple[Tensor, Tensor]]] = {}
+        self.read: dict[int, list[nn.Module | None]] = {}
+        self._kept: list[Any] = []  # so that no other tensor gets the same id
+        self._norms = {id(norm.weight): norm for norm in norms if norm.weight is not None}
+        self._owners |= {
+            id(p): norm for norm in self._norms.values() for p in norm.parameters(recurse=False)
+        }
+
+    def _begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if not self._running:
+            self._note((args, kwargs), module)
+        super()._begin(module, args, kwargs)
+
+    def _end(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
+    ) -> None:
+        super()._end(module, args, kwargs, output)
+        (given, *_) = (*args, *kwargs.values())
+        self.calls.setdefault(module, []).append((given, output))
+        self._kept.append(output)
+
+    def _see(
+        self, func: Any, args: tuple[Any, ...], kwargs: Any, result: Any, made: list[Tensor]
+    ) -> None:
         if func in _PASSING and result is args[0]:
-            return result
-        if not self._inside and any(isinstance(leaf, Tensor) for leaf in tree_leaves(result)):
+            return
+        norm = self._norms.get(id(kwargs.get("weight"))) if func in _NORM_CALLS else None
+        self._note_owners((args, kwargs), (*self._running, norm))
+        if not self._running:
             self._note((args, kwargs), None)
             self._kept.append(result)
-            if func in _NORM_CALLS and id(weight := (kwargs or {}).get("weight")) in self._norms:
-                norm = self._norms[id(weight)]
+            if norm is not None:
                 self.calls.setdefault(norm, []).append((args[0], result))
-                for own in norm.parameters(recurse=False):
-                    if known := self.read.get(id(own)):
-                        known.remove(None)
-        return result
 
     def note_output(self, output: Any) -> None:
         """What the model returns is read by the caller."""
@@ -127,10 +166,6 @@ class Readers(TorchFunctionMode):
         return next(
             (m for m, calls in self.calls.items() if any(y is tensor for _, y in calls)), None
         )
-
-    def is_read(self, tensor: Tensor) -> bool:
-        """Whether a parameter is read outside of the calls of the modules that are looked at."""
-        return bool(self.read.get(id(tensor)))
 
     def only_reader(self, tensor: Tensor) -> nn.Module | None:
         readers = self.read.get(id(tensor), [])

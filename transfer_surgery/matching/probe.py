@@ -9,11 +9,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_leaves
 
-from transfer_surgery._dataflow import norms_behind
-from transfer_surgery._running import hooked
+from transfer_surgery._dataflow import OutsideReads, norms_behind
 
 
 @dataclass(frozen=True)
@@ -49,54 +46,40 @@ def probe(
         layers: the layers among them whose weights and norms are in question.
         run: calls the model.
     """
-    watch = _Watch(model, layers)
+    watch = _Watch(model, modules)
     outputs: list[Any] = []
 
     def observed() -> None:
-        handles = [m.register_forward_pre_hook(watch.begin) for m in modules]
-        handles += [m.register_forward_hook(watch.end, always_call=True) for m in modules]
-        with hooked(*handles), watch:
+        with watch:
             outputs.append(run())
 
     norms = norms_behind(model, layers, observed)
-    return Probe(watch.calls, norms, frozenset(watch.read), watch.held, outputs[0])
+    read = watch.read_elsewhere.intersection(layers)
+    return Probe(watch.calls, norms, frozenset(read), watch.held, outputs[0])
 
 
-class _Watch(TorchFunctionMode):
-    def __init__(self, model: nn.Module, layers: Collection[nn.Module]) -> None:
-        super().__init__()
+class _Watch(OutsideReads):
+    def __init__(self, model: nn.Module, modules: Collection[nn.Module]) -> None:
+        super().__init__(modules)
         self.calls: dict[nn.Module, int] = {}
-        self.read: set[nn.Module] = set()
         self.held = 0
-        self._inside: list[nn.Module] = []
-        self._owner = {id(p): layer for layer in layers for p in layer.parameters(recurse=False)}
         self._own = {_address(p) for p in model.parameters() if type(p) is nn.Parameter}
         self._alive: weakref.WeakValueDictionary[int, Tensor] = weakref.WeakValueDictionary()
 
-    def begin(self, module: nn.Module, args: Any) -> None:
+    def _begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        super()._begin(module, args, kwargs)
         self.calls[module] = self.calls.get(module, 0) + 1
-        self._inside.append(module)
         storages = {_address(t): t.untyped_storage().nbytes() for t in self._alive.values()}
         held = sum(size for address, size in storages.items() if address not in self._own)
         self.held = max(self.held, held)
 
-    def end(self, module: nn.Module, args: Any, output: Any) -> None:
-        self._inside.pop()
-
-    def __torch_function__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
-    ) -> Any:
-        result = func(*args, **(kwargs or {}))
-        made = [leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor)]
+    def _see(
+        self, func: Any, args: tuple[Any, ...], kwargs: Any, result: Any, made: list[Tensor]
+    ) -> None:
+        super()._see(func, args, kwargs, result, made)
         for tensor in made:
             if type(tensor) is Tensor and tensor.layout is torch.strided:
                 self._alive[id(tensor)] = tensor
-        if made:  # not where only a dtype or a device is asked for
-            for leaf in tree_leaves((args, kwargs)):
-                owner = self._owner.get(id(leaf))
-                if owner is not None and owner not in self._inside:
-                    self.read.add(owner)
-        return result
 
 
 def _address(tensor: Tensor) -> int:

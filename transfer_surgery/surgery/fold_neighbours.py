@@ -80,7 +80,7 @@ def _why_not_site(
         return f"(called {calls} times)"
     if has_hooks(site) or has_hooks(site.activation):
         return "(the site has hooks)"
-    if site in shared or any(readers.is_read(p) for p in site.parameters(recurse=False)):
+    if site in shared or site in readers.read_elsewhere:
         return "(its numbers are shared)"
     return None
 
@@ -93,7 +93,7 @@ def _why_not_layer(
         return reason
     if len(readers.calls[layer]) > 1 or layer in shared:
         return "is shared"
-    if any(readers.is_read(p) for p in layer.parameters(recurse=False)):
+    if layer in readers.read_elsewhere:
         return "has parameters that are read elsewhere"
     return None if _along_channels(site, x, layer) else "has another axis"
 
