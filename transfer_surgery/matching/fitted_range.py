@@ -48,4 +48,4 @@ def share_outside(calls: Sequence[Tensor]) -> float:
             counted += piece.numel()
     found = torch.tensor([outside, counted], dtype=torch.float64, device=like.device)
     outside, counted = over_ranks([found])[0].tolist()
-    return outside / counted
+    return float(outside / counted)
