@@ -234,6 +234,25 @@ def test_a_second_reader_or_call_forbids_it(what, expected):
     assert (row.before, row.after) == expected
 
 
+@pytest.mark.parametrize(
+    ("target", "sign", "left"),
+    [
+        ("relu", 1, "b"),
+        ("leaky_relu", 1, "b"),
+        ("relu", -1, "a, b"),
+        ("relu6", 1, "a, b"),
+        ("hardswish", 1, "a, b"),
+    ],
+)
+def test_a_positive_amplitude_goes_in_front_of_a_relu_with_several_readers(target, sign, left):
+    x = torch.randn(64, 4, generator=torch.Generator().manual_seed(0))
+    network = Readers("output")
+    network.act = nn.SiLU()
+    model = matched(network, x, target)
+    model.act.a.data.abs_().mul_(sign)
+    assert folded(model, x) == [("one", "(several readers)", left)]
+
+
 def test_a_block_that_is_called_twice_stays():
     x = torch.randn(64, 4, generator=torch.Generator().manual_seed(0))
     block = Readers("nothing")

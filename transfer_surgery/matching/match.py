@@ -20,6 +20,7 @@ from transfer_surgery._sharding import check_not_sharded
 from transfer_surgery.matching.match_report import MatchReport, warn_of_poor_fits
 from transfer_surgery.matching.one_pass import OnePass
 from transfer_surgery.matching.progress import Shown
+from transfer_surgery.matching.target_families import Searched, family_of
 from transfer_surgery.matching.two_networks import TwoNetworks
 from transfer_surgery.units import GatedActivation, select_units
 
@@ -32,6 +33,7 @@ def match_targets(
     exclude: Any = None,
     weights: str | None = None,
     refit: bool = False,
+    offset: bool = True,
     max_bytes: int | None = None,
     logits: bool = False,
     progress: Shown = True,
@@ -65,6 +67,11 @@ def match_targets(
             The new weights suit the targets and not the sources: as long as gates are at the
             source, **the outputs are wrong, and swap_targets(model) has to be the next call**. The
             report says so. (Or swap first: a swapped network can be matched and refitted, too.)
+        offset: whether a target has an offset ``b``. False leaves it at 0 and freezes it, and makes
+            no amplitude negative. Then `fold_targets` turns a ReLU behind a layer into an
+            ``nn.ReLU`` without any number, also where zeros are padded or several layers read it.
+            int8 code needs that: an offset that stays costs it more time than ReLU saves. Use it
+            with ``refit=True``, where the layers behind make up for the missing offset.
         max_bytes: what the forward passes of both networks may hold while they wait for each other
             at a site; None: half of the memory that is free. Batches beyond it are run again for
             each site, so that their time grows with the square of the depth.
@@ -80,7 +87,8 @@ def match_targets(
 
     Raises:
         ValueError: the model is not converted, there are no batches or NaN in them, a pattern
-            matches nothing, or ``weights`` is unknown.
+            matches nothing, ``weights`` is unknown, or a target needs the offset that it
+            must not have.
         TypeError: the model is sharded by FSDP2. After any error the model is unchanged.
 
     Examples:
@@ -100,6 +108,8 @@ def match_targets(
         raise ValueError(f"max_bytes={max_bytes}: give a number of bytes, or None.")
     check_not_sharded(model)
     units = _without_kept(select_units(model, include, exclude))
+    if not offset:
+        _check_searched(units)
     # DDP would synchronise buffers at each forward pass, which ranks do in turns of their own.
     inner = model.module if isinstance(model, DistributedDataParallel) else model
     networks = TwoNetworks(inner, list(units.values()), as_batches(batches, inner))
@@ -111,6 +121,7 @@ def match_targets(
         max_bytes=max_bytes,
         logits=logits,
         progress=progress,
+        offset=offset,
     )
     before = {unit: _numbers(unit) for unit in units.values()}
     try:
@@ -120,6 +131,9 @@ def match_targets(
         for unit, numbers in before.items():
             _put_back(unit, numbers)
         raise
+    for unit in units.values():
+        if unit.fitted is not None:
+            unit.fitted.b.requires_grad_(offset and unit.fitted.a.requires_grad)
     reasons = {p: fit.refitted[m] for p, m in model.named_modules() if m in fit.refitted}
     paths = tuple(path for path, reason in reasons.items() if reason is None)
     left = {path: reason for path, reason in reasons.items() if reason is not None}
@@ -134,6 +148,16 @@ def match_targets(
     )
     warn_of_poor_fits(report, stacklevel=3)
     return report
+
+
+def _check_searched(units: dict[str, GatedActivation]) -> None:
+    """Raise ValueError where a target needs its offset."""
+    for path, unit in units.items():
+        if not isinstance(family_of(unit.target), Searched):
+            raise ValueError(
+                f"{path}: a fit of {unit.target} needs its offset. offset=False is for targets "
+                "such as relu and hardswish; leave other sites out by include= or exclude=."
+            )
 
 
 def _without_kept(units: dict[str, GatedActivation]) -> dict[str, GatedActivation]:

@@ -49,6 +49,7 @@ class OnePass:
         max_bytes: as in `match_targets`.
         logits: as in `match_targets`.
         progress: as in `match_targets`.
+        offset: as in `match_targets`.
         refitted: gets the layers behind a site, with the reason where one was left alone.
         held: bytes that the waiting forward passes held at most, by the look at the first batch.
         waited: number of batches whose forward passes waited.
@@ -61,6 +62,7 @@ class OnePass:
     max_bytes: int | None = None
     logits: bool = False
     progress: Shown = False
+    offset: bool = True
     refitted: dict[nn.Module, str | None] = field(default_factory=dict)
     held: int = 0
     waited: int = 0
@@ -126,7 +128,7 @@ class OnePass:
             for number, module in enumerate(samples.modules):
                 tell(number, paths[number])
                 if isinstance(module, GatedActivation):
-                    found = _fit_site(module, samples, both)
+                    found = _fit_site(module, samples, both, self.offset)
                     if found is None:  # the network that changes takes another way
                         both.passed(module)
                         yield _row(self.paths[module], module)
@@ -170,7 +172,9 @@ class SiteFit(NamedTuple):
     outside: float
 
 
-def _fit_site(unit: GatedActivation, samples: Samples, both: SideBySide) -> SiteFit | None:
+def _fit_site(
+    unit: GatedActivation, samples: Samples, both: SideBySide, offset: bool
+) -> SiteFit | None:
     """The least squares of one site; None where no batch comes to it."""
     inputs = Inputs()
     with failing_together():
@@ -182,7 +186,7 @@ def _fit_site(unit: GatedActivation, samples: Samples, both: SideBySide) -> Site
     if not pairs:
         return None
     inputs.add_over_ranks()
-    fit = TargetFit(family_of(unit.target), inputs, RIDGE)
+    fit = TargetFit(family_of(unit.target), inputs, RIDGE, offset)
     with failing_together():
         for pair in pairs:
             fit.add(*pair)

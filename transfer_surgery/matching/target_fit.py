@@ -19,6 +19,9 @@ _FAINT = 1 / 100
 """A group whose standard deviation is below this share of the mean over groups is treated as
 constant. In trained ResNets groups are either well above this or far below it."""
 
+_HELD = 1e15
+"""What holds the offset at 0, where there shall be none, as a share of the diagonal."""
+
 
 @dataclass
 class Inputs:
@@ -95,10 +98,12 @@ class TargetFit:
         family: how targets of this kind are fitted.
         inputs: statistics of the site's inputs, which standardise its batches.
         ridge: added to the diagonal as a share of it, except for the offset.
+        offset: False where the constant is to be 0 and the amplitude not negative; this is for the
+            family `Searched`.
     """
 
-    def __init__(self, family: Family, inputs: Inputs, ridge: float) -> None:
-        self.family, self.ridge = family, ridge
+    def __init__(self, family: Family, inputs: Inputs, ridge: float, offset: bool = True) -> None:
+        self.family, self.ridge, self.offset = family, ridge, offset
         self.mean, self.std = inputs.mean, inputs.std
         self.candidates = list(family.candidates(self.mean, self.std))
         self.equations = [NormalEquations() for _ in self.candidates]
@@ -153,7 +158,9 @@ class TargetFit:
         equations = self.equations[index]
         # A feature that is always 0, or a constant input, leaves no pivot: hence the 1e-9.
         pull = self.ridge * equations.diagonal() + 1e-9 * torch.as_tensor(self.count)[:, None]
-        pull[:, -1] = 0.0
+        pull[:, -1] = 0.0 if self.offset else _HELD * torch.as_tensor(self.count)
         solution = equations.solve(pull)
+        if not self.offset:  # the amplitude, without a sign that no layer before could take
+            solution = torch.stack([solution[:, 0].clamp_min(0.0), 0 * solution[:, 1]], 1)
         residual = (squares - equations.explained(solution)[:, 0]).clamp_min(0.0)
         return self.family.parameters(solution[..., 0], self.candidates[index]), residual

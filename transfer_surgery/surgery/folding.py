@@ -2,6 +2,7 @@
 
 ``a * f(w*x + c) + b`` behind a layer with weight ``W`` and bias ``d`` is ``a * f(x) + b`` behind
 one with ``w*W`` and ``w*d + c``; a layer that reads it can take ``a`` and, without padding, ``b``.
+Where none reads it alone, a positive ``a`` of a ReLU goes into the layer before, too.
 """
 
 from __future__ import annotations
@@ -34,11 +35,13 @@ def fold_targets(model: nn.Module, example_input: Any) -> FoldReport:
     One run shows which layer writes a site's input and which one reads its output. Where nothing
     else reads the tensor between, ``w`` and ``c`` go into a linear layer, a convolution or the
     weights of a norm layer before, ``a`` and ``b`` into a linear layer or a convolution behind
-    (``b`` not where zeros are padded). Parameters stay the same objects with new values, so that
-    an optimizer made before goes on training them; a layer without a bias gets one if it needs it.
-    What cannot take a number is left alone, and the report says why: a parameter that is shared,
-    read elsewhere, frozen, quantized, computed or hooked. The outputs in evaluation mode are the
-    same to rounding; where they would not be, a site keeps its numbers.
+    (``b`` not where zeros are padded). Where no layer behind can take it, a positive ``a`` goes
+    into the layer before if ``a * f(x)`` is ``f(a * x)``, as for ReLU. Parameters stay the same
+    objects with new values, so that an optimizer made before goes on training them; a layer without
+    a bias gets one if it needs it. What cannot take a number is left alone, and the report says
+    why: a parameter that is shared, read elsewhere, frozen, quantized, computed or hooked. The
+    outputs in evaluation mode are the same to rounding; where they would not be, a site keeps its
+    numbers.
 
     Args:
         model: a model after `transfer_surgery.bake`.
@@ -168,6 +171,9 @@ def _fold(changes: _Changes, path: str, site: FittedActivation, near: Neighbours
     # After an earlier fold some of the numbers are gone: what is left may not fit in either.
     if near.before is not None and site.w is not None and site.c is not None:
         layer, w, c = near.before, _wide(site.w), _wide(site.c)
+        if near.after is None and _can_go_in_front(site):
+            w, c = w * _wide(site.a), c * _wide(site.a)
+            changes.write(site, "a", None)
         if _write_bias(changes, layer, w, c):
             added.append(f"{near.before_name}.bias")
         ones = [1] * (layer.weight.dim() - 1)
@@ -177,7 +183,26 @@ def _fold(changes: _Changes, path: str, site: FittedActivation, near: Neighbours
     can_move = near.after is not None and site.a is not None and site.b is not None
     if can_move and _fold_behind(changes, site, near.after):
         added.append(f"{near.after_name}.bias")
+    _drop_neutral(changes, site)
     return FoldRow(path, near.before_name, near.after_name, _left(site), ", ".join(added))
+
+
+def _drop_neutral(changes: _Changes, site: FittedActivation) -> None:
+    """Take away amplitudes that are all 1 and offsets that are all 0."""
+    for name, value in (("a", 1.0), ("b", 0.0)):
+        parameter = getattr(site, name)
+        if parameter is not None and bool((parameter == value).all()):
+            changes.write(site, name, None)
+
+
+def _can_go_in_front(site: FittedActivation) -> bool:
+    """Whether ``a * f(x)`` is ``f(a * x)``, as for ReLU and amplitudes that are not negative."""
+    if site.a is None or not bool((site.a >= 0).all()):
+        return False
+    x = torch.tensor([-1e3, -3.0, -1.0, -0.1, 0.0, 0.1, 1.0, 3.0, 1e3]).to(site.a)
+    y = site.activation(x.clone())
+    # Powers of two are exact in every dtype.
+    return all(torch.equal(site.activation(k * x), k * y) for k in (0.25, 2.0, 8.0))
 
 
 def _left(site: FittedActivation) -> str:
