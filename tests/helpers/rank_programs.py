@@ -19,7 +19,8 @@ from torch.distributed.checkpoint.state_dict import (
     get_state_dict,
     set_state_dict,
 )
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import FullyShardedDataParallel, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp.wrap import always_wrap_policy
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import SGD, AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
@@ -34,6 +35,7 @@ from transfer_surgery import (
     revert,
     save_gates,
     structural_risk,
+    swap_targets,
     wrap_optimizer,
 )
 from transfer_surgery.units import gated_activations
@@ -95,6 +97,14 @@ def network() -> nn.Sequential:
     for _, unit in gated_activations(model):
         nn.init.normal_(unit.log_alpha)
     return model
+
+
+def fitted_network(baked: bool) -> nn.Module:
+    """The network with fitted targets, its gates mixed or, baked, all of them at the target."""
+    model = network()
+    generator = torch.Generator().manual_seed(7)
+    match_targets(model, [torch.randn(BATCH, 6, generator=generator)])
+    return bake(swap_targets(model)) if baked else model
 
 
 def loss(model: nn.Module, step: int, rows: slice = slice(None)) -> Tensor:
@@ -165,6 +175,30 @@ def fsdp(optimizer: str, how: str) -> Result:
         "gradient": gradient.full_tensor(),
         "shards": shards,
     }
+
+
+def flattened(baked: bool) -> Result:
+    """One step of FSDP 1, which frees a module's parameters but for the time of its own call."""
+    model: nn.Module = fitted_network(baked)
+    model = FullyShardedDataParallel(
+        model, auto_wrap_policy=always_wrap_policy, device_id=torch.device("cpu")
+    )
+    opt = SGD(model.parameters(), lr=0.1)
+    size = BATCH // RANKS
+    loss(model, 0, slice(dist.get_rank() * size, (dist.get_rank() + 1) * size)).backward()
+    opt.step()
+    with FullyShardedDataParallel.summon_full_params(model):
+        state = {
+            name.replace("_fsdp_wrapped_module.", ""): p.detach().clone()
+            for name, p in model.named_parameters()
+        }
+    refused = ""
+    if not baked:
+        try:
+            wrap_optimizer(opt, model, gamma=GAMMA)
+        except ValueError as error:
+            refused = str(error)
+    return {"state": state, "refused": refused}
 
 
 def in_turn(calls: dict[Any, tuple[Any, ...]]) -> Result:

@@ -8,7 +8,7 @@ import torch
 import torch.distributed.checkpoint as dcp
 from torch import nn
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
-from torch.optim import Optimizer
+from torch.optim import SGD, Optimizer
 
 from tests.helpers import rank_programs as ranks
 from tests.helpers.rank_programs import GAMMA, OPTIMIZERS, SETTINGS, STEPS, on_ranks
@@ -66,6 +66,8 @@ def results(folder: Path) -> list[ranks.Result]:
     for kind, program in zip(KINDS, (ranks.ddp, ranks.fsdp), strict=True):
         programs |= {(kind, *case): (program, *case) for case in CASES}
         programs[kind, "nan"] = (ranks.not_finite, kind)
+    for baked in (False, True):
+        programs["fsdp 1", baked] = (ranks.flattened, baked)
     for case in RESUMED:
         programs["resumed", *case] = (ranks.checkpoint, *case, folder / case[0])
     return on_ranks(ranks.in_turn, folder, programs)
@@ -92,6 +94,21 @@ def test_two_ranks_that_accumulate_equal_one_process_with_the_whole_batch(
         gradient = torch.autograd.grad(risk, [reference[4].log_alpha])[0]
         torch.testing.assert_close(first["risk"], risk.detach(), rtol=1e-4, atol=1e-4)
         torch.testing.assert_close(second["gradient"], gradient, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("baked", [False, True])
+def test_a_step_under_fsdp_1_is_that_of_one_process(
+    results: list[ranks.Result], baked: bool
+) -> None:
+    first, second = (result["fsdp 1", baked] for result in results)
+    model = ranks.fitted_network(baked)
+    opt = SGD(model.parameters(), lr=0.1)
+    ranks.loss(model, 0).backward()
+    opt.step()
+    torch.testing.assert_close(first["state"], second["state"], rtol=0, atol=0)
+    expected = {name: p.detach() for name, p in model.named_parameters()}
+    torch.testing.assert_close(first["state"], expected, rtol=1e-4, atol=1e-6)
+    assert ("FSDP 1 and ZeRO-3 flatten parameters" in first["refused"]) is not baked
 
 
 def test_ranks_that_start_with_other_gates_agree_under_ddp(results: list[ranks.Result]) -> None:
