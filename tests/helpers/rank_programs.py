@@ -103,7 +103,7 @@ def fitted_network(baked: bool) -> nn.Module:
     """The network with fitted targets, its gates mixed or, baked, all of them at the target."""
     model = network()
     generator = torch.Generator().manual_seed(7)
-    match_targets(model, [torch.randn(BATCH, 6, generator=generator)])
+    match_targets(model, [torch.randn(256, 6, generator=generator)])
     return bake(swap_targets(model)) if baked else model
 
 

@@ -56,7 +56,9 @@ class TargetParameters(Float32Module):
     def forward(self, x: Tensor) -> Numbers:
         """The same; a call, so that hooks of the module see its parameters."""
         check_no_sample_gradients(self.a)
-        return self.expand(x)
+        # Copies: FSDP 1 frees the memory of a module's parameters when its call has ended.
+        a, w, c, b = (number.clone() for number in self.expand(x))
+        return a, w, c, b
 
     def extra_repr(self) -> str:
         return _formula(self)

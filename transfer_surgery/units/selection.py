@@ -45,12 +45,19 @@ def check_gates_not_flattened(units: Mapping[str, GatedActivation]) -> None:
         ValueError: the gates of a unit were flattened or cut.
     """
     for path, unit in units.items():
-        if unit.gate.learned and unit.log_alpha.shape != unit.gate.shape:
-            raise ValueError(
-                f"{path}: log_alpha has the shape {tuple(unit.log_alpha.shape)} instead of "
-                f"{unit.gate.shape}. FSDP 1 and ZeRO-3 flatten parameters; use fully_shard "
-                "(FSDP2) or DDP, and convert before."
-            )
+        if not unit.gate.learned:
+            continue
+        if "log_alpha" not in unit.gate._parameters:
+            found = "is no parameter of its own any more"
+        elif unit.log_alpha.shape != unit.gate.shape:
+            shape = tuple(unit.log_alpha.shape)
+            found = f"has the shape {shape} instead of {unit.gate.shape}"
+        else:
+            continue
+        raise ValueError(
+            f"{path}: log_alpha {found}. FSDP 1 and ZeRO-3 flatten parameters; use fully_shard "
+            "(FSDP2) or DDP, and convert before."
+        )
 
 
 def stage_of(path: str, unit: GatedActivation) -> str:
