@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -36,7 +37,7 @@ class Recipe:
         keys = ("weights", "transfer", "noise", "order", "lesson", "opt")
         parts += [getattr(self, k) for k in keys if getattr(self, k) != getattr(default, k)]
         if self.target != default.target:
-            parts.insert(1, self.target)
+            parts.insert(1, re.sub(r"\W+", "-", self.target).strip("-"))
         if self.keep:
             parts.append(f"keep{self.keep}")
         if self.images != default.images:

@@ -11,6 +11,7 @@ from transfer_surgery.files import (
     save_baked,
     save_gates,
     save_model,
+    save_polynomials,
 )
 from transfer_surgery.matching import (
     DistillWarning,
@@ -86,6 +87,7 @@ __all__ = [
     "save_baked",
     "save_gates",
     "save_model",
+    "save_polynomials",
     "sensitivity",
     "structural_risk",
     "swap_targets",

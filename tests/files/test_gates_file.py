@@ -159,7 +159,8 @@ def test_sites_that_were_not_converted_are_left_alone(file):
     "target",
     [
         "snake(a=0.1)",
-        "polynomial(a=1e-07, b=-3, c=0.30000000000000004)",
+        "hardtanh(min_val=-3, max_val=0.30000000000000004)",
+        "polynomial(degree=4)",
         "clamp(min=-1e999, max=2.5)",
         "bump(width=0.7, mode='a (b) \\'c\\'', limits=(1, -2), top=3)",
         "silu(variant='x * sigmoid(x)')",

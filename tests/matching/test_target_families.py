@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -11,6 +12,7 @@ from hypothesis import strategies as st
 from transfer_surgery import get_activation
 from transfer_surgery.matching.target_families import Sinusoid, family_of
 from transfer_surgery.matching.target_fit import Inputs, TargetFit
+from transfer_surgery.units import fitted_value
 
 GRID = (0.4, 0.6, 0.8, 1.0, 1.3)
 
@@ -27,8 +29,8 @@ def fit(target: str, x, y, *, parts: int = 1, ridge: float = 0.0):
     for a, b in zip(x.chunk(parts, 1), y.chunk(parts, 1), strict=True):
         equations.add(a, b)
     solution = equations.solve()
-    a, w, c, b = (p[:, None] for p in solution.parameters)
-    return solution, a * get_activation(target)(w * x.double() + c) + b
+    numbers = tuple(p[:, None] for p in solution.parameters)
+    return solution, fitted_value(x.double(), get_activation(target), numbers)
 
 
 @given(
@@ -74,12 +76,47 @@ def test_relu_of_normal_input_is_explained_as_the_design_says():
     assert 1 - (solution.residual / solution.total).item() == pytest.approx(0.97, abs=0.01)
 
 
-@pytest.mark.parametrize("target", ["square", "polynomial(a=0.5, b=-1.0, c=3.0)"])
+@pytest.mark.parametrize("target", ["square", "polynomial"])
 def test_a_parabola_is_found_in_closed_form(target):
     x = torch.randn(2, 300, dtype=torch.float64) * 5 + 2
     y = torch.tensor([[2.0], [-0.1]]) * x**2 + torch.tensor([[-3.0], [1.0]]) * x + 7
     _, predicted = fit(target, x, y)
     torch.testing.assert_close(predicted, y, rtol=1e-5, atol=1e-3)
+
+
+@given(
+    coefficients=st.integers(2, 8).flatmap(
+        lambda d: st.lists(st.floats(-3, 3), min_size=d + 1, max_size=d + 1)
+    ),
+    scale=st.floats(0.01, 100),
+    shift=st.floats(-3, 3),
+    tails=st.sampled_from([1, 3]),
+)
+def test_a_polynomial_is_found_and_its_argument_is_between_minus_1_and_1(
+    coefficients, scale, shift, tails
+):
+    u = torch.randn(1, 400, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    x = scale * (u**tails + shift)
+    y = torch.from_numpy(np.polynomial.polynomial.polyval((x / scale).numpy(), coefficients))
+    solution, predicted = fit(f"polynomial(degree={len(coefficients) - 1})", x, y)
+    torch.testing.assert_close(predicted, y, rtol=1e-6, atol=1e-6 * float(y.abs().max()) + 1e-9)
+    _, w, c, _, *k = solution.parameters
+    assert (w * x + c).aminmax() == (pytest.approx(-1), pytest.approx(1))
+    assert torch.stack(k).norm().item() == pytest.approx(1) or float(y.std()) == 0
+
+
+def test_a_polynomial_fit_is_that_of_independent_least_squares():
+    scale = (0.1, 1.0, 20.0)
+    x = torch.randn(3, 2000, dtype=torch.float64) ** 3 * torch.tensor(scale)[:, None] + 0.3
+    y = x.relu()
+    solution, predicted = fit("polynomial(degree=4)", x, y, parts=3)
+    for group in range(3):
+        found = np.polynomial.Polynomial.fit(x[group].numpy(), y[group].numpy(), 4)
+        expected = torch.from_numpy(found(x[group].numpy()))
+        torch.testing.assert_close(predicted[group], expected, rtol=1e-5, atol=1e-5 * scale[group])
+    torch.testing.assert_close(
+        solution.residual, (predicted - y).square().sum(1), rtol=1e-6, atol=0
+    )
 
 
 def test_other_targets_are_searched_from_the_target_as_it_is():
@@ -90,14 +127,14 @@ def test_other_targets_are_searched_from_the_target_as_it_is():
     assert solution.residual.item() < (F.hardswish(x) - F.silu(x)).square().sum().item()
 
 
-@pytest.mark.parametrize("target", ["sin", "square", "snake", "relu"])
+@pytest.mark.parametrize("target", ["sin", "square", "snake", "relu", "polynomial(degree=4)"])
 def test_dead_and_constant_channels_are_met_exactly(target):
     x = torch.stack([-torch.rand(200) - 1, torch.full((200,), 2.0), torch.zeros(200)]).double()
     _, predicted = fit(target, x, x.relu(), ridge=1e-4)
     torch.testing.assert_close(predicted, x.relu(), rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("target", ["sin", "square", "snake"])
+@pytest.mark.parametrize("target", ["sin", "square", "snake", "polynomial(degree=4)"])
 @pytest.mark.parametrize("varying", [1.0, 0.1])
 def test_a_channel_that_hardly_varies_gets_a_frequency_as_the_others(target, varying):
     x = torch.randn(32, 500, dtype=torch.float64)

@@ -58,6 +58,52 @@ def test_value_and_gradients_are_those_of_the_formula(name):
     assert torch.autograd.gradgradcheck(lambda x, *p: fitted_value(x, f, p), inputs)
 
 
+@pytest.mark.parametrize("degree", [2, 5])
+def test_value_and_gradients_of_a_polynomial_are_those_of_its_coefficients(degree):
+    f = get_activation("polynomial", degree=degree)
+    shapes = [(4, 3, 5), *[(1, 3, 1)] * 4, *[(3, 1)] * degree]
+    inputs = [torch.randn(s, dtype=torch.float64, requires_grad=True) for s in shapes]
+    x, a, w, c, b, *k = inputs
+    v = w * x + c
+    expected = a * sum(one * v**power for power, one in enumerate(k, 1)) + b
+    torch.testing.assert_close(fitted_value(x, f, (a, w, c, b, *k)), expected)
+    assert torch.autograd.gradcheck(lambda x, *p: fitted_value(x, f, p), inputs)
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit:FutureWarning")
+@pytest.mark.parametrize("granularity", ["layer", "channel", "neuron"])
+def test_a_polynomial_starts_as_it_is_and_keeps_its_coefficients_wherever_it_goes(
+    granularity, tmp_path
+):
+    model = network(granularity, target="polynomial(degree=3)").eval()
+    swap_targets(model)
+    plain = model(X)
+    for _, unit in gated_activations(model):
+        unit.add_fitted_target()
+    torch.testing.assert_close(model(X), plain)
+    generator = torch.Generator().manual_seed(3)
+    for _, unit in gated_activations(model):
+        for parameter in unit.fitted.parameters():
+            parameter.data += 0.1 * torch.randn(parameter.shape, generator=generator)
+    expected = model(X)
+    save_gates(model, tmp_path / "gates.safetensors")
+    again = base().eval()
+    load_gates(again, tmp_path / "gates.safetensors", example_input=X)
+    assert torch.equal(again(X), expected)
+    again = network(granularity, target="polynomial(degree=3)").eval()
+    again.load_state_dict(model.state_dict())
+    assert torch.equal(again(X), expected)
+    baked = bake(model)
+    assert torch.equal(baked(X), expected)
+    for made in (
+        torch.fx.symbolic_trace(baked),
+        torch.jit.script(baked),
+        copy.deepcopy(baked),
+        torch.export.export(baked, (X,)).module(),
+    ):
+        torch.testing.assert_close(made(X), expected)
+
+
 def test_the_argument_of_the_sine_is_computed_in_float32():
     x = torch.full((4,), 100.0, dtype=torch.bfloat16)
     w = torch.tensor([1.0001, 1.003, 1.01, 1.1])

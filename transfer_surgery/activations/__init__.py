@@ -7,6 +7,7 @@ from transfer_surgery.activations.formulas import register_formula
 from transfer_surgery.activations.modules import ActivationModule, activation_module
 from transfer_surgery.activations.operations import may_be_activation, overwrites
 from transfer_surgery.activations.operators import name_of, tags_of
+from transfer_surgery.activations.polynomial import degree_of, horner, start_coefficients
 from transfer_surgery.activations.registry import (
     Activation,
     get_activation,
@@ -25,9 +26,11 @@ __all__ = [
     "Tracker",
     "activation_module",
     "argument_names",
+    "degree_of",
     "formula_of",
     "get_activation",
     "get_target",
+    "horner",
     "may_be_activation",
     "name_of",
     "overwrites",
@@ -36,5 +39,6 @@ __all__ = [
     "register_formula",
     "registered_activations",
     "registered_name",
+    "start_coefficients",
     "tags_of",
 ]

@@ -178,9 +178,3 @@ def _identity(x: Tensor) -> Tensor:
 @register_activation("square")
 def _square(x: Tensor) -> Tensor:
     return x * x
-
-
-@register_activation("polynomial")
-def _polynomial(x: Tensor, a: float = 0.25, b: float = 0.5, c: float = 0.0) -> Tensor:
-    """``a*x**2 + b*x + c``; the defaults meet ReLU at -2, 0 and 2."""
-    return (a * x + b) * x + c

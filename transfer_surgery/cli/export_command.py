@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -41,7 +41,7 @@ def export(
 
     transfer-surgery export baked.safetensors --format torch-export -o model.pt2
     """
-    write = {"onnx": export_onnx, "torch-export": export_program}[form]
+    write: Any = {"onnx": export_onnx, "torch-export": export_program}[form]
     with run_errors():
         spec, network = load_network(model)
         if any(isinstance(module, GatedActivation) for module in network.modules()):

@@ -5,6 +5,7 @@ from transfer_surgery.files.export import export_onnx, export_program
 from transfer_surgery.files.gates_file import load_gates, read_gates, save_gates
 from transfer_surgery.files.model_file import load_model, load_weights, save_model
 from transfer_surgery.files.model_spec import ModelSpec, UnknownModelError
+from transfer_surgery.files.polynomials_file import save_polynomials
 from transfer_surgery.files.replacing import check_is_file, replace_file
 from transfer_surgery.files.safetensors_file import read_tensors
 
@@ -25,4 +26,5 @@ __all__ = [
     "save_baked",
     "save_gates",
     "save_model",
+    "save_polynomials",
 ]

@@ -17,7 +17,7 @@ from transfer_surgery._sharding import check_not_sharded
 from transfer_surgery.files.gates_file import insert_modules, plan_for, state_key
 from transfer_surgery.files.model_file import build_model, load_weights, make_model, spec_in
 from transfer_surgery.files.model_spec import ModelSpec
-from transfer_surgery.files.safetensors_file import is_below, read, write
+from transfer_surgery.files.safetensors_file import read, write
 from transfer_surgery.files.unit_config import (
     Config,
     build_unit,
@@ -30,6 +30,7 @@ from transfer_surgery.sites import Site
 from transfer_surgery.surgery import (
     FoldReport,
     bake,
+    drop_folded_sites,
     final_gates,
     fold_targets,
     outcome_of,
@@ -161,7 +162,7 @@ def _build_baked(
     model = make_model(file, spec)
     plan = plan_for(model, file, sites, spec.example_input(model))
     plain = {
-        path: _plain(file, path, config, plan[path], outcomes[path], tensors)
+        path: _plain(file, path, config, plan[path], outcomes[path])
         for path, config in sites.items()
         if outcomes[path] != "source"  # there the network's own code stays
     }
@@ -172,23 +173,15 @@ def _build_baked(
                 raise ValueError(f"{file}: {state_key(path, name)} has values outside 0 to 1.")
     insert_modules(model, plan, plain)
     _drop_folded(model, tensors)
+    drop_folded_sites(model)
     load_weights(model, tensors, file)
     return model
 
 
-def _plain(
-    file: Path,
-    path: str,
-    config: Config,
-    site: Site,
-    outcome: Any,
-    tensors: Mapping[str, Tensor],
-) -> nn.Module:
+def _plain(file: Path, path: str, config: Config, site: Site, outcome: Any) -> nn.Module:
     """The module at a site, before its values are loaded."""
     if outcome not in ("target", "mixed"):
         raise ValueError(f"{file}: the site {path!r} has the outcome {outcome!r}.")
-    if not any(is_below(key, {path: None}) for key in tensors):  # all its numbers were folded
-        config = config | {"fitted": False}
     unit = build_unit(file, path, config, site)
     z = torch.full(unit.gate.shape, 0.0 if outcome == "target" else 0.5)
     return plain_module(unit, z)

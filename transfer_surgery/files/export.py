@@ -18,6 +18,7 @@ from torch.utils import _pytree as pytree
 
 from transfer_surgery._arguments import check_arguments
 from transfer_surgery._running import prediction_mode, to_device_of
+from transfer_surgery.files.polynomial_graph import check_polynomial
 from transfer_surgery.files.replacing import check_replaceable, replace_file
 from transfer_surgery.sites import example_arguments, fake_arguments
 from transfer_surgery.surgery import check_no_gates
@@ -71,7 +72,11 @@ def export_program(
 
 
 def export_onnx(
-    model: nn.Module, example_input: Any, path: str | os.PathLike[str]
+    model: nn.Module,
+    example_input: Any,
+    path: str | os.PathLike[str],
+    *,
+    polynomial: bool = False,
 ) -> torch.onnx.ONNXProgram:
     """Write a baked network as ONNX, which onnxruntime and other programs run.
 
@@ -83,6 +88,8 @@ def export_onnx(
         example_input: as for `export_program`.
         path: the output file, usually ``.onnx``; folders on the way to it are made. A file that is
             there is replaced only if it is empty or an ONNX file of torch.
+        polynomial: refuse a network with nodes that are no polynomials of its input, before
+            anything is written. What is left is sums and products, as for encrypted computing.
 
     Returns:
         The program that was written.
@@ -90,7 +97,7 @@ def export_onnx(
     Raises:
         ImportError: onnx or onnxscript is not installed.
         ValueError: the model still has gates, no tensor in `example_input` has an axis of examples,
-            or the file exists and is something else.
+            the file exists and is something else, or a node is no polynomial.
         RuntimeError: torch cannot export the model, or the model fixes the batch size.
     """
     check_arguments(export_onnx, locals())
@@ -111,6 +118,8 @@ def export_onnx(
         warnings.filterwarnings("ignore", message=".*shares the same shape constraints")
         program = torch.onnx.export(traced, dynamic_shapes=names, dynamo=True, verbose=False)
     assert program is not None
+    if polynomial:
+        check_polynomial(program.model.graph)
     replace_file(path, program.save)
     return program
 

@@ -196,8 +196,11 @@ def _fit_site(
 
 def _write(unit: GatedActivation, solution: Solution) -> None:
     target = unit.add_fitted_target()
-    for name, values in zip(("a", "w", "c", "b"), solution.parameters, strict=True):
-        parameter = getattr(target, name)
+    a, w, c, b, *k = solution.parameters
+    numbers = [(target.a, a), (target.w, w), (target.c, c), (target.b, b)]
+    if target.k is not None:
+        numbers.append((target.k, torch.stack(k)))
+    for parameter, values in numbers:
         parameter.data = values.to(parameter).reshape(parameter.shape)
 
 
@@ -229,7 +232,7 @@ def _row(
     solution, inputs, outside = found
     total = solution.total.sum()
     explained = 1 - solution.residual.sum() / total if total > 0 else torch.ones(())
-    _, w, _, _ = solution.parameters
+    w = solution.parameters[1]
     periods = (w.abs() * inputs.span * inputs.std / (2 * torch.pi)).median()
     lowest, highest = torch.as_tensor(inputs.lowest).min(), torch.as_tensor(inputs.highest).max()
     return MatchRow(

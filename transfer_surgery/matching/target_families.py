@@ -10,12 +10,15 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import product
-from typing import ClassVar, NamedTuple, Protocol
+from typing import TYPE_CHECKING, ClassVar, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
-from transfer_surgery.activations import Activation
+from transfer_surgery.activations import Activation, degree_of
+
+if TYPE_CHECKING:
+    from transfer_surgery.matching.target_fit import Inputs
 
 FREQUENCIES = (0.2, 0.3, 0.4, 0.5, 0.6, 0.8, 1.0, 1.3)
 """Frequencies of sinusoids to try: ``w`` times the standard deviation of the input."""
@@ -36,16 +39,14 @@ class Family(Protocol):
 
     periodic: ClassVar[bool]
 
-    def candidates(self, mean: Tensor, std: Tensor) -> Iterator[Candidate]:
-        """What to try."""
+    def candidates(self, inputs: Inputs) -> Iterator[Candidate]:
+        """What to try, for inputs with these statistics."""
 
     def features(self, u: Tensor, candidate: Candidate) -> list[Tensor]:
         """The functions of ``u``, of its shape ``(groups, N)``, to be combined; the last is 1."""
 
-    def parameters(
-        self, solution: Tensor, candidate: Candidate
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """``(a, w, c, b)`` for standardised input, from coefficients ``(groups, features)``."""
+    def parameters(self, solution: Tensor, candidate: Candidate) -> tuple[Tensor, ...]:
+        """``(a, w, c, b, *k)`` for standardised input, from coefficients ``(groups, features)``."""
 
 
 def family_of(target: Activation) -> Family:
@@ -54,15 +55,14 @@ def family_of(target: Activation) -> Family:
     Examples:
         >>> from transfer_surgery import get_activation
         >>> family_of(get_activation("square"))
-        Quadratic(a=1.0, b=0.0, c=0.0)
+        Square()
     """
-    keywords = dict(target.parameters)
     if target.name in ("sin", "cos"):
         return Sinusoid(phase=0.0 if target.name == "sin" else -math.pi / 2)
     if target.name == "square":
-        return Quadratic(1.0, 0.0, 0.0)
-    if target.name == "polynomial" and keywords["a"] != 0:
-        return Quadratic(keywords["a"], keywords["b"], keywords["c"])
+        return Square()
+    if degree := degree_of(target):
+        return Polynomial(degree)
     return Searched(target)
 
 
@@ -75,7 +75,8 @@ class Sinusoid:
     phase: float
     frequencies: tuple[float, ...] = FREQUENCIES
 
-    def candidates(self, mean: Tensor, std: Tensor) -> Iterator[Candidate]:
+    def candidates(self, inputs: Inputs) -> Iterator[Candidate]:
+        std = inputs.std
         for frequency in self.frequencies:
             yield Candidate(torch.full_like(std, frequency), torch.zeros_like(std))
 
@@ -83,49 +84,80 @@ class Sinusoid:
         argument = candidate.w[:, None] * u
         return [argument.sin(), argument.cos(), torch.ones_like(u)]
 
-    def parameters(
-        self, solution: Tensor, candidate: Candidate
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def parameters(self, solution: Tensor, candidate: Candidate) -> tuple[Tensor, ...]:
         p, q, b = solution.unbind(1)
         return torch.hypot(p, q), candidate.w, torch.atan2(q, p) + self.phase, b
 
 
 @dataclass(frozen=True)
-class Quadratic:
-    """Any parabola, written as ``A * f(u + C) + B`` with ``f(v) = a*v**2 + b*v + c``."""
+class Square:
+    """Any parabola, written by its vertex as ``A * (u + C)**2 + B``."""
 
     periodic: ClassVar[bool] = False
 
-    a: float
-    b: float
-    c: float
-
-    def candidates(self, mean: Tensor, std: Tensor) -> Iterator[Candidate]:
-        yield Candidate(torch.ones_like(std), torch.zeros_like(std))
+    def candidates(self, inputs: Inputs) -> Iterator[Candidate]:
+        yield Candidate(torch.ones_like(inputs.std), torch.zeros_like(inputs.std))
 
     def features(self, u: Tensor, candidate: Candidate) -> list[Tensor]:
         return [u * u, u, torch.ones_like(u)]
 
-    def parameters(
-        self, solution: Tensor, candidate: Candidate
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def parameters(self, solution: Tensor, candidate: Candidate) -> tuple[Tensor, ...]:
         second, first, zeroth = solution.unbind(1)
-        # The vertex of a flat parabola is far away. Written by its vertex, the gradient of its
-        # amplitude would be the square of that distance, and training would break. So a flat one is
-        # written as a wide parabola near a fixed point where `f` has a slope, and a straight line
-        # is bent a little, for the sake of float32.
-        start = 0.0 if self.b else 1.0
-        slope = 2 * self.a * start + self.b
+        # The vertex of a flat parabola is far away, and the gradient of its amplitude would be the
+        # square of that distance: training would break. So a flat one is written as a wide parabola
+        # at a distance of 1, and a straight line is bent a little, for the sake of float32.
         flat = second.abs() < first.abs()
         least = _LEAST_BEND * first.abs()
         bent = torch.where(second.abs() < least, torch.where(second < 0, -least, least), second)
-        width = torch.where(flat, bent * slope / (self.a * torch.where(flat, first, 1.0)), 1.0)
-        wide = torch.where(flat, first / (slope * width), 1.0)
-        high = torch.where(second.abs() < 1e-12, 1e-12, second) / self.a
-        shift = torch.where(flat, start, (first / high - self.b) / (2 * self.a))
+        width = torch.where(flat, bent * 2 / torch.where(flat, first, 1.0), 1.0)
+        wide = torch.where(flat, first / (2 * width), 1.0)
+        high = torch.where(second.abs() < 1e-12, 1e-12, second)
+        shift = torch.where(flat, 1.0, first / high / 2)
         amplitude = torch.where(flat, wide, high)
-        offset = zeroth - amplitude * ((self.a * shift + self.b) * shift + self.c)
-        return amplitude, candidate.w * width, shift, offset
+        return amplitude, candidate.w * width, shift, zeroth - amplitude * shift**2
+
+
+@dataclass(frozen=True)
+class Polynomial:
+    """Any polynomial, of an argument that is between -1 and 1 for the inputs of the fit.
+
+    The features are Hermite polynomials, which are orthogonal if the input has a normal
+    distribution, so that the least squares are well conditioned for most inputs.
+    """
+
+    periodic: ClassVar[bool] = False
+
+    degree: int
+
+    def candidates(self, inputs: Inputs) -> Iterator[Candidate]:
+        low, high = inputs.ends
+        w = 2 / (high - low).clamp_min(2.0)  # at least a deviation to each side
+        yield Candidate(w, -w * (high + low) / 2)
+
+    def features(self, u: Tensor, candidate: Candidate) -> list[Tensor]:
+        hermite = [torch.ones_like(u), u]
+        for n in range(1, self.degree):
+            hermite.append((u * hermite[n] - n**0.5 * hermite[n - 1]) / (n + 1) ** 0.5)
+        return hermite[::-1]
+
+    def parameters(self, solution: Tensor, candidate: Candidate) -> tuple[Tensor, ...]:
+        # The same polynomials, as coefficients of powers of v, where u = (v - c) / w.
+        one = torch.zeros_like(solution)
+        one[:, 0] = 1.0
+        hermite = [one, _times_u(one, candidate)]
+        for n in range(1, self.degree):
+            following = _times_u(hermite[n], candidate) - n**0.5 * hermite[n - 1]
+            hermite.append(following / (n + 1) ** 0.5)
+        b, *k = (torch.stack(hermite[::-1], 1) * solution[..., None]).sum(1).unbind(1)
+        a = torch.stack(k).norm(dim=0)
+        shape = [torch.where(a > 0, part / a, 0.0) for part in k]
+        return a, candidate.w, candidate.c, b, *shape
+
+
+def _times_u(powers: Tensor, candidate: Candidate) -> Tensor:
+    """A polynomial times ``u = (v - c) / w``, as coefficients ``(groups, powers of v)``."""
+    higher = torch.cat([torch.zeros_like(powers[:, :1]), powers[:, :-1]], 1)
+    return (higher - candidate.c[:, None] * powers) / candidate.w[:, None]
 
 
 @dataclass(frozen=True)
@@ -140,7 +172,8 @@ class Searched:
 
     target: Activation
 
-    def candidates(self, mean: Tensor, std: Tensor) -> Iterator[Candidate]:
+    def candidates(self, inputs: Inputs) -> Iterator[Candidate]:
+        mean, std = inputs.mean, inputs.std
         scales = [factor * std for factor in (1.0, 0.5, 2.0)]
         scales += [torch.full_like(std, factor) for factor in (0.5, 1.0, 2.0)]
         for w, shift in product(scales, (0.0, -1.0, -0.5, 0.5, 1.0)):
@@ -153,8 +186,6 @@ class Searched:
             torch.ones_like(u),
         ]
 
-    def parameters(
-        self, solution: Tensor, candidate: Candidate
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def parameters(self, solution: Tensor, candidate: Candidate) -> tuple[Tensor, ...]:
         a, b = solution.unbind(1)
         return a, candidate.w, candidate.c, b

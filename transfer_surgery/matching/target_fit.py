@@ -73,7 +73,17 @@ class Inputs:
     @property
     def span(self) -> Tensor:
         """Range of the standardised input per group, float64."""
-        return (torch.as_tensor(self.highest) - torch.as_tensor(self.lowest)).double() / self.std
+        low, high = self.ends
+        return high - low
+
+    @property
+    def ends(self) -> tuple[Tensor, Tensor]:
+        """Lowest and highest standardised input per group, float64."""
+        low, high = (
+            (torch.as_tensor(end).double() - self.mean) / self.std
+            for end in (self.lowest, self.highest)
+        )
+        return low, high
 
 
 @dataclass(frozen=True)
@@ -81,12 +91,13 @@ class Solution:
     """``a * f(w*x + c) + b`` per group, float64, and what it leaves unexplained.
 
     Attributes:
-        parameters: ``(a, w, c, b)``, each of the shape ``(groups,)``.
+        parameters: ``(a, w, c, b)`` and the coefficients ``(k1, k2, ...)`` of a polynomial, each
+            of the shape ``(groups,)``.
         residual: weighted sum of squared errors per group.
         total: weighted sum of squares about the weighted mean per group.
     """
 
-    parameters: tuple[Tensor, Tensor, Tensor, Tensor]
+    parameters: tuple[Tensor, ...]
     residual: Tensor
     total: Tensor
 
@@ -105,7 +116,7 @@ class TargetFit:
     def __init__(self, family: Family, inputs: Inputs, ridge: float, offset: bool = True) -> None:
         self.family, self.ridge, self.offset = family, ridge, offset
         self.mean, self.std = inputs.mean, inputs.std
-        self.candidates = list(family.candidates(self.mean, self.std))
+        self.candidates = list(family.candidates(inputs))
         self.equations = [NormalEquations() for _ in self.candidates]
         self.count: Tensor | float = 0.0
         self.sums: Tensor | float = 0.0
@@ -144,12 +155,12 @@ class TargetFit:
         total, squares = torch.as_tensor(self.sums)
         fits = [self._solve(index, squares) for index in range(len(self.candidates))]
         residual, best = torch.stack([residual for _, residual in fits]).min(0)
-        a, w, c, b = (
+        a, w, c, b, *k = (
             torch.stack(choices).gather(0, best[None])[0]
             for choices in zip(*(parameters for parameters, _ in fits), strict=True)
         )
         # The fit was made to the standardised input; these are for the input itself.
-        parameters = (a, w / self.std, c - w * self.mean / self.std, b)
+        parameters = (a, w / self.std, c - w * self.mean / self.std, b, *k)
         return Solution(
             parameters, residual, (squares - total.square() / self.count).clamp_min(0.0)
         )

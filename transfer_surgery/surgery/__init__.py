@@ -4,7 +4,7 @@ from transfer_surgery.surgery.baking import bake, final_gates, outcome_of, plain
 from transfer_surgery.surgery.checks import check_model, check_no_gates
 from transfer_surgery.surgery.conversion import convert, revert
 from transfer_surgery.surgery.fold_report import FoldReport
-from transfer_surgery.surgery.folding import fold_targets
+from transfer_surgery.surgery.folding import drop_folded_sites, fold_targets
 from transfer_surgery.surgery.insertion import insert_units
 from transfer_surgery.surgery.plain_weights import sharing_parameters, why_not_plain
 
@@ -14,6 +14,7 @@ __all__ = [
     "check_model",
     "check_no_gates",
     "convert",
+    "drop_folded_sites",
     "final_gates",
     "fold_targets",
     "insert_units",

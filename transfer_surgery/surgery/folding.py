@@ -89,15 +89,21 @@ def fold_targets(model: nn.Module, example_input: Any) -> FoldReport:
             return _same(call_model(model, batch), expected)
 
         rows = _fold_all(sites, neighbours, same)
+    drop_folded_sites(model)
+    return FoldReport(rows, count, sum(p.numel() for p in model.parameters()))
+
+
+def drop_folded_sites(model: nn.Module) -> None:
+    """Put the plain activation where a fitted target has no numbers of its own any more."""
     plain: dict[nn.Module, nn.Module] = {
         site: site.activation.train(site.training)
-        for site in sites.values()
-        if not any(True for _ in site.parameters(recurse=False))
+        for site in model.modules()
+        if isinstance(site, FittedActivation)
+        and not any(True for _ in site.parameters(recurse=False))
     }
     for site, module in plain.items():
         share_hooks(site, module)
     swap_children(model, plain)
-    return FoldReport(rows, count, sum(p.numel() for p in model.parameters()))
 
 
 def _sites(model: nn.Module) -> dict[str, FittedActivation]:

@@ -1,7 +1,7 @@
 """What stands at a site: gates, and ``z * source + (1 - z) * target``."""
 
 import transfer_surgery.units.gate_kinds  # noqa: F401 - registers the gates of the paper
-from transfer_surgery.units.fitted_target import FittedActivation, TargetParameters
+from transfer_surgery.units.fitted_target import FittedActivation, Polynomial, TargetParameters
 from transfer_surgery.units.float32 import Float32Module
 from transfer_surgery.units.gated_activation import GatedActivation
 from transfer_surgery.units.gates import (
@@ -65,6 +65,7 @@ __all__ = [
     "PerChannel",
     "PerLayer",
     "PerNeuron",
+    "Polynomial",
     "SampledGate",
     "SampledSettings",
     "TargetParameters",

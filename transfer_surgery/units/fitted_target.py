@@ -1,4 +1,8 @@
-"""The parameters of a fitted target ``a * f(w*x + c) + b``, and what such a site is baked to."""
+"""The parameters of a fitted target ``a * f(w*x + c) + b``, and what such a site is baked to.
+
+That of a polynomial has coefficients for each gate: ``f(v) = k1*v + k2*v**2 + ...``, where ``v`` is
+between -1 and 1 for the inputs that `match_targets` fitted it to.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from transfer_surgery._sharding import gathered
+from transfer_surgery.activations import start_coefficients
 from transfer_surgery.units.float32 import Float32Module
 from transfer_surgery.units.gates import check_no_sample_gradients
 from transfer_surgery.units.granularity import Granularity, align
@@ -21,6 +26,8 @@ class TargetParameters(Float32Module):
     Args:
         shape: of each: ``(1,)`` per layer, ``(C,)`` per channel, the feature shape per neuron.
         granularity: which elements of the input share them.
+        degree: of a polynomial, whose coefficients are ``k``, of the shape ``(degree, *shape)``; 0:
+            the target is none.
 
     They start at 1, 1, 0 and 0, the target as it is.
 
@@ -35,23 +42,27 @@ class TargetParameters(Float32Module):
     w: nn.Parameter
     c: nn.Parameter
     b: nn.Parameter
+    k: nn.Parameter | None
 
-    def __init__(self, shape: Sequence[int], granularity: Granularity) -> None:
+    def __init__(self, shape: Sequence[int], granularity: Granularity, degree: int = 0) -> None:
         super().__init__()
         self.granularity = granularity
         for name, start in (("a", 1.0), ("w", 1.0), ("c", 0.0), ("b", 0.0)):
             value = torch.full(tuple(shape), start, dtype=torch.float32)
             self.register_parameter(name, nn.Parameter(value))
+        self.register_parameter("k", None)
+        if degree:
+            starts = start_coefficients(degree)
+            self.k = nn.Parameter(torch.stack([torch.full(tuple(shape), k) for k in starts]))
 
     def whole(self) -> Numbers:
-        """``(a, w, c, b)`` in float32, gathered where FSDP2 shards them."""
-        a, w, c, b = (gathered(p).float() for p in (self.a, self.w, self.c, self.b))
-        return a, w, c, b
+        """``(a, w, c, b, *k)`` in float32, gathered where FSDP2 shards them."""
+        numbers = tuple(gathered(p).float() for p in (self.a, self.w, self.c, self.b))
+        return numbers if self.k is None else (*numbers, *gathered(self.k).float().unbind())
 
     def expand(self, x: Tensor) -> Numbers:
         """The same, viewed so that they broadcast to an input."""
-        a, w, c, b = (self.granularity.expand(p, x) for p in self.whole())
-        return a, w, c, b
+        return tuple(self.granularity.expand(p, x) for p in self.whole())
 
     def forward(self, x: Tensor) -> Numbers:
         """The same; a call, so that hooks of the module see its parameters."""
@@ -64,11 +75,37 @@ class TargetParameters(Float32Module):
         return _formula(self)
 
 
+class Polynomial(Float32Module):
+    """``k1*v + k2*v**2 + ...`` as a plain module.
+
+    Args:
+        k: coefficients ``(degree, *shape of the gates)``, which become a parameter of this module.
+        trailing: how many axes they lack behind, see `Granularity.trailing`.
+
+    Examples:
+        >>> Polynomial(nn.Parameter(torch.tensor([[1.0], [10.0]])), 0)(torch.tensor([1.0, 2.0]))
+        tensor([11., 42.], grad_fn=<MulBackward0>)
+    """
+
+    def __init__(self, k: nn.Parameter, trailing: int) -> None:
+        super().__init__()
+        self.k, self.trailing, self.degree = k, trailing, len(k)
+
+    def forward(self, input: Tensor) -> Tensor:
+        y = input * align(self.k[self.degree - 1], self.trailing)
+        for power in range(self.degree - 2, -1, -1):
+            y = (y + align(self.k[power], self.trailing)) * input
+        return y.to(input.dtype)
+
+    def extra_repr(self) -> str:
+        return f"degree={self.degree}, shape={tuple(self.k.shape[1:])}"
+
+
 class FittedActivation(Float32Module):
     """``a * f(w*x + c) + b`` as a plain module; its parameters can be trained further.
 
     Args:
-        activation: ``f``, a module.
+        activation: ``f``, a module; for a polynomial, `parameters` has its coefficients instead.
         parameters: whose ``a``, ``w``, ``c`` and ``b`` become parameters of this module.
         dims: number of dimensions of its input.
 
@@ -89,10 +126,12 @@ class FittedActivation(Float32Module):
 
     def __init__(self, activation: nn.Module, parameters: TargetParameters, dims: int) -> None:
         super().__init__()
-        self.activation, self.granularity = activation, parameters.granularity
+        self.granularity = parameters.granularity
+        self.trailing = self.granularity.trailing(dims)
+        k = parameters.k
+        self.activation = activation if k is None else Polynomial(k, self.trailing)
         for name in "awcb":
             self.register_parameter(name, getattr(parameters, name))
-        self.trailing = self.granularity.trailing(dims)
 
     def forward(self, input: Tensor) -> Tensor:
         # Float32 numbers make the arithmetic float32; the result is what the network expects.

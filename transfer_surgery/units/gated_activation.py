@@ -9,7 +9,7 @@ import torch
 import torch.fx
 from torch import Tensor, nn
 
-from transfer_surgery.activations import Activation, get_target
+from transfer_surgery.activations import Activation, degree_of, get_target
 from transfer_surgery.units.fitted_target import TargetParameters
 from transfer_surgery.units.gates import Gate
 from transfer_surgery.units.granularity import Granularity, PerLayer
@@ -88,7 +88,8 @@ class GatedActivation(nn.Module):
         already, the same ones are returned. See `transfer_surgery.match_targets`.
         """
         if self.fitted is None:
-            parameters = TargetParameters(self.gate.shape, self.granularity)
+            degree = degree_of(self.target)
+            parameters = TargetParameters(self.gate.shape, self.granularity, degree)
             device = next(self.gate.parameters(), torch.zeros(())).device
             self.fitted = parameters.to(device)
         return self.fitted

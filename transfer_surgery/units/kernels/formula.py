@@ -9,14 +9,15 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from transfer_surgery.activations import Activation
+from transfer_surgery.activations import Activation, horner
 
-Numbers = tuple[Tensor, Tensor, Tensor, Tensor]
-"""``(a, w, c, b)`` of a fitted target, of shapes that broadcast to the input."""
+Numbers = tuple[Tensor, ...]
+"""``(a, w, c, b)`` of a fitted target, of shapes that broadcast to the input; those of a polynomial
+are followed by its coefficients ``(k1, k2, ...)``."""
 
 
 def fitted_value(x: Tensor, f: Activation, numbers: Numbers | None) -> Tensor:
-    """``a * f(w*x + c) + b``.
+    """``a * f(w*x + c) + b``, with ``f(v) = k1*v + k2*v**2 + ...`` where there are coefficients.
 
     The arithmetic is done in the wider one of the dtypes of ``x`` and of the numbers: in bfloat16
     a sine would see its argument off by up to 0.03 beyond 8.
@@ -24,7 +25,7 @@ def fitted_value(x: Tensor, f: Activation, numbers: Numbers | None) -> Tensor:
     Args:
         x: input, any shape.
         f: an activation without operands.
-        numbers: ``(a, w, c, b)``; None: the activation as it is.
+        numbers: ``(a, w, c, b, *k)``; None: the activation as it is.
 
     Returns:
         A tensor of the shape and dtype of ``x``.
@@ -37,10 +38,12 @@ def fitted_value(x: Tensor, f: Activation, numbers: Numbers | None) -> Tensor:
     """
     if numbers is None:
         return f(x)
-    a, w, c, b = numbers
+    a, w, c, b, *coefficients = numbers
     # Not torch.result_type, which torch.compile does not follow.
     inner = x.to(torch.promote_types(x.dtype, w.dtype))
-    return (f(inner * w + c) * a + b).to(x.dtype)
+    v = inner * w + c
+    y = horner(v, coefficients) if coefficients else f(v)
+    return (y * a + b).to(x.dtype)
 
 
 def gated_value(

@@ -41,7 +41,7 @@ def gated(
         target: activation where ``z`` is 0.
         straight_through: whether exact gates need a gradient too (Bernoulli gates).
         operands: further tensors that the source takes, such as a learned slope.
-        numbers: ``(a, w, c, b)`` of the target ``a * target(w*x + c) + b``; None: as it is.
+        numbers: those of the target ``a * target(w*x + c) + b``; None: as it is.
         in_place: nobody else reads ``x``: while all gates are 1 its memory may hold the result.
 
     Returns:
@@ -142,8 +142,8 @@ class _FittedFormula(Formula):
         return f"the fitted target {self.target}"
 
     def plain(self, *tensors: Tensor) -> Tensor:
-        x, a, w, c, b = tensors
-        return fitted_value(x, self.target, (a, w, c, b))
+        x, *numbers = tensors
+        return fitted_value(x, self.target, tuple(numbers))
 
 
 def _with_zero_gradient(x: Tensor, *others: Tensor) -> Tensor:

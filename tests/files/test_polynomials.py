@@ -1,0 +1,106 @@
+"""What compilers of encrypted computing get: a graph of sums and products, and coefficients."""
+
+import json
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from torch import nn
+
+from transfer_surgery import (
+    bake,
+    convert,
+    export_onnx,
+    fold_targets,
+    match_targets,
+    save_polynomials,
+    swap_targets,
+)
+
+X = torch.randn(64, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+
+
+def network(pool: type[nn.Module] = nn.AvgPool2d) -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(
+        *(nn.Conv2d(3, 4, 3, padding=1), nn.BatchNorm2d(4), nn.ReLU(), pool(2)),
+        *(nn.Conv2d(4, 5, 3), nn.GELU(), nn.Flatten(), nn.Linear(20, 6), nn.Tanh()),
+        nn.Linear(6, 2),
+    ).eval()
+
+
+def polynomial(model: nn.Module, fold: bool = False, granularity: str = "channel") -> nn.Module:
+    convert(model, "polynomial(degree=3)", example_input=X, granularity=granularity)
+    match_targets(model, [X])
+    bake(swap_targets(model))
+    if fold:
+        fold_targets(model, X)
+    return model
+
+
+@pytest.mark.parametrize("fold", [False, True])
+def test_the_activations_of_an_onnx_file_are_sums_and_products(fold, tmp_path):
+    model = polynomial(network(), fold)
+    export_onnx(model, X, tmp_path / "model.onnx", polynomial=True)
+    nodes = onnx.load(tmp_path / "model.onnx").graph.node
+    layers = {"Conv", "AveragePool", "Reshape", "Gemm"}
+    assert {node.op_type for node in nodes} == {"Add", "Mul"} | layers
+
+
+@pytest.mark.parametrize(
+    ("model", "named"),
+    [
+        (polynomial(network(nn.MaxPool2d)), r"1 nodes .* \(MaxPool\)"),
+        (network(), r"3 nodes .* \(Relu\), .* \(Gelu\), .* \(Tanh\)"),
+        (nn.Sequential(nn.Linear(8, 2), nn.LayerNorm(2)), r"\(LayerNormalization\)"),
+    ],
+)
+def test_a_graph_with_other_nodes_is_refused_and_nothing_is_written(model, named, tmp_path):
+    with pytest.raises(ValueError, match=named):
+        export_onnx(model, X, tmp_path / "model.onnx", polynomial=True)
+    assert not any(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("granularity", ["layer", "channel", "neuron"])
+@pytest.mark.parametrize("fold", [False, True])
+def test_numpy_computes_what_torch_does_from_the_coefficients(fold, granularity, tmp_path):
+    model = polynomial(network(), fold, granularity).double()
+    save_polynomials(model, tmp_path / "polynomials.json")
+    sites = json.loads((tmp_path / "polynomials.json").read_text())["sites"]
+    assert list(sites) == ["2", "5", "8"]
+    seen = {}
+    for path, module in model.named_children():
+        module.register_forward_hook(
+            lambda _, args, y, path=path: seen.update({path: (args[0].numpy(), y.numpy())})
+        )
+    with torch.no_grad():
+        model(X.double())
+    for path, site in sites.items():
+        x, y = seen[path]
+        shape = (*site["shape"], *[1] * site["trailing"])
+        k = np.array(site["coefficients"]).T.reshape(-1, *shape)
+        found = sum(one * x**power for power, one in enumerate(k))
+        np.testing.assert_allclose(found, y, rtol=0, atol=1e-12 * np.abs(y).max())
+
+
+def test_the_range_is_that_of_the_inputs_of_the_fit(tmp_path):
+    model = network()
+    with torch.no_grad():
+        x = model[:2](X).transpose(0, 1).flatten(1)
+    save_polynomials(polynomial(model), tmp_path / "polynomials.json")
+    found = json.loads((tmp_path / "polynomials.json").read_text())["sites"]["2"]["range"]
+    torch.testing.assert_close(torch.tensor(found), torch.stack(x.aminmax(dim=1), 1))
+
+
+def test_only_fitted_polynomials_and_files_of_them_are_written(tmp_path):
+    file = tmp_path / "polynomials.json"
+    with pytest.raises(ValueError, match="no fitted polynomials: convert it"):
+        save_polynomials(network(), file)
+    model = polynomial(network())
+    file.write_text('{"kind": "other"}')
+    with pytest.raises(ValueError, match="no polynomials of this library"):
+        save_polynomials(model, file)
+    file.write_text("")
+    save_polynomials(model, file)
+    save_polynomials(model, file)

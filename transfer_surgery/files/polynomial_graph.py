@@ -1,0 +1,58 @@
+"""Whether an ONNX graph is a polynomial of its inputs, as encrypted computing needs it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+_LINEAR = {
+    *("Add", "AveragePool", "Cast", "Concat", "Expand", "Flatten", "Gather", "GlobalAveragePool"),
+    *("Identity", "Neg", "Pad", "ReduceMean", "ReduceSum", "Reshape", "Slice", "Split", "Squeeze"),
+    *("Sub", "Sum", "Tile", "Transpose", "Unsqueeze"),
+}
+_PRODUCTS = {"Conv", "ConvTranspose", "Einsum", "Gemm", "MatMul", "Mul"}
+_SHAPES = {"Shape", "Size"}
+_BY_FIRST = {"BatchNormalization", "Div", "Gather", "Pow", "Reshape", "Slice"}
+"""These are polynomials of their first input alone, where the others are constant."""
+
+
+def check_polynomial(graph: Any) -> None:
+    """Raise where a node is no polynomial of the graph's inputs.
+
+    Args:
+        graph: the graph of an ``onnx_ir`` model.
+
+    Raises:
+        ValueError: it names the nodes, each with its operator.
+    """
+    constant: set[Any] = set(graph.initializers.values())
+    others = []
+    for node in graph:
+        given = [value for value in node.inputs if value is not None]
+        if node.op_type in _SHAPES or all(value in constant for value in given):
+            constant.update(node.outputs)
+        elif not _is_polynomial(node, constant):
+            others.append(f"{node.name or 'a node'} ({node.op_type})")
+    if others:
+        named = ", ".join(others[:5]) + ", ..." * (len(others) > 5)
+        raise ValueError(
+            f"{len(others)} nodes are no polynomials of the network's input: {named}. Convert the "
+            "activations there to polynomials, and replace maxima, norms and softmax in the model, "
+            "or leave out polynomial=True."
+        )
+
+
+def _is_polynomial(node: Any, constant: set[Any]) -> bool:
+    rest = [value for value in node.inputs[1:] if value is not None]
+    if node.op_type in _BY_FIRST and not all(value in constant for value in rest):
+        return False
+    if node.op_type == "Pow":
+        exponent = rest[0].const_value
+        values = [] if exponent is None else exponent.numpy().flatten().tolist()
+        return bool(values) and all(e >= 0 and e == int(e) for e in values)
+    if node.op_type == "BatchNormalization":
+        return not _attribute(node, "training_mode")
+    return node.op_type in _LINEAR | _PRODUCTS | {"Div"}
+
+
+def _attribute(node: Any, name: str) -> Any:
+    return node.attributes[name].value if name in node.attributes else None

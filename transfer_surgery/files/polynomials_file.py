@@ -1,0 +1,120 @@
+"""The polynomials of a baked network as JSON: coefficients and range of each site and gate."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from transfer_surgery._arguments import check_arguments
+from transfer_surgery.files.replacing import check_replaceable, replace_file
+from transfer_surgery.surgery import check_no_gates
+from transfer_surgery.units import FittedActivation, Polynomial
+
+_KIND = "transfer_surgery polynomials"
+
+
+def save_polynomials(model: nn.Module, path: str | os.PathLike[str]) -> None:
+    """Write the polynomials of a baked network as JSON, for compilers of encrypted computing.
+
+    Under ``"sites"`` the file has, for each path of a polynomial in the model:
+
+    - ``"coefficients"``: those of ``1, x, x**2, ...``, where ``x`` is the input of the site, one
+      list for each gate, as float64 numbers computed from the parameters.
+    - ``"range"``: the lowest and the highest input that each polynomial was fitted to. Beyond it a
+      polynomial says nothing about the function that it stands for.
+    - ``"shape"`` of the gates, such as ``[64]``, and ``"trailing"``, the number of axes of the
+      input behind theirs, such as 2 for channels of images.
+
+    Args:
+        model: a model after `transfer_surgery.bake`, also after `fold_targets`; it is not changed.
+        path: the output file, usually ``.json``; folders on the way to it are made. A file that is
+            there is replaced only if it is empty or was written by this function.
+
+    Raises:
+        ValueError: the model still has gates, has no fitted polynomials, or the file exists and is
+            something else.
+
+    Examples:
+        >>> import tempfile
+        >>> from transfer_surgery import bake, convert, match_targets, swap_targets
+        >>> _ = torch.manual_seed(0)
+        >>> x = torch.randn(256, 4)
+        >>> model = nn.Sequential(nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 2))
+        >>> _ = match_targets(convert(model, "polynomial(degree=3)", example_input=x), [x])
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     save_polynomials(bake(swap_targets(model)), f"{folder}/polynomials.json")
+        ...     saved = json.loads(Path(folder, "polynomials.json").read_text())
+        >>> [len(gate) for gate in saved["sites"]["1"]["coefficients"]]
+        [4, 4, 4]
+    """
+    check_arguments(save_polynomials, locals())
+    check_no_gates(model)
+    path = Path(path)
+    check_replaceable(path, _check_file)
+    inside = {
+        module.activation
+        for module in model.modules()
+        if isinstance(module, FittedActivation) and isinstance(module.activation, Polynomial)
+    }
+    sites = {
+        name: _site(module)
+        for name, module in model.named_modules()
+        if (isinstance(module, Polynomial) and module not in inside)
+        or (isinstance(module, FittedActivation) and module.activation in inside)
+    }
+    if not sites:
+        raise ValueError(
+            "the model has no fitted polynomials: convert it with target='polynomial(degree=2)', "
+            "and call match_targets, swap_targets and bake."
+        )
+    text = json.dumps({"kind": _KIND, "version": 1, "sites": sites}, indent=1)
+    replace_file(path, lambda new: new.write_text(text + "\n"))
+
+
+def _site(module: nn.Module) -> dict[str, Any]:
+    numbers = {name: getattr(module, name, None) for name in "awcb"}
+    polynomial = module.activation if isinstance(module, FittedActivation) else module
+    assert isinstance(polynomial, Polynomial)
+    k = polynomial.k.detach().double().cpu()
+    degree, *shape = k.shape
+    a, w, c, b = (
+        torch.full(shape, start, dtype=torch.float64) if p is None else p.detach().double().cpu()
+        for p, start in zip(numbers.values(), (1.0, 1.0, 0.0, 0.0), strict=True)
+    )
+    powers = _powers_of_input(k.flatten(1).unbind(), w.flatten(), c.flatten())
+    coefficients = powers * a.flatten()[:, None]
+    coefficients[:, 0] += b.flatten()
+    ends = torch.stack([(-1 - c) / w, (1 - c) / w], -1).flatten(0, -2).sort(-1).values
+    return {
+        "degree": degree,
+        "shape": shape,
+        "trailing": polynomial.trailing,
+        "coefficients": coefficients.tolist(),
+        "range": ends.tolist(),
+    }
+
+
+def _powers_of_input(k: Sequence[Tensor], w: Tensor, c: Tensor) -> Tensor:
+    """``k1*v + k2*v**2 + ...`` with ``v = w*x + c``, as coefficients ``(gates, powers of x)``."""
+    found = torch.zeros(len(w), len(k) + 1, dtype=torch.float64)
+    for one in reversed((torch.zeros_like(w), *k)):  # Horner's rule, for polynomials in x
+        higher = torch.cat([torch.zeros_like(found[:, :1]), found[:, :-1]], 1)
+        found = w[:, None] * higher + c[:, None] * found
+        found[:, 0] += one
+    return found
+
+
+def _check_file(file: Path) -> None:
+    """Raise ValueError where a file was not written by `save_polynomials`."""
+    try:
+        about = json.loads(file.read_text())
+    except ValueError:
+        about = None
+    if not isinstance(about, dict) or about.get("kind") != _KIND:
+        raise ValueError(f"{file} has no polynomials of this library.")
