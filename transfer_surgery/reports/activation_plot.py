@@ -101,8 +101,7 @@ def _inputs(model: nn.Module, unit: GatedActivation, batches: Iterable[Any]) -> 
 
 
 def _numbers(unit: GatedActivation, gate: int) -> Numbers | None:
-    """``(a, w, c, b)`` of one gate's target."""
+    """The numbers of one gate's target."""
     if unit.fitted is None:
         return None
-    a, w, c, b = (None if p is None else p.flatten()[gate].cpu() for p in unit.fitted.whole())
-    return a, w, c, b
+    return tuple(p.flatten()[gate].cpu() for p in unit.fitted.whole())

@@ -68,8 +68,7 @@ class TargetParameters(Float32Module):
         """The same; a call, so that hooks of the module see its parameters."""
         check_no_sample_gradients(self.a)
         # Copies: FSDP 1 frees the memory of a module's parameters when its call has ended.
-        a, w, c, b = (number.clone() for number in self.expand(x))
-        return a, w, c, b
+        return tuple(number.clone() for number in self.expand(x))
 
     def extra_repr(self) -> str:
         return _formula(self)
