@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn.utils import parametrizations, prune
 
 from transfer_surgery import convert, match_targets
-from transfer_surgery.matching.layer_refit import LayerFit
+from transfer_surgery.matching.layer_refit import RIDGES, LayerFit
 from transfer_surgery.matching.refit_rules import layers_to_refit
 
 
@@ -38,7 +38,7 @@ def test_refitted_weights_are_those_of_independent_least_squares(layer, shape, w
     x = torch.randn(40, *shape)
     changed = torch.sin(x) + 0.3 * x + 0.2
     wanted = layer(x).detach()
-    fitted = LayerFit(layer, ridge=0.0)
+    fitted = LayerFit(layer, [0.0])
     for a, b in zip(changed.split(16), wanted.split(16), strict=True):
         add(fitted, a, b)
     found = copy.deepcopy(layer)
@@ -61,7 +61,7 @@ def test_refitted_weights_are_those_of_independent_least_squares(layer, shape, w
 
 def test_a_strong_ridge_keeps_the_weights():
     layer, x = nn.Linear(6, 4), torch.randn(40, 6)
-    fitted = LayerFit(layer, ridge=1e6)
+    fitted = LayerFit(layer, [1e6])
     add(fitted, x.sin(), layer(x).detach())
     torch.testing.assert_close(fitted.solve()["weight"], layer.weight.detach(), rtol=0, atol=1e-4)
 
@@ -71,10 +71,26 @@ def test_inputs_that_are_0_leave_their_weights_alone(ridge):
     layer = nn.Linear(4, 2)
     for scale in (torch.zeros(4), torch.tensor([1.0, 0.0, 1.0, 1.0])):
         x = torch.randn(50, 4) * scale
-        fitted = LayerFit(layer, ridge)
+        fitted = LayerFit(layer, [ridge])
         add(fitted, x, layer(x).detach())
         for name, value in fitted.solve().items():
             torch.testing.assert_close(value, getattr(layer, name).detach(), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(("rows", "noise", "best"), [(24, 2.0, 1.0), (4000, 0.1, 1e-2)])
+def test_few_noisy_rows_are_pulled_to_the_old_weights_more_than_many(rows, noise, best):
+    torch.manual_seed(0)
+    layer, x = nn.Linear(12, 4), torch.randn(rows, 12)
+    # The inputs have changed, and the outputs have noise that no weight explains.
+    changed = x * torch.linspace(0.5, 1.5, 12)
+    wanted = layer(x).detach() + noise * torch.randn(rows, 4)
+    found = {}
+    for ridges in (RIDGES, *([ridge] for ridge in RIDGES)):
+        fit = LayerFit(layer, ridges)
+        for part in (slice(0, rows // 2), slice(rows // 2, None)):
+            add(fit, changed[part], wanted[part])
+        found[tuple(ridges)] = fit.solve()["weight"]
+    assert torch.equal(found[tuple(RIDGES)], found[(best,)])
 
 
 def test_only_plain_trainable_weights_are_refitted_and_the_others_are_named():

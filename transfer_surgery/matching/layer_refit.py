@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -10,8 +11,10 @@ from torch import Tensor
 from transfer_surgery.matching.linear_maps import LinearMap
 from transfer_surgery.matching.normal_equations import NormalEquations, solve_few_rows
 
-RIDGE = 1e-2
-"""What pulls refitted weights to the original ones, as a share of the inputs' mean square."""
+RIDGES = (1e-2, 1e-1, 1.0)
+"""What may pull refitted weights to the original ones, as a share of the inputs' mean square."""
+
+_HELD_OUT = 4  # one of so many rows chooses the ridge
 
 ROWS = 2**16
 """Rows that a layer is refitted to at most, in all batches and ranks together."""
@@ -26,22 +29,24 @@ class LayerFit:
 
     Args:
         layer: a linear layer or convolution.
-        ridge: as a share of the mean square of the inputs.
+        ridges: as shares of the mean square of the inputs. The one is taken by which three quarters
+            of the rows foretell the others best; the middle one where there are fewer rows than
+            inputs.
         offset: fit ``d`` of a layer that has no bias, for a batch norm behind it to take; the
             ``d`` of a layer that has a bias is always fitted.
 
     Examples:
         >>> _ = torch.manual_seed(0)
         >>> layer, x = torch.nn.Linear(3, 2), torch.randn(100, 3)
-        >>> fit = LayerFit(layer, ridge=1e-6)
+        >>> fit = LayerFit(layer, [1e-6])
         >>> y = layer(x)
         >>> fit.add(fit.map.rows(2 * x, y.shape, None), fit.map.outputs(y, None))
         >>> torch.allclose(fit.solve()["weight"], layer.weight / 2, atol=1e-3)
         True
     """
 
-    def __init__(self, layer: Any, ridge: float, offset: bool = False) -> None:
-        self.layer, self.ridge = layer, ridge
+    def __init__(self, layer: Any, ridges: Sequence[float] = RIDGES, offset: bool = False) -> None:
+        self.layer, self.ridges = layer, ridges
         self.offset = offset or layer.bias is not None
         self.map = LinearMap(layer)
         systems, inputs = self.map.groups, self.map.n_inputs
@@ -49,7 +54,7 @@ class LayerFit:
         self.limit = min(ROWS, max(_ELEMENTS // (systems * inputs), 1))
         if self.is_wide:
             self.limit = min(self.limit, _FEW_ROWS)
-        self.equations = NormalEquations()
+        self._equations, self._held_out = NormalEquations(), NormalEquations()
         self._parts: list[tuple[Tensor, Tensor]] = []
         self.is_empty = True
 
@@ -66,7 +71,11 @@ class LayerFit:
             return
         if self.offset:
             rows = torch.cat([rows, torch.ones_like(rows[..., :1])], -1)
-        self.equations.add(rows, wanted.to(rows))
+        wanted = wanted.to(rows)
+        # The rows are in the order of the examples, so the last ones are of other examples.
+        first = rows.shape[1] - rows.shape[1] // _HELD_OUT
+        self._equations.add(rows[:, :first], wanted[:, :first])
+        self._held_out.add(rows[:, first:], wanted[:, first:])
 
     def solve(self) -> dict[str, Tensor]:
         """The weight, and the bias where there is to be one, in the layer's shapes and dtype.
@@ -74,7 +83,7 @@ class LayerFit:
         What was counted is forgotten then.
         """
         weights, bias = self._solve_few() if self.is_wide else self._solve_many()
-        self.equations, self._parts = NormalEquations(), []
+        self._equations, self._held_out, self._parts = NormalEquations(), NormalEquations(), []
         like = self.layer.weight
         result = {"weight": self.map.weight_of(weights).to(like).contiguous()}
         if self.offset:
@@ -89,24 +98,38 @@ class LayerFit:
         return weights, self.layer.bias.detach().double().view(len(weights), 1, -1)
 
     def _solve_many(self) -> tuple[Tensor, Tensor]:
-        self.equations.add_over_ranks()
         inputs = self.map.n_inputs
         weights, bias = self._before()
         start = torch.cat([weights, bias], 1) if self.offset else weights
-        # All inputs may be 0: the ridge then keeps the weights that the layer has.
-        share = self.equations.diagonal()[:, :inputs].mean(1, keepdim=True).clamp_min(1e-12)
-        pull = torch.full_like(start[..., 0], 1e-9) * share
-        pull[:, :inputs] += self.ridge * share
-        found = self.equations.solve(pull, start)
+
+        def solution(equations: NormalEquations, ridge: float) -> Tensor:
+            # All inputs may be 0: the ridge then keeps the weights that the layer has.
+            share = equations.diagonal()[:, :inputs].mean(1, keepdim=True).clamp_min(1e-12)
+            pull = torch.full_like(start[..., 0], 1e-9) * share
+            pull[:, :inputs] += ridge * share
+            return equations.solve(pull, start)
+
+        for equations in (self._equations, self._held_out):
+            equations.add_over_ranks()
+        best = self.ridges[0]
+        if len(self.ridges) > 1:
+            foretold = {
+                ridge: self._held_out.explained(solution(self._equations, ridge)).sum().item()
+                for ridge in self.ridges
+            }
+            best = max(foretold, key=lambda ridge: (foretold[ridge], ridge))
+        self._equations.add_sums(self._held_out)
+        found = solution(self._equations, best)
         return found[:, :inputs], found[:, inputs:]
 
     def _solve_few(self) -> tuple[Tensor, Tensor]:
         rows, wanted = (torch.cat(parts, 1) for parts in zip(*self._parts, strict=True))
         weights, bias = self._before()
+        ridge = self.ridges[len(self.ridges) // 2] + 1e-9
         share = rows.square().sum(1).double().mean(1).clamp_min(1e-12)
         # An offset that nothing pulls is what centred rows do without.
         mean, middle = rows.mean(1, keepdim=True), wanted.mean(1, keepdim=True)
         if self.offset:
             rows, wanted = rows - mean, wanted - middle
-        found = solve_few_rows(rows, wanted, (self.ridge + 1e-9) * share, weights)
+        found = solve_few_rows(rows, wanted, ridge * share, weights)
         return found, middle.double() - mean.double() @ found if self.offset else bias

@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from transfer_surgery._running import device_of
 from transfer_surgery.matching.fitted_range import share_outside
 from transfer_surgery.matching.forward_state import ForwardState
-from transfer_surgery.matching.layer_refit import RIDGE as LAYER_RIDGE
 from transfer_surgery.matching.layer_refit import LayerFit
 from transfer_surgery.matching.match_report import MatchRow
 from transfer_surgery.matching.memory import batches_that_wait
@@ -87,9 +86,7 @@ class OnePass:
         calls = {m: seen.calls[m] for m in behind if m not in left}
         norms = {m: norm for m, norm in seen.norms.items() if not _is_frozen(norm)}
         fits = {
-            m: LayerFit(m, LAYER_RIDGE, offset=m in norms)
-            for m in calls
-            if not isinstance(m, GatedActivation)
+            m: LayerFit(m, offset=m in norms) for m in calls if not isinstance(m, GatedActivation)
         }
         samples = Samples(self.networks, calls, fits)
         if self.weights == "gradient":

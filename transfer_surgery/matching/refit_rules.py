@@ -9,7 +9,7 @@ import gc
 
 from torch import nn
 
-from transfer_surgery.matching.layer_refit import RIDGE, LayerFit
+from transfer_surgery.matching.layer_refit import LayerFit
 from transfer_surgery.matching.linear_maps import LAYERS
 from transfer_surgery.matching.ranks import number_of_ranks
 from transfer_surgery.surgery import sharing_parameters, why_not_plain
@@ -41,7 +41,7 @@ def _why_not(module: nn.Module) -> str | None:
         return reason
     if type(module) not in LAYERS:
         return f"is of the class {type(module).__module__}.{type(module).__qualname__}"
-    if number_of_ranks() > 1 and LayerFit(module, RIDGE).is_wide:
+    if number_of_ranks() > 1 and LayerFit(module).is_wide:
         return "has too many inputs to be refitted by several ranks together"
     return None
 
