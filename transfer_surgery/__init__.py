@@ -19,6 +19,7 @@ from transfer_surgery.matching import (
     distill,
     match_targets,
     sensitivity,
+    swap_activations,
     swap_targets,
 )
 from transfer_surgery.reports import History, report
@@ -90,6 +91,7 @@ __all__ = [
     "save_polynomials",
     "sensitivity",
     "structural_risk",
+    "swap_activations",
     "swap_targets",
     "wrap_optimizer",
 ]

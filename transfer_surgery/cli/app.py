@@ -14,6 +14,7 @@ from transfer_surgery.cli.finetuning.command import finetune
 from transfer_surgery.cli.plan_command import plan
 from transfer_surgery.cli.printing import with_results
 from transfer_surgery.cli.report_command import report
+from transfer_surgery.cli.swapping.command import swap
 
 
 def _help(command: Callable[..., Any]) -> str:
@@ -28,5 +29,5 @@ app = typer.Typer(
     no_args_is_help=True,
     rich_markup_mode="rich",
 )
-for command in (plan, convert, finetune, report, bake, export, doctor):
+for command in (plan, swap, convert, finetune, report, bake, export, doctor):
     app.command(help=_help(command))(with_results(command))

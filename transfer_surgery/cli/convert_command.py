@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated, Literal
 
 import torch
@@ -16,17 +15,19 @@ from transfer_surgery.cli.options import (
     InputSize,
     Model,
     Output,
+    Pretrained,
     Role,
     Set,
     Source,
+    Weights,
     choose,
     model_spec,
     option_errors,
     run_errors,
 )
 from transfer_surgery.cli.printing import say
-from transfer_surgery.cli.weights import read_weights
-from transfer_surgery.files import load_weights, save_model
+from transfer_surgery.cli.weights import build, check_weights
+from transfer_surgery.files import save_model
 from transfer_surgery.reports import report
 from transfer_surgery.sites import find_activations
 from transfer_surgery.surgery import convert as convert_model
@@ -56,20 +57,8 @@ def convert(
             "Default: per batch, where the gate is drawn."
         ),
     ] = None,
-    weights: Annotated[
-        Path | None,
-        typer.Option(
-            help="Load the weights from this .safetensors or .pth file. Default: random weights.",
-            exists=True,
-            dir_okay=False,
-        ),
-    ] = None,
-    pretrained: Annotated[
-        bool,
-        typer.Option(
-            "--pretrained", help="Load the weights that the zoo offers. Default: random weights."
-        ),
-    ] = False,
+    weights: Weights = None,
+    pretrained: Pretrained = False,
     source: Source = None,
     include: Include = None,
     exclude: Exclude = None,
@@ -102,8 +91,7 @@ def convert(
     """
     spec = model_spec(model, assignments, input_size)
     # What can be refused at once is refused before the model is made.
-    if weights is not None and pretrained:
-        raise typer.BadParameter("give --weights or --pretrained, not both.")
+    check_weights(weights, pretrained)
     if output.exists() and not force:
         raise typer.BadParameter(f"{output} exists already: choose another file, or --force.")
     with option_errors():
@@ -111,12 +99,8 @@ def convert(
         settings = gate_settings({"name": gate} | ({} if noise is None else {"noise": noise}))
     with run_errors():
         torch.manual_seed(seed)
-        network = spec.build(pretrained)
-        if weights is not None:
-            load_weights(network, read_weights(weights), weights)
+        network = build(spec, weights, pretrained)
         found = find_activations(network, spec.example_input(network))
-    if weights is None and not pretrained:
-        say("The weights are random: neither --weights nor --pretrained was given.")
     plan = choose(found, source, include, exclude, role)
     with run_errors():
         convert_model(

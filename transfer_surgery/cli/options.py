@@ -39,6 +39,20 @@ InputSize = Annotated[
         help="Give the shape of one example, such as 3x64x64. Default: the zoo's own.",
     ),
 ]
+Weights = Annotated[
+    Path | None,
+    typer.Option(
+        help="Load the weights from this .safetensors or .pth file. Default: random weights.",
+        exists=True,
+        dir_okay=False,
+    ),
+]
+Pretrained = Annotated[
+    bool,
+    typer.Option(
+        "--pretrained", help="Load the weights that the zoo offers. Default: random weights."
+    ),
+]
 Source = Annotated[
     list[str] | None,
     typer.Option(help="Choose only these activations, such as relu. Repeatable. Default: all."),

@@ -1,4 +1,4 @@
-"""A checkpoint of the weights, as training scripts leave them."""
+"""The weights of a model: a checkpoint, as training scripts leave it, or those of the zoo."""
 
 from __future__ import annotations
 
@@ -9,14 +9,36 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+import typer
+from torch import Tensor, nn
 
-from transfer_surgery.files import check_is_file, read_tensors
+from transfer_surgery.cli.printing import say
+from transfer_surgery.files import ModelSpec, check_is_file, load_weights, read_tensors
 
 # Under which training scripts keep the weights; timm's keeps averaged ones, too, which are better.
 _KEYS = ("state_dict_ema", "model_ema", "state_dict", "model")
 # What DistributedDataParallel and torch.compile put before every name, in either order.
 _PREFIXES = re.compile(r"^(_orig_mod\.)?(module\.)?(_orig_mod\.)?")
+
+
+def check_weights(weights: Path | None, pretrained: bool) -> None:
+    """Raise where two kinds of weights are asked for."""
+    if weights is not None and pretrained:
+        raise typer.BadParameter("give --weights or --pretrained, not both.")
+
+
+def build(spec: ModelSpec, weights: Path | None, pretrained: bool) -> nn.Module:
+    """Make a model with the weights of a checkpoint, those of the zoo, or random ones.
+
+    Raises:
+        ValueError: the checkpoint cannot be read, or does not fit the model.
+    """
+    model = spec.build(pretrained)
+    if weights is not None:
+        load_weights(model, read_weights(weights), weights)
+    elif not pretrained:
+        say("The weights are random: neither --weights nor --pretrained was given.")
+    return model
 
 
 def read_weights(file: Path) -> dict[str, Tensor]:

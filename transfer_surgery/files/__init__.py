@@ -7,12 +7,13 @@ from transfer_surgery.files.model_file import load_model, load_weights, save_mod
 from transfer_surgery.files.model_spec import ModelSpec, UnknownModelError
 from transfer_surgery.files.polynomials_file import save_polynomials
 from transfer_surgery.files.replacing import check_is_file, replace_file
-from transfer_surgery.files.safetensors_file import read_tensors
+from transfer_surgery.files.safetensors_file import check_not_lost, read_tensors
 
 __all__ = [
     "ModelSpec",
     "UnknownModelError",
     "check_is_file",
+    "check_not_lost",
     "export_onnx",
     "export_program",
     "load_baked",

@@ -58,18 +58,29 @@ def write(file: Path, kind: str, about: Mapping[str, Any], tensors: Mapping[str,
         raise ValueError(f"{bad[0]}: {file} is not written.")
     if not writes:
         return
-    if file.is_dir():
-        raise ValueError(
-            f"{file} is a folder. It is not replaced: choose a file, such as "
-            f"{file / 'model.safetensors'}."
-        )
-    check_replaceable(file, lambda path: read(path, kind))
+    check_not_lost(file, kind)
     try:
         text = json.dumps({"kind": kind, "version": _VERSION, **about})
     except (TypeError, ValueError) as error:
         raise ValueError(f"{file} cannot hold what describes this model: {error}.") from error
     metadata = {"format": "pt", _KEY: text}
     replace_file(file, lambda path: safetensors.torch.save_file(values, path, metadata))
+
+
+def check_not_lost(file: Path, kind: str) -> None:
+    """Raise where writing to a file would replace something other than a file of this kind.
+
+    Raises:
+        ImportError: safetensors is not installed.
+        ValueError: the file exists, and is a folder, or holds something else.
+    """
+    _require_safetensors()
+    if file.is_dir():
+        raise ValueError(
+            f"{file} is a folder. It is not replaced: choose a file, such as "
+            f"{file / 'model.safetensors'}."
+        )
+    check_replaceable(file, lambda path: read(path, kind))
 
 
 def read(file: Path, *kinds: str) -> tuple[dict[str, Any], dict[str, Tensor]]:

@@ -7,6 +7,8 @@ from transfer_surgery.matching.match_report import MatchReport, MatchRow, MatchW
 from transfer_surgery.matching.progress import Progress
 from transfer_surgery.matching.site_costs import sensitivity
 from transfer_surgery.matching.swap import swap_targets
+from transfer_surgery.matching.swap_report import SwapReport, SwapStage
+from transfer_surgery.matching.whole_swap import swap_activations
 
 __all__ = [
     "DistillReport",
@@ -15,8 +17,11 @@ __all__ = [
     "MatchRow",
     "MatchWarning",
     "Progress",
+    "SwapReport",
+    "SwapStage",
     "distill",
     "match_targets",
     "sensitivity",
+    "swap_activations",
     "swap_targets",
 ]

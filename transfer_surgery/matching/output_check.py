@@ -37,7 +37,7 @@ class OutputCheck:
     def __init__(self, networks: TwoNetworks, wanted: Any, sites: int, logits: bool) -> None:
         self._networks = networks
         self._batch, self._wanted = networks.batches[0], wanted
-        count = _examples(self._batch)
+        count = example_count(self._batch)
         if count:
             fewer = max(_PASSES * count * len(networks.batches) // max(sites, 1), 1)
             if fewer < count and (part := self._first(fewer)) is not None:
@@ -88,7 +88,7 @@ class OutputCheck:
         return errors.relative(), kl_divergence(*answers).item() if len(answers) == 2 else None
 
 
-def _examples(batch: Any) -> int:
+def example_count(batch: Any) -> int:
     """The length that all tensors of a batch have in common; 0 where they have none."""
     leaves = tree_leaves(batch)
     if not all(isinstance(leaf, Tensor) and leaf.dim() for leaf in leaves):

@@ -121,7 +121,7 @@ def sensitivity(
     check_not_sharded(model)
     units = select_units(model, include, exclude)
     networks = TwoNetworks(model, list(units.values()), as_batches(batches, model))
-    found = {path: _Cost(logits) for path in units}
+    found = {path: OutputChange(logits) for path in units}
     with prediction_mode(model):
         for batch in networks.batches:
             wanted = networks.with_gradients_if_needed(partial(networks.run, batch))
@@ -139,8 +139,12 @@ def sensitivity(
     return Sensitivity(tuple(sorted(rows, key=lambda row: row.cost)))
 
 
-class _Cost:
-    """What a swap does to the outputs, summed up over batches."""
+class OutputChange:
+    """What a swap does to the outputs, summed up over batches.
+
+    Args:
+        logits: whether the outputs are logits of classes.
+    """
 
     def __init__(self, logits: bool) -> None:
         self._declared, self._errors = logits, OutputErrors()

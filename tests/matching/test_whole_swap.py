@@ -1,0 +1,224 @@
+"""swap_activations: one call from a trained network to plain modules, and a report that is true."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from transfer_surgery import (
+    DistillWarning,
+    MatchWarning,
+    ModelSpec,
+    convert,
+    find_activations,
+    load_baked,
+    match_targets,
+    report,
+    save_baked,
+    swap_activations,
+    swap_targets,
+)
+
+
+def network() -> nn.Sequential:
+    torch.manual_seed(0)
+    layers = nn.Conv2d(3, 8, 3), nn.SiLU(), nn.Conv2d(8, 8, 3), nn.SiLU(), nn.Conv2d(8, 8, 3)
+    return nn.Sequential(*layers, nn.GELU(), nn.Flatten(), nn.Linear(32, 4)).eval()
+
+
+def batches(seed: int, number: int = 8) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return [2 * torch.randn(16, 3, 8, 8, generator=generator) for _ in range(number)]
+
+
+def test_inputs_and_outputs_may_be_trees_of_tensors() -> None:
+    class Two(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body, self.head = nn.Linear(4, 16), nn.Linear(16, 2)
+
+        def forward(self, *, x: Tensor, scale: Tensor) -> dict[str, Tensor]:
+            h = nn.functional.silu(self.body(x))
+            return {"boxes": self.head(h) * scale, "energy": h.sum(1)}
+
+    inputs = [{"x": torch.randn(64, 4), "scale": torch.rand(64, 1)} for _ in range(4)]
+    found = swap_activations(Two(), "relu", inputs)
+    assert [set(row.errors) for row in found] == [{"boxes", "energy"}] * 4
+    assert found.examples == 64
+    assert found.rows[0].errors == {"boxes": 0.0, "energy": 0.0}
+    assert found.rows[0].changed is None
+
+
+def test_held_out_batches_are_compared_and_not_fitted() -> None:
+    given, other = batches(0), [100 * x for x in batches(1, 2)]
+    first, second = network(), network()
+    found = swap_activations(first, "relu", given + other, granularity="layer", logits=True)
+    # Of ten batches the last two are held out, as here.
+    expected = swap_activations(
+        second, "relu", iter(given), held_out=iter(other), granularity="layer", logits=True
+    )
+    assert [row.errors for row in found] == [row.errors for row in expected]
+    for name, tensor in first.state_dict().items():
+        assert torch.equal(tensor, second.state_dict()[name])
+    with torch.no_grad():
+        wanted, now = (torch.cat([net(x) for x in other]) for net in (network(), first))
+    error = (now - wanted).square().sum() / (wanted - wanted.mean(0)).square().sum()
+    assert found.rows[-1].errors["output"] == pytest.approx(error.item(), rel=1e-3)
+    changed = (now.argmax(1) != wanted.argmax(1)).double().mean().item()
+    assert found.rows[-1].changed == changed
+
+
+def test_with_gates_kept_the_model_can_be_saved_and_is_what_the_last_row_says(
+    tmp_path: Path,
+) -> None:
+    spec = ModelSpec("timm:test_efficientnet", {"num_classes": 4}, (3, 32, 32))
+    torch.manual_seed(0)
+    model = spec.build().eval()
+    inputs = [torch.randn(8, 3, 32, 32) for _ in range(4)]
+    with pytest.warns(MatchWarning, match="saw fewer than"):  # at the deepest sites
+        found = swap_activations(model, "relu", inputs, keep_gates=True, granularity="layer")
+    save_baked(model, tmp_path / "baked", spec, fold=inputs[0])
+    loaded = load_baked(tmp_path / "baked").eval()
+    # Sites that keep numbers are named: those, and no others, are modules of this library.
+    foreign = {
+        path
+        for path, module in loaded.named_modules()
+        if type(module).__module__.startswith("transfer_surgery.")
+    }
+    assert {path for path in foreign if path.rpartition(".")[0] not in foreign} == {*found.numbers}
+    assert found.rows[-1].fitted == len(found.numbers) > 0
+    assert all(": " in why for why in found.numbers.values())
+
+
+def test_the_sites_that_cost_most_keep_their_source() -> None:
+    given, other = batches(0), batches(1, 2)
+    model = convert(network(), "relu", example_input=given[0])
+    match_targets(model, given)
+    with torch.no_grad():
+        wanted = torch.cat([network()(x) for x in given[:2]])
+        costs = {}
+        for path in ("1", "3", "5"):
+            alone = swap_targets(copy.deepcopy(model), include=path).eval()
+            costs[path] = (torch.cat([alone(x) for x in given[:2]]) - wanted).square().sum().item()
+    dearest = max(costs, key=lambda path: costs[path])
+
+    swapped = network()
+    found = swap_activations(swapped, "relu", given, held_out=other, keep_sites=1)
+    assert found.kept == (dearest,)
+    now = {path: type(swapped.get_submodule(path)).__name__ for path in costs}
+    assert now == dict.fromkeys(costs, "ReLU") | {
+        dearest: type(network().get_submodule(dearest)).__name__
+    }
+    everything = swap_activations(network(), "relu", given, held_out=other)
+    assert found.rows[-1].errors["output"] < everything.rows[-1].errors["output"]
+
+
+def test_a_share_of_the_neurons_keeps_its_source() -> None:
+    model = network()
+    found = swap_activations(model, "relu", batches(0), keep=0.3, keep_gates=True)
+    total = report(model).total
+    assert 0 < total.source_neurons <= 0.3 * total.neurons
+    assert found.mixed != ()
+
+
+def test_the_original_network_teaches_on_inputs_of_their_own() -> None:
+    gone_through: list[int] = []
+
+    class Stream:
+        def __iter__(self) -> Iterator[Tensor]:
+            for x in batches(2):
+                gone_through.append(len(x))
+                yield x
+
+    found = swap_activations(
+        network(), "relu", batches(0), distill_steps=150, distill_on=Stream(), lr=3e-3
+    )
+    assert [row.stage for row in found][-2:] == ["distilled", "baked, folded"]
+    errors = [row.errors["output"] for row in found]
+    assert errors[3] < 0.8 * errors[2]
+    assert errors[4] == pytest.approx(errors[3], rel=1e-3)
+    assert len(gone_through) >= 150
+
+
+def test_only_the_sites_of_the_plan_are_swapped() -> None:
+    given, model = batches(0), network()
+    plan = find_activations(model, given[0]).select(source="gelu")
+    swap_activations(model, "relu", given, plan=plan)
+    assert [type(m).__name__ for m in model][1:6:2] == ["SiLU", "SiLU", "ReLU"]
+
+
+class _Called(TorchFunctionMode):
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.names.append(getattr(func, "__name__", ""))
+        return func(*args, **kwargs or {})
+
+
+def test_one_in_place_object_shared_by_all_layers_is_swapped_at_each() -> None:
+    class Block(nn.Module):
+        act = nn.SiLU(inplace=True)
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.act = nn.Conv2d(3, 3, 3), Block.act
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.conv(x)
+            return self.act(y) + y  # what was written into
+
+    model = nn.Sequential(Block(), Block())
+    found = swap_activations(model, "relu", batches(0))
+    called = _Called()
+    with called, torch.no_grad():
+        model(batches(0)[0])
+    assert "silu" not in called.names
+    assert called.names.count("relu") == 2
+    assert len(found) == 4
+
+
+# --- mistakes ------------------------------------------------------------------------------------
+
+
+def _unlike() -> Iterator[tuple[dict[str, Any], str]]:
+    yield {"distill_steps": 3, "loss": "bce"}, "loss='bce' takes probabilities"
+    yield {"labels": [torch.zeros(16, dtype=torch.int64)]}, "batches of labels have 16 classes"
+    yield {"held_out": []}, "held_out: there are no batches"
+    yield {"keep_sites": 3}, "keep_sites=3: there are 3 sites to swap"
+    yield {"keep": 0.5, "keep_sites": 1}, "give keep= or keep_sites=, not both"
+    yield {"distill_steps": -1}, "distill_steps=-1"
+    yield {"keep": 2.0}, "keep=2.0: give a number of the"
+
+
+@pytest.mark.parametrize(("arguments", "message"), _unlike())
+def test_after_an_error_the_model_is_as_it_was(arguments: dict[str, Any], message: str) -> None:
+    model = network()
+    modules, weight = [*model], model[0].weight
+    with pytest.raises(ValueError, match=message):
+        swap_activations(model, "relu", batches(0), **arguments)
+    assert [*model] == modules
+    assert model[0].weight is weight
+    expected = network().state_dict()
+    assert all(torch.equal(tensor, expected[k]) for k, tensor in model.state_dict().items())
+
+
+def test_one_batch_cannot_be_both_fitted_and_held_out() -> None:
+    with pytest.raises(ValueError, match="there is 1 batch, of which none can be held out"):
+        swap_activations(network(), "relu", batches(0, 1))
+    with pytest.raises(ValueError, match="every activation selected is relu already"):
+        swap_activations(nn.Sequential(nn.Linear(4, 4), nn.ReLU()), "relu", [torch.ones(2, 4)] * 2)
+
+
+def test_a_teaching_that_does_no_good_says_so() -> None:
+    with pytest.warns(DistillWarning, match="did not bring the outputs nearer"):
+        found = swap_activations(network(), "relu", batches(0), distill_steps=1, lr=1e-12)
+    assert found.rows[3].errors == found.rows[2].errors

@@ -1,0 +1,1 @@
+"""`transfer-surgery swap`, and the folders of images that it reads."""

@@ -1,0 +1,316 @@
+"""``transfer-surgery swap``: other activations in a trained network, from images alone."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Collection
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import torch
+import typer
+from torch import Tensor, nn
+
+from transfer_surgery._running import logits_of
+from transfer_surgery.activations import get_target
+from transfer_surgery.cli.finetuning.training import Machine
+from transfer_surgery.cli.options import (
+    Exclude,
+    Include,
+    InputSize,
+    Json,
+    Model,
+    Output,
+    Pretrained,
+    Role,
+    Set,
+    Source,
+    Weights,
+    choose,
+    model_spec,
+    option_errors,
+    run_errors,
+)
+from transfer_surgery.cli.printing import say, show
+from transfer_surgery.cli.swapping.folders import find_images, read_labels, split
+from transfer_surgery.cli.swapping.images import Images, Preprocessing
+from transfer_surgery.cli.weights import build, check_weights
+from transfer_surgery.files import check_not_lost, save_baked
+from transfer_surgery.matching import swap_activations
+from transfer_surgery.sites import Plan, find_activations
+
+
+def swap(
+    model: Model,
+    images: Annotated[
+        Path,
+        typer.Option(
+            metavar="FOLDER",
+            help="Fit to images of this folder and those below it. They need no labels.",
+            exists=True,
+            file_okay=False,
+            show_default=False,
+        ),
+    ],
+    output: Output,
+    target: Annotated[
+        str, typer.Option(help="Swap to this activation, such as hardswish or relu6.")
+    ] = "relu",
+    weights: Weights = None,
+    pretrained: Pretrained = False,
+    labels: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FOLDER|CSV",
+            help="Tell the accuracy: a folder CLASS/IMAGE, or a CSV file with lines IMAGE,NUMBER "
+            "of images in --images. Nothing is trained with it. Default: no accuracy.",
+            exists=True,
+        ),
+    ] = None,
+    logits: Annotated[
+        bool,
+        typer.Option(
+            "--logits",
+            help="The model returns logits of classes, as with --labels: count answers that "
+            "change. Default: outputs of any kind.",
+        ),
+    ] = False,
+    calibration: Annotated[int, typer.Option(min=1, help="Fit to this number of images.")] = 512,
+    held_out: Annotated[
+        int,
+        typer.Option(min=1, help="Compare on this number of other images, at most a quarter."),
+    ] = 1000,
+    refit: Annotated[
+        bool, typer.Option("--refit/--no-refit", help="Refit the layers behind the sites.")
+    ] = True,
+    distill_steps: Annotated[
+        int,
+        typer.Option(min=0, help="Let the original network teach for this number of steps."),
+    ] = 0,
+    loss: Annotated[
+        Literal["relative", "mse", "kl", "bce"] | None,
+        typer.Option(help="What is taught. Default: kl for logits, else relative."),
+    ] = None,
+    lr: Annotated[float, typer.Option(help="Set the highest learning rate of teaching.")] = 1e-3,
+    keep: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NUMBER|SHARE",
+            help="Keep the source of this number of neurons, or share such as 0.1: those whose "
+            "swap costs most. Default: none.",
+        ),
+    ] = None,
+    keep_sites: Annotated[
+        int, typer.Option(min=0, help="Keep the sites, whole, whose swap costs most.")
+    ] = 0,
+    granularity: Annotated[
+        Literal["layer", "channel", "neuron"],
+        typer.Option(help="Fit numbers for each layer, channel or neuron."),
+    ] = "channel",
+    source: Source = None,
+    include: Include = None,
+    exclude: Exclude = None,
+    role: Role = None,
+    assignments: Set = None,
+    input_size: InputSize = None,
+    mean: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NUMBERS", help="Mean of each channel, such as 0.5,0.5,0.5. Default: timm's."
+        ),
+    ] = None,
+    std: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NUMBERS", help="Standard deviation of each channel. Default: timm's."
+        ),
+    ] = None,
+    crop_pct: Annotated[
+        float | None,
+        typer.Option(
+            help="Crop this share of a resized image. Default: timm's; 1 where all images have "
+            "the size of the input."
+        ),
+    ] = None,
+    interpolation: Annotated[
+        str | None, typer.Option(help="How images are resized. Default: timm's.")
+    ] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Number of images in a batch.")] = 64,
+    device: Annotated[
+        str, typer.Option(help="Run on cpu, cuda, or auto: on cuda where there is one.")
+    ] = "auto",
+    seed: Annotated[int, typer.Option(help="Seed the choice of images, and the teaching.")] = 0,
+    as_json: Json = False,
+) -> None:
+    """Swap the activations of a trained network, fitted to images without labels, and save it.
+
+    The new activations are fitted to what the network computes, and the layers behind them, too.
+    With --distill-steps the original network teaches the new one. What is fitted is then folded
+    into the layers. A row for each stage says how much the outputs changed on images that nothing
+    was fitted to.
+
+    The output is a file as [b]bake[/b] writes it: see there how to load it, and [b]export[/b].
+    Images are resized, cropped and normalised as in timm's validation.
+
+    [bold]Examples[/bold]
+
+    transfer-surgery swap efficientnet_b0 --pretrained --images photos -o model.safetensors
+
+    transfer-surgery swap efficientnet_b0 --set num_classes=10 --weights model_best.pth.tar
+    --images data/train --labels data/val --distill-steps 1000 -o model.safetensors
+
+    transfer-surgery swap nets.py:make_yolo --input-size 3x640x640 --mean 0 --std 1
+    --images frames --target relu6 -o model.safetensors
+    """
+    # What can be refused at once is refused before the model is made.
+    spec = model_spec(model, assignments, input_size)
+    check_weights(weights, pretrained)
+    with option_errors():
+        wanted = get_target(target)
+        budget = _budget(keep)
+        settings = {
+            "mean": _numbers("--mean", mean),
+            "std": _numbers("--std", std),
+            "crop_pct": crop_pct,
+            "interpolation": interpolation,
+        }
+        _check_folder(output)
+    with run_errors():
+        check_not_lost(output, "baked")
+        found = find_images(images)
+        classes = {} if labels is None else read_labels(labels, images)
+        fitted, compared, learned = split(found, [*classes] or found, calibration, held_out, seed)
+
+        # Make the model, and look what it has to swap.
+        machine = Machine.choose(device)
+        torch.manual_seed(seed)
+        network = build(spec, weights, pretrained)
+        example = spec.example_input(network)
+        whole = find_activations(network, example)
+    plan = choose(whole, source, include, exclude, role)
+    plan = plan.filter(lambda site: site.source != wanted)
+    with run_errors():
+        if not plan.rows:
+            raise ValueError(f"every activation selected is {wanted} already: there is no swap.")
+    say(f"{len(plan)} sites to swap to {target}{_left_out(whole, plan)}")
+    with run_errors():
+        # Read the images, and look whether the model takes them.
+        preprocessing = Preprocessing.choose(
+            network, _size(example), settings, [*fitted, *compared]
+        )
+        batches = [x.to(machine.device) for x in Images(fitted, preprocessing, batch_size)]
+        network.to(machine.device)
+        _check_classes(_answers(network, batches[0][:2]), classes.values(), labels)
+        numbers = None
+        if classes:
+            numbers = torch.tensor([classes[path] for path in compared]).split(batch_size)
+        say(f"{len(fitted):,} images to fit to, {len(compared):,} to compare on: {preprocessing}")
+
+        report = swap_activations(
+            network,
+            target,
+            batches,
+            held_out=Images(compared, preprocessing, batch_size),
+            labels=numbers,
+            logits=logits,
+            plan=plan,
+            granularity=granularity,
+            refit=refit,
+            keep=budget,
+            keep_sites=keep_sites,
+            distill_steps=distill_steps,
+            distill_on=Images(learned, preprocessing, batch_size, shuffled=True),
+            loss=loss,
+            lr=lr,
+            keep_gates=True,
+        )
+        save_baked(network, output, spec, fold=batches[0])
+    show(report.to_json() if as_json else str(report))
+    say(f"wrote {output}")
+
+
+def _budget(keep: str | None) -> int | float | None:
+    """The number, or the share, of neurons that keep their source."""
+    if keep is None:
+        return None
+    try:
+        budget = int(keep) if keep.isdecimal() else float(keep)
+    except ValueError:
+        budget = -1
+    if budget < 0 or (isinstance(budget, float) and not budget <= 1):
+        raise ValueError(f"--keep {keep}: write a number of neurons, or a share such as 0.1.")
+    return budget
+
+
+def _numbers(option: str, text: str | None) -> tuple[float, ...] | None:
+    if text is None:
+        return None
+    try:
+        return tuple(float(number) for number in text.split(","))
+    except ValueError as error:
+        raise ValueError(f"{option} {text}: write numbers such as 0.5,0.5,0.5.") from error
+
+
+def _check_folder(output: Path) -> None:
+    if not output.absolute().parent.is_dir():
+        raise ValueError(f"{output}: there is no folder {output.parent}. Make it first.")
+
+
+def _left_out(whole: Plan, chosen: Plan) -> str:
+    """The sites that stay, counted by activation and role."""
+    paths = {site.path for site in chosen}
+    counts = Counter(
+        f"{site.source.name} ({site.reason or site.role})"
+        for site in whole
+        if site.path not in paths
+    )
+    listed = ", ".join(f"{count} {name}" for name, count in counts.items())
+    return f"; these stay: {listed}" if listed else ""
+
+
+def _size(example: Any) -> tuple[int, ...]:
+    """The shape of one example.
+
+    Raises:
+        ValueError: the model takes no tensor.
+    """
+    if not isinstance(example, Tensor):
+        raise ValueError(
+            f"the model takes a {type(example).__name__}, and this command reads images; "
+            "swap_activations in Python takes any inputs."
+        )
+    return tuple(example.shape[1:])
+
+
+@torch.no_grad()
+def _answers(network: nn.Module, images: Tensor) -> tuple[int, ...]:
+    """The shape of what the model returns for some images.
+
+    Raises:
+        ValueError: it does not run on them.
+    """
+    try:
+        return tuple(logits_of(network.eval()(images)).shape)
+    except Exception as error:
+        size = "x".join(map(str, images.shape[1:]))
+        raise ValueError(
+            f"the model does not run on images of {size}: {error}. Give the size that it takes: "
+            "--input-size 3xHxW."
+        ) from error
+
+
+def _check_classes(shape: tuple[int, ...], numbers: Collection[int], labels: Path | None) -> None:
+    """Raise where the labels do not number the classes of the model.
+
+    Folders are numbered in their order, so that all classes have to be there.
+    """
+    if labels is None:
+        return
+    classes = max(numbers) + 1
+    fits = len(shape) == 2 and (shape[1] == classes if labels.is_dir() else shape[1] >= classes)
+    if not fits:
+        raise ValueError(
+            f"{labels} has classes from 0 to {classes - 1}, and the model returns {shape[1:]} for "
+            f"an image: make it with --set num_classes={classes}, or give a CSV file with lines "
+            "IMAGE,NUMBER."
+        )

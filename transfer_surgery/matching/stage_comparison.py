@@ -1,0 +1,113 @@
+"""A network beside its original on held-out inputs: outputs, answers, labels, zeros."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Collection, Iterable
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from transfer_surgery._running import hooked, logits_of, prediction_mode, to_device_of
+from transfer_surgery.matching.output_check import example_count
+from transfer_surgery.matching.site_costs import OutputChange
+from transfer_surgery.matching.swap_report import SwapStage
+from transfer_surgery.matching.two_networks import TwoNetworks
+
+
+class StageComparison:
+    """Compares a network with its original after each stage.
+
+    Args:
+        original: the original network; its outputs for all batches are kept in memory.
+        batches: inputs that nothing is fitted to; they are gone through once for each stage.
+        labels: the classes of the examples of each batch; None: not known.
+        logits: whether the outputs are logits of classes.
+
+    Raises:
+        ValueError: there are no batches, or not as many labels as examples.
+    """
+
+    def __init__(
+        self,
+        original: nn.Module,
+        batches: Iterable[Any],
+        labels: Iterable[Tensor] | None,
+        logits: bool,
+    ) -> None:
+        self._batches, self._logits = batches, logits
+        self._labels = None if labels is None else list(labels)
+        self._wanted: list[Any] = []
+        self.examples = 0
+        """Number of inputs that are compared; 0 where a batch does not show it."""
+
+        def note(batch: Any, output: Any) -> None:
+            self._wanted.append(output)
+            self.examples += example_count(batch)
+
+        self._run(original, note)
+        if not self._wanted:
+            raise ValueError("held_out: there are no batches; give some that nothing is fitted to.")
+        if self._labels is not None:
+            found, wanted = map(len, self._labels), (len(logits_of(y)) for y in self._wanted)
+            if (counts := [*found]) != (answers := [*wanted]):
+                raise ValueError(
+                    f"the batches of labels have {_some(counts)} classes, and those of held_out "
+                    f"{_some(answers)} answers: give one class for each answer."
+                )
+
+    def stage(
+        self, name: str, network: nn.Module, sites: Collection[str], fitted: int, seconds: float
+    ) -> SwapStage:
+        """A row for a network.
+
+        Args:
+            name: what was done.
+            network: the network after it.
+            sites: paths of the modules whose zeros are counted.
+            fitted: number of sites with numbers of their own.
+            seconds: what the stage took.
+        """
+        change, zeros = OutputChange(self._logits), _Zeros()
+        wanted, right = iter(self._wanted), 0
+        labels = itertools.repeat(None) if self._labels is None else iter(self._labels)
+
+        def compare(batch: Any, output: Any) -> None:
+            nonlocal right
+            change.add(output, next(wanted))
+            if (classes := next(labels)) is not None:
+                answers = logits_of(output).argmax(1)
+                right += int((answers == classes.to(answers.device)).sum())
+
+        modules = [network.get_submodule(path) for path in sites]
+        with hooked(*(module.register_forward_hook(zeros) for module in modules)):
+            self._run(network, compare)
+        accuracy = None if self._labels is None else right / sum(map(len, self._labels))
+        return SwapStage(name, *change.values(), accuracy, zeros.share(), fitted, seconds)
+
+    def _run(self, network: nn.Module, use: Callable[[Any, Any], None]) -> None:
+        networks = TwoNetworks(network, [], [])
+        with prediction_mode(network):
+            for batch in self._batches:
+                batch = to_device_of(network, batch)
+                use(batch, networks.with_gradients_if_needed(partial(networks.call, batch)))
+
+
+def _some(counts: list[int]) -> str:
+    return ", ".join(map(str, counts[:8])) + ", ..." * (len(counts) > 8)
+
+
+class _Zeros:
+    """A forward hook that counts exact zeros."""
+
+    def __init__(self) -> None:
+        self._zeros = self._elements = 0
+
+    def __call__(self, module: nn.Module, inputs: Any, output: Tensor) -> None:
+        self._zeros += output.numel() - int(torch.count_nonzero(output))
+        self._elements += output.numel()
+
+    def share(self) -> float:
+        return self._zeros / max(self._elements, 1)
