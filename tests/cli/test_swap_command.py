@@ -23,7 +23,8 @@ from torch import nn
 
 def make(classes=2, act=nn.SiLU):
     layers = nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), act(), nn.Conv2d(8, 8, 3), act()
-    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, classes))
+    head = nn.Conv2d(8, classes, 1), nn.AdaptiveAvgPool2d(1), nn.Flatten()
+    return nn.Sequential(*layers, *head)
 
 class Conv(nn.Module):
     default_act = nn.SiLU(inplace=True)  # one object for all, as in YOLO

@@ -203,7 +203,7 @@ def swap(
         _check_classes(_answers(network, batches[0][:2]), classes.values(), labels)
         numbers = None
         if classes:
-            numbers = torch.tensor([classes[path] for path in compared]).split(batch_size)
+            numbers = torch.split(torch.tensor([classes[path] for path in compared]), batch_size)
         say(f"{len(fitted):,} images to fit to, {len(compared):,} to compare on: {preprocessing}")
 
         report = swap_activations(

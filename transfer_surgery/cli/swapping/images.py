@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -53,7 +54,7 @@ class Preprocessing:
                 `settings` do not suit its channels.
         """
         try:
-            from timm.data import create_transform, resolve_data_config
+            timm: Any = import_module("timm.data")
         except ImportError as error:
             raise ImportError("swap needs timm: pip install 'transfer-surgery[timm]'") from error
         if len(size) != 3 or size[0] not in _MODES:
@@ -73,13 +74,13 @@ class Preprocessing:
                 raise ValueError(
                     f"--{name} has {len(given[name])} numbers, and the model {size[0]} channels."
                 )
-        config = resolve_data_config({"input_size": size} | given, model=model)
+        config = timm.resolve_data_config({"input_size": size} | given, model=model)
         if len(config["mean"]) != size[0] or len(config["std"]) != size[0]:
             raise ValueError(
                 f"the model takes images of {size[0]} channel, and nothing says how they are "
                 "normalised: give --mean and --std, such as --mean 0.5 --std 0.5."
             )
-        return cls(size, config, create_transform(**config))
+        return cls(size, config, timm.create_transform(**config))
 
     def __str__(self) -> str:
         c = self.config
@@ -109,7 +110,7 @@ class Images:
         order = torch.randperm(len(self.paths)) if self.shuffled else torch.arange(len(self.paths))
         # PIL lets other threads run while it reads.
         with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as threads:
-            for chosen in order.split(self.batch_size):
+            for chosen in torch.split(order, self.batch_size):
                 yield torch.stack([*threads.map(self._read, chosen.tolist())])
 
     def _read(self, number: int) -> Tensor:
