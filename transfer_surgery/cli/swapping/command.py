@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Collection
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import torch
 import typer
-from torch import Tensor, nn
 
-from transfer_surgery._running import logits_of
 from transfer_surgery.activations import get_target
 from transfer_surgery.cli.finetuning.training import Machine
 from transfer_surgery.cli.options import (
@@ -32,12 +28,21 @@ from transfer_surgery.cli.options import (
     run_errors,
 )
 from transfer_surgery.cli.printing import say, show
+from transfer_surgery.cli.swapping.checks import (
+    answer_shape,
+    budget_of,
+    check_classes,
+    check_folder,
+    left_out,
+    numbers_of,
+    size_of,
+)
 from transfer_surgery.cli.swapping.folders import find_images, read_labels, split
 from transfer_surgery.cli.swapping.images import Images, Preprocessing
 from transfer_surgery.cli.weights import build, check_weights
 from transfer_surgery.files import check_not_lost, save_baked
 from transfer_surgery.matching import swap_activations
-from transfer_surgery.sites import Plan, find_activations
+from transfer_surgery.sites import find_activations
 
 
 def swap(
@@ -167,14 +172,14 @@ def swap(
     check_weights(weights, pretrained)
     with option_errors():
         wanted = get_target(target)
-        budget = _budget(keep)
+        budget = budget_of(keep)
         settings = {
-            "mean": _numbers("--mean", mean),
-            "std": _numbers("--std", std),
+            "mean": numbers_of("--mean", mean),
+            "std": numbers_of("--std", std),
             "crop_pct": crop_pct,
             "interpolation": interpolation,
         }
-        _check_folder(output)
+        check_folder(output)
     with run_errors():
         check_not_lost(output, "baked")
         found = find_images(images)
@@ -192,15 +197,15 @@ def swap(
     with run_errors():
         if not plan.rows:
             raise ValueError(f"every activation selected is {wanted} already: there is no swap.")
-    say(f"{len(plan)} sites to swap to {target}{_left_out(whole, plan)}")
+    say(f"{len(plan)} sites to swap to {target}{left_out(whole, plan)}")
     with run_errors():
         # Read the images, and look whether the model takes them.
         preprocessing = Preprocessing.choose(
-            network, _size(example), settings, [*fitted, *compared]
+            network, size_of(example), settings, [*fitted, *compared]
         )
         batches = [x.to(machine.device) for x in Images(fitted, preprocessing, batch_size)]
         network.to(machine.device)
-        _check_classes(_answers(network, batches[0][:2]), classes.values(), labels)
+        check_classes(answer_shape(network, batches[0][:2]), classes.values(), labels)
         numbers = None
         if classes:
             numbers = torch.split(torch.tensor([classes[path] for path in compared]), batch_size)
@@ -227,90 +232,3 @@ def swap(
         save_baked(network, output, spec, fold=batches[0])
     show(report.to_json() if as_json else str(report))
     say(f"wrote {output}")
-
-
-def _budget(keep: str | None) -> int | float | None:
-    """The number, or the share, of neurons that keep their source."""
-    if keep is None:
-        return None
-    try:
-        budget = int(keep) if keep.isdecimal() else float(keep)
-    except ValueError:
-        budget = -1
-    if budget < 0 or (isinstance(budget, float) and not budget <= 1):
-        raise ValueError(f"--keep {keep}: write a number of neurons, or a share such as 0.1.")
-    return budget
-
-
-def _numbers(option: str, text: str | None) -> tuple[float, ...] | None:
-    if text is None:
-        return None
-    try:
-        return tuple(float(number) for number in text.split(","))
-    except ValueError as error:
-        raise ValueError(f"{option} {text}: write numbers such as 0.5,0.5,0.5.") from error
-
-
-def _check_folder(output: Path) -> None:
-    if not output.absolute().parent.is_dir():
-        raise ValueError(f"{output}: there is no folder {output.parent}. Make it first.")
-
-
-def _left_out(whole: Plan, chosen: Plan) -> str:
-    """The sites that stay, counted by activation and role."""
-    paths = {site.path for site in chosen}
-    counts = Counter(
-        f"{site.source.name} ({site.reason or site.role})"
-        for site in whole
-        if site.path not in paths
-    )
-    listed = ", ".join(f"{count} {name}" for name, count in counts.items())
-    return f"; these stay: {listed}" if listed else ""
-
-
-def _size(example: Any) -> tuple[int, ...]:
-    """The shape of one example.
-
-    Raises:
-        ValueError: the model takes no tensor.
-    """
-    if not isinstance(example, Tensor):
-        raise ValueError(
-            f"the model takes a {type(example).__name__}, and this command reads images; "
-            "swap_activations in Python takes any inputs."
-        )
-    return tuple(example.shape[1:])
-
-
-@torch.no_grad()
-def _answers(network: nn.Module, images: Tensor) -> tuple[int, ...]:
-    """The shape of what the model returns for some images.
-
-    Raises:
-        ValueError: it does not run on them.
-    """
-    try:
-        return tuple(logits_of(network.eval()(images)).shape)
-    except Exception as error:
-        size = "x".join(map(str, images.shape[1:]))
-        raise ValueError(
-            f"the model does not run on images of {size}: {error}. Give the size that it takes: "
-            "--input-size 3xHxW."
-        ) from error
-
-
-def _check_classes(shape: tuple[int, ...], numbers: Collection[int], labels: Path | None) -> None:
-    """Raise where the labels do not number the classes of the model.
-
-    Folders are numbered in their order, so that all classes have to be there.
-    """
-    if labels is None:
-        return
-    classes = max(numbers) + 1
-    fits = len(shape) == 2 and (shape[1] == classes if labels.is_dir() else shape[1] >= classes)
-    if not fits:
-        raise ValueError(
-            f"{labels} has classes from 0 to {classes - 1}, and the model returns {shape[1:]} for "
-            f"an image: make it with --set num_classes={classes}, or give a CSV file with lines "
-            "IMAGE,NUMBER."
-        )

@@ -1,0 +1,103 @@
+"""What the command `swap` reads from its arguments, and refuses before it fits anything."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Collection
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from transfer_surgery._running import logits_of
+from transfer_surgery.sites import Plan
+
+
+def budget_of(keep: str | None) -> int | float | None:
+    """The number, or the share, of neurons that keep their source."""
+    if keep is None:
+        return None
+    try:
+        budget = int(keep) if keep.isdecimal() else float(keep)
+    except ValueError:
+        budget = -1
+    if budget < 0 or (isinstance(budget, float) and not budget <= 1):
+        raise ValueError(f"--keep {keep}: write a number of neurons, or a share such as 0.1.")
+    return budget
+
+
+def numbers_of(option: str, text: str | None) -> tuple[float, ...] | None:
+    """Numbers with commas between them."""
+    if text is None:
+        return None
+    try:
+        return tuple(float(number) for number in text.split(","))
+    except ValueError as error:
+        raise ValueError(f"{option} {text}: write numbers such as 0.5,0.5,0.5.") from error
+
+
+def check_folder(output: Path) -> None:
+    """Raise where there is no folder for the output: minutes of work would go to a wrong place."""
+    if not output.absolute().parent.is_dir():
+        raise ValueError(f"{output}: there is no folder {output.parent}. Make it first.")
+
+
+def left_out(whole: Plan, chosen: Plan) -> str:
+    """The sites that stay, counted by activation and role."""
+    paths = {site.path for site in chosen}
+    counts = Counter(
+        f"{site.source.name} ({site.reason or site.role})"
+        for site in whole
+        if site.path not in paths
+    )
+    listed = ", ".join(f"{count} {name}" for name, count in counts.items())
+    return f"; these stay: {listed}" if listed else ""
+
+
+def size_of(example: Any) -> tuple[int, ...]:
+    """The shape of one example.
+
+    Raises:
+        ValueError: the model takes no tensor.
+    """
+    if not isinstance(example, Tensor):
+        raise ValueError(
+            f"the model takes a {type(example).__name__}, and this command reads images; "
+            "swap_activations in Python takes any inputs."
+        )
+    return tuple(example.shape[1:])
+
+
+@torch.no_grad()
+def answer_shape(network: nn.Module, images: Tensor) -> tuple[int, ...]:
+    """The shape of what the model returns for some images.
+
+    Raises:
+        ValueError: it does not run on them.
+    """
+    try:
+        return tuple(logits_of(network.eval()(images)).shape)
+    except Exception as error:
+        size = "x".join(map(str, images.shape[1:]))
+        raise ValueError(
+            f"the model does not run on images of {size}: {error}. Give the size that it takes: "
+            "--input-size 3xHxW."
+        ) from error
+
+
+def check_classes(shape: tuple[int, ...], numbers: Collection[int], labels: Path | None) -> None:
+    """Raise where the labels do not number the classes of the model.
+
+    Folders are numbered in their order, so that all classes have to be there.
+    """
+    if labels is None:
+        return
+    classes = max(numbers) + 1
+    fits = len(shape) == 2 and (shape[1] == classes if labels.is_dir() else shape[1] >= classes)
+    if not fits:
+        raise ValueError(
+            f"{labels} has classes from 0 to {classes - 1}, and the model returns {shape[1:]} for "
+            f"an image: make it with --set num_classes={classes}, or give a CSV file with lines "
+            "IMAGE,NUMBER."
+        )
