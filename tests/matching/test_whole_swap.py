@@ -81,7 +81,9 @@ def test_with_gates_kept_the_model_can_be_saved_and_is_what_the_last_row_says(
     torch.manual_seed(0)
     model = spec.build().eval()
     inputs = [torch.randn(8, 3, 32, 32) for _ in range(4)]
-    found = swap_activations(model, "relu", inputs, keep_gates=True, granularity="layer")
+    found = swap_activations(
+        model, "relu", inputs, keep_gates=True, granularity="layer", offset=True
+    )
     save_baked(model, tmp_path / "baked", spec, fold=inputs[0])
     loaded = load_baked(tmp_path / "baked").eval()
     # Sites that keep numbers are named: those, and no others, are modules of this library.
@@ -108,19 +110,19 @@ def test_the_sites_that_cost_most_keep_their_source() -> None:
     dearest = max(costs, key=lambda path: costs[path])
 
     swapped = network()
-    found = swap_activations(swapped, "relu", given, held_out=other, keep_sites=1)
+    found = swap_activations(swapped, "relu", given, held_out=other, keep_sites=1, offset=True)
     assert found.kept == (dearest,)
     now = {path: type(swapped.get_submodule(path)).__name__ for path in costs}
     assert now == dict.fromkeys(costs, "ReLU") | {
         dearest: type(network().get_submodule(dearest)).__name__
     }
-    everything = swap_activations(network(), "relu", given, held_out=other)
+    everything = swap_activations(network(), "relu", given, held_out=other, offset=True)
     assert found.rows[-1].errors["output"] < everything.rows[-1].errors["output"]
 
 
 def test_a_share_of_the_neurons_keeps_its_source() -> None:
     model = network()
-    found = swap_activations(model, "relu", batches(0), keep=0.3, keep_gates=True)
+    found = swap_activations(model, "relu", batches(0), keep=0.3, keep_gates=True, offset=True)
     total = report(model).total
     assert 0 < total.source_neurons <= 0.3 * total.neurons
     assert found.mixed != ()
@@ -196,7 +198,7 @@ def test_one_in_place_object_shared_by_all_layers_is_swapped_at_each() -> None:
         ({"keep_sites": 3}, "keep_sites=3: there are 3 sites to swap"),
         ({"keep": 0.5, "keep_sites": 1}, "give keep= or keep_sites=, not both"),
         ({"distill_steps": -1}, "distill_steps=-1"),
-        ({"keep": 2.0}, "keep=2.0: give a number of the"),
+        ({"keep": 2.0, "offset": True}, "keep=2.0: give a number of the"),
     ],
 )
 def test_after_an_error_the_model_is_as_it_was(arguments: dict[str, Any], message: str) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import os
 import sys
+import warnings
 from collections.abc import Callable
 from contextvars import ContextVar
 from typing import ParamSpec, TextIO
@@ -32,7 +33,10 @@ def with_results(command: Callable[_P, None]) -> Callable[_P, None]:
         _results.set(sys.stdout)
         # For good: threads and exit handlers of a model print when the command is over.
         sys.stdout = sys.stderr
-        command(*args, **kwargs)
+        with warnings.catch_warnings():
+            # The line of code that a warning belongs to is none of the user's.
+            warnings.showwarning = lambda message, *_, **__: say(f"Note: {message}")
+            command(*args, **kwargs)
 
     return run
 

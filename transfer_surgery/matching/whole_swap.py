@@ -10,13 +10,14 @@ import copy
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
 
 from transfer_surgery._arguments import check_arguments
 from transfer_surgery._running import as_batches
-from transfer_surgery.activations import Activation, get_target
+from transfer_surgery.activations import Activation, activation_module, get_target
 from transfer_surgery.matching.distill_loss import Loss
 from transfer_surgery.matching.distillation import distill
 from transfer_surgery.matching.match import match_targets
@@ -52,6 +53,7 @@ def swap_activations(
     plan: Plan | None = None,
     granularity: str | Granularity | Mapping[str, str | Granularity] = "channel",
     refit: bool = True,
+    offset: bool | None = None,
     keep: int | float | None = None,
     keep_sites: int = 0,
     distill_steps: int = 0,
@@ -81,6 +83,8 @@ def swap_activations(
         plan: the sites to swap, chosen from `find_activations`; None: all hidden ones.
         granularity: what has fitted numbers of its own, as in `convert`.
         refit: whether the layers behind the sites are refitted.
+        offset: whether the targets have an offset, as in `match_targets`. None: not where torch has
+            a module of the target, such as ``nn.ReLU``, so that it can stand there without numbers.
         keep: how many neurons keep their source, as in `swap_targets`: a number (int) or a share
             (float). A site of which a part is kept computes both functions.
         keep_sites: how many sites keep their source as a whole: those that cost most when they are
@@ -136,6 +140,8 @@ def swap_activations(
     if keep_sites >= len(plan):
         raise ValueError(f"keep_sites={keep_sites}: there are {len(plan)} sites to swap.")
 
+    if offset is None:
+        offset = not type(activation_module(target)).__module__.startswith("torch.")
     logits = logits or labels is not None
     teacher = copy.deepcopy(model)
     roles = {site.role for site in plan}
@@ -151,7 +157,17 @@ def swap_activations(
 
         # Fit the targets, and choose the sites that stay.
         with stages.timed():
-            left = _match(model, fitted_on, refit, keep, keep_sites, logits, progress)
+            fit = partial(
+                match_targets, model, fitted_on, offset=offset, logits=logits, progress=progress
+            )
+            if keep is not None or keep_sites:
+                # What a site costs is known once it is fitted; then the others are fitted around
+                # those that stay.
+                fit()
+                _keep_dearest(model, fitted_on, keep, keep_sites, logits)
+            left = fit(refit=refit).left
+            if keep is None and not keep_sites:
+                swap_targets(model)
         units = dict(gated_activations(model))
         outcomes = {path: outcome_of(unit.gate.predict()) for path, unit in units.items()}
         fitted = sum(
@@ -195,30 +211,19 @@ def _hold_out(batches: list[Any]) -> tuple[list[Any], list[Any]]:
     return batches[:-number], batches[-number:]
 
 
-def _match(
+def _keep_dearest(
     model: nn.Module,
     batches: Sequence[Any],
-    refit: bool,
     keep: int | float | None,
     keep_sites: int,
     logits: bool,
-    progress: Shown,
-) -> Mapping[str, str]:
-    """Fit and swap; the layers that were not refitted, and why."""
-    if keep is None and not keep_sites:
-        found = match_targets(model, batches, refit=refit, logits=logits, progress=progress)
-        swap_targets(model)
-        return found.left
-    # What a site costs is known once it is fitted; then the others are fitted around those that
-    # stay.
-    match_targets(model, batches, progress=progress)
+) -> None:
+    """Swap all but what costs most."""
     if keep_sites:
         costs = sensitivity(model, batches[:_COST_BATCHES], logits=logits)
         swap_targets(model, exclude=costs.order[-keep_sites:])
     else:
         swap_targets(model, keep=keep, batches=batches)
-    found = match_targets(model, batches, refit=refit, logits=logits, progress=progress)
-    return found.left
 
 
 def _bake_and_fold(model: nn.Module, batch: Any) -> FoldReport:

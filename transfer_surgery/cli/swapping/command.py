@@ -88,6 +88,14 @@ def swap(
     refit: Annotated[
         bool, typer.Option("--refit/--no-refit", help="Refit the layers behind the sites.")
     ] = True,
+    offset: Annotated[
+        bool | None,
+        typer.Option(
+            "--offset/--no-offset",
+            help="Fit an offset of each target. Default: not where torch has a module of the "
+            "target, so that nothing else remains.",
+        ),
+    ] = None,
     distill_steps: Annotated[
         int,
         typer.Option(min=0, help="Let the original network teach for this number of steps."),
@@ -221,6 +229,7 @@ def swap(
             plan=plan,
             granularity=granularity,
             refit=refit,
+            offset=offset,
             keep=budget,
             keep_sites=keep_sites,
             distill_steps=distill_steps,
