@@ -22,6 +22,7 @@ import timm.optim
 import torch
 import torch.nn.functional as F
 import typer
+from markdown_page import markdown_table
 from rich.console import Console
 from rich.progress import track
 from sklearn.datasets import load_digits
@@ -178,14 +179,14 @@ def mean_probability(model: nn.Module) -> float:
 def markdown(rows: list[tuple[str, str, float, list[Outcome]]], steps: int, gamma: float) -> str:
     head = ["network", "optimizer", "lr"]
     head += [f"{mode}: {what}" for mode in MODES for what in ("deviation", "transferred")]
-    lines = [" | ".join(head), " | ".join(["---"] * len(head))]
+    lines = []
     for name, label, factor, outcomes in rows:
         cells = [name.removesuffix("_patch16_224"), label, f"{RECIPES[label].lr * factor:g}"]
         for outcome in outcomes:
             frozen = " (frozen)" if outcome.frozen else ""
             cells += [f"{outcome.deviation:.4f}", f"{outcome.transferred:.1%}{frozen}"]
-        lines.append(" | ".join(cells))
-    table = "\n".join(f"| {line} |" for line in lines)
+        lines.append(cells)
+    table = markdown_table(head, lines)
     worst = [max(outcomes[i].deviation for *_, outcomes in rows) for i in range(len(MODES))]
     summary = ", ".join(f"{mode} {value:.4f}" for mode, value in zip(MODES, worst, strict=True))
     versions = f"torch {torch.__version__}, timm {timm.__version__}, {datetime.date.today()}, CPU"

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean, stdev
 
+from markdown_page import block_names, fill_blocks, markdown_table
+
 PAGE = Path(__file__).parents[1] / "docs" / "everyday.md"
 RESULTS = Path(__file__).with_name("results") / "everyday"
 STARTS = ("original", "plain", "matched", "refitted")
-_BLOCK = re.compile(r"(<!-- begin ([\w-]+) -->\n).*?(<!-- end \2 -->)", re.DOTALL)
 _HEAD = (
     *("network", "test error", "answers changed", "zeros"),
     *("fine-tuned: test error", "zeros", "not folded", "seconds"),
@@ -64,7 +64,7 @@ def read_results(folder: Path) -> list[Result]:
 
 
 def fill(page: str, results: Iterable[Result]) -> str:
-    """A page whose tables, each between ``<!-- begin SWAP -->`` and end, are made anew.
+    """A page whose tables, each in the block of its swap, are made anew.
 
     Raises:
         ValueError: a swap of the page has no result.
@@ -72,18 +72,14 @@ def fill(page: str, results: Iterable[Result]) -> str:
     runs: dict[str, list[Result]] = {}
     for result in results:
         runs.setdefault(result.swap, []).append(result)
-
-    def table(match: re.Match[str]) -> str:
-        begin, swap, end = match.groups()
-        if swap not in runs:
-            raise ValueError(f"there is no result of {swap}.")
-        return f"{begin}{_table(runs[swap])}\n{end}"
-
-    return _BLOCK.sub(table, page)
+    names = block_names(page)
+    if missing := [swap for swap in names if swap not in runs]:
+        raise ValueError(f"there is no result of {', '.join(missing)}.")
+    return fill_blocks(page, {swap: _table(runs[swap]) for swap in names})
 
 
 def _table(runs: Sequence[Result]) -> str:
-    lines = [_line(_HEAD), _line(["---"] * len(_HEAD))]
+    cells_of = []
     for start in STARTS:
         rows = [row for run in runs for row in run.rows if row.start == start]
         columns = (
@@ -95,18 +91,15 @@ def _table(runs: Sequence[Result]) -> str:
         )
         cells = [_share([getattr(row, name) for row in rows], n) for name, n in columns]
         left = "-" if start in ("original", "plain") else f"{mean(r.left for r in rows):.0f} sites"
-        lines.append(_line([start, *cells, left, f"{mean(row.seconds for row in rows):.0f}"]))
+        cells_of.append([start, *cells, left, f"{mean(row.seconds for row in rows):.0f}"])
     one = runs[0]
     seeds = f"Mean ± standard deviation of {len(runs)} seeds" if len(runs) > 1 else "One seed"
     about = f"{one.steps} steps of training, {one.tune_steps} of fine-tuning, {one.images} images"
     machines = "; ".join(sorted({run.machine for run in runs}))
-    return "\n".join([*lines, "", f"{seeds}; {about} for matching; {machines}."])
+    note = f"{seeds}; {about} for matching; {machines}."
+    return f"{markdown_table(_HEAD, cells_of)}\n\n{note}"
 
 
 def _share(values: Sequence[float], digits: int) -> str:
     spread = f" ± {100 * stdev(values):.{digits}f}" if len(values) > 1 else ""
     return f"{100 * mean(values):.{digits}f}{spread} %"
-
-
-def _line(cells: Sequence[str]) -> str:
-    return f"| {' | '.join(cells)} |"

@@ -15,6 +15,7 @@ from statistics import median
 import sklearn.datasets
 import torch
 import torch.nn.functional as F
+from markdown_page import fill_blocks, markdown_table
 from torch import Tensor, fx, nn
 from torch.ao.quantization import get_default_qconfig_mapping
 from torch.ao.quantization.quantize_fx import convert_fx, prepare_fx
@@ -102,22 +103,16 @@ def main() -> None:
         }
         floats = [accuracy(model, *tests) for model in (original, swapped, built)]
         times = seconds([*integers.values()], tests[0][:64], options.rounds)
-        lines = [
-            "| network | pairs of quantize and dequantize | float | int8 | ms |",
-            "|---|--:|--:|--:|--:|",
-        ]
+        rows = []
         for (name, model), before, spent in zip(integers.items(), floats, times, strict=True):
             after = accuracy(model, *tests)
-            lines.append(
-                f"| {name} | {pairs(model)} | {before:.1%} | {after:.1%} | {1e3 * spent:.2f} |"
-            )
-    text = "\n".join(lines) + "\n"
+            shares = f"{before:.1%}", f"{after:.1%}"
+            rows.append([name, str(pairs(model)), *shares, f"{1e3 * spent:.2f}"])
+    head = ["network", "pairs of quantize and dequantize", "float", "int8", "ms"]
+    text = markdown_table(head, rows)
     print(text)
     if options.page is not None:
-        page = options.page.read_text()
-        begin, end = "<!-- int8: begin -->\n", "<!-- int8: end -->"
-        before, _, rest = page.partition(begin)
-        options.page.write_text(f"{before}{begin}\n{text}\n{end}{rest.partition(end)[2]}")
+        options.page.write_text(fill_blocks(options.page.read_text(), {"int8": text}))
 
 
 if __name__ == "__main__":

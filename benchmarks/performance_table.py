@@ -8,6 +8,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import typer
+from markdown_page import markdown_table
 from variants import UNITS_COMPILED
 
 HEAD = """# What gated activations cost
@@ -54,15 +55,11 @@ def main(folder: Path) -> None:
         if not timed:
             text += "This has not been measured yet. `bash benchmarks/gpu.sh` does it.\n"
             continue
-        text += _line(["network", *(column[0] for column in COLUMNS)])
-        text += _line(["---"] * (1 + len(COLUMNS)))
-        for file in timed:
-            text += _line([f"[{_name(file)}](performance/{file.name})", *_cells(file, place)])
+        rows = [[_link(file), *_cells(file, place)] for file in timed]
         targets = [column[4][place] if column[4] else None for column in COLUMNS]
-        text += _line(["target", *("-" if t is None else f"{t:.2f}" for t in targets)])
-        others = [
-            f"[{_name(file)}](performance/{file.name})" for file in tables if file not in timed
-        ]
+        rows.append(["target", *("-" if t is None else f"{t:.2f}" for t in targets)])
+        text += markdown_table(["network", *(column[0] for column in COLUMNS)], rows) + "\n"
+        others = [_link(file) for file in tables if file not in timed]
         text += NOTES + (f"\nMore: {', '.join(others)}.\n\n" if others else "\n")
     folder.with_suffix(".md").write_text(text.rstrip() + "\n")
 
@@ -93,12 +90,8 @@ def ratios(page: str) -> dict[tuple[str, str, str], float]:
     return found
 
 
-def _name(file: Path) -> str:
-    return file.stem.partition("-")[2]
-
-
-def _line(cells: list[str]) -> str:
-    return f"| {' | '.join(cells)} |\n"
+def _link(file: Path) -> str:
+    return f"[{file.stem.partition('-')[2]}](performance/{file.name})"
 
 
 if __name__ == "__main__":

@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean, stdev
-from typing import Any
 
+from markdown_page import fill_blocks, markdown_table
 from pretrained_recipes import EPOCH, Recipe
-
-_BLOCK = re.compile(r"(<!-- begin results -->\n).*(<!-- end results -->)", re.DOTALL)
 
 
 @dataclass(frozen=True)
@@ -45,9 +42,8 @@ def read_results(folder: Path) -> list[Result]:
 
 
 def fill(page: str, results: Iterable[Result]) -> str:
-    """A page whose tables, between ``<!-- begin results -->`` and end, are made anew."""
-    tables = write_tables(results)
-    return _BLOCK.sub(lambda block: f"{block[1]}\n{tables}\n{block[2]}", page)
+    """A page whose block of results is made anew."""
+    return fill_blocks(page, {"results": write_tables(results)})
 
 
 def write_tables(results: Iterable[Result]) -> str:
@@ -72,9 +68,8 @@ def write_tables(results: Iterable[Result]) -> str:
             "matching",
             "training",
         ]
-        parts += [_line(head), _line(["---"] * len(head))]
-        for recipe, seeds in sorted(rows.items(), key=lambda row: _mean(row[1])):
-            parts.append(_line(_cells(recipe, seeds)))
+        best_first = sorted(rows.items(), key=lambda row: _mean(row[1]))
+        parts.append(markdown_table(head, [_cells(*row) for row in best_first]))
         for recipe, seeds in rows.items():
             if len(seeds) > 1:  # a mean of 10 % and 88 % would say nothing
                 parts.append(f"\n`{recipe.name}` and on: {_listed(seeds)}.")
@@ -132,7 +127,3 @@ def _listed(seeds: list[Result]) -> str:
 
 def _mean(seeds: list[Result]) -> float:
     return mean(result.error for result in seeds)
-
-
-def _line(cells: Sequence[Any]) -> str:
-    return f"| {' | '.join(map(str, cells))} |"

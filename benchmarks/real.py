@@ -14,7 +14,6 @@ import copy
 import importlib.util
 import json
 import os
-import re
 import time
 import warnings
 from pathlib import Path
@@ -23,6 +22,7 @@ from typing import Annotated, Any
 
 import torch
 import typer
+from markdown_page import fill_blocks, markdown_table
 from torch import nn
 
 from transfer_surgery import convert, distill, match_targets, swap_targets
@@ -53,9 +53,7 @@ def main(
     for name in network or STEPS:
         result = measure(nets, name, folder, steps or STEPS[name], seed)
         (RESULTS / f"{name}.json").write_text(json.dumps(result, indent=1) + "\n")
-    block = re.compile(r"(<!-- begin results -->\n).*(<!-- end results -->)", re.DOTALL)
-    page = block.sub(lambda found: found[1] + _tables() + found[2], PAGE.read_text())
-    PAGE.write_text(page)
+    PAGE.write_text(fill_blocks(PAGE.read_text(), {"results": _tables()}))
 
 
 def measure(
@@ -113,12 +111,12 @@ def _tables() -> str:
             continue
         stages = json.loads(file.read_text())
         heads = list(stages["original"])
-        lines = [f"## {title}", "", f"| | {' | '.join(heads)} |", f"| --- |{' --- |' * len(heads)}"]
-        for stage, values in stages.items():
-            cells = [_cell(head, values[head], stage) for head in heads]
-            lines.append(f"| {stage} | {' | '.join(cells)} |")
-        tables.append("\n".join(lines))
-    return "\n" + "\n\n".join(tables) + "\n\n"
+        rows = [
+            [stage, *(_cell(head, values[head], stage) for head in heads)]
+            for stage, values in stages.items()
+        ]
+        tables.append(f"## {title}\n\n{markdown_table(['', *heads], rows)}")
+    return "\n\n".join(tables)
 
 
 def _cell(head: str, value: float, stage: str) -> str:

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from markdown_page import fill_blocks, markdown_table
 
 from tool_checks import quantizing, tracing, training
 from tool_checks.networks import STATES, Case, case
@@ -72,7 +73,7 @@ def outcome(tool: Tool, state: str) -> str:
 
 
 def table(results: dict[Tool, list[str]]) -> str:
-    lines = [f"| tool | package | {' | '.join(STATES)} |", f"|---|---|{'---|' * len(STATES)}"]
+    rows = []
     notes: list[str] = []
     for tool, cells in results.items():
         shown = []
@@ -82,8 +83,9 @@ def table(results: dict[Tool, list[str]]) -> str:
                 notes.append(message)
             shown.append(f"{word} ({notes.index(message) + 1})" if message else word)
         version = importlib.metadata.version(tool.package).partition("+")[0]
-        lines.append(f"| {tool.name} | {tool.package} {version} | {' | '.join(shown)} |")
-    return "\n".join([*lines, "", *(f"{i}. {note}" for i, note in enumerate(notes, 1))]) + "\n"
+        rows.append([tool.name, f"{tool.package} {version}", *shown])
+    numbered = [f"{i}. {note}" for i, note in enumerate(notes, 1)]
+    return "\n".join([markdown_table(["tool", "package", *STATES], rows), "", *numbered])
 
 
 def main() -> int:
@@ -100,10 +102,7 @@ def main() -> int:
     text = table(results)
     print(text)
     if options.page is not None:
-        page = options.page.read_text()
-        begin, end = "<!-- table: begin -->\n", "<!-- table: end -->"
-        before, _, rest = page.partition(begin)
-        options.page.write_text(f"{before}{begin}\n{text}\n{end}{rest.partition(end)[2]}")
+        options.page.write_text(fill_blocks(options.page.read_text(), {"tools": text}))
     return int(any(cell.startswith("wrong") for cells in results.values() for cell in cells))
 
 

@@ -8,6 +8,7 @@ import everyday_table
 import performance_table
 import pretrained_table
 import pytest
+from markdown_page import fill_blocks
 from pretrained_recipes import Recipe
 
 ROOT = Path(__file__).parents[2]
@@ -43,3 +44,11 @@ def test_result_files_are_named_after_what_they_hold():
     for file in (RESULTS / "everyday").glob("*.json"):
         found = json.loads(file.read_text())
         assert file.stem == f"{found['swap']}-seed{found['seed']}"
+
+
+def test_a_block_is_filled_where_its_marks_are_and_nowhere_else():
+    page = "a\n<!-- begin one -->\nold\n<!-- end one -->\n<!-- begin two -->\n<!-- end two -->\n"
+    filled = fill_blocks(page, {"one": "new\n"})
+    assert filled == page.replace("\nold\n", "\n\nnew\n\n")
+    with pytest.raises(ValueError, match="no block 'three', but one, two"):
+        fill_blocks(page, {"three": "new"})
