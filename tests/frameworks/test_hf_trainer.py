@@ -173,7 +173,7 @@ def test_totals_are_in_the_logs_the_log_history_and_the_history(tmp_path):
     trainer = trainer_of(bert(), tmp_path, before, callback, after)
     result = trainer.train()
     assert [record.step for record in callback.history.records] == [8, 16, 24]
-    expected = [record.total_gate for record in callback.history.records]
+    expected = [record.report.total.mean_gate for record in callback.history.records]
     for logs in (after.logs, trainer.state.log_history):
         assert [entry["gate/total"] for entry in logs] == [*expected, expected[-1]]
     assert not any("gate/total" in logs for logs in before.logs)

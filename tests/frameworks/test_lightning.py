@@ -165,7 +165,7 @@ def test_totals_go_to_the_loggers_and_the_history(tmp_path):
         rows = [row for row in csv.DictReader(file) if row["gate/total"]]
     assert [int(row["step"]) for row in rows] == [10, 20, 28]
     assert float(rows[-1]["transfer/total"]) == 1
-    expected = [record.total_gate for record in callback.history.records]
+    expected = [record.report.total.mean_gate for record in callback.history.records]
     assert [float(row["gate/total"]) for row in rows] == pytest.approx(expected)
 
 

@@ -35,10 +35,11 @@ def history() -> History:
 
 def test_each_record_holds_every_site_and_the_total(history):
     assert [r.step for r in history.records] == [0, 10, 20]
-    assert [r.transferred for r in history.records] == [(0, 0), (1, 0), (1, 1)]
-    assert [r.mean_gate for r in history.records] == [(1, 1), (0, 0.5), (0, 0)]
-    assert [r.total_transferred for r in history.records] == [0, 0.25, 1]
-    assert [r.total_gate for r in history.records] == [1, 0.375, 0]
+    reports = [record.report for record in history.records]
+    assert [[row.transferred for row in r] for r in reports] == [[0, 0], [1, 0], [1, 1]]
+    assert [[row.mean_gate for row in r] for r in reports] == [[1, 1], [0, 0.5], [0, 0]]
+    assert [r.total.transferred for r in reports] == [0, 0.25, 1]
+    assert [r.total.mean_gate for r in reports] == [1, 0.375, 0]
 
 
 def test_steps_count_from_zero_and_go_on_from_the_last():

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, SupportsFloat
 from torch import Tensor, nn
 
 from transfer_surgery._table import data_frame
-from transfer_surgery.reports.transfer_report import Report, report
+from transfer_surgery.reports.transfer_report import Report, ReportRow, report
 from transfer_surgery.units import gated_activations, stage_of
 
 if TYPE_CHECKING:
@@ -26,31 +26,13 @@ class Record:
 
     Args:
         step: the step's number.
-        transferred: share of the gates that predict exactly 0, per site.
-        mean_gate: mean prediction, per site.
-        total_transferred: the same share of all gates of the model.
-        total_gate: the mean of all gates of the model, the E[z] of Figure 3.
+        report: the gates at that step.
         values: further numbers that were recorded, such as ``{"lr": 0.1}``.
     """
 
     step: float
-    transferred: tuple[float, ...]
-    mean_gate: tuple[float, ...]
-    total_transferred: float
-    total_gate: float
+    report: Report
     values: Mapping[str, float]
-
-    @classmethod
-    def of(cls, step: float, report: Report, values: Mapping[str, SupportsFloat]) -> Record:
-        """The part of a report that a history keeps."""
-        return cls(
-            step=step,
-            transferred=tuple(row.transferred for row in report),
-            mean_gate=tuple(row.mean_gate for row in report),
-            total_transferred=report.total.transferred,
-            total_gate=report.total.mean_gate,
-            values={name: _number(value) for name, value in values.items()},
-        )
 
 
 class History:
@@ -135,7 +117,8 @@ class History:
                 "the model's gated activations are not those that this history began with "
                 f"({len(now)} sites, before {len(self.paths)}): create a new History(model)."
             )
-        self.records.append(Record.of(step, now, values))
+        numbers = {name: _number(value) for name, value in values.items()}
+        self.records.append(Record(step, now, numbers))
         return now
 
     def value_names(self) -> tuple[str, ...]:
@@ -169,30 +152,28 @@ class History:
         return self._flat(self.records[-1])
 
     def _flat(self, record: Record) -> dict[str, float]:
-        flat = {"transfer/total": record.total_transferred, "gate/total": record.total_gate}
-        for path, transferred, gate in zip(
-            self.paths, record.transferred, record.mean_gate, strict=True
-        ):
-            flat |= {f"transfer/{path}": transferred, f"gate/{path}": gate}
+        total = record.report.total
+        flat = {"transfer/total": total.transferred, "gate/total": total.mean_gate}
+        for row in record.report:
+            flat |= {f"transfer/{row.path}": row.transferred, f"gate/{row.path}": row.mean_gate}
         return flat
 
     def to_dict(self) -> dict[str, Any]:
         """Lists over steps, in plain numbers and strings, with the version of this layout."""
-        records = self.records
+        reports = [record.report for record in self.records]
+
+        def shares(rows: list[ReportRow]) -> dict[str, list[float]]:
+            return {
+                "transferred": [row.transferred for row in rows],
+                "mean_gate": [row.mean_gate for row in rows],
+            }
+
         return {
             "version": _VERSION,
-            "steps": [r.step for r in records],
-            "total": {
-                "transferred": [r.total_transferred for r in records],
-                "mean_gate": [r.total_gate for r in records],
-            },
+            "steps": [record.step for record in self.records],
+            "total": shares([report.total for report in reports]),
             "sites": [
-                {
-                    "path": path,
-                    "stage": stage,
-                    "transferred": [r.transferred[i] for r in records],
-                    "mean_gate": [r.mean_gate[i] for r in records],
-                }
+                {"path": path, "stage": stage, **shares([report.rows[i] for report in reports])}
                 for i, (path, stage) in enumerate(zip(self.paths, self.stages, strict=True))
             ],
             "values": {name: self.value(name) for name in self.value_names()},

@@ -6,12 +6,7 @@ from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from typing import TYPE_CHECKING
 
-from transfer_surgery.reports.axes import (
-    axes_for_lines,
-    figure_of,
-    height_of,
-    row_labels,
-)
+from transfer_surgery.reports.axes import axes_for_lines, figure_of, height_of, row_labels
 from transfer_surgery.reports.transfer_report import by_stage
 
 if TYPE_CHECKING:
@@ -51,7 +46,8 @@ def plot_history(history: History, ax: Axes | None = None) -> Axes:
             "nothing was recorded yet: call history.record() in the training loop first."
         )
     # What stands above the heat map, and the rows in the order of their stages.
-    strips: dict[str, Sequence[float | None]] = {"E[z]": [r.total_gate for r in history.records]}
+    reports = [record.report for record in history.records]
+    strips: dict[str, Sequence[float | None]] = {"E[z]": [r.total.mean_gate for r in reports]}
     if "lr" in history.value_names():
         strips["lr"] = history.value("lr")
     sites = len(history.paths)
@@ -64,7 +60,7 @@ def plot_history(history: History, ax: Axes | None = None) -> Axes:
 
     # The heat map: one row per site, the first one on top.
     steps = [record.step for record in history.records]
-    shares = [[100 * record.transferred[i] for record in history.records] for i in rows]
+    shares = [[100 * report.rows[i].transferred for report in reports] for i in rows]
     borders = [i - 0.5 for i in range(sites + 1)]
     mesh = ax.pcolormesh(_column_edges(steps), borders, shares, vmin=0, vmax=100, cmap="viridis")
     ax.set(ylim=(sites - 0.5, -0.5), xlabel="step")
