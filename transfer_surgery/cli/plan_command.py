@@ -55,7 +55,8 @@ def plan(
         show(listed.to_json())
         return
     gates = ", ".join(
-        f"{sum(_gates(site, name) for site in chosen):,} per {name}"
+        f"{sum(math.prod(site.granularity(name).gate_shape(site.shape)) for site in chosen):,} "
+        f"per {name}"
         for name in ("layer", "channel", "neuron")
     )
     show(f"{listed}\n\n{len(chosen)} of {len(found)} sites would be converted; gates: {gates}")
@@ -69,8 +70,3 @@ def _with_reasons(found: Plan, chosen: Plan) -> Plan:
         return site.reason or (None if site.path in paths else f"role {site.role}")
 
     return replace(found, rows=tuple(replace(site, reason=reason(site)) for site in found))
-
-
-def _gates(site: Site, granularity: str) -> int:
-    """How many gates a site would have; an input of one axis has one."""
-    return math.prod(site.gate_shape(granularity)) if len(site.shape) > 1 else 1

@@ -101,21 +101,22 @@ def configs_at(plan: Plan, saved: Mapping[str, Config]) -> dict[str, Config | st
             continue
         config = saved[site.path]
         try:
-            granularity = granularity_of(config["granularity"])
-            if config["granularity"].get("found"):
-                granularity = granularity_of(granularity.name, site.channel_axis)
+            wanted = granularity_of(config["granularity"])
+            was_found = config["granularity"].get("found")
+            granularity = site.granularity(wanted.name if was_found else wanted)
         except (AttributeError, KeyError, TypeError, ValueError):
-            found[site.path] = f"its granularity in the file is {config.get('granularity')!r}"
+            found[site.path] = (
+                f"its granularity in the file is {config.get('granularity')!r}, and its input here "
+                f"has the shape {site.shape}"
+            )
             continue
         if site.reason is not None:
             found[site.path] = f"it cannot be converted here: {site.reason}"
-        elif granularity.name != "layer" and len(site.shape) < 2:
-            found[site.path] = f"its input {site.shape} has no {granularity} axis here"
         else:
             call = plan.call_number(site, saved)
             found[site.path] = config | {
                 "source": str(site.source),
-                "shape": list(site.gate_shape(granularity)),
+                "shape": list(granularity.gate_shape(site.shape)),
                 "granularity": granularity.to_dict(),
                 "call": call and list(call),
             }

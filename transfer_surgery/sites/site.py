@@ -14,7 +14,7 @@ from transfer_surgery.activations import Activation
 from transfer_surgery.sites.call_location import CallKey
 from transfer_surgery.sites.graph import GraphRoute
 from transfer_surgery.sites.route import Expression, Route
-from transfer_surgery.units import Granularity, granularity_of, is_selected
+from transfer_surgery.units import Granularity, PerLayer, granularity_of, is_selected
 
 ROLES = ("hidden", "gating", "output", "bounding")
 """``hidden`` feeds the next layer; ``gating`` multiplies another tensor; ``output`` is returned;
@@ -95,9 +95,23 @@ class Site:
     key: CallKey = field(repr=False)
     route: Route | GraphRoute | None = field(repr=False, default=None)
 
-    def gate_shape(self, granularity: str | Granularity) -> tuple[int, ...]:
-        """Shape of the gates: ``(1,)`` per layer, ``(C,)`` per channel, or the feature shape."""
-        return granularity_of(granularity, self.channel_axis).gate_shape(self.shape)
+    def granularity(self, wanted: str | Granularity) -> Granularity:
+        """What a granularity means at this site.
+
+        A short form means one gate where the input has no axis of channels or features.
+
+        Raises:
+            ValueError: an object asks for an axis that the input does not have.
+        """
+        found, dims = granularity_of(wanted, self.channel_axis), len(self.shape)
+        if isinstance(found, PerLayer) or (dims > 1 and max(found.axes(dims), default=0) > 0):
+            return found
+        if isinstance(wanted, str):
+            return PerLayer()
+        raise ValueError(
+            f"{self.path}: its input {self.shape} has no axis for {found!r}. Use one gate "
+            f"there: granularity={{{self.path!r}: 'layer', '*': 'channel'}}."
+        )
 
     @property
     def neurons(self) -> int:

@@ -12,25 +12,14 @@ from torch import nn
 from transfer_surgery._arguments import check_arguments
 from transfer_surgery._sharding import check_not_sharded
 from transfer_surgery.activations import Activation, get_target
-from transfer_surgery.sites import (
-    Plan,
-    Site,
-    find_activations,
-    prepare_recipes,
-    stages_of,
-)
+from transfer_surgery.sites import Plan, find_activations, prepare_recipes, stages_of
 from transfer_surgery.surgery.checks import check_model
 from transfer_surgery.surgery.encoder_fast_path import reopen_fused_paths
-from transfer_surgery.surgery.insertion import (
-    insert_units,
-    restore_caller,
-    swap_children,
-)
+from transfer_surgery.surgery.insertion import insert_units, restore_caller, swap_children
 from transfer_surgery.units import (
     GatedActivation,
     GateSettings,
     Granularity,
-    PerLayer,
     as_patterns,
     gate_settings,
     gated_activations,
@@ -187,22 +176,13 @@ def _granularities(
         granularity_of(name)
         if not any(site.matches(glob) for site in plan):
             raise ValueError(f"granularity pattern {glob!r} matches none of the sites:\n{plan}")
-    return [_granularity(site, table) for site in plan]
-
-
-def _granularity(site: Site, table: Mapping[str, str | Granularity]) -> Granularity:
-    for glob, name in table.items():
-        if site.matches(glob):
-            found, dims = granularity_of(name, site.channel_axis), len(site.shape)
-            is_flat = not isinstance(found, PerLayer) and (dims < 2 or set(found.axes(dims)) <= {0})
-            if is_flat and isinstance(name, str):
-                return PerLayer()  # there is no axis of channels or features
-            if is_flat:
-                raise ValueError(
-                    f"{site.path}: its input {site.shape} has no axis for {found!r}. Use one gate "
-                    f"there: granularity={{{site.path!r}: 'layer', '*': 'channel'}}."
-                )
-            return found
-    raise ValueError(
-        f"{site.path}: no granularity pattern matches it; add '*': 'channel' as the last one."
-    )
+    found = []
+    for site in plan:
+        wanted = next((name for glob, name in table.items() if site.matches(glob)), None)
+        if wanted is None:
+            raise ValueError(
+                f"{site.path}: no granularity pattern matches it; add '*': 'channel' as the last "
+                "one."
+            )
+        found.append(site.granularity(wanted))
+    return found

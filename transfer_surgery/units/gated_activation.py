@@ -95,7 +95,11 @@ class GatedActivation(nn.Module):
         return self.fitted
 
     def config(self) -> dict[str, Any]:
-        """Everything needed to build the unit again except its values and its path, as JSON."""
+        """What the unit is, as JSON can hold it: all that a file says about it but its values.
+
+        What depends on the code around it is not part of this, since `find_activations` finds it
+        again: its path, the number of axes, and how the input is written to.
+        """
         return {
             "source": str(self.source),
             "target": str(self.target),
