@@ -7,6 +7,7 @@ model at hand is seen by building it on the meta device, where it takes no memor
 from __future__ import annotations
 
 import copy
+import itertools
 import warnings
 from collections.abc import Iterator
 from typing import Any
@@ -26,16 +27,18 @@ def follow_activations(model: nn.Module) -> None:
     wanted = _activations(model)
     config: Any = copy.deepcopy(model.config)
     wrong = _wrong(model, config, wanted)
-    names = _names_of([wanted[path] for path in wrong])
-    # Each entry of the config, and of the configs in it, that names an activation is tried.
-    for place in _places(config):
-        for name in names if wrong else ():
-            before = _set(config, place, name)
-            now = _wrong(model, config, wanted)
-            if len(now) < len(wrong):
-                wrong = now
-            else:
-                _set(config, place, before)
+    names = _names_of([wanted[path] for path in wrong]) if wrong else []
+    # Try the names in each entry of the config, and of the configs in it, until all is right.
+    for place, name in itertools.product([*_places(config)], names):
+        if not wrong:
+            break
+        if (before := _set(config, place, name)) == name:
+            continue
+        now = _wrong(model, config, wanted)
+        if len(now) < len(wrong):
+            wrong = now
+        else:
+            _set(config, place, before)
     if not wrong:
         for place in _places(config):
             _set(model.config, place, _get(config, place))
@@ -95,11 +98,12 @@ def _equal(one: Tensor | None, other: Tensor | None) -> bool:
 
 
 def _names_of(values: list[Tensor | None]) -> list[str]:
-    """The names in transformers of the functions with these values."""
+    """A name in transformers of each function with these values."""
     from transformers.activations import ACT2CLS, ACT2FN
 
-    without = {name: _values(ACT2FN[name]) for name in ACT2CLS}
-    return [name for name, known in without.items() if any(_equal(v, known) for v in values)]
+    known = {name: _values(ACT2FN[name]) for name in ACT2CLS}
+    found = (next((name for name in known if _equal(v, known[name])), None) for v in values)
+    return [name for name in dict.fromkeys(found) if name is not None]
 
 
 def _places(config: Any, above: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:
