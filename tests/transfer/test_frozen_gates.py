@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.optim import SGD, Adam, AdamW, Optimizer, lr_scheduler
+from torch.optim import SGD, Adafactor, Adam, AdamW, Optimizer, lr_scheduler
 
 from tests.helpers.explicit_loss import (
     GAMMA,
@@ -23,18 +23,7 @@ from tests.helpers.explicit_loss import (
     task,
 )
 from transfer_surgery import FrozenGatesWarning, TransferSchedule, wrap_optimizer
-from transfer_surgery.transfer.optimizer import _WRAPPED
-
-
-def test_frozen_gates_are_reported_once() -> None:
-    model = gated_mlp()
-    optimizer = wrap_optimizer(SGD(model.parameters(), lr=0.01), model, gamma=1.0)
-    for _ in range(199):
-        plain(model, optimizer, False, 0)
-    message = r"gates are frozen.* 200 steps.*sites 1, 3\).*TransferSchedule.*gate_weight_decay"
-    with pytest.warns(FrozenGatesWarning, match=message):
-        plain(model, optimizer, False, 0)
-    plain(model, optimizer, False, 0)
+from transfer_surgery.transfer.wrapped_optimizers import WRAPPED
 
 
 def test_gates_that_rest_at_the_end_of_a_cycle_are_not_reported() -> None:
@@ -75,7 +64,7 @@ def test_what_a_step_remembers_is_forgotten_with_its_window(
     model = gated_mlp()
     set_gates(model, 2.0)
     optimizer = wrap_optimizer(SGD(model.parameters(), lr=0.01), model, **how)
-    watch, lengths = _WRAPPED[optimizer].frozen, []
+    watch, lengths = WRAPPED[optimizer].frozen, []
     for _ in range(450):
         optimizer.step()
         optimizer.zero_grad()
@@ -113,6 +102,11 @@ def warned(model: nn.Module, optimizer: Optimizer, steps: int = 200, scheduler: 
     ("make", "gamma", "message"),
     [
         (
+            lambda m: SGD(m.parameters(), lr=0.01),
+            1.0,
+            r"gates are frozen.* 200 steps.*sites 1, 3\).*TransferSchedule.*gate_weight_decay",
+        ),
+        (
             lambda m: AdamW(m.parameters(), eps=1e-4),
             0.1,
             r"gradients are below the optimizer's eps.*\(sites 1, 3\).*or a smaller eps",
@@ -124,7 +118,9 @@ def warned(model: nn.Module, optimizer: Optimizer, steps: int = 200, scheduler: 
         ),
     ],
 )
-def test_the_reason_is_named(make: Make, gamma: float, message: str) -> None:
+def test_frozen_gates_are_reported_once_with_the_reason(
+    make: Make, gamma: float, message: str
+) -> None:
     model = gated_mlp()
     assert re.search(message, warned(model, wrap_optimizer(make(model), model, gamma=gamma)))
 
@@ -167,6 +163,30 @@ def test_gates_that_the_user_froze_are_not_reported() -> None:
     optimizer = wrap_optimizer(SGD(model.parameters(), lr=0.01), model, gamma=1.0)
     for _ in range(201):
         plain(model, optimizer, False, 0)
+
+
+def test_gradients_that_a_fused_optimizer_unscaled_are_not_too_small() -> None:
+    model = gated_mlp()
+    set_gates(model, 3.0)
+    optimizer = AdamW(model.parameters(), lr=1e-3, fused=True, eps=1e-4)
+    wrap_optimizer(optimizer, model, gamma=3.0)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**16)
+    for _ in range(200):  # a FrozenGatesWarning would be an error here
+        scaler.scale(task(model, 0)).backward()
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad()
+
+
+def test_adafactor_whose_eps_is_a_pair_passes_the_look_at_frozen_gates() -> None:
+    model = gated_mlp()
+    set_gates(model, 1.0)
+    optimizer = wrap_optimizer(Adafactor(model.parameters(), lr=0.05), model, gamma=1.0)
+    for _ in range(200):
+        plain(model, optimizer, False, 0)
+
+
+# ---- losses that are not finite
 
 
 @pytest.mark.parametrize("way", ["step", "closure"])

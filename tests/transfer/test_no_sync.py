@@ -16,8 +16,8 @@ from torch.utils._pytree import tree_leaves
 from tests.helpers.explicit_loss import GAMMA, batch, gated_cnn, gates, mean_probability
 from transfer_surgery import HardConcrete, TransferSchedule, convert, wrap_optimizer
 from transfer_surgery.transfer.controllers import Projection
-from transfer_surgery.transfer.optimizer import _WRAPPED
 from transfer_surgery.transfer.risk import REDUCTIONS, add_risk_gradient
+from transfer_surgery.transfer.wrapped_optimizers import WRAPPED
 from transfer_surgery.units import gated_activations
 
 WAYS: list[dict[str, Any]] = [
@@ -103,7 +103,7 @@ HOW: dict[str, dict[str, Any]] = {
 
 def begin(optimizer: Optimizer) -> None:
     """As after the first steps: it looks at the first of 50, and before it moves the first gate."""
-    hooks = _WRAPPED[optimizer]
+    hooks = WRAPPED[optimizer]
     hooks.finite.looks = 1
     if hooks.projection is not None:
         hooks.projection.begun = True

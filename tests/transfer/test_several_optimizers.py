@@ -93,6 +93,17 @@ def test_a_model_that_was_converted_again_needs_a_new_optimizer(how: dict[str, A
     assert_transferred(model)
 
 
+def test_a_part_that_was_baked_and_converted_again_needs_a_new_optimizer() -> None:
+    model = nn.Sequential(gated_mlp(), gated_mlp())
+    optimizer = wrap_optimizer(SGD(model.parameters(), lr=0.1), model, transfer=SCHEDULE)
+    bake(model[0])
+    optimizer.step()  # the other half is still there
+    convert(model[0], "snake", example_input=X)
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match="converted again"):
+            optimizer.step()
+
+
 @pytest.mark.parametrize("leave", [bake, revert])
 def test_weights_train_on_after_the_units_are_gone(leave: Any) -> None:
     model = gated_mlp()

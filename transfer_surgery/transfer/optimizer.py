@@ -7,10 +7,8 @@ groups, which every way of saving an optimizer keeps.
 
 from __future__ import annotations
 
-import gc
 from collections.abc import Callable
 from typing import Any, TypeVar
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
@@ -22,16 +20,11 @@ from transfer_surgery.transfer.controllers import Projection, Risk
 from transfer_surgery.transfer.param_groups import PAUSED, add_gates_to_optimizer, gates_group
 from transfer_surgery.transfer.schedule import TransferSchedule
 from transfer_surgery.transfer.step_hooks import StepHooks
-from transfer_surgery.units import GatedActivation, gated_activations
+from transfer_surgery.transfer.wrapped_optimizers import WRAPPED, earlier_hooks, innermost
+from transfer_surgery.units import gated_activations
 
 AnyOptimizer = TypeVar("AnyOptimizer", bound=Optimizer)
 AnyHook = TypeVar("AnyHook", bound=Callable[..., Any])
-
-_WRAPPED: WeakKeyDictionary[Optimizer, StepHooks] = WeakKeyDictionary()
-
-# The names under which other optimizers keep the one that they wrap: Accelerate and Lightning, SAM,
-# timm's Lookahead, and opacus.
-_INNER = ("optimizer", "base_optimizer", "_base_optimizer", "original_optimizer")
 
 
 def wrap_optimizer(
@@ -118,14 +111,14 @@ def wrap_optimizer(
     sites = dict(gated_activations(model))
     units = list(sites.values())
     check_training(gamma, transfer, reduction, gamma_warmup, units)
-    inner = _innermost(optimizer)
-    if inner in _WRAPPED:
+    inner = innermost(optimizer)
+    if inner in WRAPPED:
         raise ValueError(
             "this optimizer is wrapped already: the risk would count twice. Build a new optimizer "
             "to train with other settings."
         )
     check_optimizer(inner, model, sites)
-    replaced = _earlier_hooks(inner, sites)
+    replaced = earlier_hooks(inner, sites)
     given = {"lr": gate_lr, "weight_decay": gate_weight_decay}
     settings = {key: value for key, value in given.items() if value is not None}
     check_settings(settings, inner, any(unit.gate.learned for unit in units))
@@ -147,41 +140,10 @@ def wrap_optimizer(
     inner.register_step_pre_hook(_in_python(hooks.before_step))
     inner.register_step_post_hook(_in_python(hooks.after_step))
     inner.register_state_dict_pre_hook(lambda saved: hooks.count_skipped(saved, wait=True))
-    _WRAPPED[inner] = hooks
+    WRAPPED[inner] = hooks
     for earlier in replaced:
         earlier.is_retired = True
     return optimizer
-
-
-def _earlier_hooks(optimizer: Optimizer, sites: dict[str, GatedActivation]) -> list[StepHooks]:
-    """The hooks of earlier optimizers for these gates, which this optimizer replaces.
-
-    Raises:
-        ValueError: an earlier optimizer trains other parameters, so that both will be used.
-    """
-    ours = {id(unit) for unit in sites.values()}
-
-    def moving() -> list[tuple[Optimizer, StepHooks]]:
-        return [
-            (other, hooks)
-            for other, hooks in _WRAPPED.items()
-            if not hooks.is_retired and not ours.isdisjoint(map(id, hooks.units.values()))
-        ]
-
-    if moving():
-        gc.collect()  # learning-rate schedulers keep dead optimizers alive in reference cycles
-    held = {id(p) for group in optimizer.param_groups for p in group["params"]}
-    for other, hooks in moving():
-        theirs = {id(p) for group in other.param_groups for p in group["params"]}
-        if held.isdisjoint(theirs):
-            moved = [path for path, unit in hooks.units.items() if id(unit) in ours]
-            raise ValueError(
-                f"another optimizer ({type(other).__name__}) that is wrapped already moves the "
-                f"gates of {', '.join(moved[:3])}{', ...' if len(moved) > 3 else ''}: they would "
-                "move twice per step. Wrap one optimizer only, or each with the submodule that it "
-                "trains."
-            )
-    return [hooks for _, hooks in moving()]
 
 
 def _in_python(hook: AnyHook) -> AnyHook:
@@ -249,18 +211,11 @@ def resume_transfer(optimizer: Optimizer) -> None:
 
 
 def _scheduled(optimizer: Optimizer) -> Optimizer:
-    inner = _innermost(optimizer)
-    hooks = _WRAPPED.get(inner)
+    inner = innermost(optimizer)
+    hooks = WRAPPED.get(inner)
     if hooks is None or hooks.projection is None:
         raise ValueError(
             "only a transfer schedule can be paused: wrap this optimizer with "
             "wrap_optimizer(optimizer, model, transfer=TransferSchedule(total_steps)) first."
         )
     return inner
-
-
-def _innermost(optimizer: Optimizer) -> Optimizer:
-    """The optimizer whose ``step`` updates the parameters, inside of those that wrap it."""
-    inner = (getattr(optimizer, name, None) for name in _INNER)
-    found = next((o for o in inner if isinstance(o, Optimizer) and o is not optimizer), None)
-    return optimizer if found is None else _innermost(found)

@@ -46,11 +46,12 @@ class StepHooks:
         self.units = dict(sites)
         self.without_fit = [path for path, unit in self.units.items() if unit.fitted is None]
         self.places = [
-            (parent, name, unit)
+            (parent, name)
             for parent in model.modules()
             for name, unit in parent._modules.items()
             if isinstance(unit, GatedActivation)
         ]
+        self.there = self._at_places()
         self.finite = FiniteWatch(optimizer, model, self.units.values())
         self.frozen = FrozenWatch(self.units if self.risk is not None else {})
         self.skipped = SkippedSteps()
@@ -131,7 +132,8 @@ class StepHooks:
                 "parameters of these targets: call match_targets or load_state_dict first, then "
                 "make and wrap the optimizer."
             )
-        if all(parent._modules.get(name) is unit for parent, name, unit in self.places):
+        now = self._at_places()
+        if now == self.there:
             return
         # Units are gone. The weights may train on, unless new units took their place.
         present = [unit for unit in self.model.modules() if isinstance(unit, GatedActivation)]
@@ -141,8 +143,13 @@ class StepHooks:
                 "the model was converted again since this optimizer was wrapped, and its new gates "
                 "would never move: make a new optimizer and call wrap_optimizer on it."
             )
+        self.there = now
         if not present:
-            self.units, self.places, self.without_fit = {}, [], []
+            self.units, self.without_fit = {}, []
+
+    def _at_places(self) -> list[nn.Module | None]:
+        """What is where the units were when the optimizer was wrapped."""
+        return [parent._modules.get(name) for parent, name in self.places]
 
     def _warn_if_retired(self) -> None:
         if self.is_retired and not self.retirement_reported:
