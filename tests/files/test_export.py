@@ -21,7 +21,6 @@ from torch import Tensor, nn
 from tests.helpers.compiled import NETS
 from tests.helpers.kinds import KINDS, Kind, become, match_and_mix, mix, transfer
 from transfer_surgery import bake, convert, export_onnx, export_program
-from transfer_surgery.surgery.baked_modules import MixedActivation
 
 # Sizes as small as each model allows; the first ones take seconds.
 MODELS: dict[str, dict[str, Any]] = {
@@ -247,8 +246,3 @@ def test_without_onnx_the_error_says_what_to_install(
     monkeypatch.setitem(sys.modules, "onnxscript", None)
     with pytest.raises(ImportError, match=r"pip install 'transfer-surgery\[onnx\]'"):
         export_onnx(nn.ReLU(), torch.zeros(2), tmp_path / "model.onnx")
-
-
-def test_a_mixed_site_is_one_module() -> None:
-    model = baked(nn.Sequential(nn.ReLU()), torch.zeros(2, 4), match_and_mix)
-    assert type(model[0]) is MixedActivation

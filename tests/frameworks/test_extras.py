@@ -23,11 +23,14 @@ def test_without_a_framework_the_message_says_how_to_get_it(monkeypatch, name, n
         importlib.import_module(module)
 
 
-def test_the_package_loads_no_framework():
+def test_the_package_loads_nothing_that_is_an_extra():
     code = """if True:
         import sys
         import transfer_surgery.frameworks.records
-        loaded = {"lightning", "transformers", "timm", "accelerate"} & sys.modules.keys()
+        from transfer_surgery.reports import history, plots
+        extras = {"lightning", "transformers", "timm", "accelerate", "safetensors"}
+        extras |= {"matplotlib", "pandas", "rich"}
+        loaded = extras & sys.modules.keys()
         assert not loaded, loaded
     """
     subprocess.run([sys.executable, "-c", code], check=True)

@@ -206,16 +206,6 @@ def in_turn(calls: dict[Any, tuple[Any, ...]]) -> Result:
     return {name: program(*args) for name, (program, *args) in calls.items()}
 
 
-def different_starts(how: str) -> Result:
-    """As where each rank seeds its own: DDP makes them start like rank 0."""
-    model = network()
-    for _, unit in gated_activations(model):
-        nn.init.normal_(unit.log_alpha, generator=torch.Generator().manual_seed(dist.get_rank()))
-    parallel = DistributedDataParallel(model)
-    train(parallel, wrapped(parallel, "momentum", how), range(STEPS))
-    return {"state": model.state_dict()}
-
-
 def checkpoint(optimizer: str, how: str, folder: Path) -> Result:
     """Saved in mid-transfer and continued; and loaded into a new model and continued."""
 

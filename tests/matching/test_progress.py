@@ -68,9 +68,18 @@ def test_on_a_terminal_the_line_is_gone_at_the_end(clock, capsys, monkeypatch, w
     ]
 
 
-def test_tqdm_is_used_where_it_is_installed_and_short_work_shows_nothing(capsys):
-    pytest.importorskip("tqdm")
-    with progress_line(True, "distill", 2) as tell:
-        tell(1, "loss")
-        tell(2, "loss")
+def test_short_work_shows_nothing_where_tqdm_is_installed(clock, capsys):
+    with progress_line(True, "distill", 9) as tell:
+        for step in range(1, 10):  # plain lines would come, see above: tqdm has a clock of its own
+            tell(step, "loss")
     assert capsys.readouterr() == ("", "")
+
+
+def test_long_work_shows_a_bar_of_tqdm(capsys, monkeypatch):
+    monkeypatch.setattr(progress, "_DELAY", 0.0)
+    monkeypatch.setattr(progress, "_LONG_PAUSE", 0.0)
+    with progress_line(True, "distill", 2) as tell:
+        tell(1, "loss 0.5")
+    shown = capsys.readouterr().err
+    assert "distill:  50%|" in shown
+    assert "loss 0.5" in shown

@@ -90,16 +90,6 @@ def test_gates_without_log_alpha_have_none_and_do_not_count_in_its_mean():
     assert report(line).total.mean_log_alpha is None
 
 
-def test_a_shared_unit_is_one_row():
-    shared = unit([ONE])
-    assert len(report(nn.Sequential(shared, nn.Flatten(), shared))) == 1
-
-
-def test_a_model_without_gates_is_told_to_convert_first():
-    with pytest.raises(ValueError, match=r"Sequential has no gated activations: call convert"):
-        report(nn.Sequential(nn.ReLU()))
-
-
 def test_a_report_changes_nothing():
     model = nn.Sequential(unit([HALF])).train()
     state = torch.get_rng_state()
@@ -114,16 +104,6 @@ def test_the_total_is_none_of_the_rows_but_in_the_dict():
     assert [row.path for row in result] == ["0", "1"]
     assert result.to_dict()["total"] == asdict(result.total)
     assert result.to_dict()["by"] == "site"
-
-
-def test_the_table_is_aligned_and_ends_with_the_total():
-    model = nn.Sequential(unit([ZERO] * 12, "leaky_relu"), unit([HALF, ONE, ONE]))
-    lines = str(report(model)).splitlines()
-    assert len({len(line) for line in lines}) == 1
-    assert lines[0].split()[:4] == ["path", "source", "target", "granularity"]
-    assert lines[-1].split()[:2] == ["total", "various"]
-    ends = [line.rindex("%") for line in (lines[2], lines[3], lines[-1])]
-    assert len(set(ends)) == 1
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,5 @@
 """Modules of registered activations: sites of `convert`, and what `bake` leaves at a site."""
 
-import pickle
-
 import pytest
 import torch
 import torch.nn.functional as F
@@ -45,20 +43,6 @@ def test_a_module_of_any_registered_activation_is_one_site_of_that_very_activati
     network[1].log_alpha.fill_(-8.0)
     expected = network[2](get_activation(target)(network[0](X)))
     assert torch.equal(bake(network)(X), expected)
-
-
-@pytest.mark.parametrize("location", [8.0, -8.0], ids=["kept", "transferred"])
-@torch.no_grad()
-def test_such_a_module_is_compiled_exported_and_pickled_after_bake(location):
-    network = convert(_around("resin"), example_input=X)
-    network[1].log_alpha.fill_(location)
-    expected = bake(network)(X)
-    assert isinstance(network[1], ActivationModule)
-    torch.compiler.reset()
-    compiled = torch.compile(network, fullgraph=True, backend="aot_eager")
-    exported = torch.export.export(network, (X,)).module()
-    for copied in (compiled, exported, pickle.loads(pickle.dumps(network))):
-        assert torch.equal(copied(X), expected)
 
 
 @torch.no_grad()

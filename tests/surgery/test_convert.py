@@ -1,9 +1,7 @@
 """Promises of convert, revert and bake on small hand-made networks: the hard cases, one each."""
 
 import copy
-import io
 import pickle
-import warnings
 
 import pytest
 import torch
@@ -109,43 +107,17 @@ def test_closed_gates_train_like_the_original_bit_for_bit(model):
     assert_same_runs(model, converted(model, X), X)
 
 
-def test_every_gate_that_runs_gets_a_finite_gradient(model):
-    convert(model.train(), example_input=X)
-    model(X.clone()).sum().backward()
-    for path, unit in model.named_modules():
-        if isinstance(unit, GatedActivation) and "train" in find_modes(model, path):
-            assert unit.log_alpha.grad is not None, path
-            assert unit.log_alpha.grad.isfinite().all(), path
-
-
-def find_modes(model, path):
-    plan = find_activations(revert(copy.deepcopy(model)), X)
-    return plan[path].modes
-
-
-@pytest.mark.parametrize("z", [8.0, -8.0, 0.0, "mixed"])
+@pytest.mark.parametrize("exact", [True, False])
 @torch.no_grad()
-def test_bake_keeps_the_eval_outputs_and_drops_the_gates(model, z):
+def test_mixed_sites_bake_to_the_eval_outputs(model, exact):
     convert(model, example_input=X)
     for name, parameter in model.named_parameters():
         if name.endswith("log_alpha"):
-            value = torch.randn_like(parameter).sign() * 8 if z == "mixed" else z
-            parameter.copy_(torch.as_tensor(value))
+            parameter.copy_(torch.randn_like(parameter).sign() * 8 if exact else 0.0)
     before = model(X.clone())
     baked = bake(copy.deepcopy(model))
-    torch.testing.assert_close(baked(X.clone()), before, rtol=0, atol=0 if z else 1e-6)
-    assert not [key for key in baked.state_dict() if "log_alpha" in key]
-    assert not any(isinstance(m, GatedActivation) for m in baked.modules())
+    torch.testing.assert_close(baked(X.clone()), before, rtol=0, atol=0 if exact else 1e-6)
     assert torch.equal(pickle.loads(pickle.dumps(baked))(X.clone()), baked(X.clone()))
-
-
-@torch.no_grad()
-def test_the_target_is_what_transferred_gates_compute():
-    model = convert(Shared().eval(), example_input=X)
-    for unit in (model.relu_0, model.relu_1):
-        unit.log_alpha.fill_(-8.0)
-    expected = torch.sin(model.two(torch.sin(model.one(X))))
-    assert torch.equal(model(X), expected)
 
 
 @torch.no_grad()
@@ -189,19 +161,6 @@ def test_converting_one_caller_of_a_shared_module_leaves_the_other_alone(how):
     assert torch.equal(model(X), before)
 
 
-def test_calls_of_one_place_are_sites_that_take_turns():
-    plan = find_activations(Untraceable(), X)
-    assert {site.way for site in plan} == {"edit"}
-    assert len(plan) == X.dim()
-    assert not plan.unexamined
-
-
-def test_sites_of_one_training_mode_are_found():
-    modes = {str(site.source): site.modes for site in find_activations(OnlyWhenTraining(), X)}
-    assert modes["silu"] == ("eval",)
-    assert "train" in [mode for pair in modes.values() for mode in pair]
-
-
 def test_finding_and_converting_leave_random_state_buffers_and_caches_alone():
     model = Functional().train()
     state, buffers = torch.get_rng_state(), copy.deepcopy(model.state_dict())
@@ -209,15 +168,6 @@ def test_finding_and_converting_leave_random_state_buffers_and_caches_alone():
     assert torch.equal(state, torch.get_rng_state())
     for key, value in buffers.items():
         assert torch.equal(value, model.state_dict()[key])
-
-
-def test_the_original_checkpoint_loads_and_gates_alone_are_missing():
-    model = Shared()
-    state = copy.deepcopy(model.state_dict())
-    convert(model, example_input=X)
-    missing, unexpected = model.load_state_dict(state, strict=False)
-    assert sorted(missing) == ["relu_0.gate.log_alpha", "relu_1.gate.log_alpha"]
-    assert not unexpected
 
 
 def test_seed_decides_the_start_of_the_gates():
@@ -273,36 +223,6 @@ def test_harden_rounds_gates_before_baking():
         assert torch.equal(bake(model, harden=True)(X), expected)
 
 
-def test_a_call_without_source_is_intercepted_and_the_plan_says_why():
-    namespace = {"nn": nn, "F": F}
-    code = "class Typed(nn.Module):\n    def forward(self, x):\n        return F.relu(x) - 0.1"
-    exec(compile(code, "<typed>", "exec"), namespace)
-    model = namespace["Typed"]().eval()
-    before = model(X)
-    plan = find_activations(model, X)
-    assert plan["relu_0"].way == "intercept"
-    assert "relu_0: intercepted, because there is no source for <typed>" in plan.unexamined
-    assert torch.equal(convert(model, plan=plan)(X), before)
-    model.relu_0.log_alpha.data.fill_(-8.0)
-    assert torch.equal(model(X), torch.sin(X) - 0.1)
-
-
-def test_a_step_whose_first_input_is_a_constant_still_depends_on_the_input():
-    class Recurrent(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.step = nn.Sequential(nn.Linear(4, 4), nn.ReLU())
-
-        def forward(self, x):
-            state = torch.zeros_like(x)
-            for _ in range(3):
-                state = self.step(state) + x
-            return state
-
-    (site,) = find_activations(Recurrent(), torch.zeros(2, 4))
-    assert (site.path, site.calls, site.reason) == ("step.1", 3, None)
-
-
 def test_a_mixed_site_bakes_bit_for_bit_also_where_its_input_is_a_strided_view():
     class Split(nn.Module):
         def __init__(self):
@@ -318,67 +238,6 @@ def test_a_mixed_site_bakes_bit_for_bit_also_where_its_input_is_a_strided_view()
     with torch.no_grad():
         gated = model(x)
         assert torch.equal(bake(model)(x), gated)
-
-
-def test_a_converted_model_can_be_traced_by_torchscript():
-    model, x = nn.Sequential(nn.Linear(4, 6), nn.ReLU()).eval(), torch.randn(5, 4)
-    convert(model, example_input=x)
-    model[1].log_alpha.data.copy_(torch.tensor([8.0, -8.0, 0.5] * 2))
-    buffer = io.BytesIO()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # torch.jit is deprecated
-        torch.jit.save(torch.jit.trace(model, x), buffer)
-        buffer.seek(0)
-        torch.testing.assert_close(torch.jit.load(buffer)(x), model(x))
-
-
-@pytest.mark.parametrize("late", [True, 1])
-def test_a_branch_that_did_not_run_at_conversion_warns_when_it_runs(late):
-    class Late(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.layer, self.late = nn.Linear(4, 4), False
-
-        def forward(self, x):
-            x = self.layer(F.relu(x))
-            return torch.tanh(x) if self.late else x
-
-    model, x = Late().eval(), torch.randn(3, 4)
-    convert(model, example_input=x)
-    model(x)
-    model.late = late
-    with pytest.warns(
-        RuntimeWarning, match=r"Late calls tanh \(.*forward, line 3 of it\) in a branch"
-    ):
-        after = model(x)
-    assert torch.equal(after, revert(model)(x))
-
-
-def test_a_module_that_changes_the_result_of_its_activation_in_place_is_no_activation():
-    class Scaled(nn.Module):
-        def forward(self, x):
-            return F.gelu(x).mul_(1.7)
-
-    model, x = nn.Sequential(nn.Linear(4, 4), Scaled()).eval(), torch.randn(3, 4)
-    before = model(x)
-    assert find_activations(model, x).rows[0].path == "1.gelu_0"
-    assert torch.equal(convert(model, example_input=x)(x), before)
-
-
-def test_what_is_written_into_new_tensors_depends_on_the_input():
-    class Pooled(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.first, self.second, self.act = nn.Linear(4, 4), nn.Linear(4, 4), nn.ReLU()
-
-        def forward(self, x):
-            pooled, copied = torch.zeros(2, 4), x.new_empty(2, 4)
-            pooled[torch.tensor([0, 1])] = self.first(x)
-            copied[0].copy_(self.first(x)[1])
-            return self.act(self.second(pooled)) + F.relu(copied)
-
-    plan = find_activations(Pooled(), torch.zeros(2, 4))
-    assert [site.reason for site in plan] == [None, None]
 
 
 def test_the_gates_of_a_baked_mixture_stay_float32_when_the_model_is_halved():

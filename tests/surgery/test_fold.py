@@ -1,6 +1,8 @@
 """Numbers of matched targets move into neighbouring layers: where it is exact, and only there."""
 
 import copy
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import timm
@@ -10,53 +12,12 @@ from timm.layers import BatchNormAct2d, GroupNormAct
 from torch import nn
 from torch.nn.utils import prune
 
-from transfer_surgery import (
-    bake,
-    convert,
-    fold_targets,
-    match_targets,
-    swap_targets,
-)
+from tests.helpers.folding import IMAGES, folded, images, matched
+from transfer_surgery import fold_targets
 from transfer_surgery.activations import ActivationModule
-from transfer_surgery.surgery import folding
-from transfer_surgery.units import FittedActivation, PerChannel, TargetParameters
+from transfer_surgery.units import FittedActivation
 
 pytestmark = pytest.mark.filterwarnings("ignore:a gate saw fewer")  # a few images will do here
-
-
-def matched(model: nn.Module, x: torch.Tensor, target: str = "sin", **options) -> nn.Module:
-    """A baked model whose matched targets have numbers far from 1, 1, 0, 0."""
-    units = convert(model.eval(), target, example_input=x, **options)
-    match_targets(units, [x])
-    bake(swap_targets(model))
-    generator = torch.Generator().manual_seed(1)
-    for module in model.modules():
-        if isinstance(module, FittedActivation):
-            for parameter in module.parameters(recurse=False):
-                parameter.data += 0.3 * torch.randn(parameter.shape, generator=generator)
-    return model
-
-
-def folded(model: nn.Module, x: torch.Tensor, share: float = 1e-4) -> list[tuple[str, str, str]]:
-    """What went where; outputs are compared in evaluation mode."""
-    model.eval()
-    with torch.no_grad():
-        before = model(x)
-        report = fold_targets(model, x[:2])
-        torch.testing.assert_close(model(x), before, rtol=0, atol=share * before.abs().max())
-    return [(row.before, row.after, row.left) for row in report.rows]
-
-
-IMAGES = torch.randn(8, 4, 6, 6, generator=torch.Generator().manual_seed(0))
-
-
-def images(*behind: nn.Module, before: tuple[nn.Module, ...] = ()) -> nn.Sequential:
-    torch.manual_seed(0)
-    first = nn.Conv2d(4, 6, 3, padding=1)
-    layers = [first, *before, nn.ReLU(), *behind, nn.Flatten(), nn.LazyLinear(3)]
-    model = nn.Sequential(*layers)
-    model(IMAGES)
-    return model
 
 
 @pytest.mark.parametrize(
@@ -150,88 +111,91 @@ def test_a_channel_with_almost_no_amplitude_keeps_its_constant():
     assert (rest[[2, 3]] < 1e-6).all()
 
 
-class Readers(nn.Module):
-    """Its activation's input, or output, is read twice, or a layer is called twice."""
+class Between(nn.Module):
+    """An activation between two layers, and what else reads its tensors, layers and numbers."""
 
-    def __init__(self, what: str) -> None:
+    def __init__(self, read: Callable[..., Any] = lambda model, y, z, out: out) -> None:
         super().__init__()
         torch.manual_seed(0)
-        self.what = what
+        self.read = read
         self.one, self.act, self.two = nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 4)
-        if what == "weights":
-            self.two.weight = self.one.weight
-        if what == "hooks":
-            self.one.register_forward_hook(lambda m, args, y: y.clamp(max=1e6))
-        if what == "hooked site":
-            self.act.register_forward_hook(lambda m, args, y: None)
-        if what == "data":
-            self.two.weight = nn.Parameter(self.one.weight.data)
-        if what == "attribute":
-            self.transposed = self.one.weight.data.T
-        if what == "frozen":
-            self.one.weight.requires_grad_(False)
-        if what == "pruned":
-            prune.identity(self.one, "weight")
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if self.what == "keyword":
-            return self.two(input=self.act(self.one(input=x)))
+    def forward(self, x: torch.Tensor) -> Any:
         y = self.one(x)
         z = self.act(y)
-        out = self.two(z)
-        if self.what == "functional":
-            return F.linear(out, self.one.weight)
-        if self.what == "transposed":
-            return out @ self.one.weight.T
-        if self.what == "bias":
-            return out + self.one.bias.data
-        if self.what == "numbers" and hasattr(self.act, "w"):
-            return out * self.act.w
-        if self.what == "input":
-            return out + y
-        if self.what == "output":
-            return out + z
-        if self.what == "view":
-            return out + y.view(-1, 4)[:, :1]
-        if self.what == "in place":
-            return out + z.mul_(2)
-        if self.what == "layer":
-            return self.two(out)
-        return (out, z) if self.what == "returned" else out
+        return self.read(self, y, z, self.two(z))
+
+
+class ByKeyword(Between):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.two(input=self.act(self.one(input=x)))
+
+
+SEVERAL, ELSEWHERE = "(several readers)", "(one has parameters that are read elsewhere)"
+FEATURES = torch.randn(64, 4, generator=torch.Generator().manual_seed(0))
+
+
+def assert_neighbours(model: nn.Module, before: str, after: str) -> None:
+    model = matched(model, FEATURES)
+    with torch.no_grad():
+        expected = model(FEATURES)
+        row = fold_targets(model, FEATURES[:2]).rows[0]
+        torch.testing.assert_close(model(FEATURES), expected, rtol=1e-4, atol=1e-4)
+    assert (row.before, row.after) == (before, after)
 
 
 @pytest.mark.parametrize(
-    ("what", "expected"),
+    ("read", "before", "after"),
     [
-        ("nothing", ("one", "two")),
-        ("input", ("(several readers)", "two")),
-        ("view", ("(several readers)", "two")),
-        ("output", ("one", "(several readers)")),
-        ("in place", ("one", "(several readers)")),
-        ("layer", ("one", "(two is shared)")),
-        ("weights", ("(one is shared)", "(two is shared)")),
-        ("hooks", ("(one has hooks)", "two")),
-        ("hooked site", ("(the site has hooks)", "(the site has hooks)")),
-        ("functional", ("(one has parameters that are read elsewhere)", "two")),
-        ("transposed", ("(one has parameters that are read elsewhere)", "two")),
-        ("bias", ("(one has parameters that are read elsewhere)", "two")),
-        ("numbers", ("(its numbers are shared)", "(its numbers are shared)")),
-        ("data", ("(one is shared)", "(two is shared)")),
-        ("attribute", ("(one is shared)", "two")),
-        ("frozen", ("(one is frozen)", "two")),
-        ("pruned", ("(one has a computed weight)", "two")),
-        ("keyword", ("one", "two")),
-        ("returned", ("one", "(several readers)")),
+        (lambda model, y, z, out: out, "one", "two"),
+        (lambda model, y, z, out: out + y, SEVERAL, "two"),
+        (lambda model, y, z, out: out + y.view(-1, 4)[:, :1], SEVERAL, "two"),
+        (lambda model, y, z, out: out + z, "one", SEVERAL),
+        (lambda model, y, z, out: out + z.mul_(2), "one", SEVERAL),
+        (lambda model, y, z, out: (out, z), "one", SEVERAL),
+        (lambda model, y, z, out: model.two(out), "one", "(two is shared)"),
+        (lambda model, y, z, out: F.linear(out, model.one.weight), ELSEWHERE, "two"),
+        (lambda model, y, z, out: out @ model.one.weight.T, ELSEWHERE, "two"),
+        (lambda model, y, z, out: out + model.one.bias.data, ELSEWHERE, "two"),
+        (
+            lambda model, y, z, out: out * getattr(model.act, "w", 1),
+            *["(its numbers are shared)"] * 2,
+        ),
     ],
 )
-def test_a_second_reader_or_call_forbids_it(what, expected):
-    x = torch.randn(64, 4, generator=torch.Generator().manual_seed(0))
-    model = matched(Readers(what), x)
-    with torch.no_grad():
-        before = model(x)
-        row = fold_targets(model, x[:2]).rows[0]
-        torch.testing.assert_close(model(x), before, rtol=1e-4, atol=1e-4)
-    assert (row.before, row.after) == expected
+def test_a_second_reader_or_call_forbids_it(read, before, after):
+    assert_neighbours(Between(read), before, after)
+
+
+@pytest.mark.parametrize(
+    ("change", "before", "after"),
+    [
+        (lambda m: setattr(m.two, "weight", m.one.weight), "(one is shared)", "(two is shared)"),
+        (
+            lambda m: setattr(m.two, "weight", nn.Parameter(m.one.weight.data)),
+            *("(one is shared)", "(two is shared)"),
+        ),
+        (lambda m: setattr(m, "transposed", m.one.weight.data.T), "(one is shared)", "two"),
+        (lambda m: m.one.weight.requires_grad_(False), "(one is frozen)", "two"),
+        (lambda m: prune.identity(m.one, "weight"), "(one has a computed weight)", "two"),
+        (
+            lambda m: m.one.register_forward_hook(lambda m, args, y: y.clamp(max=1e6)),
+            *("(one has hooks)", "two"),
+        ),
+        (
+            lambda m: m.act.register_forward_hook(lambda m, args, y: None),
+            *["(the site has hooks)"] * 2,
+        ),
+    ],
+)
+def test_weights_that_are_not_the_layers_own_and_plain_forbid_it(change, before, after):
+    model = Between()
+    change(model)
+    assert_neighbours(model, before, after)
+
+
+def test_layers_may_be_called_by_keyword():
+    assert_neighbours(ByKeyword(), "one", "two")
 
 
 @pytest.mark.parametrize(
@@ -245,19 +209,17 @@ def test_a_second_reader_or_call_forbids_it(what, expected):
     ],
 )
 def test_a_positive_amplitude_goes_in_front_of_a_relu_with_several_readers(target, sign, left):
-    x = torch.randn(64, 4, generator=torch.Generator().manual_seed(0))
-    network = Readers("output")
+    network = Between(lambda model, y, z, out: out + z)
     network.act = nn.SiLU()
-    model = matched(network, x, target)
+    model = matched(network, FEATURES, target)
     model.act.a.data.abs_().mul_(sign)
-    assert folded(model, x) == [("one", "(several readers)", left)]
+    assert folded(model, FEATURES) == [("one", SEVERAL, left)]
 
 
 def test_a_block_that_is_called_twice_stays():
-    x = torch.randn(64, 4, generator=torch.Generator().manual_seed(0))
-    block = Readers("nothing")
-    model = matched(nn.Sequential(block, block), x)
-    assert folded(model, x) == [("(called 2 times)", "(called 2 times)", "a, w, c, b")]
+    block = Between()
+    model = matched(nn.Sequential(block, block), FEATURES)
+    assert folded(model, FEATURES) == [("(called 2 times)", "(called 2 times)", "a, w, c, b")]
 
 
 @pytest.mark.parametrize(
@@ -272,145 +234,6 @@ def test_timm_models(name, all_gone):
     assert all_gone == all(left == "" for *_, left in found)
     assert any(left != "a, w, c, b" for *_, left in found)
     assert any(isinstance(m, FittedActivation) for m in model.modules()) != all_gone
-
-
-def test_what_is_left_trains_as_autograd_says():
-    x = torch.randn(5, 3, dtype=torch.float64, requires_grad=True)
-    for kept in ("ab", "c", "w", "ac", ""):
-        site = FittedActivation(nn.Tanh(), TargetParameters((3,), PerChannel(1)), dims=2).double()
-        given = {"a": 1.0, "w": 1.0, "c": 0.0, "b": 0.0}
-        for name in "awcb":
-            setattr(site, name, nn.Parameter(torch.randn(3)) if name in kept else None)
-            given[name] = getattr(site, name) if name in kept else given[name]
-        expected = given["a"] * torch.tanh(given["w"] * x + given["c"]) + given["b"]
-        found = site(x)
-        torch.testing.assert_close(found, expected)
-        wanted = [x, *site.parameters()]
-        for one, other in zip(
-            torch.autograd.grad(found.square().sum(), wanted),
-            torch.autograd.grad(expected.square().sum(), wanted),
-            strict=True,
-        ):
-            torch.testing.assert_close(one, other)
-
-
-def test_frozen_layers_and_modes_stay_as_they_are():
-    model = matched(images(nn.Conv2d(6, 6, 3, bias=False)), IMAGES).train()
-    model[2].eval()
-    model.requires_grad_(False)
-    before = copy.deepcopy(model.state_dict())
-    assert folded(model.train(), IMAGES) == [("(0 is frozen)", "(2 is frozen)", "a, w, c, b")]
-    torch.testing.assert_close(model.state_dict(), before, rtol=0, atol=0)
-
-
-def test_optimizers_made_before_train_the_folded_network():
-    model = matched(images(nn.Conv2d(6, 6, 3)), IMAGES)
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    held = {id(p) for group in optimizer.param_groups for p in group["params"]}
-    report = fold_targets(model, IMAGES)
-    assert {id(p) for p in model.parameters()} <= held
-    assert [row.added for row in report] == [""]
-    before = copy.deepcopy(model.state_dict())
-    model(IMAGES).square().mean().backward()
-    optimizer.step()
-    assert not any(torch.equal(before[name], p) for name, p in model.named_parameters())
-
-
-def test_a_new_bias_is_in_the_report():
-    layers = images(nn.Conv2d(6, 6, 3, bias=False))
-    report = fold_targets(matched(layers, IMAGES), IMAGES)
-    assert report.rows[0].added == "2.bias"
-    assert str(report).endswith("new, not known to an optimizer made before: 2.bias")
-
-
-def test_folding_looks_at_the_example_before_it_changes_anything():
-    model = images(nn.Conv2d(6, 6, 3))
-    match_targets(convert(model, "sin", example_input=IMAGES), [IMAGES])
-    bake(swap_targets(model))
-    before = str(model)
-    with pytest.raises(ValueError, match="a batch is a list"):
-        fold_targets(model, [IMAGES, 3])
-    assert str(model) == before
-
-
-class Unseen(torch.autograd.Function):
-    """Reads a tensor where no torch function is called on it, as a kernel of one's own does."""
-
-    @staticmethod
-    def forward(ctx, x, read):
-        return x + torch.from_numpy(read.numpy())
-
-    @staticmethod
-    def backward(ctx, grad):
-        return grad, None
-
-
-class Hidden(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.one, self.two, self.three = nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 4)
-        self.act1, self.act2 = nn.ReLU(), nn.ReLU()
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        y = self.act2(self.two(self.act1(self.one(x))))
-        with torch._C.DisableTorchFunction():
-            read = Unseen.apply(y, self.three.weight.detach()[:1])
-        return read + self.three(y)
-
-
-def test_what_the_outputs_reveal_alone_keeps_one_place_from_folding():
-    torch.manual_seed(0)
-    x = torch.randn(64, 4)
-    rows = folded(matched(Hidden(), x), x)
-    assert rows[0] == ("one", "two", "")
-    assert rows[1] == ("(outputs would change)", "(outputs would change)", "a, w, c, b")
-
-
-def test_an_error_leaves_the_model_as_it_was(monkeypatch):
-    model = matched(images(nn.Conv2d(6, 6, 3)), IMAGES)
-    before = copy.deepcopy(model.state_dict())
-
-    def fails(changes, site, layer):
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(folding, "_fold_behind", fails)
-    with pytest.raises(KeyboardInterrupt):
-        fold_targets(model, IMAGES)
-    torch.testing.assert_close(model.state_dict(), before, rtol=0, atol=0)
-
-
-def test_gates_are_refused():
-    model = convert(images(), "sin", example_input=IMAGES)
-    with pytest.raises(ValueError, match=r"still has gates at 1 sites, such as '1': call bake"):
-        fold_targets(model, IMAGES)
-
-
-def test_where_nothing_was_transferred_there_is_nothing_to_fold():
-    model = convert(images(), "sin", example_input=IMAGES)
-    match_targets(model, [IMAGES])
-    before = model.eval()(IMAGES)
-    report = fold_targets(bake(model), IMAGES)
-    assert "nothing to fold" in str(report)
-    assert report.parameters_before == report.parameters_after
-    assert torch.equal(model(IMAGES), before)
-
-
-def test_the_report_counts_parameters():
-    model = matched(images(nn.Conv2d(6, 6, 3)), IMAGES)
-    count = sum(p.numel() for p in model.parameters())
-    report = fold_targets(model, IMAGES)
-    assert (report.parameters_before, report.parameters_after) == (count, count - 24)
-    lines = str(report).splitlines()
-    assert lines[0].split() == ["path", "w,", "c", "went", "to", "a,", "b", "went", "to", "left"]
-    assert lines[2].split() == ["1", "0", "2", "-"]
-    assert lines[-1] == f"{count:,} parameters before, {count - 24:,} after"
-    assert report.to_dict()["rows"][0] == {
-        "path": "1",
-        "before": "0",
-        "after": "2",
-        "left": "",
-        "added": "",
-    }
 
 
 def test_a_site_that_passes_tensors_of_its_source_goes_on_doing_so():

@@ -14,14 +14,7 @@ from torch import Tensor, nn
 from torch.optim import SGD
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from tests.helpers.explicit_loss import (
-    batch,
-    gated_cnn,
-    gates,
-    mid_transfer,
-    plain,
-)
-from tests.helpers.networks import functional
+from tests.helpers.explicit_loss import batch, gated_cnn, gates, mid_transfer, plain
 from transfer_surgery import (
     GatedActivation,
     TransferSchedule,
@@ -35,10 +28,6 @@ from transfer_surgery import (
 STEPS = 12  # the transfer ends at step 6
 
 
-def gated_functional() -> nn.Module:
-    return convert(functional(), example_input=torch.zeros(2, 2, 5, 5), seed=1)
-
-
 Average = Callable[[nn.Module], nn.Module]
 AVERAGES: dict[str, Average] = {
     "swa": AveragedModel,
@@ -48,7 +37,6 @@ AVERAGES: dict[str, Average] = {
     "timm-one-by-one": lambda m: ModelEmaV3(m, decay=0.5, foreach=False, use_warmup=True),
     "timm-no-buffers": lambda m: ModelEmaV3(m, decay=0.5, exclude_buffers=True),
 }
-models = pytest.mark.parametrize("make", [gated_cnn, gated_functional])
 averages = pytest.mark.parametrize("name", AVERAGES)
 
 
@@ -98,13 +86,10 @@ def test_averaging_does_not_disturb_the_training(name: str) -> None:
     torch.testing.assert_close(model.state_dict(), alone.state_dict(), rtol=0, atol=0)
 
 
-@models
 @averages
 @torch.no_grad()
-def test_an_average_from_after_the_transfer_is_transferred_and_bakes(
-    make: Callable[[], nn.Module], name: str
-) -> None:
-    model = make()
+def test_an_average_from_after_the_transfer_is_transferred_and_bakes(name: str) -> None:
+    model = gated_cnn()
     average = AVERAGES[name](model)
     with torch.enable_grad():
         train(model, average, start=1 if name == "ema" else 7)
@@ -123,13 +108,10 @@ def test_an_average_from_after_the_transfer_is_transferred_and_bakes(
     assert isinstance(next(iter(gates(model))), nn.Parameter)  # the model is not baked with it
 
 
-@models
 @averages
 @torch.no_grad()
-def test_an_average_from_the_middle_evaluates_reports_bakes_and_reverts(
-    make: Callable[[], nn.Module], name: str
-) -> None:
-    model = mid_transfer(make())
+def test_an_average_from_the_middle_evaluates_reports_bakes_and_reverts(name: str) -> None:
+    model = mid_transfer(gated_cnn())
     average = AVERAGES[name](model)
     follow(average, model)
     average.eval()

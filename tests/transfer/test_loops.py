@@ -18,7 +18,6 @@ from tests.helpers.explicit_loss import (
     assert_same_weights,
     closure,
     closure_of,
-    gated_cnn,
     gated_mlp,
     mid_transfer,
     plain,
@@ -170,36 +169,3 @@ def test_a_step_that_the_grad_scaler_skips_changes_nothing(name: str, how: dict[
     scaler.step(optimizer)
     scaler.update()
     assert_same_weights(model, before, rtol=0, atol=0)
-
-
-def test_a_second_optimizer_for_the_matrices_leaves_the_gates_to_the_wrapped_one() -> None:
-    """As with `torch.optim.Muon`, which takes matrices only."""
-    model = mid_transfer(gated_cnn())
-    reference = copy.deepcopy(model)
-
-    def make(net: nn.Module) -> list[Optimizer]:
-        matrices = [p for p in net.parameters() if p.dim() == 2]
-        others = [p for p in net.parameters() if p.dim() != 2]
-        return [torch.optim.Muon(matrices, lr=0.01), AdamW(others, lr=0.01)]
-
-    for net in (model, reference):
-        muon, adamw = make(net)
-        explicit = net is reference
-        if not explicit:
-            wrap_optimizer(adamw, net, gamma=GAMMA)
-        for seed in range(3):
-            loss = task(net, seed)
-            (loss + risk(net) if explicit else loss).backward()
-            muon.step()
-            adamw.step()
-            net.zero_grad()
-    torch.testing.assert_close(model.state_dict(), reference.state_dict(), rtol=2e-5, atol=2e-6)
-
-
-def test_an_optimizer_that_takes_no_gates_is_refused_and_stays_as_it_was() -> None:
-    model = gated_cnn()
-    muon = torch.optim.Muon([p for p in model.parameters() if p.dim() == 2], lr=0.01)
-    before = [dict(group) for group in muon.param_groups]
-    with pytest.raises(ValueError, match=r"Muon updates matrices .* AdamW, and wrap that one"):
-        wrap_optimizer(muon, model, gamma=GAMMA)
-    assert muon.param_groups == before

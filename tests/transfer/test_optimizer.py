@@ -4,7 +4,6 @@ That steps equal those of the explicit loss is tested by `test_loops`.
 """
 
 import copy
-import inspect
 import pickle
 from collections.abc import Callable
 from typing import Any
@@ -159,39 +158,21 @@ def test_a_learning_rate_tensor_is_not_shared_with_the_gates() -> None:
     assert (first, own) == (pytest.approx(0.1), pytest.approx(0.05))
 
 
+# By a factor, in a closed form, with the momentum, by a measure, one after the other, of averages.
 SCHEDULERS: dict[str, Callable[[Optimizer], Any]] = {
-    "LambdaLR": lambda o: lr_scheduler.LambdaLR(o, lambda epoch: 0.5**epoch),
-    "MultiplicativeLR": lambda o: lr_scheduler.MultiplicativeLR(o, lambda epoch: 0.5),
-    "StepLR": lambda o: lr_scheduler.StepLR(o, 1, 0.5),
-    "MultiStepLR": lambda o: lr_scheduler.MultiStepLR(o, [1, 2], 0.5),
-    "ConstantLR": lambda o: lr_scheduler.ConstantLR(o, total_iters=2),
-    "LinearLR": lambda o: lr_scheduler.LinearLR(o, total_iters=3),
     "ExponentialLR": lambda o: lr_scheduler.ExponentialLR(o, 0.5),
     "CosineAnnealingLR": lambda o: lr_scheduler.CosineAnnealingLR(o, 5),
-    "CosineAnnealingWarmRestarts": lambda o: lr_scheduler.CosineAnnealingWarmRestarts(o, 5),
-    "CyclicLR": lambda o: lr_scheduler.CyclicLR(o, 0.01, 0.1),
     "OneCycleLR": lambda o: lr_scheduler.OneCycleLR(o, 0.1, total_steps=5),
-    "PolynomialLR": lambda o: lr_scheduler.PolynomialLR(o, 5),
     "ReduceLROnPlateau": lambda o: lr_scheduler.ReduceLROnPlateau(o, factor=0.5, patience=0),
     "SequentialLR": lambda o: lr_scheduler.SequentialLR(
         o, [lr_scheduler.StepLR(o, 1, 0.5), lr_scheduler.StepLR(o, 1, 0.1)], [1]
     ),
     "SWALR": lambda o: SWALR(o, swa_lr=0.02, anneal_epochs=4),
-    "ChainedScheduler": lambda o: lr_scheduler.ChainedScheduler([lr_scheduler.StepLR(o, 1, 0.5)]),
 }
 
 
-def test_the_schedulers_below_are_all_there_are() -> None:
-    theirs = {
-        name
-        for name, cls in inspect.getmembers(lr_scheduler, inspect.isclass)
-        if issubclass(cls, lr_scheduler.LRScheduler) and not name.endswith("LRScheduler")
-    }
-    assert theirs | {"SWALR"} == SCHEDULERS.keys()
-
-
 @pytest.mark.parametrize("name", SCHEDULERS)
-def test_every_scheduler_moves_the_gates_learning_rate_with_the_others(name: str) -> None:
+def test_a_scheduler_moves_the_gates_learning_rate_with_the_others(name: str) -> None:
     model = gated_mlp()
     optimizer = SGD(model.parameters(), lr=0.1, momentum=0.9)
     wrap_optimizer(optimizer, model, transfer=SCHEDULE)

@@ -1,97 +1,151 @@
-"""A training that is killed and resumed in a new process ends as if nothing had happened.
+"""A training that is resumed in mid-transfer ends as if nothing had happened, bit for bit.
 
-The training is `resume_script`: kill -9 in mid-transfer, two ways to write checkpoints.
+Checkpoints are written in two ways: as one file, and in parts (weights, gates, and the rest).
 """
-
-import signal
-import subprocess
-import sys
 
 import pytest
 import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
+from torch import nn
 
-from tests.helpers import resume_script
 from tests.helpers.same_bits import assert_same_bits
+from transfer_surgery import (
+    HardConcrete,
+    Line,
+    TransferSchedule,
+    convert,
+    load_gates,
+    save_gates,
+    wrap_optimizer,
+)
 
-CASES = [
-    ("sgd", "whole", "outside"),
-    ("sgd gamma", "parts", "writing"),
-]
-
-
-def start(folder, setting, route, moment=""):
-    script = [sys.executable, "-W", "error", resume_script.__file__]
-    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
-    return subprocess.Popen([*script, str(folder), setting, route, moment], **pipes)
-
-
-def finish(process):
-    output, _ = process.communicate()
-    assert process.returncode == 0
-    return output
-
-
-def killed(process, moment):
-    """Wait for its end by SIGKILL, which it gives to itself or gets from here."""
-    with process:
-        if moment == "outside":
-            assert process.stdout.readline() == "starts at 0\n"
-            assert process.stdout.readline() == "kill me\n"
-            process.kill()
-        return process.wait() == -signal.SIGKILL
+STEPS, SAVED = 18, 8
+PROJECTION = {"transfer": TransferSchedule(STEPS)}
+SETTINGS = {
+    "sgd": PROJECTION,
+    "adamw": PROJECTION,
+    "adamw in order": {"transfer": TransferSchedule(STEPS, order="back_to_front")},
+    "sgd line": PROJECTION,
+    "sgd gamma": {"gamma": 30.0, "gamma_warmup": 14, "gate_lr": 5.0},
+    "adamw gamma": {"gamma": 30.0, "gamma_warmup": 14, "gate_lr": 0.5},
+}
 
 
-def final(folder):
-    return torch.load(folder / "final.pt", weights_only=True)
+class Net(nn.Module):
+    """A child, a function in an edited forward, dropout, running statistics."""
+
+    def __init__(self):
+        super().__init__()
+        self.one, self.norm, self.act = nn.Linear(6, 12), nn.BatchNorm1d(12), nn.ReLU()
+        self.drop, self.two, self.head = nn.Dropout(0.3), nn.Linear(12, 8), nn.Linear(8, 3)
+
+    def forward(self, x):
+        x = self.drop(self.act(self.norm(self.one(x))))
+        return self.head(F.gelu(self.two(x)))
 
 
-@pytest.fixture
-def one_thread():
-    """As in the script: for so small a network more threads only wait for each other."""
+X = torch.zeros(2, 6)
+
+
+def start(setting, seed, model=None):
+    """Model, optimizer and scheduler as before the first step."""
+    torch.manual_seed(seed)
+    gate = Line() if "line" in setting else HardConcrete(noise="example")
+    model = convert(Net(), gate=gate, example_input=X) if model is None else model
+    optimizer = (
+        torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, weight_decay=1e-3)
+        if "sgd" in setting
+        else torch.optim.AdamW(model.parameters(), lr=0.01)
+    )
+    wrap_optimizer(optimizer, model, **SETTINGS[setting])
+    return model, optimizer, torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, STEPS)
+
+
+def train(run, steps):
+    model, optimizer, scheduler = run
+    for _ in range(steps):
+        x = torch.randn(16, 6)
+        loss = F.cross_entropy(model.train()(x), x[:, :3].argmax(1))
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        scheduler.step()
+
+
+def save_whole(folder, run):
+    torch.save([*(part.state_dict() for part in run), torch.get_rng_state()], folder / "saved.pt")
+
+
+def load_whole(folder, setting):
+    run = start(setting, seed=99)
+    *saved, random = torch.load(folder / "saved.pt", weights_only=True)
+    for part, state in zip(run, saved, strict=True):
+        part.load_state_dict(state)
+    torch.set_rng_state(random)
+    return run
+
+
+def save_parts(folder, run):
+    model, *others = run
+    weights = {k: v for k, v in model.state_dict().items() if ".gate." not in k}
+    save_file(weights, folder / "model.safetensors")
+    save_gates(model, folder / "gates")
+    torch.save([*(one.state_dict() for one in others), torch.get_rng_state()], folder / "rest.pt")
+
+
+def load_parts(folder, setting):
+    torch.manual_seed(98)
+    base = Net()
+    base.load_state_dict(load_file(folder / "model.safetensors"))
+    run = start(setting, 99, load_gates(base, folder / "gates", example_input=X))
+    *saved, random = torch.load(folder / "rest.pt", weights_only=True)
+    for part, state in zip(run[1:], saved, strict=True):
+        part.load_state_dict(state)
+    torch.set_rng_state(random)
+    return run
+
+
+ROUTES = {"whole": (save_whole, load_whole), "parts": (save_parts, load_parts)}
+
+
+def end_of(run):
+    return [run[0].state_dict(), run[1].state_dict(), torch.get_rng_state()]
+
+
+def finish(_, folder, setting, route):
+    """As a process of its own does: resume, train to the end, keep what there is then."""
+    torch.set_num_threads(1)
+    run = ROUTES[route][1](folder, setting)
+    train(run, STEPS - SAVED)
+    torch.save(end_of(run), folder / "end.pt")
+
+
+@pytest.fixture(autouse=True)
+def _one_thread():
+    """For so small a network more threads only wait for each other, and round in another order."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
 
 
-@pytest.fixture(scope="module")
-def uninterrupted(tmp_path_factory):
-    """Folders of trainings that nothing interrupted and that wrote no checkpoints."""
-    folder = tmp_path_factory.mktemp("uninterrupted")
-    process = start(folder, ",".join(setting for setting, _, _ in CASES), "none")
-    yield lambda setting: process.wait() == 0 and folder / setting
-    process.communicate()
+IN_A_NEW_PROCESS = {("sgd", "whole"), ("sgd gamma", "parts")}
 
 
-@pytest.mark.parametrize(("setting", "route", "moment"), CASES)
-def test_a_killed_training_ends_like_an_uninterrupted_one_bit_for_bit(
-    setting, route, moment, tmp_path, uninterrupted
-):
-    assert killed(start(tmp_path, setting, route, moment), moment)
-    folder = tmp_path / setting
-    assert not (folder / "final.pt").exists()
-    assert bool(list(folder.glob("*.tmp"))) == (moment == "writing")
-    last = resume_script.EVERY if moment == "writing" else 2 * resume_script.EVERY
-    assert finish(start(tmp_path, setting, route)) == f"starts at {last}\n"
-    assert_same_bits(final(folder), final(uninterrupted(setting)))
-
-
-@pytest.mark.usefixtures("one_thread")
-@pytest.mark.parametrize("route", ["whole", "parts"])
-@pytest.mark.parametrize("setting", resume_script.SETTINGS)
+@pytest.mark.parametrize("route", ROUTES)
+@pytest.mark.parametrize("setting", SETTINGS)
 def test_every_setting_resumes_bit_for_bit_in_mid_transfer(setting, route, tmp_path):
-    save, resume = resume_script.ROUTES[route]
-    run = resume_script.start(setting, seed=0)
-    for step in range(1, resume_script.STEPS + 1):
-        resume_script.train_step(*run)
-        if step == resume_script.KILLED_WRITING:
-            save(tmp_path, step, run, dying=False)
-            open_gates = {n: v.clone() for n, v in run[0].state_dict().items() if "gate" in n}
-    end = [run[0].state_dict(), run[1].state_dict(), torch.get_rng_state()]
+    run = start(setting, seed=0)
+    train(run, SAVED)
+    ROUTES[route][0](tmp_path, run)
+    gates = {name: value.clone() for name, value in run[0].state_dict().items() if "gate" in name}
     # Not at either end, where the gates would draw no noise and the schedule would not move them.
-    assert any(((gates > -8) & (gates < 6)).any() for gates in open_gates.values())
-    step, resumed = resume(tmp_path, setting)
-    assert all(torch.equal(resumed[0].state_dict()[n], gates) for n, gates in open_gates.items())
-    for _ in range(step, resume_script.STEPS):
-        resume_script.train_step(*resumed)
-    assert_same_bits([resumed[0].state_dict(), resumed[1].state_dict(), torch.get_rng_state()], end)
+    assert any(((values > -8) & (values < 6)).any() for values in gates.values())
+    train(run, STEPS - SAVED)
+    end = end_of(run)
+    if (setting, route) in IN_A_NEW_PROCESS:
+        torch.multiprocessing.spawn(finish, (tmp_path, setting, route))
+    else:
+        finish(0, tmp_path, setting, route)
+    assert_same_bits(torch.load(tmp_path / "end.pt", weights_only=True), end)

@@ -6,16 +6,14 @@ from typing import Any
 
 import pytest
 import torch
-import torch.distributed.checkpoint as dcp
 from torch import nn
-from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
-from torch.optim import SGD, Adafactor, AdamW, Optimizer, lr_scheduler
+from torch.distributed.checkpoint.state_dict import get_state_dict
+from torch.optim import SGD, AdamW, Optimizer, lr_scheduler
 
 from tests.helpers.explicit_loss import (
     assert_transferred,
     gated_mlp,
     gates,
-    log_alphas,
     plain,
     refused,
     set_gates,
@@ -181,57 +179,6 @@ def test_gates_of_another_conversion_are_refused() -> None:
     again.param_groups = copy.deepcopy(optimizer.param_groups)
     again.param_groups[0]["params"] = list(other[0].parameters())
     refused(ValueError, "wrapped for other gates than the model", other, again, gamma=1.0)
-
-
-@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
-def test_a_pause_is_part_of_a_distributed_checkpoint(tmp_path: Any) -> None:
-    def start() -> tuple[nn.Module, Optimizer]:
-        model = gated_mlp(width=20)
-        optimizer = SGD(model.parameters(), lr=0.1, momentum=0.9)
-        return model, wrap_optimizer(optimizer, model, transfer=SCHEDULE)
-
-    model, optimizer = start()
-    for step in range(6):
-        plain(model, optimizer, False, step)
-    pause_transfer(optimizer)
-    model_state, optimizer_state = get_state_dict(model, optimizer)
-    state = {"model": model_state, "optimizer": optimizer_state}
-    dcp.save(state, checkpoint_id=tmp_path, no_dist=True)
-
-    other, again = start()
-    model_state, optimizer_state = get_state_dict(other, again)
-    state = {"model": model_state, "optimizer": optimizer_state}
-    dcp.load(state, checkpoint_id=tmp_path, no_dist=True)
-    set_state_dict(
-        other, again, model_state_dict=state["model"], optim_state_dict=state["optimizer"]
-    )
-    assert again.param_groups[-1]["transfer_paused"] is True
-    for step in range(3):
-        plain(model, optimizer, False, step)
-        plain(other, again, False, step)
-    assert again.param_groups[-1]["transfer_step"] == 6
-    assert torch.equal(log_alphas(other), log_alphas(model))
-
-
-def test_gradients_that_a_fused_optimizer_unscaled_are_not_too_small() -> None:
-    model = gated_mlp()
-    set_gates(model, 3.0)
-    optimizer = AdamW(model.parameters(), lr=1e-3, fused=True, eps=1e-4)
-    wrap_optimizer(optimizer, model, gamma=3.0)
-    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**16)
-    for _ in range(200):  # a FrozenGatesWarning would be an error here
-        scaler.scale(task(model, 0)).backward()
-        scaler.step(optimizer)
-        scaler.update()
-        optimizer.zero_grad()
-
-
-def test_adafactor_whose_eps_is_a_pair_passes_the_look_at_frozen_gates() -> None:
-    model = gated_mlp()
-    set_gates(model, 1.0)
-    optimizer = wrap_optimizer(Adafactor(model.parameters(), lr=0.05), model, gamma=1.0)
-    for _ in range(200):
-        plain(model, optimizer, False, 0)
 
 
 def test_a_resumed_schedule_of_gates_that_are_close_together_does_not_count_as_restarted() -> None:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from transfer_surgery import HardConcrete, convert, get_activation
-from transfer_surgery.units import gated, gated_activations, make_gate
+from transfer_surgery.units import gated, make_gate
 from transfer_surgery.units.kernels import engine
 
 PAIR = get_activation("gelu"), get_activation("sin")
@@ -116,31 +116,6 @@ def test_there_is_a_bound_on_what_is_compiled(monkeypatch, compilations):
     for _ in range(2):
         results(x.double(), z.double())
     assert compilations == ["value", "gradients"]
-
-
-def test_a_network_trains_compiled_as_it_trains_eagerly(monkeypatch, compilations):
-    x = torch.randn(6, 2, 7, 7)
-    model = nn.Sequential(nn.Conv2d(2, 4, 3), nn.ReLU(inplace=True), nn.Conv2d(4, 3, 3), nn.GELU())
-    convert(model, example_input=x[:2])
-    for _, unit in gated_activations(model):
-        unit.log_alpha.data.normal_()
-    found = []
-    for choice in ("eager", "compiled"):
-        monkeypatch.setenv(engine.VARIABLE, choice)
-        torch.manual_seed(3)  # of the noise
-        model.zero_grad()
-        model(x).square().sum().backward()
-        found.append([p.grad.clone() for p in model.parameters()])
-    torch.testing.assert_close(*found)
-    assert compilations == ["value", "gradients"] * 2  # ReLU's and GELU's
-
-
-def test_second_derivatives_of_a_compiled_unit_are_those_of_the_formula(monkeypatch, compilations):
-    monkeypatch.setenv(engine.VARIABLE, "compiled")
-    x = torch.randn(4, 3, dtype=torch.float64, requires_grad=True)
-    z = torch.tensor([0.2, 0.7, 0.9], dtype=torch.float64, requires_grad=True)
-    assert torch.autograd.gradgradcheck(lambda x, z: gated(x, z, *PAIR), (x, z), atol=1e-4)
-    assert compilations
 
 
 @pytest.mark.filterwarnings("ignore:.torch.jit.script:FutureWarning")  # of torch.func itself

@@ -1,51 +1,15 @@
 """Kinds of gates are registered, and their settings are checked and saved."""
 
-import dataclasses
 import json
 import math
 
 import pytest
-import torch
-from torch import nn
 
-from transfer_surgery import Bernoulli, Copy, HardConcrete, Line, convert, register_gate
+from transfer_surgery import Bernoulli, Copy, HardConcrete, Line, register_gate
 from transfer_surgery.units import (
-    Gate,
-    GateSettings,
     gate_settings,
-    gates,
     make_gate,
-    registered_gates,
 )
-
-
-def test_a_third_party_registers_a_gate_of_its_own(monkeypatch):
-    monkeypatch.setattr(gates, "_REGISTRY", dict(gates._REGISTRY))
-
-    @dataclasses.dataclass(frozen=True)
-    class HardSigmoid(GateSettings):
-        width: float = 6.0
-
-    @register_gate("hard_sigmoid", HardSigmoid)
-    class HardSigmoidGate(Gate):
-        def sample(self, batch):
-            return self.predict()
-
-        def predict(self):
-            return (self.log_alpha / self.settings.width + 0.5).clamp(0, 1)
-
-        def probability(self):
-            return self.predict()
-
-    assert "hard_sigmoid" in registered_gates()
-    gate = make_gate("hard_sigmoid", (3,))
-    assert (gate.predict() == 1).all()
-    assert (gate.settings, gate.half().log_alpha.dtype) == (HardSigmoid(6.0), torch.float32)
-    assert repr(gate) == "HardSigmoidGate(hard_sigmoid, shape=(3,))"
-    model = nn.Sequential(nn.Linear(2, 3), nn.ReLU())
-    convert(model, gate=HardSigmoid(width=100.0), example_input=torch.zeros(1, 2))
-    assert type(model[1].gate) is HardSigmoidGate
-    assert ((model[1].gate.predict() > 0.5) & (model[1].gate.predict() < 0.7)).all()
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ from transfer_surgery.units import Gate, GateSettings, make_gate
 
 BETA, XI, ZETA = 2 / 3, -0.1, 1.1  # section 4.2
 
-locations = st.floats(-30, 30, width=32)
+locations, far = st.floats(-30, 30, width=32), st.floats(-300, 300, width=32)
 
 
 def gate_at(*log_alpha: float, gate: str | GateSettings = "hard_concrete") -> Gate:
@@ -71,7 +71,7 @@ def test_probability_is_equation_14_and_its_gradient_q_times_1_minus_q(log_alpha
     torch.testing.assert_close(gate.log_alpha.grad.tolist(), slope, rtol=3e-6, atol=1.2e-7)
 
 
-@given(st.lists(locations, min_size=1, max_size=30), st.integers(0, 2**32))
+@given(st.lists(far, min_size=1, max_size=30), st.integers(0, 2**32))
 def test_sample_is_equation_15_of_one_uniform_draw_with_its_gradient(log_alpha, seed):
     gate = gate_at(*log_alpha, 0.0)  # the last one keeps the draw from being skipped
     torch.manual_seed(seed)
@@ -93,16 +93,6 @@ def test_sample_is_equation_15_of_one_uniform_draw_with_its_gradient(log_alpha, 
 def test_predictions_are_exactly_0_and_1_beyond_2_3979_only(beyond, within):
     assert gate_at(beyond, -beyond).predict().tolist() == [1.0, 0.0]
     assert 0 < gate_at(within).predict().item() < 1
-
-
-@given(st.floats(-300, 300, width=32), st.integers(0, 2**32))
-def test_samples_stay_in_0_to_1_and_gradients_finite(log_alpha, seed):
-    torch.manual_seed(seed)
-    gate = gate_at(*[log_alpha] * 50)
-    z = gate.sample(batch=1)
-    z.sum().backward()
-    assert ((z >= 0) & (z <= 1)).all()
-    assert gate.log_alpha.grad.isfinite().all()
 
 
 def test_temperature_and_stretch_enter_all_three_equations():
@@ -132,15 +122,6 @@ def test_the_papers_wording_starts_at_a_prediction_of_0_967():
     alpha = gate.log_alpha.exp()
     assert abs(alpha.mean().item() - 8) < 5 / math.sqrt(100_000)
     assert gate.predict().median().item() == pytest.approx(8 / 9 * 1.2 - 0.1, abs=1e-3)  # 0.967
-
-
-def test_a_generator_decides_the_start_and_leaves_the_global_random_state():
-    state = torch.get_rng_state()
-    first, second = (
-        make_gate("hard_concrete", (5,), torch.Generator().manual_seed(1)) for _ in range(2)
-    )
-    assert torch.equal(first.log_alpha, second.log_alpha)
-    assert torch.equal(torch.get_rng_state(), state)
 
 
 # --- noise -------------------------------------------------------------------------------------
@@ -209,13 +190,6 @@ def test_gates_stay_float32_when_their_model_is_cast(name, cast):
         assert value.dtype == torch.float32
         assert torch.equal(value, before[key])
     assert model[1].sample(2).dtype == model[1].predict().dtype == torch.float32
-
-
-def test_gates_follow_their_model_to_another_device():
-    gate = make_gate("hard_concrete", (3,)).to("meta", torch.float16)
-    assert gate.log_alpha.is_meta
-    assert gate.log_alpha.dtype == torch.float32
-    assert isinstance(gate.log_alpha, nn.Parameter)
 
 
 def test_autocast_leaves_gates_in_float32():

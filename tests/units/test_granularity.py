@@ -10,7 +10,7 @@ from transfer_surgery.units import granularity_of
 
 SHAPE = (2, 3, 4, 5)
 # What has a gate of its own, as a function of an element's index.
-OWNERS = {
+GATE_OF = {
     PerLayer(): lambda i: (0,),
     PerChannel(1): lambda i: (i[1],),
     PerChannel(-1): lambda i: (i[3],),
@@ -19,7 +19,7 @@ OWNERS = {
 }
 
 
-@pytest.mark.parametrize("granularity", OWNERS, ids=repr)
+@pytest.mark.parametrize("granularity", GATE_OF, ids=repr)
 @pytest.mark.parametrize("per_example", [False, True])
 def test_each_element_sees_the_value_of_its_gate(granularity, per_example):
     x = torch.zeros(SHAPE)
@@ -28,23 +28,23 @@ def test_each_element_sees_the_value_of_its_gate(granularity, per_example):
     seen = granularity.expand(values, x).expand_as(x)
     for index in torch.ones(SHAPE).nonzero().tolist():
         own = (index[0],) if per_example else ()
-        assert seen[tuple(index)] == values[own + tuple(OWNERS[granularity](index))]
+        assert seen[tuple(index)] == values[own + tuple(GATE_OF[granularity](index))]
 
 
-@pytest.mark.parametrize("granularity", OWNERS, ids=repr)
+@pytest.mark.parametrize("granularity", GATE_OF, ids=repr)
 def test_groups_hold_the_elements_that_share_a_gate_in_the_order_of_the_gates(granularity):
     x = torch.randn(SHAPE)
     groups = granularity.group(x)
     assert len(groups) == torch.ones(granularity.gate_shape(SHAPE)).sum()
     expected = {}
     for index in torch.ones(SHAPE).nonzero().tolist():
-        owner = tuple(OWNERS[granularity](index))
-        expected.setdefault(owner, []).append(x[tuple(index)].item())
-    for group, owner in zip(groups, sorted(expected), strict=True):
-        assert sorted(group.tolist()) == sorted(expected[owner])
+        gate = tuple(GATE_OF[granularity](index))
+        expected.setdefault(gate, []).append(x[tuple(index)].item())
+    for group, gate in zip(groups, sorted(expected), strict=True):
+        assert sorted(group.tolist()) == sorted(expected[gate])
 
 
-@pytest.mark.parametrize("granularity", OWNERS, ids=repr)
+@pytest.mark.parametrize("granularity", GATE_OF, ids=repr)
 def test_granularities_turn_to_json_and_back(granularity):
     assert granularity_of(json.loads(json.dumps(granularity.to_dict()))) == granularity
 

@@ -206,14 +206,3 @@ def test_compiled_code_is_one_graph_and_keeps_the_promises_at_the_ends(backend):
     torch.testing.assert_close(x.grad, slopes)
     difference = (x[:, 1].relu() - x[:, 1].sin()).sum().item() / 4
     torch.testing.assert_close(log_alpha.grad, torch.tensor([0.0, difference, 0.0]))
-
-
-def test_compiled_straight_through_gates_get_the_gradient_of_eager_ones():
-    pair = activations("relu", "sin")
-    x = torch.tensor([[0.3, 2.0, -1.0], [-0.4, -3.0, 0.5]], requires_grad=True)
-    found = []
-    for compiler in (lambda f: f, torch.compile(backend="aot_eager", fullgraph=True)):
-        z = torch.tensor([1.0, 0.0, 0.25], requires_grad=True)
-        y = compiler(lambda x, z: gated(x, z, *pair, straight_through=True))(x, z)
-        found.append((y, *torch.autograd.grad(y.sum(), (x, z))))
-    torch.testing.assert_close(*found)
