@@ -4,6 +4,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import deploy_table
 import everyday_table
 import pretrained_table
 import pytest
@@ -55,3 +56,23 @@ def test_a_recipe_for_pretrained_networks_runs(
         assert 0.1 < found.transferred < 0.9
     else:
         assert found.transferred == 1
+
+
+def test_a_network_is_swapped_for_int8(data_folder: Path, tmp_path: Path) -> None:
+    small = ("--limit", 300, "--cache", tmp_path / "cache")
+    results = ("--folder", tmp_path / "results")
+    run("deploy.py", "train", "yolo", "--epochs", 1, *small)
+    run("deploy.py", "run", "--network", "yolo", "--start", "original", *small, *results)
+    how = ("--lesson", "teacher", "--steps", 2, "--images", 128)
+    run("deploy.py", "run", "--network", "yolo", *how, *small, *results)
+    run("deploy.py", "latency", "yolo", "--rounds", 2, *small[2:], *results)
+    original, distilled, times = deploy_table.read_results(tmp_path / "results")
+    assert original.changed == original.zeros == 0
+    assert distilled.zeros > 0.2
+    assert all(0 < result.int8_error < 1 for result in (original, distilled))
+    assert list(times.milliseconds) == [original.recipe.name]
+    page = tmp_path / "page.md"
+    blocks = ("yolo", "yolo-latency", "settings")
+    page.write_text("\n".join(f"<!-- begin {x} -->\n<!-- end {x} -->" for x in blocks))
+    run("deploy.py", "table", "--page", page, *results)
+    assert "| original |" in page.read_text()

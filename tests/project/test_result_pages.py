@@ -4,6 +4,7 @@ import json
 import shutil
 from pathlib import Path
 
+import deploy_table
 import everyday_table
 import performance_table
 import pretrained_table
@@ -21,6 +22,7 @@ DOCS, RESULTS = ROOT / "docs", ROOT / "benchmarks" / "results"
         ("pretrained", pretrained_table),
         ("swaps", pretrained_table),
         ("everyday", everyday_table),
+        ("deploy", deploy_table),
     ],
 )
 def test_the_page_is_made_of_the_files(page, table):
@@ -41,6 +43,9 @@ def test_result_files_are_named_after_what_they_hold():
     for study in ("pretrained", "swaps"):
         for file in (RESULTS / study).glob("*.json"):
             assert Recipe(**json.loads(file.read_text())["recipe"]).name == file.stem
+    for file in (RESULTS / "deploy").glob("*.json"):
+        recipe = deploy_table.Recipe(**json.loads(file.read_text())["recipe"])
+        assert recipe.name == file.stem
     for file in (RESULTS / "everyday").glob("*.json"):
         found = json.loads(file.read_text())
         assert file.stem == f"{found['swap']}-seed{found['seed']}"
