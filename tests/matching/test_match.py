@@ -17,6 +17,7 @@ from transfer_surgery import (
     swap_targets,
     wrap_optimizer,
 )
+from transfer_surgery.matching import samples
 from transfer_surgery.matching.target_fit import TargetFit
 from transfer_surgery.units import FittedActivation, gated_activations
 
@@ -354,6 +355,17 @@ def test_models_of_timm_are_matched(name):
     assert all(row.r2 > 0.5 for row in found)
     swapped = bake(swap_targets(model))(x[:4])
     assert (swapped - before).square().mean() < 0.2 * before.square().mean() + 1e-4
+
+
+def test_the_range_of_a_site_is_that_of_all_values_and_not_of_the_sample(monkeypatch):
+    monkeypatch.setattr(samples, "VALUES", 50)
+    x = torch.randn(5000, 4)
+    model = convert(nn.Sequential(nn.ReLU()), "polynomial(degree=4)", example_input=x)
+    (row,) = match_targets(model, list(x.split(1000)))
+    assert row.range == (x.min().item(), x.max().item())
+    for channel, (w, c) in enumerate(zip(model[0].fitted.w, model[0].fitted.c, strict=True)):
+        ends = w * torch.stack(x[:, channel].aminmax()) + c
+        torch.testing.assert_close(ends, torch.tensor([-1.0, 1.0]))
 
 
 @pytest.mark.parametrize("target", ["polynomial", "square"])

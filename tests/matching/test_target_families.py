@@ -119,6 +119,29 @@ def test_a_polynomial_fit_is_that_of_independent_least_squares():
     )
 
 
+def test_the_range_counts_for_a_share_of_the_data_of_a_polynomial():
+    x = torch.randn(1, 500, dtype=torch.float64)
+    inputs, degree = Inputs(), 4
+    inputs.add(x, torch.tensor([[-3.0, 30.0]]))  # the sample has no outlier
+    equations = TargetFit(family_of(get_activation("polynomial(degree=4)")), inputs, 0.0)
+    equations.add(x, x.relu())
+    equations.add_range(inputs, torch.relu)
+    solution = equations.solve()
+    end = torch.tensor([[30.0]], dtype=torch.float64)
+    target = get_activation("polynomial", degree=degree)
+    found = fitted_value(end, target, tuple(p[:, None] for p in solution.parameters))
+    grid = np.linspace(-3, 30, 65)
+    every, weights = (
+        np.append(x.numpy(), grid),
+        np.append(np.ones(500), np.full(65, 0.002 * 500 / 65)),
+    )
+    expected = np.polynomial.Polynomial.fit(every, np.maximum(every, 0), degree, w=weights**0.5)
+    assert found.item() == pytest.approx(expected(30.0), rel=1e-4)
+    assert abs(found.item() - 30) < 10
+    _, w, c, *_ = solution.parameters
+    assert (30 * w + c).item() == pytest.approx(1)
+
+
 def test_other_targets_are_searched_from_the_target_as_it_is():
     x = torch.randn(1, 500, dtype=torch.float64) * 3 - 1
     _, predicted = fit("hardswish", x, 2 * F.hardswish(x) - 1)

@@ -104,6 +104,33 @@ def test_a_polynomial_starts_as_it_is_and_keeps_its_coefficients_wherever_it_goe
         torch.testing.assert_close(made(X), expected)
 
 
+@pytest.mark.parametrize("gates", [-9.0, 0.3])
+def test_in_training_a_polynomial_is_constant_outside_of_the_range_of_its_fit(gates):
+    x = torch.randn(400, 3) * torch.tensor([0.1, 1.0, 10.0]) + 1
+    model = convert(nn.Sequential(nn.ReLU()), "polynomial(degree=4)", example_input=x)
+    match_targets(model, [x])
+    (_, unit), z = next(gated_activations(model)), torch.zeros(3)
+    unit.log_alpha.data.fill_(gates)
+    if gates > 0:
+        z = unit.gate.predict()
+        unit.gate.forward = lambda batch: z  # without the noise of training
+    wide = (5 * torch.randn(50, 3) * x.std(0) + 1).requires_grad_()
+    low, high = x.aminmax(dim=0)
+    assert (wide < low).any()
+    assert (wide > high).any()
+    inside = wide.detach().clamp(low, high)
+    with torch.no_grad():
+        expected = z * wide.relu() + (1 - z) * (model.eval()(inside) - z * inside.relu()) / (1 - z)
+    y = model.train()(wide)
+    torch.testing.assert_close(y, expected, rtol=1e-4, atol=1e-4)
+    (slope,) = torch.autograd.grad(y.sum(), wide)
+    outside = (wide < low) | (wide > high)
+    torch.testing.assert_close(slope[outside], (z * (wide > 0))[outside])
+    assert slope[~outside].abs().min() > 0
+    assert not torch.allclose(model.eval()(wide), expected)
+    assert torch.equal(bake(model).train()(wide), model.eval()(wide))  # it has no bounds
+
+
 def test_the_argument_of_the_sine_is_computed_in_float32():
     x = torch.full((4,), 100.0, dtype=torch.bfloat16)
     w = torch.tensor([1.0001, 1.003, 1.01, 1.1])

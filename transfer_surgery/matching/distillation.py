@@ -58,7 +58,9 @@ def distill(
 
     The model is trained in evaluation mode: without dropout, and with the branches that predictions
     take. Only batch norms that follow their inputs (a momentum above 0) use the statistics of the
-    batch. The learning rate rises during 5 % of the steps, then falls like a cosine.
+    batch. Polynomials are constant outside of the range of their fit, as in training mode, since an
+    input that leaves it would grow from site to site; the networks are compared without this. The
+    learning rate rises during 5 % of the steps, then falls like a cosine.
 
     Args:
         model: a converted model on its device.
@@ -157,11 +159,12 @@ def distill(
                 batch = varied(to_device_of(model, batch), strength, _VARIED)
                 optimizer.param_groups[0]["lr"] = lr * _rate(step / steps)
                 wanted = teach(teacher, batch)
-                now = call_model(model, map_tensors(copied, batch))
-                found = compare(now, wanted)
-                found = found + weight * ours.error(theirs).to(found)
                 optimizer.zero_grad()
-                found.backward()  # type: ignore[no-untyped-call]
+                with _polynomials_bounded(units):
+                    now = call_model(model, map_tensors(copied, batch))
+                    found = compare(now, wanted)
+                    found = found + weight * ours.error(theirs).to(found)
+                    found.backward()  # type: ignore[no-untyped-call]
                 finite = nn.utils.clip_grad_norm_(trained, _CLIP).isfinite()
                 if finite:
                     optimizer.step()
@@ -208,6 +211,18 @@ def _ready_to_learn(
     finally:
         for parameter, wanted in others.items():
             parameter.requires_grad_(wanted)
+
+
+@contextmanager
+def _polynomials_bounded(units: Sequence[GatedActivation]) -> Iterator[None]:
+    """Polynomials do not grow beyond the range of their fit, as in training mode."""
+    for unit in units:
+        unit.bounded = True
+    try:
+        yield
+    finally:
+        for unit in units:
+            unit.bounded = False
 
 
 def _follows(module: nn.Module) -> bool:

@@ -49,6 +49,12 @@ class NormalEquations:
         sums = [torch.as_tensor(self.matrix), torch.as_tensor(self.vector)]
         self.matrix, self.vector = over_ranks(sums)
 
+    def plus(self, other: NormalEquations) -> NormalEquations:
+        """The equations of the rows of both."""
+        both = NormalEquations()
+        both.matrix, both.vector = self.matrix + other.matrix, self.vector + other.vector
+        return both
+
     def diagonal(self) -> Tensor:
         """Sums of squares of the features, ``(..., features)``."""
         return torch.as_tensor(self.matrix).diagonal(dim1=-2, dim2=-1)

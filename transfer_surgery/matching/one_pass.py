@@ -179,15 +179,17 @@ def _fit_site(
         if not pairs and number_of_ranks() > 1:
             raise ValueError("the batches of a rank do not come to each site; give it more.")
         for pair in pairs:
-            inputs.add(pair.now)
+            inputs.add(pair.now, pair.ends)
     if not pairs:
         return None
     inputs.add_over_ranks()
     fit = TargetFit(family_of(unit.target), inputs, RIDGE, offset)
     with failing_together():
         for pair in pairs:
-            fit.add(*pair)
+            fit.add(pair.now, pair.wanted, pair.weights)
     fit.add_over_ranks()
+    if not unit.source.operands:
+        fit.add_range(inputs, unit.source)
     return SiteFit(fit.solve(), inputs, share_outside([pair.now for pair in pairs]))
 
 

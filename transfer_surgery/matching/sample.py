@@ -57,3 +57,17 @@ def sampled_groups(x: Tensor, granularity: Granularity, count: int, seed: int) -
     else:
         taken = granularity.group(x.detach()).clone()
     return taken.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def ends_of_groups(x: Tensor, granularity: Granularity) -> Tensor:
+    """The lowest and the highest of all elements that share a gate, ``(groups, 2)``.
+
+    Examples:
+        >>> from transfer_surgery import PerChannel
+        >>> ends_of_groups(torch.arange(6.0).view(2, 3), PerChannel(1)).tolist()
+        [[0.0, 3.0], [1.0, 4.0], [2.0, 5.0]]
+    """
+    axes = granularity.axes(x.dim())
+    rest = tuple(axis for axis in range(x.dim()) if axis not in axes)
+    found = torch.stack([x.detach().amin(rest), x.detach().amax(rest)], -1).view(-1, 2)
+    return found.to(torch.promote_types(x.dtype, torch.float32))

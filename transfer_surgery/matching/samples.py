@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from transfer_surgery.matching.layer_refit import LayerFit
 from transfer_surgery.matching.ranks import number_of_ranks
-from transfer_surgery.matching.sample import sampled_groups
+from transfer_surgery.matching.sample import ends_of_groups, sampled_groups
 from transfer_surgery.matching.side_by_side import Call, SideBySide
 from transfer_surgery.matching.site_gradients import site_calls
 from transfer_surgery.matching.two_networks import TwoNetworks
@@ -29,12 +29,14 @@ _FLOOR = 0.01  # least weight of an error with weights="gradient", as a share of
 class Pair(NamedTuple):
     """Samples of one call: what the module gets now, and what it gave in the original network.
 
-    Both are ``(groups, values)`` for a site, and as `LayerFit.add` takes them for a layer.
+    Both are ``(groups, values)`` for a site, and as `LayerFit.add` takes them for a layer. `ends`
+    are the lowest and the highest of all that a site gets, ``(groups, 2)``.
     """
 
     now: Tensor
     wanted: Tensor
     weights: Tensor | None = None
+    ends: Tensor | None = None
 
 
 class Samples:
@@ -82,8 +84,8 @@ class Samples:
         fit = self._fits[call.module]
         return fit.map.outputs(output, self._positions(call, output.shape))
 
-    def before(self, call: Call) -> tuple[Tensor, Tensor | None]:
-        """Of an input of the other network, and of what the source of a site makes of it."""
+    def before(self, call: Call) -> tuple[Tensor, ...]:
+        """Of an input of the other network; for a site also of its source's output, and ends."""
         x, *operands = call.values
         given, result = self._shapes.pop(call[:3], (None, None))
         if given != x.shape:
@@ -91,11 +93,11 @@ class Samples:
         if isinstance(call.module, GatedActivation):
             used = operands[: len(call.module.source.operands)]
             own = self._groups(call, call.module.source(x, *used))
-            return self._groups(call, x), own
+            return self._groups(call, x), own, ends_of_groups(x, call.module.granularity)
         if given != x.shape:
-            return x.new_zeros(0), None
+            return (x.new_zeros(0),)
         rows = self._fits[call.module].map.rows(x, result, self._positions(call, result))
-        return rows, None
+        return (rows,)
 
     def layer_pairs(self, layer: nn.Module, both: SideBySide) -> Iterator[Pair]:
         """Let both networks come to a layer, and take the samples of its calls.
@@ -110,10 +112,10 @@ class Samples:
         """The same for a site. Where it is in `routed`, wanted is what its source makes of x."""
         found = list(self._pairs(unit, both))
         if unit in self.routed:
-            return [Pair(x, own) for (x, own), _, _ in found]
+            return [Pair(x, own, None, ends) for (x, own, ends), _, _ in found]
         return [
-            Pair(x, wanted, self._weights.get((unit, *key)))
-            for (x, _), wanted, key in found
+            Pair(x, wanted, self._weights.get((unit, *key)), ends)
+            for (x, _, ends), wanted, key in found
             if wanted is not None
         ]
 

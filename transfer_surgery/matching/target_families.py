@@ -38,6 +38,8 @@ class Family(Protocol):
     """How one target is fitted; the first axis of all tensors is that of the groups."""
 
     periodic: ClassVar[bool]
+    range_share: ClassVar[float]
+    """What the range of the inputs counts for beside the inputs, see `TargetFit.add_range`."""
 
     def candidates(self, inputs: Inputs) -> Iterator[Candidate]:
         """What to try, for inputs with these statistics."""
@@ -71,6 +73,7 @@ class Sinusoid:
     """``p*sin(w*u) + q*cos(w*u) + b``: amplitude and phase in closed form, ``w`` from a grid."""
 
     periodic: ClassVar[bool] = True
+    range_share: ClassVar[float] = 0.0
 
     phase: float
     frequencies: tuple[float, ...] = FREQUENCIES
@@ -94,6 +97,7 @@ class Square:
     """Any parabola, written by its vertex as ``A * (u + C)**2 + B``."""
 
     periodic: ClassVar[bool] = False
+    range_share: ClassVar[float] = 0.0
 
     def candidates(self, inputs: Inputs) -> Iterator[Candidate]:
         yield Candidate(torch.ones_like(inputs.std), torch.zeros_like(inputs.std))
@@ -121,11 +125,15 @@ class Square:
 class Polynomial:
     """Any polynomial, of an argument that is between -1 and 1 for the inputs of the fit.
 
+    A sample has few of the outermost inputs, and a polynomial that is free there grows from site to
+    site until it overflows. So the range counts for a share of the data.
+
     The features are Hermite polynomials, which are orthogonal if the input has a normal
     distribution, so that the least squares are well conditioned for most inputs.
     """
 
     periodic: ClassVar[bool] = False
+    range_share: ClassVar[float] = 0.002
 
     degree: int
 
@@ -169,6 +177,7 @@ class Searched:
     """
 
     periodic: ClassVar[bool] = False
+    range_share: ClassVar[float] = 0.0
 
     target: Activation
 

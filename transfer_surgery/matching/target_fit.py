@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -10,10 +11,12 @@ from torch import Tensor
 
 from transfer_surgery.matching.normal_equations import NormalEquations
 from transfer_surgery.matching.ranks import over_ranks
-from transfer_surgery.matching.target_families import Family
+from transfer_surgery.matching.target_families import Candidate, Family
 
 _CHUNK = 2**22
 """Elements of a feature that are worked on at a time: about 100 MB with everything made of them."""
+
+_POINTS = 65  # that stand for a range
 
 _FAINT = 1 / 100
 """A group whose standard deviation is below this share of the mean over groups is treated as
@@ -33,14 +36,20 @@ class Inputs:
     lowest: Tensor | float = math.inf
     highest: Tensor | float = -math.inf
 
-    def add(self, x: Tensor) -> None:
-        """Count a batch, ``(groups, N)``."""
+    def add(self, x: Tensor, ends: Tensor | None = None) -> None:
+        """Count a batch, or a sample of one.
+
+        Args:
+            x: ``(groups, N)``.
+            ends: lowest and highest of the whole batch, ``(groups, 2)``; None: of the sample.
+        """
+        low, high = (x.amin(1), x.amax(1)) if ends is None else ends.unbind(1)
         wide = x.double()
         self.count += x.shape[1]
         self.total = self.total + wide.sum(1)
         self.squares = self.squares + wide.square().sum(1)
-        self.lowest = torch.minimum(x.amin(1), torch.as_tensor(self.lowest).to(x))
-        self.highest = torch.maximum(x.amax(1), torch.as_tensor(self.highest).to(x))
+        self.lowest = torch.minimum(low, torch.as_tensor(self.lowest).to(low))
+        self.highest = torch.maximum(high, torch.as_tensor(self.highest).to(high))
 
     def add_over_ranks(self) -> None:
         """Count the batches of all ranks."""
@@ -118,6 +127,7 @@ class TargetFit:
         self.mean, self.std = inputs.mean, inputs.std
         self.candidates = list(family.candidates(inputs))
         self.equations = [NormalEquations() for _ in self.candidates]
+        self.range = [NormalEquations() for _ in self.candidates]
         self.count: Tensor | float = 0.0
         self.sums: Tensor | float = 0.0
 
@@ -136,11 +146,33 @@ class TargetFit:
         self.count = self.count + counted.sum(1)
         self.sums = self.sums + torch.stack([(counted * wide).sum(1), (counted * wide**2).sum(1)])
         for equations, candidate in zip(self.equations, self.candidates, strict=True):
-            w, c = (part.to(x) for part in candidate)
-            features = self.family.features(u, candidate._replace(w=w, c=c))
-            # In float64: slow cosines are nearly constant, and their sums nearly cancel.
-            rows = torch.stack(features, 2).double()
+            rows = self._rows(u, candidate)
             equations.add(rows, wide[..., None], None if weights is None else counted)
+
+    def _rows(self, u: Tensor, candidate: Candidate) -> Tensor:
+        w, c = (part.to(u) for part in candidate)
+        features = self.family.features(u, candidate._replace(w=w, c=c))
+        # In float64: slow cosines are nearly constant, and their sums nearly cancel.
+        return torch.stack(features, 2).double()
+
+    def add_range(self, inputs: Inputs, source: Callable[[Tensor], Tensor]) -> None:
+        """Let the whole range count for a share of what was counted until now, if the family asks.
+
+        Args:
+            inputs: statistics of the site's inputs.
+            source: what is to be fitted at inputs that are spread evenly over their range.
+        """
+        if not self.family.range_share:
+            return
+        low, high = (
+            torch.as_tensor(end).double()[:, None] for end in (inputs.lowest, inputs.highest)
+        )
+        x = low + (high - low) * torch.linspace(0, 1, _POINTS).to(low)
+        u = (x - self.mean[:, None]) / self.std[:, None]
+        share = self.family.range_share / _POINTS * torch.as_tensor(self.count)[:, None]
+        weights = torch.where(high > low, share, 0.0).expand_as(x)
+        for equations, candidate in zip(self.range, self.candidates, strict=True):
+            equations.add(self._rows(u, candidate), source(x)[..., None], weights)
 
     def add_over_ranks(self) -> None:
         """Count the batches of all ranks."""
@@ -170,7 +202,7 @@ class TargetFit:
         # A feature that is always 0, or a constant input, leaves no pivot: hence the 1e-9.
         pull = self.ridge * equations.diagonal() + 1e-9 * torch.as_tensor(self.count)[:, None]
         pull[:, -1] = 0.0 if self.offset else _HELD * torch.as_tensor(self.count)
-        solution = equations.solve(pull)
+        solution = equations.plus(self.range[index]).solve(pull)
         if not self.offset:  # the amplitude, without a sign that no layer before could take
             solution = torch.stack([solution[:, 0].clamp_min(0.0), 0 * solution[:, 1]], 1)
         residual = (squares - equations.explained(solution)[:, 0]).clamp_min(0.0)

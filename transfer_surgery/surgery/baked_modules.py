@@ -74,7 +74,7 @@ def has_finite_slopes(activation: nn.Module) -> bool:
         x = torch.cat((-half, torch.zeros(1), half)).requires_grad_()
         try:
             y = activation(x)
-        except TypeError:  # it takes further tensors
+        except (TypeError, RuntimeError):  # it takes further tensors, or has numbers per channel
             return False
         if not y.requires_grad:  # a comparison: constant wherever it has a derivative
             return True

@@ -78,6 +78,8 @@ class GatedActivation(nn.Module):
         self.input_changes, self.dims = input_changes, dims
         self.position, self.stage, self.call, self.where = position, stage, call, where
         self.fitted: TargetParameters | None = None
+        self.bounded = False
+        """Whether a fitted polynomial stays on the range of its fit as in training mode."""
         # The module that this unit stands in for, in a tuple: it is not a child of the unit.
         self.replaced: tuple[nn.Module, ...] = ()
 
@@ -145,6 +147,7 @@ class GatedActivation(nn.Module):
             straight_through=self.gate.straight_through,
             operands=operands,
             numbers=None if self.fitted is None else self.fitted(x),
+            bounded=self.training or self.bounded,
             in_place=self.training and self.inplace,
         )
         return with_remakes(function, x, self.granularity.expand(z, x))

@@ -16,7 +16,9 @@ Numbers = tuple[Tensor, ...]
 are followed by its coefficients ``(k1, k2, ...)``."""
 
 
-def fitted_value(x: Tensor, f: Activation, numbers: Numbers | None) -> Tensor:
+def fitted_value(
+    x: Tensor, f: Activation, numbers: Numbers | None, bounded: bool = False
+) -> Tensor:
     """``a * f(w*x + c) + b``, with ``f(v) = k1*v + k2*v**2 + ...`` where there are coefficients.
 
     The arithmetic is done in the wider one of the dtypes of ``x`` and of the numbers: in bfloat16
@@ -26,6 +28,8 @@ def fitted_value(x: Tensor, f: Activation, numbers: Numbers | None) -> Tensor:
         x: input, any shape.
         f: an activation without operands.
         numbers: ``(a, w, c, b, *k)``; None: the activation as it is.
+        bounded: a fitted polynomial is constant where ``w*x + c`` is below -1 or above 1, that is
+            outside of the range of its fit.
 
     Returns:
         A tensor of the shape and dtype of ``x``.
@@ -42,6 +46,8 @@ def fitted_value(x: Tensor, f: Activation, numbers: Numbers | None) -> Tensor:
     # Not torch.result_type, which torch.compile does not follow.
     inner = x.to(torch.promote_types(x.dtype, w.dtype))
     v = inner * w + c
+    if coefficients and bounded:
+        v = v.clamp(-1.0, 1.0)
     y = horner(v, coefficients) if coefficients else f(v)
     return (y * a + b).to(x.dtype)
 
@@ -53,6 +59,7 @@ def gated_value(
     target: Activation,
     operands: tuple[Tensor, ...] = (),
     numbers: Numbers | None = None,
+    bounded: bool = False,
     select: bool = True,
 ) -> Tensor:
     """The gated activation of Eq. 1.
@@ -64,6 +71,7 @@ def gated_value(
         target: activation where ``z`` is 0.
         operands: further tensors that the source takes, such as a learned slope.
         numbers: those of a fitted target.
+        bounded: as in `fitted_value`.
         select: where ``z`` is exactly 1 or 0, the other branch sees the input 0 and its result is
             left out (``0 * inf`` is nan), forward and backward. Without it the result is the same
             as long as both branches are finite.
@@ -72,9 +80,9 @@ def gated_value(
         A tensor of the shape of ``x`` and the dtype of ``source(x)``.
     """
     if not select:
-        return _blend(source(x, *operands), fitted_value(x, target, numbers), z)
+        return _blend(source(x, *operands), fitted_value(x, target, numbers, bounded), z)
     s = source(torch.where(z == 0, 0.0, x), *operands)
-    t = fitted_value(torch.where(z == 1, 0.0, x), target, numbers).to(s.dtype)
+    t = fitted_value(torch.where(z == 1, 0.0, x), target, numbers, bounded).to(s.dtype)
     exact = (z == 0) | (z == 1)
     mixed = _blend(torch.where(exact, 0.0, s), torch.where(exact, 0.0, t), z)
     return torch.where(z == 1, s, torch.where(z == 0, t, mixed))
@@ -87,11 +95,12 @@ def straight_through_value(
     target: Activation,
     operands: tuple[Tensor, ...] = (),
     numbers: Numbers | None = None,
+    bounded: bool = False,
 ) -> Tensor:
     """`gated_value` in which exact gates also get a gradient, as Bernoulli gates need."""
-    y = gated_value(x, z, source, target, operands, numbers)
+    y = gated_value(x, z, source, target, operands, numbers, bounded)
     # Selecting gives exact gates no gradient: add theirs with the value 0.
-    difference = (source(x, *operands) - fitted_value(x, target, numbers)).detach()
+    difference = (source(x, *operands) - fitted_value(x, target, numbers, bounded)).detach()
     exact = ((z == 0) | (z == 1)) & difference.isfinite()
     return y + ((z - z.detach()) * torch.where(exact, difference, 0.0)).to(y.dtype)
 

@@ -30,6 +30,7 @@ def gated(
     straight_through: bool = False,
     operands: tuple[Tensor, ...] = (),
     numbers: Numbers | None = None,
+    bounded: bool = False,
     in_place: bool = False,
 ) -> Tensor:
     """The gated activation of Eq. 1; autograd keeps its inputs alone.
@@ -42,6 +43,7 @@ def gated(
         straight_through: whether exact gates need a gradient too (Bernoulli gates).
         operands: further tensors that the source takes, such as a learned slope.
         numbers: those of the target ``a * target(w*x + c) + b``; None: as it is.
+        bounded: as in `fitted_value`.
         in_place: nobody else reads ``x``: while all gates are 1 its memory may hold the result.
 
     Returns:
@@ -55,7 +57,7 @@ def gated(
         tensor([0.0000, 0.5000, 1.0000])
     """
     fitted = numbers or ()
-    formula = _GatedFormula(source, target, straight_through, len(operands))
+    formula = _GatedFormula(source, target, straight_through, len(operands), bounded)
     if is_transformed(x, z, *operands, *fitted):
         return formula.plain(x, z, *operands, *fitted)
     if z.device.type == "cpu" and z.numel():  # elsewhere a look at the gates has to wait for them
@@ -66,12 +68,9 @@ def gated(
                 return _IN_PLACE[source](_with_zero_gradient_in_place(x, z, *fitted))
             return source(_with_zero_gradient(x, z, *fitted), *operands)
         if exact and high == 0 and not operands:  # those keep their gradient, which is 0
-            return _target(_with_zero_gradient(x, z), target, fitted)
+            x = _with_zero_gradient(x, z)
+            return recomputed(_FittedFormula(target, bounded), x, *fitted) if fitted else target(x)
     return recomputed(formula, x, z, *operands, *fitted)
-
-
-def _target(x: Tensor, target: Activation, fitted: tuple[Tensor, ...]) -> Tensor:
-    return recomputed(_FittedFormula(target), x, *fitted) if fitted else target(x)
 
 
 @dataclass(frozen=True)
@@ -82,6 +81,7 @@ class _GatedFormula(Formula):
     target: Activation
     straight_through: bool
     operands: int
+    bounded: bool
 
     def __str__(self) -> str:
         return f"the unit {self.source} -> {self.target}"
@@ -103,6 +103,7 @@ class _GatedFormula(Formula):
             "target": self.target,
             "operands": tuple(others[: self.operands]),
             "numbers": tuple(others[self.operands :]) or None,
+            "bounded": self.bounded,
         }
 
     def value(self, *tensors: Tensor) -> Tensor:
@@ -137,13 +138,14 @@ class _FittedFormula(Formula):
     """A fitted target alone: input and numbers."""
 
     target: Activation
+    bounded: bool
 
     def __str__(self) -> str:
         return f"the fitted target {self.target}"
 
     def plain(self, *tensors: Tensor) -> Tensor:
         x, *numbers = tensors
-        return fitted_value(x, self.target, tuple(numbers))
+        return fitted_value(x, self.target, tuple(numbers), self.bounded)
 
 
 def _with_zero_gradient(x: Tensor, *others: Tensor) -> Tensor:
