@@ -7,36 +7,23 @@ caller. Nothing of the model is touched and, on fake tensors, nothing is compute
 
 from __future__ import annotations
 
-import itertools
-import traceback
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
-from torch import fx, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch import nn
 
 from transfer_surgery._arguments import check_arguments
 from transfer_surgery.sites.caller import check_edits
-from transfer_surgery.sites.frames import is_users
-from transfer_surgery.sites.graph import GraphRoute
+from transfer_surgery.sites.examine import observe
 from transfer_surgery.sites.observation import Observation
-from transfer_surgery.sites.observer import Observer
 from transfer_surgery.sites.plan import Plan
 from transfer_surgery.sites.route import Expression, Route
 from transfer_surgery.sites.site import CallerCode, Site
 from transfer_surgery.sites.source import Function
-from transfer_surgery.sites.stand_in import (
-    Uncopyable,
-    example_arguments,
-    fake_arguments,
-    probe_copy,
-    undisturbed,
-)
+from transfer_surgery.sites.stand_in import example_arguments
 from transfer_surgery.sites.unseen import unseen_calls
+from transfer_surgery.sites.ways import assign_ways
 from transfer_surgery.sites.zoo import adapt_sites, find_example_input
-
-_WAYS = {Route: "edit", GraphRoute: "fx", type(None): "intercept"}
 
 
 def find_activations(
@@ -68,74 +55,8 @@ def find_activations(
     arguments = example_arguments(
         find_example_input(model) if example_input is None else example_input
     )
-    observations, failures = _observe(model, arguments, modes)
+    observations, failures = observe(model, arguments, modes)
     return _plan(model, observations, failures)
-
-
-def _observe(
-    model: nn.Module, arguments: Any, modes: Sequence[str]
-) -> tuple[dict[str, Observation], list[str]]:
-    """Run a probe in each mode, each in the first way in which the model runs.
-
-    Returns:
-        What was seen in each mode, and why the model does not run in the others.
-    """
-    observations: dict[str, Observation] = {}
-    failures, error = [], None
-    for mode in modes:
-        result = _run(model, arguments, mode)
-        if isinstance(result, Observation):
-            observations[mode] = result
-        else:
-            error = result
-            failures.append(
-                f"{mode} mode could not be examined, so what runs in it alone has no gates "
-                f"({type(error).__name__}: {_first_line(error)})"
-            )
-    if not observations and error is not None:
-        raise ValueError(
-            f"{type(model).__name__} does not run on the example input{_where(error)} "
-            f"({type(error).__name__}: {_first_line(error)}). Check that model(...) runs with it; "
-            "pass another example_input=: a tensor, a tuple of positional arguments or a dict of "
-            "keyword arguments."
-        ) from error
-    return observations, failures
-
-
-def _run(model: nn.Module, arguments: Any, mode: str) -> Observation | Exception:
-    """Examine one mode: on fake tensors, or for real where values steer the model.
-
-    Without gradients and hooks of others where the model does not need them, and with a single
-    example as two.
-
-    Returns:
-        What was seen, or why the model does not run on its own example.
-    """
-    error: Exception | None = None
-    yes_no, no_yes = (True, False), (False, True)
-    for hooks, gradients, is_fake, double in itertools.product(no_yes, no_yes, yes_no, yes_no):
-        fake = FakeTensorMode(allow_non_fake_inputs=True) if is_fake else None
-        try:
-            probe = probe_copy(model, fake, hooks).train(mode == "train")
-            args, kwargs = fake_arguments(arguments, fake, double)
-            with undisturbed(fake is not None):
-                return Observer(probe).run(args, kwargs, fake, gradients)
-        except Uncopyable:
-            raise
-        except Exception as failed:
-            error = failed
-    assert error is not None
-    return error
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().partition("\n")[0]
-
-
-def _where(error: Exception) -> str:
-    """The line of the model's own code that failed."""
-    frames = [f for f in traceback.extract_tb(error.__traceback__) if is_users(f.filename)]
-    return f", at {Path(frames[-1].filename).name}:{frames[-1].lineno}" if frames else ""
 
 
 def _plan(model: nn.Module, observations: dict[str, Observation], failures: list[str]) -> Plan:
@@ -149,7 +70,7 @@ def _plan(model: nn.Module, observations: dict[str, Observation], failures: list
             fields["input_changes"] |= event.fields()["input_changes"]
             fields["reason"] = fields["reason"] or event.reason
     walked = set[str]().union(*(one.walked for one in observations.values()))
-    _assign_ways(model, merged, walked)
+    assign_ways(model, merged, walked)
     calls = _caller_codes(observations, merged)
     sites = [
         Site(
@@ -196,58 +117,3 @@ def _caller_codes(
         )
         for caller in callers
     }
-
-
-def _assign_ways(
-    model: nn.Module, merged: dict[tuple[str, Any], dict[str, Any]], walked: set[str]
-) -> None:
-    """Decide how each site is redirected and where its unit will live."""
-    callers: dict[str, list[tuple[str, Any]]] = {}
-    for (caller, key), f in merged.items():
-        if f["module"] is not None:
-            callers.setdefault(f["module"], []).append((caller, key))
-    for (caller, key), f in merged.items():
-        sites = callers.get(f["module"], [])
-        own = [site for site in sites if site[0] == caller]
-        if f["module"] is None:
-            base = f["source"].name
-        elif len(sites) == 1:
-            f["way"], f["path"], f["why"], f["route"] = "child", f["module"], None, None
-            continue
-        else:
-            names = _registered_names(model, caller, f["module"])
-            private = len(own) == len(names) and (len(own) == 1 or _runs_in_order(model, caller))
-            if private:
-                f["way"], f["path"] = "child", _join(caller, names[own.index((caller, key))])
-                f["why"], f["route"] = None, None
-                continue
-            base = names[0] if names else f["module"].rpartition(".")[2]
-        if caller in walked:
-            f["route"], f["why"] = None, "its code walks over its children"
-        f["way"] = _WAYS[type(f["route"])]
-        f["path"] = _free_name(model, caller, base, {g.get("path") for g in merged.values()})
-        if f["route"] is None and isinstance(model.get_submodule(caller), fx.GraphModule):
-            f["reason"] = f["reason"] or f["why"]  # copies of graphs keep what is in the graph
-
-
-def _registered_names(model: nn.Module, caller: str, module: str) -> list[str]:
-    target = model.get_submodule(module)
-    return [n for n, child in model.get_submodule(caller)._modules.items() if child is target]
-
-
-def _runs_in_order(model: nn.Module, caller: str) -> bool:
-    return type(model.get_submodule(caller)).forward is nn.Sequential.forward
-
-
-def _free_name(model: nn.Module, caller: str, base: str, taken: set[str | None]) -> str:
-    module, number = model.get_submodule(caller), 0
-    # Not hasattr: a __getattr__ may answer to any name.
-    held = {*dir(type(module)), *vars(module), *module._modules}
-    held |= {*module._parameters, *module._buffers}
-    while f"{base}_{number}" in held or _join(caller, f"{base}_{number}") in taken:
-        number += 1
-    return _join(caller, f"{base}_{number}")
-
-
-def _join(caller: str, name: str) -> str:
-    return f"{caller}.{name}" if caller else name

@@ -6,12 +6,14 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 from transfer_surgery.activations import Activation
 from transfer_surgery.sites.call_location import CallKey, KeyCounter, Location
 from transfer_surgery.sites.graph import GraphRoute
 from transfer_surgery.sites.route import Expression, Route
 from transfer_surgery.sites.site import ActivationChild
+from transfer_surgery.sites.tensor_facts import SQUASHING, is_live, origin_of
 
 NOT_LIVE = "it does not depend on the input"
 
@@ -86,6 +88,22 @@ class Observation:
         events = (event for event in self.events.values() if not event.is_part)
         return sorted(events, key=lambda event: event.order)
 
+    def settle_roles(self, output: Any) -> None:
+        """What only the end of the run tells: which activations make the model's outputs."""
+        leaves = [leaf for leaf in pytree.tree_leaves(output) if isinstance(leaf, Tensor)]
+        leaves = [leaf for leaf in leaves if leaf.is_floating_point() and is_live(leaf)]
+        returned, heads = {id(x) for x in leaves}, {id(origin_of(x)) for x in leaves}
+        for event in self.sites():
+            calls = (event, *event.repeats)
+            # Of several outputs each is a head's own, where nothing in the network reads it too.
+            is_head = len(returned) > 1 and not any(one.is_read for one in calls)
+            is_head &= event.role in ("hidden", "gating") and any(id(one) in heads for one in calls)
+            if is_head or (id(event.output) in returned and event.source.name in SQUASHING):
+                event.role = "output"
+        if not any(event.role == "hidden" for event in self.sites()):
+            for event in self.sites():  # a cap is the one activation that there is
+                event.role = "hidden" if event.is_cap else event.role
+
     def add(self, event: Event) -> None:
         seen = self.events.setdefault((event.caller, event.key), event)
         seen.calls += 1
@@ -124,6 +142,21 @@ class Frame:
     def draw_listed_key(self, location: Location) -> CallKey:
         """The key of a call that is listed only: not counted with those that can be converted."""
         return CallKey(location, -1 - self.listed.key(location).number)
+
+    def why_not(self, x: Tensor, caller: nn.Module) -> str | None:
+        """Why an activation call that `caller` makes on x has no gates; None where it may."""
+        if not is_live(x):
+            return NOT_LIVE
+        if not x.is_floating_point():
+            return f"its input is {x.dtype}"
+        if caller is not self.module:
+            return (
+                "the module that calls it is not registered in the model; keep it in an "
+                "nn.ModuleList or nn.ModuleDict"
+            )
+        if "forward" in vars(self.module):
+            return "its caller's forward is replaced on the instance"
+        return None
 
     def is_one_activation(self, output: Any) -> bool:
         """Whether the module did nothing but one activation of its input."""

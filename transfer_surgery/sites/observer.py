@@ -9,7 +9,6 @@ from functools import partial
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.overrides import TorchFunctionMode
@@ -27,40 +26,23 @@ from transfer_surgery.activations import (
 from transfer_surgery.sites.by_hand import BY_HAND, ByHand, is_by_hand, note_soft_cap
 from transfer_surgery.sites.call_location import Location, locate
 from transfer_surgery.sites.children import Children
-from transfer_surgery.sites.frames import call_frames, code_of
-from transfer_surgery.sites.graph import GraphRoute, find_node
+from transfer_surgery.sites.frames import call_frames
 from transfer_surgery.sites.in_place import InPlace
-from transfer_surgery.sites.observation import NOT_LIVE, Event, Frame, Observation
+from transfer_surgery.sites.listed import LISTED, LISTED_NAMES
+from transfer_surgery.sites.observation import Event, Frame, Observation
 from transfer_surgery.sites.route import Expression, NoRouteError, Route
 from transfer_surgery.sites.site import ActivationChild
 from transfer_surgery.sites.tensor_facts import (
-    SQUASHING,
     channel_axis,
     follow,
     is_live,
     is_reduction,
     is_zero,
     mark_constant,
-    origin_of,
     role_of,
 )
-from transfer_surgery.sites.trace import find_route
-
-_FUSED = "it is inside a fused kernel, which takes no other activation"
-_LISTED = {
-    **dict.fromkeys((F.rrelu, torch.rrelu), ("rrelu", "its slope is random")),
-    F.glu: ("glu", "it multiplies two halves of its input"),
-    torch.lstm: ("lstm", _FUSED),
-    torch.gru: ("gru", _FUSED),
-    torch.rnn_tanh: ("rnn_tanh", _FUSED),
-    torch.rnn_relu: ("rnn_relu", _FUSED),
-    torch.lstm_cell: ("lstm_cell", _FUSED),
-    torch.gru_cell: ("gru_cell", _FUSED),
-    torch.rnn_tanh_cell: ("rnn_tanh_cell", _FUSED),
-    torch.rnn_relu_cell: ("rnn_relu_cell", _FUSED),
-}
-"""Calls that are listed with a reason and never converted."""
-_LISTED_NAMES = {name for name, _ in _LISTED.values()}
+from transfer_surgery.sites.trace import Called, find_route, names_below
+from transfer_surgery.sites.unseen import scripted_functions
 
 
 class Observer(TorchFunctionMode):
@@ -96,19 +78,7 @@ class Observer(TorchFunctionMode):
         with torch.set_grad_enabled(gradients), fake or contextlib.nullcontext(), self:
             output = self.probe(*args, **kwargs)
         self._in_place.note_reads(output)
-        leaves = [leaf for leaf in pytree.tree_leaves(output) if isinstance(leaf, Tensor)]
-        leaves = [leaf for leaf in leaves if leaf.is_floating_point() and is_live(leaf)]
-        returned, heads = {id(x) for x in leaves}, {id(origin_of(x)) for x in leaves}
-        for event in self.observation.sites():
-            calls = (event, *event.repeats)
-            # Of several outputs each is a head's own, where nothing in the network reads it too.
-            is_head = len(returned) > 1 and not any(one.is_read for one in calls)
-            is_head &= event.role in ("hidden", "gating") and any(id(one) in heads for one in calls)
-            if is_head or (id(event.output) in returned and event.source.name in SQUASHING):
-                event.role = "output"
-        if not any(event.role == "hidden" for event in self.observation.sites()):
-            for event in self.observation.sites():  # a cap is the one activation that there is
-                event.role = "hidden" if event.is_cap else event.role
+        self.observation.settle_roles(output)
         return self.observation
 
     def _enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -116,17 +86,10 @@ class Observer(TorchFunctionMode):
         called_from: Location = places[1][0] if len(places) > 1 else ()
         if self._stack:
             self._stack[-1].children += 1
-        self._note_scripts(module)
-        self._stack.append(Frame(self._paths[id(module)], module, called_from, args, kwargs))
-
-    def _note_scripts(self, module: nn.Module) -> None:
-        """TorchScript functions under a name that the module's code uses are called unseen."""
-        code = code_of(getattr(type(module), "forward", None))
-        space = getattr(getattr(type(module), "forward", None), "__globals__", {})
-        for name in () if code is None else code.co_names:
-            if isinstance(space.get(name), torch.jit.ScriptFunction):
-                path = self._paths[id(module)] or "the model"
-                self.observation.scripted.add(f"{path} calls {name}, which")
+        path = self._paths[id(module)]
+        for name in scripted_functions(module):
+            self.observation.scripted.add(f"{path or 'the model'} calls {name}, which")
+        self._stack.append(Frame(path, module, called_from, args, kwargs))
 
     def _walk(self, module: nn.Module) -> None:
         if self._stack and self._stack[-1].module is module:
@@ -137,8 +100,8 @@ class Observer(TorchFunctionMode):
         if self._stack and frame.is_one_activation(output) and self._is_untouched(frame.events[0]):
             caller, event = self._stack[-1], frame.events[0]
             event.caller, event.module, event.kind = caller.path, frame.path, "module"
-            self._trace(event, caller.module, (module, self._names_below(caller.path, frame.path)))
-            if event.source.name in _LISTED_NAMES:
+            self._trace(event, caller.module, (module, names_below(caller.path, frame.path)))
+            if event.source.name in LISTED_NAMES:
                 event.key = caller.draw_listed_key(frame.called_from)
             else:
                 event.key = caller.draw_key(frame.called_from, len(frame.keys))
@@ -208,8 +171,8 @@ class Observer(TorchFunctionMode):
             if any(map(is_zero, match.operands)):
                 activation = get_activation("relu", variant="maximum(x, zero)")
             return Call(activation, match.input, match.inplace, match.operands), record, match
-        if func in _LISTED:
-            call = Call(Activation(_LISTED[func][0]), args[0] if args else None, False)
+        if func in LISTED:
+            call = Call(Activation(LISTED[func][0]), args[0] if args else None, False)
         return call if call and isinstance(call.input, Tensor) else None, record, None
 
     def _note_by_hand(self, func: Callable[..., Any], record: Record, out: Any) -> None:
@@ -235,19 +198,9 @@ class Observer(TorchFunctionMode):
         """Write down an activation call; one that is only `listed` has the reason already."""
         frame, x = self._stack[-1], call.input
         location, caller = locate()[0]
-        reason = _LISTED[func][1] if func in _LISTED else listed
+        reason = LISTED[func][1] if func in LISTED else listed
         draw = frame.draw_key if reason is None else frame.draw_listed_key
-        if not is_live(x):
-            reason = NOT_LIVE
-        elif not x.is_floating_point():
-            reason = f"its input is {x.dtype}"
-        elif caller is not frame.module:
-            reason = (
-                "the module that calls it is not registered in the model; keep it in an "
-                "nn.ModuleList or nn.ModuleDict"
-            )
-        elif "forward" in vars(frame.module):
-            reason = "its caller's forward is replaced on the instance"
+        reason = frame.why_not(x, caller) or reason
         kind = "method" if getattr(Tensor, func.__name__, None) is func else "function"
         event = Event(
             caller=frame.path,
@@ -272,17 +225,8 @@ class Observer(TorchFunctionMode):
         self._in_place.note_event(event, x)
         return event
 
-    @staticmethod
-    def _names_below(caller: str, path: str) -> tuple[str, ...] | None:
-        names, above = path.split("."), caller.split(".") if caller else []
-        return tuple(names[len(above) :]) if names[: len(above)] == above else None
-
     def _trace(
-        self,
-        event: Event,
-        caller: nn.Module,
-        called: Call | tuple[nn.Module, tuple[str, ...] | None] | None,
-        match: Match | None = None,
+        self, event: Event, caller: nn.Module, called: Called | None, match: Match | None = None
     ) -> None:
         """Note where in the source, or in a graph, a call is, and how it can be edited there."""
         frames = call_frames(caller)
@@ -291,7 +235,7 @@ class Observer(TorchFunctionMode):
         if called is None:
             return
         try:
-            event.route, event.why = self._find_route(caller, frames, called, match), None
+            event.route, event.why = find_route(caller, frames, called, match), None
             if isinstance(event.route, Route):
                 end = event.route.end
                 self.observation.expressions.add(Expression(end.function, end.position))
@@ -300,13 +244,7 @@ class Observer(TorchFunctionMode):
             if error.expression is not None:
                 self.observation.expressions.add(error.expression)
 
-    @staticmethod
-    def _find_route(caller: nn.Module, *how: Any) -> Route | GraphRoute:
-        if isinstance(caller, torch.fx.GraphModule):
-            return find_node(caller, *how)
-        return find_route(caller, *how)
-
     def _is_untouched(self, event: Event) -> bool:
         """Whether the result of an activation has not been changed in place since."""
         record = self._tracker.known(event.output)
-        return event.source.name in _LISTED_NAMES or (record is not None and record.event is event)
+        return event.source.name in LISTED_NAMES or (record is not None and record.event is event)

@@ -1,4 +1,4 @@
-"""From the frames of a running activation call to its `Route` in the source."""
+"""From the frames of a running activation call to its route in the source or in a graph."""
 
 from __future__ import annotations
 
@@ -7,33 +7,49 @@ import itertools
 from types import FrameType, FunctionType
 from typing import Any
 
-from torch import nn
+from torch import fx, nn
 
 from transfer_surgery.activations import Call, Match
 from transfer_surgery.sites.expression import RunningExpression, find_creation
 from transfer_surgery.sites.frames import CHECKPOINT, first_local, is_torch, leads_to
+from transfer_surgery.sites.graph import GraphRoute, find_node
 from transfer_surgery.sites.route import Expression, Hop, NoRouteError, Route
 from transfer_surgery.sites.source import SEEN, Function, NoSourceError, is_inside, read_function
 
+Called = Call | tuple[nn.Module, tuple[str, ...] | None]
+"""An activation call; or an activation module, and the names that lead to it from the caller, None
+where it is not below the caller."""
+
+
+def names_below(caller: str, path: str) -> tuple[str, ...] | None:
+    """The names that lead from one path in a model to another one; None where that is not below."""
+    names, above = path.split("."), caller.split(".") if caller else []
+    return tuple(names[len(above) :]) if names[: len(above)] == above else None
+
 
 def find_route(
-    caller: nn.Module,
-    frames: list[FrameType],
-    called: Call | tuple[nn.Module, tuple[str, ...] | None],
-    match: Match | None = None,
-) -> Route:
-    """How the source leads from the caller's ``forward`` to a call while that is running.
+    caller: nn.Module, frames: list[FrameType], called: Called, match: Match | None
+) -> Route | GraphRoute:
+    """How a call can be edited in the source or in a graph, found while it is running.
 
     Args:
         caller: the module whose code makes the call.
         frames: as `call_frames` gives them.
-        called: the activation call; or the activation module and the names that lead to it from
-            the caller, None where it is not below the caller.
+        called: what is called.
         match: the formula that the call completes, if any.
 
     Raises:
-        NoRouteError: the call cannot be edited in the source.
+        NoRouteError: the call cannot be edited.
     """
+    if isinstance(caller, fx.GraphModule):
+        return find_node(caller, frames, called, match)
+    return _find_in_source(caller, frames, called, match)
+
+
+def _find_in_source(
+    caller: nn.Module, frames: list[FrameType], called: Called, match: Match | None
+) -> Route:
+    """How the source leads from the caller's ``forward`` to the call."""
     again = any(f.f_code.co_filename == CHECKPOINT for f in frames)
     forward = getattr(type(caller), "forward", None)
     users = list(itertools.dropwhile(lambda frame: is_torch(frame.f_code), frames))

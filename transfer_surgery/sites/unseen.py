@@ -1,4 +1,4 @@
-"""Activation calls that the source shows, but that did not run when the model was examined."""
+"""Calls that the source shows, but that were not seen when the model was examined."""
 
 from __future__ import annotations
 
@@ -8,9 +8,11 @@ from collections.abc import Collection, Iterable, Mapping
 from types import FunctionType
 from typing import Any
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
 from transfer_surgery.activations import registered_name
+from transfer_surgery.sites.frames import code_of
 from transfer_surgery.sites.route import Expression
 from transfer_surgery.sites.source import (
     Function,
@@ -41,6 +43,14 @@ def unseen_calls(
                     if name is not None and name != "clamp" and expression not in seen:
                         found.append((expression, name))
     return tuple(found)
+
+
+def scripted_functions(module: nn.Module) -> list[str]:
+    """TorchScript functions under a name that a module's code uses: nothing sees their calls."""
+    forward = getattr(type(module), "forward", None)
+    code, space = code_of(forward), getattr(forward, "__globals__", {})
+    names = () if code is None else code.co_names
+    return [name for name in names if isinstance(space.get(name), torch.jit.ScriptFunction)]
 
 
 def shows_activation(function: FunctionType) -> bool:

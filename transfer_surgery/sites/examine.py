@@ -1,0 +1,83 @@
+"""Run a stand-in of a model in each training mode, in the first way in which the model runs."""
+
+from __future__ import annotations
+
+import itertools
+import traceback
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from transfer_surgery.sites.frames import is_users
+from transfer_surgery.sites.observation import Observation
+from transfer_surgery.sites.observer import Observer
+from transfer_surgery.sites.stand_in import Uncopyable, fake_arguments, probe_copy, undisturbed
+
+
+def observe(
+    model: nn.Module, arguments: Any, modes: Sequence[str]
+) -> tuple[dict[str, Observation], list[str]]:
+    """Run a probe in each mode, each in the first way in which the model runs.
+
+    Returns:
+        What was seen in each mode, and why the model does not run in the others.
+    """
+    observations: dict[str, Observation] = {}
+    failures, error = [], None
+    for mode in modes:
+        result = _run(model, arguments, mode)
+        if isinstance(result, Observation):
+            observations[mode] = result
+        else:
+            error = result
+            failures.append(
+                f"{mode} mode could not be examined, so what runs in it alone has no gates "
+                f"({type(error).__name__}: {_first_line(error)})"
+            )
+    if not observations and error is not None:
+        raise ValueError(
+            f"{type(model).__name__} does not run on the example input{_where(error)} "
+            f"({type(error).__name__}: {_first_line(error)}). Check that model(...) runs with it; "
+            "pass another example_input=: a tensor, a tuple of positional arguments or a dict of "
+            "keyword arguments."
+        ) from error
+    return observations, failures
+
+
+def _run(model: nn.Module, arguments: Any, mode: str) -> Observation | Exception:
+    """Examine one mode: on fake tensors, or for real where values steer the model.
+
+    Without gradients and hooks of others where the model does not need them, and with a single
+    example as two.
+
+    Returns:
+        What was seen, or why the model does not run on its own example.
+    """
+    error: Exception | None = None
+    yes_no, no_yes = (True, False), (False, True)
+    for hooks, gradients, is_fake, double in itertools.product(no_yes, no_yes, yes_no, yes_no):
+        fake = FakeTensorMode(allow_non_fake_inputs=True) if is_fake else None
+        try:
+            probe = probe_copy(model, fake, hooks).train(mode == "train")
+            args, kwargs = fake_arguments(arguments, fake, double)
+            with undisturbed(fake is not None):
+                return Observer(probe).run(args, kwargs, fake, gradients)
+        except Uncopyable:
+            raise
+        except Exception as failed:
+            error = failed
+    assert error is not None
+    return error
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().partition("\n")[0]
+
+
+def _where(error: Exception) -> str:
+    """The line of the model's own code that failed."""
+    frames = [f for f in traceback.extract_tb(error.__traceback__) if is_users(f.filename)]
+    return f", at {Path(frames[-1].filename).name}:{frames[-1].lineno}" if frames else ""

@@ -1,0 +1,67 @@
+"""How each site is redirected, and where in the model its unit will live."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import fx, nn
+
+from transfer_surgery.sites.graph import GraphRoute
+from transfer_surgery.sites.route import Route
+
+_WAYS = {Route: "edit", GraphRoute: "fx", type(None): "intercept"}
+
+
+def assign_ways(
+    model: nn.Module, merged: dict[tuple[str, Any], dict[str, Any]], walked: set[str]
+) -> None:
+    """Decide how each site is redirected and where its unit will live."""
+    callers: dict[str, list[tuple[str, Any]]] = {}
+    for (caller, key), f in merged.items():
+        if f["module"] is not None:
+            callers.setdefault(f["module"], []).append((caller, key))
+    for (caller, key), f in merged.items():
+        sites = callers.get(f["module"], [])
+        own = [site for site in sites if site[0] == caller]
+        if f["module"] is None:
+            base = f["source"].name
+        elif len(sites) == 1:
+            f["way"], f["path"], f["why"], f["route"] = "child", f["module"], None, None
+            continue
+        else:
+            names = _registered_names(model, caller, f["module"])
+            private = len(own) == len(names) and (len(own) == 1 or _runs_in_order(model, caller))
+            if private:
+                f["way"], f["path"] = "child", _join(caller, names[own.index((caller, key))])
+                f["why"], f["route"] = None, None
+                continue
+            base = names[0] if names else f["module"].rpartition(".")[2]
+        if caller in walked:
+            f["route"], f["why"] = None, "its code walks over its children"
+        f["way"] = _WAYS[type(f["route"])]
+        f["path"] = _free_name(model, caller, base, {g.get("path") for g in merged.values()})
+        if f["route"] is None and isinstance(model.get_submodule(caller), fx.GraphModule):
+            f["reason"] = f["reason"] or f["why"]  # copies of graphs keep what is in the graph
+
+
+def _registered_names(model: nn.Module, caller: str, module: str) -> list[str]:
+    target = model.get_submodule(module)
+    return [n for n, child in model.get_submodule(caller)._modules.items() if child is target]
+
+
+def _runs_in_order(model: nn.Module, caller: str) -> bool:
+    return type(model.get_submodule(caller)).forward is nn.Sequential.forward
+
+
+def _free_name(model: nn.Module, caller: str, base: str, taken: set[str | None]) -> str:
+    module, number = model.get_submodule(caller), 0
+    # Not hasattr: a __getattr__ may answer to any name.
+    held = {*dir(type(module)), *vars(module), *module._modules}
+    held |= {*module._parameters, *module._buffers}
+    while f"{base}_{number}" in held or _join(caller, f"{base}_{number}") in taken:
+        number += 1
+    return _join(caller, f"{base}_{number}")
+
+
+def _join(caller: str, name: str) -> str:
+    return f"{caller}.{name}" if caller else name
