@@ -15,6 +15,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from tests.helpers.promises import X, units
 from tests.helpers.same_run import assert_same_runs, converted
@@ -31,7 +32,7 @@ from tests.helpers.ways_to_call import (
     Super,
     helper,
 )
-from transfer_surgery import convert, find_activations, revert
+from transfer_surgery import bake, convert, find_activations, revert
 
 
 @pytest.mark.parametrize("cls", NETWORKS + INTERCEPTED, ids=lambda cls: cls.__name__)
@@ -87,6 +88,7 @@ def test_the_plan_shows_file_line_and_way():
 FILE = """
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 
 class Net(nn.Module):
@@ -280,3 +282,41 @@ def test_a_model_whose_code_has_changed_since_it_was_saved_runs_the_old_code_wit
         "assert any('Net.forward has changed' in str(w.message) for w in caught), caught\n"
     )
     subprocess.run([sys.executable, "-c", program], check=True, timeout=300)
+
+
+class Autoencoder(nn.Module):
+    """Users call its parts, too."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear, self.last = nn.Linear(4, 4), nn.Linear(4, 4)
+
+    def code(self, x):
+        return F.relu(self.linear(x)) + self.inner(x)
+
+    def inner(self, x):
+        return F.silu(x) - 0.1
+
+    def decode(self, x):
+        return checkpoint(self.last_layer, x, use_reentrant=False) * 2
+
+    def last_layer(self, x):
+        return F.gelu(self.last(x))
+
+    def forward(self, x):
+        return self.decode(self.code(x)) - 0.1
+
+
+@torch.no_grad()
+def test_methods_that_forward_calls_have_the_same_gates_when_others_call_them():
+    original = Autoencoder().eval()
+    model = convert(copy.deepcopy(original), example_input=X)
+    assert len(units(model)) == 3
+    for unit in units(model).values():
+        unit.log_alpha.fill_(-8.0)
+    expected = torch.sin(original.linear(X)) + torch.sin(X) - 0.1
+    for twin in (model, pickle.loads(pickle.dumps(model)), bake(copy.deepcopy(model))):
+        assert torch.equal(twin.code(X), expected)
+        assert torch.equal(twin.decode(X), torch.sin(original.last(X)) * 2)
+        assert torch.equal(twin(X), twin.decode(twin.code(X)) - 0.1)
+    assert torch.equal(revert(model).code(X), original.code(X))

@@ -1,5 +1,6 @@
 """What the finder sees: every mode for real where it has to be, roles, axes, what stays and why."""
 
+import collections
 import functools
 import warnings
 
@@ -290,3 +291,41 @@ def test_the_message_names_the_line_of_the_model_that_fails():
 
     with pytest.raises(ValueError, match=r"example input, at test_finder.py:\d+ \(RuntimeError: "):
         find_activations(Failing(), X)
+
+
+RUNS = collections.Counter()
+
+
+class Noted(nn.Module):
+    """Its forwards are counted in RUNS, by class and training flag."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear, self.act = nn.Linear(4, 4), nn.ReLU()
+
+    def forward(self, x):
+        RUNS[type(self).__name__, self.training] += 1
+        return torch.tanh(self.linear(self.act(F.gelu(self.act(x)))))
+
+
+class Outer(Noted):
+    def __init__(self):
+        super().__init__()
+        self.inner = nn.ModuleList([Noted(), Noted()])
+
+    def forward(self, x):
+        for module in (*self.inner, self.inner[0]):
+            x = module(x)
+        return super().forward(x)
+
+
+def test_each_module_runs_once_per_mode_and_call_when_a_model_is_converted():
+    model = Outer()
+    RUNS.clear()
+    model.eval()(X)
+    model.train()(X)
+    expected = RUNS.copy()
+    assert expected["Noted", True] == 3
+    RUNS.clear()
+    convert(model, example_input=X)
+    assert expected == RUNS

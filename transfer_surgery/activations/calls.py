@@ -36,13 +36,12 @@ def recognise(function: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -
     if function is activate:
         return Call(args[1], args[0], False, tuple(args[2:]))
     found = _known_call(function)
-    if found is None:
+    if found is None or kwargs.get("out") is not None:  # what it is written into may be anybody's
         return None
     name, positional = found
     given = dict(zip(positional, args[1:], strict=False)) | dict(kwargs)
     x = args[0] if args else given.pop("input", given.pop("self", None))
     inplace = bool(given.pop("inplace", False)) or name_of(function).endswith("_")
-    given.pop("out", None)
     entry = entry_of(name)
     if functions_of(function) and not given.keys() <= {*entry.defaults, *entry.operands}:
         return None  # operators have arguments that no function of torch's has

@@ -88,6 +88,7 @@ class Tracker:
             contains; the activation that the call completes, if any; and the one that it is by
             itself, if any.
         """
+        self._records.pop(id(kwargs.get("out")), None)  # it is written into
         call = recognise(function, args, kwargs)
         if call is not None:
             found: Any = str(call.activation), (call.input, *call.operands)

@@ -1,6 +1,5 @@
 """Which activation calls a model makes, and the code that redirects each of them."""
 
-from transfer_surgery.sites.call_location import CallKey
 from transfer_surgery.sites.caller import Recipe, prepare_recipes, rewritten_class
 from transfer_surgery.sites.find import find_activations
 from transfer_surgery.sites.graph import GraphRoute, edit_graph, restore_graph
@@ -16,7 +15,6 @@ from transfer_surgery.sites.zoo import Adapter, describe_baked, find_example_inp
 
 __all__ = [
     "Adapter",
-    "CallKey",
     "GraphRoute",
     "Plan",
     "Recipe",

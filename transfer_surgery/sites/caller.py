@@ -7,6 +7,7 @@ can be pickled and deep-copied; those with the same recipe share the class.
 
 from __future__ import annotations
 
+import inspect
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -19,9 +20,9 @@ from torch.nn.utils.parametrize import type_before_parametrizations
 from transfer_surgery.activations import Activation
 from transfer_surgery.sites.call_location import CallKey
 from transfer_surgery.sites.copies import UneditableError
-from transfer_surgery.sites.edit import Redirect, edit_forward
+from transfer_surgery.sites.edit import Redirect, edit_methods
 from transfer_surgery.sites.graph import check_graph
-from transfer_surgery.sites.intercept import Entry, hidden_units, intercepted_forward
+from transfer_surgery.sites.intercept import Entry, Interceptor, hidden_units
 from transfer_surgery.sites.plan import Plan
 from transfer_surgery.sites.route import Expression, Route
 from transfer_surgery.sites.site import CallerCode, Site
@@ -63,16 +64,17 @@ def rewritten_class(base: type[nn.Module], recipe: Recipe) -> type[nn.Module]:
 
 
 def _make_class(base: type[nn.Module], recipe: Recipe) -> type[nn.Module]:
-    forward: Any = base.forward
+    members: dict[str, Any] = {}
     if recipe.redirects:
-        forward = edit_forward(forward, base, recipe.redirects, recipe.unseen)
-    members: dict[str, Any] = {"forward": forward}
+        members |= edit_methods(base, recipe.redirects, recipe.unseen)
     if recipe.intercepted:
+        forward = members.get("forward", inspect.getattr_static(base, "forward"))
 
         def intercept(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-            return intercepted_forward(forward, self, recipe.intercepted, recipe.seen, args, kwargs)
+            with Interceptor(self, recipe.intercepted, recipe.seen):
+                return forward.__get__(self, type(self))(*args, **kwargs)
 
-        members = {"forward": intercept, "_modules": hidden_units(recipe.table)}
+        members |= {"forward": intercept, "_modules": hidden_units(recipe.table)}
 
     def reduce(self: nn.Module, protocol: Any) -> Any:
         """As the base class wants it done: it may have a way of its own."""

@@ -28,7 +28,7 @@ from transfer_surgery.sites.copies import (
 from transfer_surgery.sites.evaluate import mangle
 from transfer_surgery.sites.route import End, Expression, Hop, Route
 from transfer_surgery.sites.scope import Caller, Scope, Way, read
-from transfer_surgery.sites.source import FunctionNode, Position, find_expressions
+from transfer_surgery.sites.source import Function, FunctionNode, Position, find_expressions
 from transfer_surgery.sites.swap import PREFIX, make_swap
 from transfer_surgery.sites.unit_calls import call_units, prepare_names
 
@@ -46,28 +46,44 @@ class Redirect:
     units: tuple[str | None, ...]
 
 
-def edit_forward(
-    forward: FunctionType,
-    base: type,
-    redirects: Sequence[Redirect],
-    unseen: Sequence[tuple[Expression, str]],
-) -> FunctionType:
-    """A copy of a caller's ``forward`` that calls units.
+def edit_methods(
+    base: type, redirects: Sequence[Redirect], unseen: Sequence[tuple[Expression, str]]
+) -> dict[str, FunctionType]:
+    """Copies of a caller's ``forward``, and of methods that it calls, which call units.
+
+    A method that one place calls, once in a forward, is edited on its own: it has the same units
+    where others call it, as ``decode`` of an autoencoder.
 
     Args:
-        forward: the function itself.
-        base: the class whose ``forward`` it is.
+        base: class of the caller.
         redirects: the expressions to replace.
         unseen: activation calls that did not run: they stay, with a warning when they run.
 
     Raises:
         UneditableError: the source does not allow it.
     """
-    ways = [Way(r.route.hops, r.route.end, r.units) for r in redirects]
-    edit = _Edit(ways, Caller(base, dict(unseen)), entry=True)
-    copy = copy_in_wrappers(forward, edit.function, edit.apply_to)
+    caller = Caller(base, dict(unseen))
+    ways = defaultdict[Function, set[Any]](set)
+    for redirect in redirects:
+        turns = redirect.units if len(redirect.units) > 1 else ()
+        for number, called in enumerate(redirect.route.called, 1):
+            ways[called] |= {redirect.route.hops[:number], *turns}
+    entries = defaultdict[str, list[Way]](list)
+    for redirect in redirects:
+        name, start, route = "forward", 0, redirect.route
+        for number, called in enumerate(route.called, 1):
+            method = route.hops[number - 1].method
+            if method is not None and len(ways[called]) == 1:
+                name, start = method, number
+        entries[name].append(Way(route.hops[start:], route.end, redirect.units))
+    return {name: _edit_method(base, name, ways, caller) for name, ways in entries.items()}
+
+
+def _edit_method(base: type, name: str, ways: list[Way], caller: Caller) -> FunctionType:
+    edit = _Edit(ways, caller, entry=True)
+    copy = copy_in_wrappers(getattr(base, name), edit.function, edit.apply_to)
     if copy is None:
-        raise UneditableError(f"{base.__name__}.forward is not {edit.function.qualname}")
+        raise UneditableError(f"{base.__name__}.{name} is not {edit.function.qualname}")
     return copy
 
 

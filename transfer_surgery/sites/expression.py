@@ -5,15 +5,21 @@ from __future__ import annotations
 import ast
 import inspect
 import itertools
-from collections.abc import Iterator, Sequence
-from types import CodeType, FrameType, ModuleType
+from collections.abc import Iterator
+from types import FrameType, MethodType, ModuleType
 from typing import Any
 
 from torch import Tensor, nn
 from torch._ops import OpOverloadPacket
 
-from transfer_surgery.activations import Call, Match, argument_names, may_be_activation
-from transfer_surgery.sites.evaluate import UNKNOWN, Evaluator
+from transfer_surgery.activations import (
+    Call,
+    Match,
+    argument_names,
+    may_be_activation,
+    registered_activations,
+)
+from transfer_surgery.sites.evaluate import UNKNOWN, Evaluator, mangle
 from transfer_surgery.sites.frames import code_of, is_torch, leads_to
 from transfer_surgery.sites.route import End, Hop, NoRouteError
 from transfer_surgery.sites.source import Function, Position, expressions_of
@@ -25,15 +31,18 @@ _OPERATIONS = (ast.Call, ast.BinOp, ast.UnaryOp, ast.Compare, ast.AugAssign)
 class RunningExpression:
     """The expression that a frame is evaluating."""
 
-    def __init__(self, function: Function, frame: FrameType, is_method: bool) -> None:
+    def __init__(
+        self, function: Function, frame: FrameType, caller: nn.Module, is_method: bool
+    ) -> None:
         self.function, self.frame, self.is_method = function, frame, is_method
+        self.caller = caller
         self.value = Evaluator(function, frame).value
         self.node = self._node()
         self.position = Position.of(self.node)
 
     def _node(self) -> Any:
         kinds = (ast.Attribute, *_OPERATIONS)
-        at, index = _running_position(self.frame), expressions_of(self.function)
+        at, index = running_position(self.frame), expressions_of(self.function)
         nodes = [node for node in index.get(at, ()) if isinstance(node, kinds)]
         if not nodes:  # Python gives the call of a method the line of the method's name
             end = at.end_line, at.end_column
@@ -61,12 +70,23 @@ class RunningExpression:
                 value = self.value(carrier)
                 if leads_to(value, frames[following].f_code):
                     how = "argument" if carrier is not node.func else "call"
-                    if how == "call" and _is_super(carrier):
+                    if how == "call" and is_super(carrier):
                         how = "super"
-                    hop = Hop(self.function, self.position, Position.of(carrier), how)
-                    return hop, following, value
+                    at, method = Position.of(carrier), self._method(carrier, value)
+                    return Hop(self.function, self.position, at, how, method), following, value
         name = frames[0].f_code.co_qualname
         raise NoRouteError(f"line {self.position.line} does not show that it calls {name}")
+
+    def _method(self, carrier: ast.expr, value: Any) -> str | None:
+        """The name of the caller's method that an expression looks up; None of anything else."""
+        if not isinstance(carrier, ast.Attribute) or is_super(carrier):
+            return None
+        if not isinstance(value, MethodType):
+            return None
+        name = mangle(carrier.attr, self.function)
+        held = inspect.getattr_static(type(self.caller), name, None)
+        is_own = value.__self__ is self.caller and value.__func__ is held
+        return name if is_own and name not in vars(self.caller) else None
 
     def _carriers(self, node: ast.Call) -> Iterator[ast.expr]:
         """The called expression, and all that the call is given, but for what is called in it."""
@@ -83,6 +103,8 @@ class RunningExpression:
         """The expression as one that a unit can take the place of."""
         if not isinstance(called, Call):
             return self._module_call(*called)
+        if called.activation.name not in registered_activations():
+            raise NoRouteError("it is only listed")
         if match is not None:
             return self._formula(match)
         return self._function_call(called)
@@ -202,7 +224,8 @@ class RunningExpression:
         return self._known_function(node) is not None and self._is_fixed(node.func)
 
 
-def _running_position(frame: FrameType) -> Position:
+def running_position(frame: FrameType) -> Position:
+    """Where the expression stands that a frame is evaluating."""
     code = frame.f_code
     found = next(itertools.islice(code.co_positions(), frame.f_lasti // 2, None))
     if None in found:
@@ -210,33 +233,8 @@ def _running_position(frame: FrameType) -> Position:
     return Position(*found)  # type: ignore[arg-type]
 
 
-def find_creation(
-    function: Function, frames: Sequence[FrameType], generator: CodeType
-) -> tuple[Hop, Any]:
-    """The call that made a generator that now runs, and the generator function.
-
-    Args:
-        function: the function that has made it.
-        frames: the frames of that function and of comprehensions in it.
-        generator: the code of the generator.
-
-    Raises:
-        NoRouteError: there is no such call in the function, or there are several.
-    """
-    value = Evaluator(function, frames[0]).value
-    nodes = itertools.chain.from_iterable(expressions_of(function).values())
-    calls = [n for n in nodes if isinstance(n, ast.Call) and leads_to(value(n.func), generator)]
-    if len(calls) > 1:  # of several the one that is running: ``sum(generator(x))``
-        running = _running_position(frames[-1])
-        calls = [call for call in calls if running.contains(Position.of(call))]
-    if len(calls) != 1:
-        raise NoRouteError(f"{function.qualname} does not show where {generator.co_name} begins")
-    func = calls[0].func
-    how = "super" if _is_super(func) else "call"
-    return Hop(function, Position.of(calls[0]), Position.of(func), how), value(func)
-
-
-def _is_super(node: ast.expr) -> bool:
+def is_super(node: ast.expr) -> bool:
+    """``super().step``."""
     return isinstance(node, ast.Attribute) and (
         isinstance(node.value, ast.Call)
         and isinstance(node.value.func, ast.Name)

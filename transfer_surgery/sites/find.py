@@ -69,6 +69,8 @@ def _plan(model: nn.Module, observations: dict[str, Observation], failures: list
             fields["overwrites_input"] |= event.overwrites_input
             fields["input_changes"] |= event.fields()["input_changes"]
             fields["reason"] = fields["reason"] or event.reason
+            if event.source != fields["source"]:
+                fields["reason"] = f"in training it is another activation ({event.source})"
     walked = set[str]().union(*(one.walked for one in observations.values()))
     assign_ways(model, merged, walked)
     calls = _caller_codes(observations, merged)

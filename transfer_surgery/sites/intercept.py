@@ -32,23 +32,6 @@ class Entry(NamedTuple):
     source: Activation | None
 
 
-def intercepted_forward(
-    forward: Callable[..., Any],
-    caller: nn.Module,
-    table: tuple[Entry, ...],
-    seen: frozenset[CallKey],
-    args: Any,
-    kwargs: Any,
-) -> Any:
-    """Run ``forward`` on the caller with its listed activation calls going to their units.
-
-    An activation call that is not among those `seen` at conversion stays what it is, with a
-    warning.
-    """
-    with _Interceptor(caller, table, seen):
-        return forward(caller, *args, **kwargs)
-
-
 def hidden_units(table: tuple[Entry, ...]) -> property:
     """``_modules`` of a caller, without its units where its own code may walk over them."""
     units = {entry.unit for entry in table}
@@ -56,14 +39,20 @@ def hidden_units(table: tuple[Entry, ...]) -> property:
     def read(self: nn.Module) -> dict[str, nn.Module | None]:
         held: dict[str, nn.Module | None] = vars(self)["_modules"]
         modes = _get_current_function_mode_stack()  # type: ignore[no-untyped-call]
-        if not any(isinstance(mode, _Interceptor) and mode.caller is self for mode in modes):
+        if not any(isinstance(mode, Interceptor) and mode.caller is self for mode in modes):
             return held
         return {name: child for name, child in held.items() if name not in units}
 
     return property(read, lambda self, value: vars(self).update(_modules=value))
 
 
-class _Interceptor(TorchFunctionMode):
+class Interceptor(TorchFunctionMode):
+    """Sends the listed activation calls of a caller to their units while its code runs.
+
+    An activation call that is not among those `seen` at conversion stays what it is, with a
+    warning.
+    """
+
     def __init__(
         self, caller: nn.Module, table: tuple[Entry, ...], seen: frozenset[CallKey]
     ) -> None:

@@ -11,11 +11,16 @@ from torch.utils import _pytree as pytree
 from transfer_surgery.activations import Activation
 from transfer_surgery.sites.call_location import CallKey, KeyCounter, Location
 from transfer_surgery.sites.graph import GraphRoute
+from transfer_surgery.sites.plain import is_plain
 from transfer_surgery.sites.route import Expression, Route
 from transfer_surgery.sites.site import ActivationChild
 from transfer_surgery.sites.tensor_facts import SQUASHING, is_live, origin_of
 
 NOT_LIVE = "it does not depend on the input"
+UNREGISTERED = (
+    "the module that calls it is not registered in the model; keep it in an nn.ModuleList or "
+    "nn.ModuleDict"
+)
 
 
 @dataclass
@@ -124,6 +129,7 @@ class Frame:
 
     path: str
     module: nn.Module
+    called_by: nn.Module | None
     called_from: Location
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
@@ -150,20 +156,17 @@ class Frame:
         if not x.is_floating_point():
             return f"its input is {x.dtype}"
         if caller is not self.module:
-            return (
-                "the module that calls it is not registered in the model; keep it in an "
-                "nn.ModuleList or nn.ModuleDict"
-            )
+            return UNREGISTERED
         if "forward" in vars(self.module):
             return "its caller's forward is replaced on the instance"
         return None
 
-    def is_one_activation(self, output: Any) -> bool:
-        """Whether the module did nothing but one activation of its input."""
+    def only_activation(self, output: Any) -> Event | None:
+        """The activation of its input that is all that the module did; None where there is more."""
         events = [event for event in self.events if not event.is_part]
         if len(events) != 1 or self.children or any(True for _ in self.module.children()):
-            return False
-        inputs = (*self.args, *self.kwargs.values())
+            return None
+        inputs, event = (*self.args, *self.kwargs.values()), events[0]
         stateless = not self.module._parameters and not self.module._buffers
-        (event,) = self.events = events
-        return stateless and bool(inputs) and inputs[0] is event.input and output is event.output
+        is_all = bool(inputs) and inputs[0] is event.input and output is event.output
+        return event if stateless and is_all and is_plain(self.module) else None

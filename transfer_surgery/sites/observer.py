@@ -24,13 +24,12 @@ from transfer_surgery.activations import (
     name_of,
 )
 from transfer_surgery.sites.by_hand import BY_HAND, ByHand, is_by_hand, note_soft_cap
-from transfer_surgery.sites.call_location import Location, locate
+from transfer_surgery.sites.call_location import locate
 from transfer_surgery.sites.children import Children
 from transfer_surgery.sites.frames import call_frames
 from transfer_surgery.sites.in_place import InPlace
-from transfer_surgery.sites.listed import LISTED, LISTED_NAMES
-from transfer_surgery.sites.observation import Event, Frame, Observation
-from transfer_surgery.sites.route import Expression, NoRouteError, Route
+from transfer_surgery.sites.listed import LISTED_NAMES, listed_call, why_listed
+from transfer_surgery.sites.observation import UNREGISTERED, Event, Frame, Observation
 from transfer_surgery.sites.site import ActivationChild
 from transfer_surgery.sites.tensor_facts import (
     channel_axis,
@@ -83,13 +82,13 @@ class Observer(TorchFunctionMode):
 
     def _enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         places = locate()
-        called_from: Location = places[1][0] if len(places) > 1 else ()
+        called_from, called_by = places[1] if len(places) > 1 else ((), None)
         if self._stack:
             self._stack[-1].children += 1
         path = self._paths[id(module)]
         for name in scripted_functions(module):
             self.observation.scripted.add(f"{path or 'the model'} calls {name}, which")
-        self._stack.append(Frame(path, module, called_from, args, kwargs))
+        self._stack.append(Frame(path, module, called_by, called_from, args, kwargs))
 
     def _walk(self, module: nn.Module) -> None:
         if self._stack and self._stack[-1].module is module:
@@ -97,25 +96,30 @@ class Observer(TorchFunctionMode):
 
     def _leave(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         frame = self._stack.pop()
-        if self._stack and frame.is_one_activation(output) and self._is_untouched(frame.events[0]):
-            caller, event = self._stack[-1], frame.events[0]
-            event.caller, event.module, event.kind = caller.path, frame.path, "module"
-            self._trace(event, caller.module, (module, names_below(caller.path, frame.path)))
-            if event.source.name in LISTED_NAMES:
-                event.key = caller.draw_listed_key(frame.called_from)
-            else:
-                event.key = caller.draw_key(frame.called_from, len(frame.keys))
-                child = ActivationChild(event.source, len(frame.keys))
-                caller.modules[frame.path] = child
-            caller.events.append(event)
+        event = frame.only_activation(output)
+        if self._stack and event is not None and self._is_untouched(event):
+            self._count_as_call(frame, event)
             return
         for event in frame.events:
             self.observation.add(event)
         if not frame.events:
             return
-        observation = self.observation
-        observation.keys.setdefault(frame.path, set()).update(frame.keys)
-        observation.modules.setdefault(frame.path, {}).update(frame.modules)
+        self.observation.keys.setdefault(frame.path, set()).update(frame.keys)
+        self.observation.modules.setdefault(frame.path, {}).update(frame.modules)
+
+    def _count_as_call(self, frame: Frame, event: Event) -> None:
+        """A module that is an activation and nothing else counts as a call of its caller."""
+        caller = self._stack[-1]
+        event.caller, event.module, event.kind = caller.path, frame.path, "module"
+        self._trace(event, caller.module, (frame.module, names_below(caller.path, frame.path)))
+        if frame.called_by is not caller.module:
+            event.route, event.why = None, UNREGISTERED
+        if event.source.name in LISTED_NAMES:
+            event.key = caller.draw_listed_key(frame.called_from)
+        else:
+            event.key = caller.draw_key(frame.called_from, len(frame.keys))
+            caller.modules[frame.path] = ActivationChild(event.source, len(frame.keys))
+        caller.events.append(event)
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None
@@ -140,7 +144,9 @@ class Observer(TorchFunctionMode):
             if inner.event is not None:
                 inner.event.absorbed.add(parent)
         self._tracker.made(record, func, args, out)
-        event = None if call is None else self._record(func, call, match, out)
+        event = (
+            None if call is None else self._record(func, call, match, out, why_listed(func, kwargs))
+        )
         if record is not None:
             record.event = event
         if outputs:
@@ -171,8 +177,8 @@ class Observer(TorchFunctionMode):
             if any(map(is_zero, match.operands)):
                 activation = get_activation("relu", variant="maximum(x, zero)")
             return Call(activation, match.input, match.inplace, match.operands), record, match
-        if func in LISTED:
-            call = Call(Activation(LISTED[func][0]), args[0] if args else None, False)
+        if why_listed(func, kwargs):
+            call = listed_call(func, args, kwargs)
         return call if call and isinstance(call.input, Tensor) else None, record, None
 
     def _note_by_hand(self, func: Callable[..., Any], record: Record, out: Any) -> None:
@@ -198,9 +204,8 @@ class Observer(TorchFunctionMode):
         """Write down an activation call; one that is only `listed` has the reason already."""
         frame, x = self._stack[-1], call.input
         location, caller = locate()[0]
-        reason = LISTED[func][1] if func in LISTED else listed
-        draw = frame.draw_key if reason is None else frame.draw_listed_key
-        reason = frame.why_not(x, caller) or reason
+        draw = frame.draw_key if listed is None else frame.draw_listed_key
+        reason = frame.why_not(x, caller) or listed
         kind = "method" if getattr(Tensor, func.__name__, None) is func else "function"
         event = Event(
             caller=frame.path,
@@ -220,29 +225,24 @@ class Observer(TorchFunctionMode):
             input=x,
             output=out,
         )
-        self._trace(event, frame.module, call if draw == frame.draw_key else None, match)
+        self._trace(event, frame.module, call, match)
+        if listed is not None:
+            event.route = event.why = None
         frame.events.append(event)
         self._in_place.note_event(event, x)
         return event
 
     def _trace(
-        self, event: Event, caller: nn.Module, called: Called | None, match: Match | None = None
+        self, event: Event, caller: nn.Module, called: Called, match: Match | None = None
     ) -> None:
         """Note where in the source, or in a graph, a call is, and how it can be edited there."""
         frames = call_frames(caller)
         if frames:
             event.file, event.line = frames[-1].f_code.co_filename, frames[-1].f_lineno
-        if called is None:
-            return
-        try:
-            event.route, event.why = find_route(caller, frames, called, match), None
-            if isinstance(event.route, Route):
-                end = event.route.end
-                self.observation.expressions.add(Expression(end.function, end.position))
-        except NoRouteError as error:
-            event.route, event.why = None, str(error)
-            if error.expression is not None:
-                self.observation.expressions.add(error.expression)
+        found = find_route(caller, frames, called, match)
+        event.route, event.why = found.route, found.why
+        if found.expression is not None:
+            self.observation.expressions.add(found.expression)
 
     def _is_untouched(self, event: Event) -> bool:
         """Whether the result of an activation has not been changed in place since."""

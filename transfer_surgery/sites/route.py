@@ -38,12 +38,14 @@ class Hop:
         carrier: position of the expression that gives the called function.
         how: ``"call"`` where that is what is called, ``"argument"`` where it is handed to something
             that calls it, ``"super"`` for a method of a base class, ``"property"``.
+        method: name of the caller's own method that it looks up and calls, if that is what it does.
     """
 
     function: Function
     position: Position
     carrier: Position
     how: str
+    method: str | None = None
 
 
 @dataclass(frozen=True)
@@ -75,6 +77,11 @@ class Route:
     end: End
     again: bool
     """Whether ``torch.utils.checkpoint`` runs a part of it again in backward."""
+
+    @property
+    def called(self) -> tuple[Function, ...]:
+        """The function that each hop calls."""
+        return (*(hop.function for hop in self.hops[1:]), self.end.function)[: len(self.hops)]
 
     @property
     def functions(self) -> set[Function]:

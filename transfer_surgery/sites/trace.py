@@ -2,19 +2,30 @@
 
 from __future__ import annotations
 
+import ast
 import inspect
 import itertools
-from types import FrameType, FunctionType
-from typing import Any
+from collections.abc import Sequence
+from types import CodeType, FrameType, FunctionType
+from typing import Any, NamedTuple
 
 from torch import fx, nn
 
 from transfer_surgery.activations import Call, Match
-from transfer_surgery.sites.expression import RunningExpression, find_creation
+from transfer_surgery.sites.evaluate import Evaluator
+from transfer_surgery.sites.expression import RunningExpression, is_super, running_position
 from transfer_surgery.sites.frames import CHECKPOINT, first_local, is_torch, leads_to
 from transfer_surgery.sites.graph import GraphRoute, find_node
 from transfer_surgery.sites.route import Expression, Hop, NoRouteError, Route
-from transfer_surgery.sites.source import SEEN, Function, NoSourceError, is_inside, read_function
+from transfer_surgery.sites.source import (
+    SEEN,
+    Function,
+    NoSourceError,
+    Position,
+    expressions_of,
+    is_inside,
+    read_function,
+)
 
 Called = Call | tuple[nn.Module, tuple[str, ...] | None]
 """An activation call; or an activation module, and the names that lead to it from the caller, None
@@ -27,9 +38,17 @@ def names_below(caller: str, path: str) -> tuple[str, ...] | None:
     return tuple(names[len(above) :]) if names[: len(above)] == above else None
 
 
+class Found(NamedTuple):
+    """Where a call can be edited, or why it cannot; and its own expression, where that is known."""
+
+    route: Route | GraphRoute | None
+    why: str | None
+    expression: Expression | None
+
+
 def find_route(
     caller: nn.Module, frames: list[FrameType], called: Called, match: Match | None
-) -> Route | GraphRoute:
+) -> Found:
     """How a call can be edited in the source or in a graph, found while it is running.
 
     Args:
@@ -37,13 +56,14 @@ def find_route(
         frames: as `call_frames` gives them.
         called: what is called.
         match: the formula that the call completes, if any.
-
-    Raises:
-        NoRouteError: the call cannot be edited.
     """
-    if isinstance(caller, fx.GraphModule):
-        return find_node(caller, frames, called, match)
-    return _find_in_source(caller, frames, called, match)
+    try:
+        if isinstance(caller, fx.GraphModule):
+            return Found(find_node(caller, frames, called, match), None, None)
+        route = _find_in_source(caller, frames, called, match)
+    except NoRouteError as error:
+        return Found(None, str(error), error.expression)
+    return Found(route, None, Expression(route.end.function, route.end.position))
 
 
 def _find_in_source(
@@ -52,6 +72,9 @@ def _find_in_source(
     """How the source leads from the caller's ``forward`` to the call."""
     again = any(f.f_code.co_filename == CHECKPOINT for f in frames)
     forward = getattr(type(caller), "forward", None)
+    held = inspect.getattr_static(type(caller), "forward", None)
+    if isinstance(held, (staticmethod, classmethod)):
+        raise NoRouteError("its forward is not given the module")
     users = list(itertools.dropwhile(lambda frame: is_torch(frame.f_code), frames))
     frames = next((f for f in (users, frames) if f and leads_to(forward, f[0].f_code)), [])
     if not frames:
@@ -70,11 +93,12 @@ def _find_in_source(
             last = max(i for i in range(start, stop) if is_inside(frames[i].f_code, outer))
             rest = frames[last + 1 :]
             if rest and rest[0].f_code.co_flags & inspect.CO_GENERATOR:
-                hop, callee = find_creation(function, frames[start : last + 1], rest[0].f_code)
+                hop, callee = _find_creation(function, frames[start : last + 1], rest[0].f_code)
                 hops, start = [*hops, hop], last + 1
                 _note(callee, rest[0])
                 continue
-            place = RunningExpression(function, frames[last], first_local(frames[start]) is caller)
+            is_method = first_local(frames[start]) is caller
+            place = RunningExpression(function, frames[last], caller, is_method)
             if last == len(frames) - 1:
                 expression = Expression(function, place.position)
                 return Route(tuple(hops), place.end(called, match), again)
@@ -85,6 +109,32 @@ def _find_in_source(
         unknown = NoRouteError(str(error))
         unknown.expression = expression
         raise unknown from error
+
+
+def _find_creation(
+    function: Function, frames: Sequence[FrameType], generator: CodeType
+) -> tuple[Hop, Any]:
+    """The call that made a generator that now runs, and the generator function.
+
+    Args:
+        function: the function that has made it.
+        frames: the frames of that function and of comprehensions in it.
+        generator: the code of the generator.
+
+    Raises:
+        NoRouteError: there is no such call in the function, or there are several.
+    """
+    value = Evaluator(function, frames[0]).value
+    nodes = itertools.chain.from_iterable(expressions_of(function).values())
+    calls = [n for n in nodes if isinstance(n, ast.Call) and leads_to(value(n.func), generator)]
+    if len(calls) > 1:  # of several the one that is running: ``sum(generator(x))``
+        running = running_position(frames[-1])
+        calls = [call for call in calls if running.contains(Position.of(call))]
+    if len(calls) != 1:
+        raise NoRouteError(f"{function.qualname} does not show where {generator.co_name} begins")
+    func = calls[0].func
+    how = "super" if is_super(func) else "call"
+    return Hop(function, Position.of(calls[0]), Position.of(func), how), value(func)
 
 
 def _read(frame: FrameType) -> Function:

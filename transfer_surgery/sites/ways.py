@@ -7,6 +7,7 @@ from typing import Any
 from torch import fx, nn
 
 from transfer_surgery.sites.graph import GraphRoute
+from transfer_surgery.sites.observation import UNREGISTERED
 from transfer_surgery.sites.route import Route
 
 _WAYS = {Route: "edit", GraphRoute: "fx", type(None): "intercept"}
@@ -40,8 +41,10 @@ def assign_ways(
             f["route"], f["why"] = None, "its code walks over its children"
         f["way"] = _WAYS[type(f["route"])]
         f["path"] = _free_name(model, caller, base, {g.get("path") for g in merged.values()})
-        if f["route"] is None and isinstance(model.get_submodule(caller), fx.GraphModule):
-            f["reason"] = f["reason"] or f["why"]  # copies of graphs keep what is in the graph
+        # Copies of graphs keep what is in the graph, and calls of others are not intercepted.
+        is_graph = isinstance(model.get_submodule(caller), fx.GraphModule)
+        if f["route"] is None and (is_graph or f["why"] == UNREGISTERED):
+            f["reason"] = f["reason"] or f["why"]
 
 
 def _registered_names(model: nn.Module, caller: str, module: str) -> list[str]:

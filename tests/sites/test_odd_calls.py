@@ -1,0 +1,87 @@
+"""Calls that look like others and are none: they are listed with the reason, or go on as before."""
+
+import warnings
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from tests.helpers.promises import X, units
+from tests.helpers.same_run import assert_same_runs, converted
+from transfer_surgery import find_activations
+
+
+class Layers(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.one, self.two = nn.Linear(4, 4), nn.Linear(4, 4)
+        self.steps = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 4))
+
+
+class WritesElsewhere(Layers):
+    def forward(self, x):
+        h = self.one(x).detach()
+        kept = torch.empty_like(h)
+        torch.tanh(h, out=kept)
+        return kept + F.gelu(self.two(x))
+
+
+class InASlice(Layers):
+    def forward(self, x):
+        return F.gelu(self.steps(x)) + F.silu(self.steps[1:](x))
+
+
+class ByMode(Layers):
+    def forward(self, x):
+        act = F.relu if self.training else F.elu
+        return F.gelu(self.one(x)) + act(self.two(x))
+
+
+class SlopeByMode(Layers):
+    def forward(self, x):
+        return F.gelu(self.one(x)) + F.leaky_relu(x, 0.3 if self.training else 0.1)
+
+
+LEFT = {
+    WritesElsewhere: ("tanh", "it writes its result into out="),
+    InASlice: ("relu", "the module that calls it is not registered"),
+    ByMode: ("elu", r"in training it is another activation (relu)"),
+    SlopeByMode: ("leaky_relu", "in training it is another activation"),
+}
+
+
+@pytest.mark.parametrize("cls", LEFT, ids=lambda cls: cls.__name__)
+def test_what_cannot_have_gates_is_listed_and_stays_without_a_warning(cls):
+    model = cls()
+    left = [site for site in find_activations(model, X) if site.reason is not None]
+    name, reason = LEFT[cls]
+    assert [site.source.name for site in left] == [name]
+    assert left[0].reason.startswith(reason)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert_same_runs(model, converted(model, X), X)
+
+
+class Static(nn.Module):
+    @staticmethod
+    def forward(x):
+        return F.relu(x) - 0.1
+
+
+class OfClass(nn.Module):
+    @classmethod
+    def forward(cls, x):
+        return F.relu(x) - 0.1
+
+
+@pytest.mark.parametrize("cls", [Static, OfClass])
+def test_a_forward_without_the_module_is_intercepted(cls):
+    model = cls()
+    (site,) = find_activations(model, X)
+    assert (site.way, site.why) == ("intercept", "its forward is not given the module")
+    twin = converted(model, X)
+    assert_same_runs(model, twin, X)
+    before = twin.eval()(X)
+    units(twin)["relu_0"].log_alpha.data.fill_(-8.0)
+    assert not torch.equal(twin(X), before)
