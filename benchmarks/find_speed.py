@@ -1,24 +1,28 @@
 """How long it takes to find the activations of a model and to convert it, beside a forward pass.
 
     python benchmarks/find_speed.py
+    git worktree add ../before COMMIT
+    python benchmarks/find_speed.py --before ../before
 
-The memory of the search is measured in a process of its own, beside what the outputs of all layers
-take in the forward pass. The search runs on fake tensors, which have shapes but no memory. Linux
-only.
+With `--before` the same is measured with the library of another commit, too. The memory of the
+search is measured in a process of its own, beside what the outputs of all layers take in the
+forward pass. The search runs on fake tensors, which have shapes but no memory. Linux only.
 """
 
 from __future__ import annotations
 
 import copy
+import itertools
 import json
 import time
 import warnings
+from pathlib import Path
 from typing import Annotated, Any
 
 import timm
 import torch
 import typer
-from own_process import in_a_process, observed
+from own_process import HERE, in_a_process, observed
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
@@ -35,6 +39,9 @@ EXAMPLES = 2
 def main(
     models: Annotated[list[str] | None, typer.Argument(help="timm:NAME ... or llama")] = None,
     threads: Annotated[int, typer.Option(min=1, help="Number of CPU threads.")] = 2,
+    before: Annotated[
+        Path | None, typer.Option(help="Folder with another version of the library.")
+    ] = None,
     measure: Annotated[str | None, typer.Option(hidden=True)] = None,
 ) -> None:
     """Time `find_activations` and `convert` for two examples of the default size."""
@@ -44,16 +51,20 @@ def main(
         return
     table = Table(title=f"find_activations and convert, {threads} threads, {EXAMPLES} examples")
     table.add_column("model", no_wrap=True)
+    if before is not None:
+        table.add_column("code", no_wrap=True)
+    folders = {"now": HERE} | ({} if before is None else {"before": before.resolve()})
     headers = ("sites", "find, s", "convert, s", "forward, s", "ratio", "find, MiB", "outputs, MiB")
     for header in headers:
         table.add_column(header, justify="right")
-    for name in models or MODELS:
-        found = in_a_process(__file__, "--measure", name, "--threads", threads)
+    for name, (code, folder) in itertools.product(models or MODELS, folders.items()):
+        given = "--measure", name, "--threads", threads
+        found = in_a_process(__file__, *given, library=folder)
         whole = found["find"] + found["convert"]
         times = found["find"], found["convert"], found["forward"], whole / found["forward"]
         memory = found["find_mib"], found["outputs_mib"]
         row = [*(f"{value:.2f}" for value in times), *(f"{value:,.0f}" for value in memory)]
-        table.add_row(name, str(found["sites"]), *row)
+        table.add_row(name, *([code] if before else []), str(found["sites"]), *row)
     Console().print(table)
 
 

@@ -81,7 +81,8 @@ class Subject:
     def generate(self) -> list[Any] | None:
         """Texts with and without a cache; None of models that make none."""
         model: Any = self.model.eval()
-        if not isinstance(self.arguments, dict) or not model.can_generate():
+        can_generate = getattr(model, "can_generate", bool)
+        if not isinstance(self.arguments, dict) or not can_generate():
             return None
         settings = {"max_new_tokens": 4, "min_new_tokens": 4, "do_sample": False}
         try:
@@ -105,7 +106,7 @@ def check(name: str, send: Callable[[dict[str, Any]], None], wait: Callable[[], 
     """Check one model.
 
     Args:
-        name: ``"timm:NAME"``, ``"torchvision:NAME"`` or ``"transformers:NAME"``.
+        name: ``"timm:NAME"``, ``"transformers:NAME"`` and so on.
         send: takes new fields of the model's record.
         wait: returns when the memory announced as ``needs_gib`` may be used.
     """

@@ -15,9 +15,11 @@ import torch
 from torch import Tensor
 
 from zoo.architectures import tiny_inputs
+from zoo.diffusion import diffusion_inputs
 
 _EXAMPLES = 2
 _SIDES = (96, 128, 160, 192, 224)
+_BY_KEYWORD = {"transformers": tiny_inputs, "diffusers": diffusion_inputs}
 
 
 @dataclass(frozen=True)
@@ -40,8 +42,10 @@ def settings(name: str) -> Iterator[Setting]:
     zoo, _, short = name.partition(":")
     if zoo == "timm":
         return _timm(short)
-    if zoo == "transformers":
-        return _transformers(short)
+    if zoo in _BY_KEYWORD:
+        return _keywords(_BY_KEYWORD[zoo](short))
+    if zoo == "smp":
+        return (_tensor((3, side, side)) for side in (64, 128, 224))
     for start, special in _SPECIAL.items():
         if short.startswith(start):
             return special()
@@ -61,9 +65,9 @@ def _timm(short: str) -> Iterator[Setting]:
     yield _tensor((channels, *default))
 
 
-def _transformers(short: str) -> Iterator[Setting]:
-    inputs = tiny_inputs(short)
-    text = ", ".join(f"{name} {_text(tuple(x.shape))}" for name, x in inputs.items())
+def _keywords(inputs: dict[str, Any]) -> Iterator[Setting]:
+    shapes = {name: x.shape for name, x in inputs.items() if isinstance(x, Tensor)}
+    text = ", ".join(f"{name} {_text(tuple(shape))}" for name, shape in shapes.items())
     yield Setting(text, lambda dtype: inputs)
 
 

@@ -7,6 +7,7 @@ so random fills become copies of random numbers drawn once while a model is buil
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import random
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -17,10 +18,11 @@ from unittest import mock
 import timm
 import torch
 import torchvision
-import transformers
 from torch import Tensor, nn
 
 from zoo.architectures import architectures, build_tiny
+from zoo.diffusion import build_diffusion, diffusion_models
+from zoo.segmentation import build_segmentation, segmentation_models
 
 _CHUNK = 2**20
 _ALWAYS: dict[str, dict[str, Any]] = {
@@ -35,6 +37,10 @@ _ALWAYS: dict[str, dict[str, Any]] = {
     "fcos": {"score_thresh": 0.0, "detections_per_img": 10},
     "ssd": {"score_thresh": 0.0, "detections_per_img": 10},
 }
+_PREFIXES = (
+    *("timm.models.", "torchvision.models.", "transformers.models.", "diffusers.models."),
+    *("segmentation_models_pytorch.decoders.", "segmentation_models_pytorch."),
+)
 _WITH_BACKBONE = ("torchvision.models.detection", "torchvision.models.segmentation")
 
 
@@ -43,6 +49,10 @@ ZOOS: dict[str, Callable[[], list[str]]] = {
     "torchvision": torchvision.models.list_models,
     "transformers": architectures,
 }
+_PACKAGES = {"smp": "segmentation_models_pytorch", "diffusers": "diffusers"}
+_LISTS = {"smp": segmentation_models, "diffusers": diffusion_models}
+ZOOS |= {zoo: names for zoo, names in _LISTS.items() if importlib.util.find_spec(_PACKAGES[zoo])}
+"""Those that are installed: what lists their models."""
 
 
 def model_names(zoos: Iterable[str] = ZOOS) -> list[str]:
@@ -57,8 +67,9 @@ def family_of(name: str) -> str:
         module = _entry_point(zoo, short).__module__
     except (AttributeError, KeyError, ValueError, RuntimeError):
         return zoo
-    module = module.removeprefix("timm.models.").removeprefix("torchvision.models.")
-    return f"{zoo}:{module.removeprefix('transformers.models.').partition('.modeling')[0]}"
+    for prefix in _PREFIXES:
+        module = module.removeprefix(prefix)
+    return f"{zoo}:{module.partition('.model')[0]}"
 
 
 def select(
@@ -74,8 +85,8 @@ def select(
 def build(name: str, options: Mapping[str, Any] = {}) -> nn.Module:
     """The model with random weights, in the default dtype, ready for evaluation."""
     zoo, _, short = name.partition(":")
-    if zoo == "transformers":
-        return build_tiny(short)
+    if zoo in _BUILDERS:
+        return _BUILDERS[zoo](short)
     with cheap_random_fills():
         if zoo == "timm":
             return timm.create_model(short, **options).eval()
@@ -83,6 +94,14 @@ def build(name: str, options: Mapping[str, Any] = {}) -> nn.Module:
         if short.startswith("mvit"):
             return _mvit(short, options).eval()
         return torchvision.models.get_model(short, **options).eval()
+
+
+_BUILDERS: dict[str, Callable[[str], nn.Module]] = {
+    "transformers": build_tiny,
+    "smp": build_segmentation,
+    "diffusers": build_diffusion,
+}
+"""Of the zoos whose models take no options."""
 
 
 def count_parameters(name: str) -> int:
@@ -122,11 +141,16 @@ def cheap_random_fills() -> Iterator[None]:
         yield
 
 
+def package_of(zoo: str) -> Any:
+    """The package of a zoo, imported."""
+    return importlib.import_module(_PACKAGES.get(zoo, zoo))
+
+
 def _entry_point(zoo: str, short: str) -> Any:
     if zoo == "timm":
         return timm.model_entrypoint(short)
-    if zoo == "transformers":
-        return getattr(transformers, short)
+    if zoo in ("transformers", "smp", "diffusers"):
+        return getattr(package_of(zoo), short.partition("/")[0])
     return torchvision.models.get_model_builder(short)
 
 

@@ -14,20 +14,25 @@ from typing import Any, Literal
 from zoo.check import PASSED
 from zoo.models import family_of
 
-PACKAGES = ("torch", "timm", "torchvision", "transformers", "transfer-surgery")
+_OWN = ("torch", "transfer-surgery")
+_ZOOS = {
+    "smp": ("segmentation-models-pytorch", "timm"),
+    "diffusers": ("diffusers",),
+}
 
 Record = dict[str, Any]
 
 
-def versions() -> dict[str, str]:
-    """Installed versions of the packages that a result depends on."""
-    return {package: version(package) for package in PACKAGES}
+def versions(name: str) -> dict[str, str]:
+    """Installed versions of the packages that the result of a model depends on."""
+    zoo = name.partition(":")[0]
+    return {package: version(package) for package in (*_OWN, *_ZOOS.get(zoo, (zoo,)))}
 
 
 def complete(record: Record) -> Record:
     """The record as it is written: with family, versions and the verdict."""
     record = {"name": record["name"], "family": family_of(record["name"]), "ok": False} | record
-    return record | {"ok": problem(record) is None, "versions": versions()}
+    return record | {"ok": problem(record) is None, "versions": versions(record["name"])}
 
 
 def problem(record: Record) -> str | None:
@@ -73,12 +78,11 @@ def pending(
     redo: Literal["none", "failed", "all"] = "none",
 ) -> list[str]:
     """The models that are still to be checked."""
-    now = versions()
 
     def is_done(name: str) -> bool:
         record = records.get(name)
-        if record is None or record["versions"] != now or redo == "all":
+        if record is None or redo == "all" or (redo == "failed" and not record["ok"]):
             return False
-        return bool(record["ok"]) or redo != "failed"
+        return versions(name).items() <= record["versions"].items()
 
     return [name for name in names if not is_done(name)]

@@ -26,6 +26,8 @@ _PRELOADED = (
     *("torch", "timm", "torchvision", "transformers"),
     *("transfer_surgery", "typer", "rich.progress"),
 )
+_SLOW = {"smp": "segmentation_models_pytorch", "diffusers": "diffusers.models.modeling_utils"}
+"""What the models of a zoo import."""
 _POLL = 0.2
 _GIB = 2**30
 
@@ -86,6 +88,7 @@ def run(names: Iterable[str], bounds: Bounds) -> Iterator[dict[str, Any]]:
     context = multiprocessing.get_context("forkserver")
     names = list(names)
     zoo = [module_of(n.partition(":")[2]) for n in names if n.startswith("transformers:")]
+    zoo += [_SLOW[n.partition(":")[0]] for n in names if n.partition(":")[0] in _SLOW]
     context.set_forkserver_preload([*_PRELOADED, *zoo])
     todo, running = iter(names), list[_Job]()
     try:

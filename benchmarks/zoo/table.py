@@ -10,7 +10,7 @@ from fnmatch import fnmatchcase
 from statistics import median
 from typing import Any
 
-from zoo.records import PACKAGES, problem
+from zoo.records import problem, versions
 
 Record = Mapping[str, Any]
 WAYS = ("child", "edit", "fx", "intercept")
@@ -68,7 +68,8 @@ def _is_unbuilt(record: Record) -> bool:
 
 
 def _introduction(records: list[Record], command: str, listed: int, unbuilt: int) -> str:
-    used = {package: _one(r["versions"][package] for r in records) for package in PACKAGES}
+    packages = dict.fromkeys(package for r in records for package in versions(r["name"]))
+    used = {p: _one(r["versions"][p] for r in records if p in r["versions"]) for p in packages}
     return (
         f"{', '.join(f'{package} {number}' for package, number in used.items())}; "
         f"{datetime.now(UTC):%Y-%m-%d}. This command writes the page:\n\n    {command}\n\n"
