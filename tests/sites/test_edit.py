@@ -314,7 +314,7 @@ def test_methods_that_forward_calls_have_the_same_gates_when_others_call_them():
     assert len(units(model)) == 3
     for unit in units(model).values():
         unit.log_alpha.fill_(-8.0)
-    expected = torch.sin(original.linear(X)) + torch.sin(X) - 0.1
+    expected = torch.sin(original.linear(X)) + (torch.sin(X) - 0.1)
     for twin in (model, pickle.loads(pickle.dumps(model)), bake(copy.deepcopy(model))):
         assert torch.equal(twin.code(X), expected)
         assert torch.equal(twin.decode(X), torch.sin(original.last(X)) * 2)
