@@ -44,6 +44,7 @@ from transfer_surgery.units import (
     PerChannel,
     PerLayer,
     PerNeuron,
+    RecomputedGatesWarning,
     recompute_activations,
     register_gate,
 )
@@ -62,6 +63,7 @@ __all__ = [
     "PerChannel",
     "PerLayer",
     "PerNeuron",
+    "RecomputedGatesWarning",
     "ScheduleEndedWarning",
     "TransferRestartedWarning",
     "TransferSchedule",

@@ -12,7 +12,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint, checkpoint_sequential
 
 from tests.helpers.same_bits import assert_same_bits
-from transfer_surgery import HardConcrete, convert
+from transfer_surgery import HardConcrete, RecomputedGatesWarning, convert
 
 X = torch.linspace(-3, 3, 4 * 6).reshape(4, 6)
 
@@ -64,6 +64,25 @@ def gradients(model, x):
     found = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
     assert any(name.endswith("log_alpha") and grad.any() for name, grad in found.items())
     return {"loss": loss.detach(), "input": x.grad} | found
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_a_recomputation_in_another_random_state_warns(reentrant):
+    """Without dropout a user may say that no state is to be kept; gates need it."""
+    model = nn.Sequential(nn.Linear(6, 8), nn.SiLU(), nn.Linear(8, 6))
+    mid_transfer(convert(model, "relu", example_input=X, seed=1))
+    x = X.clone().requires_grad_()
+
+    def run(**options):
+        return checkpoint(model, x, use_reentrant=reentrant, **options).sum()
+
+    (run() + run()).backward()  # two forward passes before both recomputations
+    loss = run(preserve_rng_state=False)
+    with pytest.warns(RecomputedGatesWarning, match="another random state"):
+        loss.backward()
+    for parameter in model[1].parameters():
+        parameter.data.fill_(30.0)  # no gate is drawn
+    run(preserve_rng_state=False).backward()
 
 
 @pytest.mark.parametrize("noise", ["batch", "example"])

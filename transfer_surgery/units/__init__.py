@@ -29,6 +29,7 @@ from transfer_surgery.units.kernels import (
     gated,
     kernel_choice,
 )
+from transfer_surgery.units.noise import RecomputedGatesWarning
 from transfer_surgery.units.recompute import recompute_activations
 from transfer_surgery.units.selection import (
     as_patterns,
@@ -66,6 +67,7 @@ __all__ = [
     "PerLayer",
     "PerNeuron",
     "Polynomial",
+    "RecomputedGatesWarning",
     "SampledGate",
     "SampledSettings",
     "TargetParameters",

@@ -19,6 +19,7 @@ from transfer_surgery._arguments import check_arguments
 from transfer_surgery._sharding import gathered
 from transfer_surgery.units.float32 import Float32Module
 from transfer_surgery.units.kernels import values_readable
+from transfer_surgery.units.noise import draw_uniform
 from transfer_surgery.units.settings import GateSettings, SampledSettings
 
 GateShape = tuple[int, ...]
@@ -234,10 +235,8 @@ class SampledGate(Gate):
         """
         noise = self.settings.noise
         shape = (batch, *self.shape) if noise == "example" else self.shape
-        like: dict[str, Any] = {"dtype": torch.float32, "device": self.log_alpha.device}
-        if noise == "none":
-            return torch.full(shape, 0.5, **like)
         log_alpha = self.log_alpha.detach()
-        if values_readable(log_alpha) and log_alpha.abs().min().item() >= _CERTAIN:
-            return torch.full(shape, 0.5, **like)
-        return torch.rand(shape, **like).clamp(2.0**-25, 1 - 2.0**-24)
+        certain = values_readable(log_alpha) and log_alpha.abs().min().item() >= _CERTAIN
+        if noise == "none" or certain:
+            return torch.full(shape, 0.5, dtype=torch.float32, device=log_alpha.device)
+        return draw_uniform(self, log_alpha, shape)

@@ -4,7 +4,7 @@ from transfer_surgery.units.kernels.engine import VARIABLE, compiler_error, kern
 from transfer_surgery.units.kernels.formula import Numbers, fitted_value, gated_value
 from transfer_surgery.units.kernels.gated import gated
 from transfer_surgery.units.kernels.hard_concrete import hard_concrete, rectified
-from transfer_surgery.units.kernels.recomputed import values_readable
+from transfer_surgery.units.kernels.recomputed import is_transformed, values_readable
 
 __all__ = [
     "VARIABLE",
@@ -14,6 +14,7 @@ __all__ = [
     "gated",
     "gated_value",
     "hard_concrete",
+    "is_transformed",
     "kernel_choice",
     "rectified",
     "values_readable",
