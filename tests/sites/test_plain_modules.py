@@ -1,5 +1,6 @@
 """Modules that are an activation are replaced; those that do something else too go on doing it."""
 
+import functools
 import random
 
 import pytest
@@ -183,6 +184,15 @@ class Attribute(nn.Module):
         return self.function(x)
 
 
+class Partial(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.function = functools.partial(F.gelu, approximate="tanh")
+
+    def forward(self, x):
+        return self.function(x)
+
+
 class Branches(nn.Module):
     inplace = False
 
@@ -196,7 +206,7 @@ class Below(nn.SiLU):
     pass
 
 
-@pytest.mark.parametrize("cls", [Formula, Function, Attribute, Branches, Below])
+@pytest.mark.parametrize("cls", [Formula, Function, Attribute, Partial, Branches, Below])
 def test_a_module_that_is_an_activation_is_replaced(cls):
     (site,) = find_activations(nn.Sequential(nn.Linear(4, 4), cls(), nn.Linear(4, 2)), X)
     assert (site.path, site.way) == ("1", "child")

@@ -8,6 +8,7 @@ the activation in it.
 from __future__ import annotations
 
 import ast
+import functools
 import inspect
 from pathlib import Path
 from types import FunctionType, MethodType, ModuleType
@@ -121,10 +122,17 @@ class _Reader:
         if function is UNKNOWN and isinstance(callee, ast.Attribute):
             method = getattr(Tensor, callee.attr, None)
             return self._computes(callee.value) and may_be_activation(method)
+        return self._is_plain_callable(function)
+
+    def _is_plain_callable(self, function: Any) -> bool:
+        if isinstance(function, functools.partial):
+            fixed = (*function.args, *function.keywords.values())
+            is_fixed = all(isinstance(value, _SETTINGS) for value in fixed)
+            return is_fixed and self._is_plain_callable(function.func)
         if may_be_activation(function) or getattr(function, "__module__", "") == "math":
             return True
         if isinstance(function, MethodType) and function.__self__ is self.module:
-            method = function.__func__
+            method: Any = function.__func__
             return isinstance(method, FunctionType) and _Reader(method, self.module).is_plain()
         is_function = isinstance(function, FunctionType)
         return is_function and _Reader(function, self.module).is_plain(is_method=False)
