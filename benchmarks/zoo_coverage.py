@@ -65,6 +65,9 @@ def main(
         Path | None, typer.Option(help="JSON with independent counts, to compare in the table.")
     ] = None,
     table: Annotated[Path | None, typer.Option(help="Write the Markdown table here.")] = None,
+    only_table: Annotated[
+        bool, typer.Option("--only-table", help="Check nothing; show what the file has.")
+    ] = False,
 ) -> None:
     """Check models of the zoos; the exit status is 1 if one has a problem."""
     names = FAMILIES.read_text().split() if families else model_names()
@@ -73,7 +76,10 @@ def main(
         raise typer.BadParameter(f"no model matches {models}.")
     todo = pending(chosen, read(out), redo.value)
     console.print(f"{len(chosen)} models, {len(chosen) - len(todo)} of them in {out.name} already")
-    _run(todo, out, Bounds(jobs, timeout, memory_gib))
+    if only_table:
+        chosen = [name for name in chosen if name in read(out)]
+    else:
+        _run(todo, out, Bounds(jobs, timeout, memory_gib))
     records = read(out)
     if table:
         counts = json.loads(oracle.read_text()) if oracle else {}
