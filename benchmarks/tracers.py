@@ -2,15 +2,14 @@
 
     python benchmarks/tracers.py --page docs/tools.md
 
-The networks are tiny and have random weights. A converted one has all gates at the source. Every
-cell was executed.
+The networks are tiny, have random weights, and return no caches, which `torch.export` refuses. A
+converted one has all gates at the source. Every cell was executed.
 """
 
 from __future__ import annotations
 
 import argparse
 import copy
-import inspect
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -33,12 +32,12 @@ _HEADS = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8}
 class Convolution(nn.Module):
     """As in YOLO: all convolutions share one activation object."""
 
-    act = nn.SiLU()
+    default_act = nn.SiLU()
 
     def __init__(self, inputs: int, outputs: int) -> None:
         super().__init__()
         self.conv = nn.Conv2d(inputs, outputs, 3, padding=1, bias=False)
-        self.bn, self.act = nn.BatchNorm2d(outputs), Convolution.act
+        self.bn, self.act = nn.BatchNorm2d(outputs), self.default_act
 
     def forward(self, x: Tensor) -> Tensor:
         return self.act(self.bn(self.conv(x)))
@@ -76,12 +75,14 @@ def detr() -> tuple[nn.Module, dict[str, Tensor]]:
 
 
 def llama() -> tuple[nn.Module, dict[str, Tensor]]:
-    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**_SMALL, **_HEADS))
+    config = transformers.LlamaConfig(**_SMALL, **_HEADS, use_cache=False)
+    model = transformers.LlamaForCausalLM(config)
     return model, {"input_ids": torch.randint(3, 100, (2, 12))}
 
 
 def gemma() -> tuple[nn.Module, dict[str, Tensor]]:
-    model = transformers.Gemma2ForCausalLM(transformers.Gemma2Config(**_SMALL, **_HEADS))
+    config = transformers.Gemma2Config(**_SMALL, **_HEADS, use_cache=False)
+    model = transformers.Gemma2ForCausalLM(config)
     return model, {"input_ids": torch.randint(3, 100, (2, 12))}
 
 
@@ -90,7 +91,9 @@ def whisper() -> tuple[nn.Module, dict[str, Tensor]]:
     sizes |= {"encoder_ffn_dim": 64, "decoder_ffn_dim": 64, "max_source_positions": 50}
     sizes |= {"encoder_attention_heads": 4, "decoder_attention_heads": 4, "num_mel_bins": 8}
     tokens = dict.fromkeys(("pad_token_id", "bos_token_id", "eos_token_id"), 1)
-    config = transformers.WhisperConfig(**sizes, **tokens, decoder_start_token_id=2)
+    config = transformers.WhisperConfig(
+        **sizes, **tokens, decoder_start_token_id=2, use_cache=False
+    )
     inputs = {
         "input_features": torch.randn(2, 8, 100),
         "decoder_input_ids": torch.ones(2, 4).long(),
@@ -106,11 +109,7 @@ def converted(model: nn.Module, inputs: dict[str, Tensor]) -> nn.Module:
 
 
 def traced(model: nn.Module, inputs: dict[str, Tensor]) -> nn.Module:
-    """With the defaults of all that is not given as constants, as fx asks for."""
-    parameters = inspect.signature(model.forward).parameters.values()
-    fixed = {p.name: p.default for p in parameters if p.default is not p.empty}
-    fixed = {name: value for name, value in fixed.items() if name not in inputs}
-    return fx.symbolic_trace(copy.deepcopy(model), concrete_args=fixed)
+    return fx.symbolic_trace(copy.deepcopy(model))
 
 
 def exported(model: nn.Module, inputs: dict[str, Tensor]) -> nn.Module:
