@@ -17,6 +17,7 @@ from torchvision.transforms.functional import to_tensor
 from tests.helpers.shell import in_process, invoke, shell
 from transfer_surgery import load_baked
 from transfer_surgery.cli.swapping.folders import find_images, read_labels, split
+from transfer_surgery.cli.swapping.images import Images, Preprocessing
 
 NETS = """
 from torch import nn
@@ -206,6 +207,25 @@ def test_images_are_resized_as_in_the_validation_of_timm() -> None:
     options = ("--images", "large", "--crop-pct", 0.5, "--interpolation", "bilinear", "--offset")
     said = invoke(*SWAP, *options)
     assert "6 images to fit to, 2 to compare on: 16x16 pixels, 0.5 of each cropped" in said
+
+
+def test_images_to_learn_from_come_shuffled_shifted_and_mirrored_and_others_as_they_are() -> None:
+    paths = find_images(Path("val"))[:6]
+    size, settings = (3, 16, 16), {"mean": (0.5,), "std": (0.25,)}
+    preprocessing = Preprocessing.choose(make(), size, settings, paths)
+    plain = torch.cat([*Images(paths, preprocessing, batch_size=4)])
+    pixels = torch.stack([to_tensor(Image.open(path)) for path in paths])
+    torch.testing.assert_close(plain, (pixels - 0.5) / 0.25)
+    torch.manual_seed(0)
+    learned = Images(paths, preprocessing, batch_size=4, training=True)
+    for batch in (torch.cat([*learned]) for _ in range(3)):
+        assert batch.shape == plain.shape
+        assert not torch.equal(batch, plain)
+        # The middle of each image is somewhere in one of the originals, maybe mirrored.
+        windows = plain.unfold(2, 8, 1).unfold(3, 8, 1).permute(0, 2, 3, 1, 4, 5).flatten(0, 2)
+        windows = torch.cat([windows, windows.flip(-1)])
+        for image in batch:
+            assert (windows == image[:, 4:12, 4:12]).flatten(1).all(1).any()
 
 
 # --- labels, and which images are used for what --------------------------------------------------

@@ -80,7 +80,7 @@ def swap(
             "change. Default: outputs of any kind.",
         ),
     ] = False,
-    calibration: Annotated[int, typer.Option(min=1, help="Fit to this number of images.")] = 512,
+    calibration: Annotated[int, typer.Option(min=1, help="Fit to this number of images.")] = 1024,
     held_out: Annotated[
         int,
         typer.Option(min=1, help="Compare on this number of other images, at most a quarter."),
@@ -104,7 +104,13 @@ def swap(
         Literal["relative", "mse", "kl", "bce"] | None,
         typer.Option(help="What is taught. Default: kl for logits, else relative."),
     ] = None,
-    lr: Annotated[float, typer.Option(help="Set the highest learning rate of teaching.")] = 1e-3,
+    lr: Annotated[float, typer.Option(help="Set the highest learning rate of teaching.")] = 3e-3,
+    variation: Annotated[
+        float,
+        typer.Option(
+            help="Mix and stretch the images of teaching, from 0 to 1, as helps with few images."
+        ),
+    ] = 0.0,
     keep: Annotated[
         str | None,
         typer.Option(
@@ -158,7 +164,8 @@ def swap(
     """Swap the activations of a trained network, fitted to images without labels, and save it.
 
     The new activations are fitted to what the network computes, and the layers behind them, too.
-    With --distill-steps the original network teaches the new one. What is fitted is then folded
+    With --distill-steps the original network teaches the new one, on shifted and mirrored images,
+    of which none is among those that are compared. What is fitted is then folded
     into the layers. A row for each stage says how much the outputs changed on images that nothing
     was fitted to.
 
@@ -233,9 +240,10 @@ def swap(
             keep=budget,
             keep_sites=keep_sites,
             distill_steps=distill_steps,
-            distill_on=Images(learned, preprocessing, batch_size, shuffled=True),
+            distill_on=Images(learned, preprocessing, batch_size, training=True),
             loss=loss,
             lr=lr,
+            variation=variation,
             keep_gates=True,
         )
         save_baked(network, output, spec, fold=batches[0])

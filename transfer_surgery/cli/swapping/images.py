@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from transfer_surgery.cli.finetuning.images import crop_and_flip
+
 _MODES = {1: "L", 3: "RGB"}
 
 
@@ -98,20 +100,22 @@ class Images:
         paths: where they are.
         preprocessing: what makes tensors of them.
         batch_size: of all batches but the last.
-        shuffled: whether they come in a new order each time.
+        training: whether they come in a new order each time, shifted and mirrored at random.
     """
 
     paths: Sequence[Path]
     preprocessing: Preprocessing
     batch_size: int
-    shuffled: bool = False
+    training: bool = False
 
     def __iter__(self) -> Iterator[Tensor]:
-        order = torch.randperm(len(self.paths)) if self.shuffled else torch.arange(len(self.paths))
+        number = len(self.paths)
+        order = torch.randperm(number) if self.training else torch.arange(number)
         # PIL lets other threads run while it reads.
         with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as threads:
             for chosen in torch.split(order, self.batch_size):
-                yield torch.stack([*threads.map(self._read, chosen.tolist())])
+                images = torch.stack([*threads.map(self._read, chosen.tolist())])
+                yield crop_and_flip(images, images.shape[-1] // 8) if self.training else images
 
     def _read(self, number: int) -> Tensor:
         with _opened(self.paths[number]) as image:
