@@ -194,7 +194,7 @@ def markdown(rows: list[tuple[str, str, float, list[Outcome]]], steps: int, gamm
     command = f"python benchmarks/controller.py {options} --table docs/controller.md"
     return f"""# Asked and reached
 
-{versions}. Generated, do not edit:
+{versions}. Generated, do not edit; the figures are of the code of that day:
 
     {command}
 
