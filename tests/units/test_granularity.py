@@ -82,3 +82,10 @@ def test_an_axis_that_the_input_does_not_have_is_refused(axis):
     with pytest.raises(ValueError, match=rf"1: its input .* no axis for PerChannel\(axis={axis}\)"):
         convert(model, granularity=PerChannel(axis), example_input=torch.zeros(2, 3, 4, 5))
     assert type(model[1]) is nn.ReLU
+
+
+@pytest.mark.parametrize("short", ["channel", "neuron"])
+def test_short_forms_mean_one_gate_where_the_input_has_no_axis_for_more(short):
+    model = convert(nn.Sequential(nn.ReLU()), granularity=short, example_input=torch.zeros(5))
+    assert model[0].granularity == PerLayer()
+    assert model(torch.randn(7)).shape == (7,)
