@@ -20,9 +20,7 @@ from torch.utils.checkpoint import checkpoint
 from tests.helpers.promises import X, units
 from tests.helpers.same_run import assert_same_runs, converted
 from tests.helpers.ways_to_call import (
-    INTERCEPTED,
     NETWORKS,
-    Choice,
     Function,
     Helper,
     Method,
@@ -32,6 +30,7 @@ from tests.helpers.ways_to_call import (
     Super,
     helper,
 )
+from tests.helpers.ways_to_intercept import INTERCEPTED, Choice
 from transfer_surgery import bake, convert, find_activations, revert
 
 
