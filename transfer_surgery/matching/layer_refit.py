@@ -16,12 +16,12 @@ RIDGES = (1e-2, 1e-1, 1.0)
 
 _HELD_OUT = 4  # one of so many rows chooses the ridge
 
-ROWS = 2**16
+ROWS = 2**15
 """Rows that a layer is refitted to at most, in all batches and ranks together."""
 
-_ELEMENTS = 2**26  # of these rows: 256 MB
+_ELEMENTS = 2**25  # of these rows: 128 MB
 _MATRIX = 2**25  # elements of the normal equations' matrices: 256 MB; beyond it, few rows are used
-_FEW_ROWS = 2**12
+_FEW_ROWS = 2**11
 
 
 class LayerFit:
