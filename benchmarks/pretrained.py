@@ -18,6 +18,7 @@ from __future__ import annotations
 import copy
 import json
 import math
+import shlex
 import sys
 import time
 from collections.abc import Iterable, Sequence
@@ -80,7 +81,7 @@ def run(
     lr: Annotated[float, typer.Option(help="Highest learning rate.")] = 0.02,
     seed: int = 0,
     target: Annotated[
-        str, typer.Option(help="Activation to change to: sin, snake, polynomial, ...")
+        str, typer.Option(help="Activation to change to: sin, snake, polynomial(degree=4), ...")
     ] = "sin",
     keep: Annotated[float, typer.Option(help="Share of neurons that stay ReLUs.")] = 0.0,
     threads: Annotated[int, typer.Option(help="Number of CPU threads.")] = 2,
@@ -133,7 +134,8 @@ def print_commands(recipes: Iterable[Recipe], folder: Path, options: Sequence[st
     """A shell command for each recipe that has no file yet."""
     for recipe in recipes:
         if not (folder / f"{recipe.name}.json").exists():
-            own = [f"--{k} {v}" for k, v in asdict(recipe).items()]
+            # xargs takes one level of quotes away, and the shell the other.
+            own = [f"--{k} {shlex.quote(shlex.quote(str(v)))}" for k, v in asdict(recipe).items()]
             done = f"--threads 1 --folder {folder} {' '.join(options)}".rstrip()
             print(f"{sys.executable} {sys.argv[0]} run {' '.join(own)} {done}")
 

@@ -97,9 +97,11 @@ def swap_recipes(epochs: int) -> Iterator[Recipe]:
         how |= {"lesson": "both", "opt": "adamw", "lr": 1e-3}
         starts = ("plain", "refitted")
     yield Recipe(start="relu", **how)
-    for target, keeps in (("snake", (0.0,)), ("polynomial", (0.0, 0.05, 0.2, 0.5))):
-        if epochs and target == "polynomial":  # squares of squares: 1e-3 ends at infinity at once
-            how["lr"] = 1e-4
+    for start in starts:
+        yield Recipe(start=start, target="snake", **how)
+    if epochs:  # `distill` keeps polynomials within their range
+        starts, how["lesson"] = ("refitted",), "teacher"
+    for target, keeps in (("polynomial", (0.0, 0.05, 0.2, 0.5)), ("polynomial(degree=4)", (0.0,))):
         for keep in keeps:
             for start in starts:
                 yield Recipe(start=start, target=target, keep=keep, **how)
