@@ -59,8 +59,10 @@ def test_a_few_values_say_that_new_ones_will_lie_elsewhere():
     x = torch.randn(2, 6)
     model = convert(nn.Sequential(nn.Linear(6, 3), nn.ReLU(), nn.Linear(3, 2)), example_input=x)
     with pytest.warns(MatchWarning, match="fewer than 30 values"):
-        (row,) = match_targets(model, [x])
-    assert row.outside == 1
+        found = match_targets(model, [x])
+    assert found.rows[0].outside == 1
+    assert "will lie outside of the fitted range at 1 (container.py:" in str(found)
+    assert "outside of" not in str(match_targets(model, [torch.randn(4096, 6)]))
 
 
 def test_a_poor_fit_is_warned_of():

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 _POOR = 0.5  # share of the variance that a fit should explain
 _FAR = 0.05  # relative squared error of the outputs from which on there is advice
 _FEW = 30  # values that each gate should have
+_OUTSIDE = 0.01  # share of new inputs outside of the fitted range, from which on there is advice
 
 
 class MatchWarning(UserWarning):
@@ -111,6 +112,12 @@ class MatchReport(Table[MatchRow]):
                 f"{self.held / 2**20:,.0f} MiB. Fewer examples, or a larger max_bytes=, take less "
                 "time."
             )
+        outside = [row.place for row in self.rows if row.outside and row.outside > _OUTSIDE]
+        if outside:
+            notes.append(
+                f"More than {_OUTSIDE:.0%} of new inputs will lie outside of the fitted range at "
+                f"{_some(outside)}: give more examples."
+            )
         last = next((row.errors for row in reversed(self.rows) if row.errors), {})
         if max(last.values(), default=0.0) > _FAR:
             notes.append(
@@ -131,6 +138,10 @@ def _layers(count: int) -> str:
     return "1 layer was" if count == 1 else f"{count} layers were"
 
 
+def _some(places: Sequence[str]) -> str:
+    return ", ".join(places[:5]) + ", ..." * (len(places) > 5)
+
+
 def warn_of_poor_fits(report: MatchReport, stacklevel: int) -> None:
     """Warn of sites that saw few values, and of sites that the target hardly explains."""
     few = [row.place for row in report if row.values is not None and row.values < _FEW]
@@ -140,10 +151,10 @@ def warn_of_poor_fits(report: MatchReport, stacklevel: int) -> None:
         (
             poor,
             f"less than {_POOR:.0%} of the variance is explained",
-            "leave these sites out (exclude=), convert with a finer granularity, or fine-tune the "
-            "network",
+            "refit=True and distill make up for most of it; else convert with a finer granularity, "
+            "or leave these sites out (exclude=)",
         ),
     ):
         if places:
-            named = ", ".join(places[:5]) + ", ..." * (len(places) > 5)
-            warnings.warn(f"{problem} at {named}: {remedy}.", MatchWarning, stacklevel=stacklevel)
+            text = f"{problem} at {_some(places)}: {remedy}."
+            warnings.warn(text, MatchWarning, stacklevel=stacklevel)
