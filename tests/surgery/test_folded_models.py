@@ -8,7 +8,7 @@ from torch import nn
 
 from tests.helpers.folding import IMAGES, folded, images, matched
 from transfer_surgery import bake, convert, fold_targets, match_targets, swap_targets
-from transfer_surgery.surgery import folding
+from transfer_surgery.surgery import fold_site
 from transfer_surgery.units import FittedActivation, PerChannel, TargetParameters
 
 pytestmark = pytest.mark.filterwarnings("ignore:a gate saw fewer")  # a few images will do here
@@ -116,7 +116,7 @@ def test_an_error_leaves_the_model_as_it_was(monkeypatch):
     def fails(changes, site, layer):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(folding, "_fold_behind", fails)
+    monkeypatch.setattr(fold_site, "_fold_behind", fails)
     with pytest.raises(KeyboardInterrupt):
         fold_targets(model, IMAGES)
     torch.testing.assert_close(model.state_dict(), before, rtol=0, atol=0)
