@@ -41,6 +41,10 @@ class Conv(nn.Module):
 def yolo():
     return nn.Sequential(Conv(3, 6), Conv(6, 6), nn.Conv2d(6, 4, 1))
 
+def gray():
+    layers = nn.Conv2d(1, 8, 3), nn.SiLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 2)
+    return nn.Sequential(*layers)
+
 def plain():
     return nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(8 * 14 * 14, 2))
 """
@@ -312,6 +316,15 @@ def test_mistakes_end_before_anything_is_fitted(
     assert message in said
     assert "swapped alone" not in said
     assert sorted(Path().iterdir()) == before
+
+
+def test_grey_images_need_a_mean_and_a_deviation() -> None:
+    command = ("swap", "nets.py:gray", "--images", "train", "--input-size", "1x16x16", "--offset")
+    command = (*command, "-o", "m.safetensors")
+    assert "nothing says how they are normalised: give --mean and --std" in invoke(
+        *command, fails=1
+    )
+    assert "mean 0.5; standard deviation 0.25" in invoke(*command, "--mean", 0.5, "--std", 0.25)
 
 
 def test_a_network_that_has_the_target_already_is_refused() -> None:

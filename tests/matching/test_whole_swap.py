@@ -198,14 +198,17 @@ def test_one_in_place_object_shared_by_all_layers_is_swapped_at_each() -> None:
         ({"keep_sites": 3}, "keep_sites=3: there are 3 sites to swap"),
         ({"keep": 0.5, "keep_sites": 1}, "give keep= or keep_sites=, not both"),
         ({"distill_steps": -1}, "distill_steps=-1"),
+        ({"distill_steps": 3, "variation": 2.0}, "variation=2.0: use a number from 0 to 1"),
+        ({"distill_steps": 3, "lr": 0.0}, "lr=0.0: use positive ones"),
         ({"keep": 2.0, "offset": True}, "keep=2.0: give a number of the"),
     ],
 )
 def test_after_an_error_the_model_is_as_it_was(arguments: dict[str, Any], message: str) -> None:
-    model = network()
+    model, told = network(), []
     modules, weight = [*model], model[0].weight
     with pytest.raises(ValueError, match=message):
-        swap_activations(model, "relu", batches(0), **arguments)
+        swap_activations(model, "relu", batches(0), progress=told.append, **arguments)
+    assert not told or arguments.get("keep") == 2.0  # nothing was fitted
     assert [*model] == modules
     assert model[0].weight is weight
     expected = network().state_dict()

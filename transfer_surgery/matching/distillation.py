@@ -118,10 +118,7 @@ def distill(
     # Refuse what cannot work before anything is changed.
     if train not in TRAINED:
         raise ValueError(f"train={train!r}: use 'all' or 'targets'.")
-    if steps < 1 or temperature <= 0 or lr <= 0:
-        raise ValueError(f"steps={steps}, temperature={temperature}, lr={lr}: use positive ones.")
-    if not 0 <= variation <= 1:
-        raise ValueError(f"variation={variation}: use a number from 0 to 1.")
+    check_settings(steps, temperature, lr, variation)
     units = [unit for _, unit in gated_activations(model)]
     if all(bool((unit.gate.predict() == 1).all()) for unit in units):
         raise ValueError(
@@ -182,6 +179,14 @@ def distill(
     report = DistillReport(losses, before, examination.errors, examination.step, strength)
     warn_of_no_gain(report, stacklevel=3)
     return report
+
+
+def check_settings(steps: int, temperature: float, lr: float, variation: float) -> None:
+    """Raise ValueError where a number is out of its range."""
+    if steps < 1 or temperature <= 0 or lr <= 0:
+        raise ValueError(f"steps={steps}, temperature={temperature}, lr={lr}: use positive ones.")
+    if not 0 <= variation <= 1:
+        raise ValueError(f"variation={variation}: use a number from 0 to 1.")
 
 
 def _rate(done: float) -> float:

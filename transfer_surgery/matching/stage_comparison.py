@@ -39,19 +39,20 @@ class StageComparison:
     ) -> None:
         self._batches, self._logits = batches, logits
         self._labels = None if labels is None else list(labels)
-        self._wanted: list[Any] = []
+        self.wanted: list[Any] = []
+        """What the original network returns for each batch."""
         self.examples = 0
         """Number of inputs that are compared; 0 where a batch does not show it."""
 
         def note(batch: Any, output: Any) -> None:
-            self._wanted.append(output)
+            self.wanted.append(output)
             self.examples += example_count(batch)
 
         self._run(original, note)
-        if not self._wanted:
+        if not self.wanted:
             raise ValueError("held_out: there are no batches; give some that nothing is fitted to.")
         if self._labels is not None:
-            found, wanted = map(len, self._labels), (len(logits_of(y)) for y in self._wanted)
+            found, wanted = map(len, self._labels), (len(logits_of(y)) for y in self.wanted)
             if (counts := [*found]) != (answers := [*wanted]):
                 raise ValueError(
                     f"the batches of labels have {_some(counts)} classes, and those of held_out "
@@ -71,7 +72,7 @@ class StageComparison:
             seconds: what the stage took.
         """
         change, zeros = OutputChange(self._logits), _Zeros()
-        wanted, right = iter(self._wanted), 0
+        wanted, right = iter(self.wanted), 0
         labels = itertools.repeat(None) if self._labels is None else iter(self._labels)
 
         def compare(batch: Any, output: Any) -> None:

@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from transfer_surgery._arguments import check_arguments
 from transfer_surgery._running import as_batches
 from transfer_surgery.activations import Activation, activation_module, get_target
-from transfer_surgery.matching.distill_loss import Loss
-from transfer_surgery.matching.distillation import distill
+from transfer_surgery.matching.distill_loss import Loss, loss_function
+from transfer_surgery.matching.distillation import check_settings, distill
 from transfer_surgery.matching.match import match_targets
 from transfer_surgery.matching.progress import Shown
 from transfer_surgery.matching.site_costs import sensitivity
@@ -39,6 +39,7 @@ from transfer_surgery.surgery import (
 from transfer_surgery.units import Granularity, gated_activations
 
 _SHARE = 4  # of so many batches of a list one is held out
+_TEMPERATURE = 4.0  # of softened logits, as in `distill`
 _COST_BATCHES = 2  # that tell what each site costs: it takes a run per site and batch
 
 
@@ -143,11 +144,16 @@ def swap_activations(
     if offset is None:
         offset = not type(activation_module(target)).__module__.startswith("torch.")
     logits = logits or labels is not None
+    lesson = loss or ("kl" if logits else "relative")
+    if distill_steps:
+        check_settings(distill_steps, _TEMPERATURE, lr, variation)
     teacher = copy.deepcopy(model)
     roles = {site.role for site in plan}
     convert(model, target, plan=plan, roles=roles, granularity=granularity, seed=0)
     with _undone_on_errors(model, teacher):
         comparison = StageComparison(teacher, held_out, labels, logits)
+        if distill_steps:  # a loss that does not suit the outputs would end it after the match
+            loss_function(lesson, comparison.wanted, _TEMPERATURE)
         stages = _Stages(comparison, [path for path, _ in gated_activations(model)])
         stages.add("original", model)
         with stages.timed():
@@ -183,7 +189,8 @@ def swap_activations(
                     teacher,
                     fitted_on if distill_on is None else distill_on,
                     steps=distill_steps,
-                    loss=loss or ("kl" if logits else "relative"),
+                    loss=lesson,
+                    temperature=_TEMPERATURE,
                     lr=lr,
                     variation=variation,
                     progress=progress,

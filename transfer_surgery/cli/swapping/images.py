@@ -72,7 +72,7 @@ class Preprocessing:
         if sizes == {size[:0:-1]}:
             given.setdefault("crop_pct", 1.0)
         for name in ("mean", "std"):
-            if len(given.get(name, size)) not in (1, size[0]):
+            if name in given and len(given[name]) not in (1, size[0]):
                 raise ValueError(
                     f"--{name} has {len(given[name])} numbers, and the model {size[0]} channels."
                 )
