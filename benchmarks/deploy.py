@@ -104,9 +104,6 @@ def run(
     loss: Annotated[str, typer.Option(help="Loss of distilling.")] = "kl",
     variation: Annotated[float, typer.Option(help="Variation of distilling.")] = 0.0,
     offset: Annotated[str, typer.Option(help="Offsets of targets: none, fitted.")] = "none",
-    gates: Annotated[
-        str, typer.Option(help="Sigmoids of squeeze-and-excitation: kept, hardsigmoid.")
-    ] = "kept",
     seed: int = 0,
     threads: Threads = 1,
     limit: Limit = None,
@@ -115,7 +112,7 @@ def run(
 ) -> None:
     """One recipe."""
     recipe = Recipe(
-        network, start, lesson, steps, lr, images, loss, variation, offset, gates, seed
+        network, start, lesson, steps, lr, images, loss, variation, offset, seed
     )  # fmt: skip
     torch.set_num_threads(threads)
     machine = Machine.choose("cpu")
@@ -218,9 +215,6 @@ def swapped(
     if recipe.start == "original":
         return model, 0
     convert(model, "relu", source=NETWORKS[recipe.network].source, example_input=batches[0][:2])
-    if recipe.gates == "hardsigmoid":
-        gating = {"source": "sigmoid", "roles": ("gating",), "example_input": batches[0][:2]}
-        convert(model, "hardsigmoid", **gating)
     if recipe.start != "plain":
         with warnings.catch_warnings():  # a poor fit is what the study may show
             warnings.simplefilter("ignore", MatchWarning)

@@ -27,7 +27,6 @@ class Recipe:
         loss: of distilling.
         variation: of distilling.
         offset: ``none``, or ``fitted`` where targets have one.
-        gates: ``kept``, or ``hardsigmoid`` for the sigmoids of squeeze-and-excitation.
         seed: of the images for matching and of the training.
     """
 
@@ -40,7 +39,6 @@ class Recipe:
     loss: str = "kl"
     variation: float = 0.0
     offset: str = "none"
-    gates: str = "kept"
     seed: int = 0
 
     @property
