@@ -102,7 +102,7 @@ def published(network: str, seeds: int = 3) -> Iterator[tuple[str, Recipe]]:
     yield "refitted, with offsets", Recipe(network, "refitted", offset="fitted")
     for seed in range(seeds):
         yield "refitted, distilled", replace(distilled, seed=seed)
-    yield "swapped alone, distilled", replace(distilled, start="plain")
+    yield "refitted, distilled for three epochs", replace(distilled, steps=3 * EPOCH)
     yield "refitted, one epoch of labels", one
     yield "original, one epoch of labels", replace(one, start="original")
 
@@ -124,13 +124,38 @@ def fill(page: str, found: Iterable[Result | Latency]) -> str:
     """A page with new tables: errors and times of each network, and all that was tried."""
     found = list(found)
     results = [one for one in found if isinstance(one, Result)]
-    texts = {"settings": _settings(results)}
+    latencies = [one for one in found if isinstance(one, Latency)]
+    texts = {"summary": _summary(results, latencies), "settings": _settings(results)}
     for network in sorted({result.recipe.network for result in results}):
         texts[network] = _errors([r for r in results if r.recipe.network == network])
-        times = [one for one in found if isinstance(one, Latency) and one.network == network]
-        if times:
+        if times := [one for one in latencies if one.network == network]:
             texts[f"{network}-latency"] = _times(times)
     return fill_blocks(page, texts)
+
+
+def _summary(results: Sequence[Result], times: Sequence[Latency]) -> str:
+    """What each step of the recipe loses, and what int8 gains, of networks that have all rows."""
+    labels = ("swapped alone", "matched", "refitted", "refitted, distilled")
+    batches = sorted({found.batch for found in times})
+    gains = [f"int8: times as fast, batch {batch}" for batch in batches]
+    rows = []
+    for network in sorted({r.recipe.network for r in results if r.recipe.start == "original"}):
+        errors: dict[str, list[float]] = {}
+        for label, recipe in published(network):
+            errors.setdefault(label, []).extend(r.error for r in results if r.recipe == recipe)
+        base = mean(errors.pop("original"))
+        cells = [
+            f"{100 * (mean(errors[label]) - base):+.1f}" if errors[label] else ""
+            for label in labels
+        ]
+        before, after = Recipe(network, "original").name, Recipe(network).name
+        by_batch = {f.batch: f.milliseconds for f in times if f.network == network}
+        for batch in batches:
+            known = by_batch.get(batch, {})
+            there = before in known and after in known
+            cells.append(f"{known[before][1] / known[after][1]:.2f}" if there else "")
+        rows.append([network, *cells])
+    return markdown_table(["network", *labels, *gains], rows)
 
 
 def _errors(results: Sequence[Result]) -> str:

@@ -72,7 +72,7 @@ def test_a_network_is_swapped_for_int8(data_folder: Path, tmp_path: Path) -> Non
     assert all(0 < result.int8_error < 1 for result in (original, distilled))
     assert list(times.milliseconds) == [original.recipe.name]
     page = tmp_path / "page.md"
-    blocks = ("yolo", "yolo-latency", "settings")
+    blocks = ("summary", "yolo", "yolo-latency", "settings")
     page.write_text("\n".join(f"<!-- begin {x} -->\n<!-- end {x} -->" for x in blocks))
     run("deploy.py", "table", "--page", page, *results)
     assert "| original |" in page.read_text()
