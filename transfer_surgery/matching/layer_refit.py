@@ -16,7 +16,7 @@ RIDGES = (1e-2, 1e-1, 1.0)
 
 _HELD_OUT = 4  # one of so many rows chooses the ridge
 
-ROWS = 2**15
+ROWS = 2**16
 """Rows that a layer is refitted to at most, in all batches and ranks together."""
 
 _ELEMENTS = 2**25  # of these rows: 128 MB
