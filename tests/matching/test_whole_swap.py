@@ -226,3 +226,50 @@ def test_a_teaching_that_does_no_good_says_so() -> None:
     with pytest.warns(DistillWarning, match="did not bring the outputs nearer"):
         found = swap_activations(network(), "relu", batches(0), distill_steps=1, lr=1e-12)
     assert found.rows[3].errors == found.rows[2].errors
+
+
+@pytest.mark.filterwarnings("ignore::transfer_surgery.MatchWarning")  # weights are random
+def test_keeping_every_neuron_is_refused_and_changes_nothing() -> None:
+    model = network()
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(ValueError, match=r"keep=1\.0 keeps every neuron"):
+        swap_activations(model, "relu", batches(0), keep=1.0)
+    torch.testing.assert_close(model.state_dict(), before, rtol=0, atol=0)
+    assert isinstance(model[1], nn.SiLU)
+
+
+def test_a_loader_that_shuffles_is_gone_through_once() -> None:
+    x = torch.cat(batches(1, 4))
+    loader = torch.utils.data.DataLoader(x, batch_size=16, shuffle=True)
+    found = swap_activations(network(), "relu", batches(0), held_out=loader)
+    assert found.rows[0].errors == {"output": 0.0}
+
+
+@pytest.mark.parametrize("shape", ["pixels", "yes or no"])
+def test_labels_are_one_class_for_each_answer(shape: str) -> None:
+    torch.manual_seed(0)
+    layers = nn.Conv2d(3, 8, 1), nn.SiLU(), nn.Conv2d(8, 5 if shape == "pixels" else 1, 1)
+    model = nn.Sequential(*layers, *([] if shape == "pixels" else [nn.AvgPool2d(8), nn.Flatten()]))
+    held = batches(1, 2)
+    outputs = [model.eval()(x).detach() for x in held]
+    own = [y.argmax(1) if shape == "pixels" else (y[:, 0] > 0).long() for y in outputs]
+    found = swap_activations(model, "relu", batches(0), held_out=held, labels=own)
+    assert found.rows[0].accuracy == 1.0
+    assert all(0 <= row.accuracy <= 1 for row in found)
+
+
+def test_labels_and_outputs_that_cannot_be_compared_are_refused() -> None:
+    held = batches(1, 2)
+    for labels, text in (
+        ([torch.full((16,), 100)] * 2, "from 0 to 3"),
+        ([torch.zeros(16, 4)] * 2, "one class for each answer"),
+        ([[0] * 16] * 2, "one tensor of class numbers"),
+    ):
+        with pytest.raises(ValueError, match=text):
+            swap_activations(network(), "relu", batches(0), held_out=held, labels=labels)
+    with pytest.raises(ValueError, match="NaN"):
+        swap_activations(network(), "relu", batches(0), held_out=[x * float("nan") for x in held])
+    broken = network()
+    broken[7].bias.data[0] = float("nan")
+    with pytest.raises(ValueError, match="NaN"):
+        swap_activations(broken, "relu", batches(0), held_out=held)

@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Sequence
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
-from transfer_surgery._running import hooked, logits_of, prediction_mode, to_device_of
+from transfer_surgery._running import (
+    hooked,
+    log_probabilities,
+    logits_of,
+    prediction_mode,
+    to_device_of,
+)
 from transfer_surgery.matching.output_check import example_count
 from transfer_surgery.matching.site_costs import OutputChange
 from transfer_surgery.matching.swap_report import SwapStage
@@ -27,7 +34,8 @@ class StageComparison:
         logits: whether the outputs are logits of classes.
 
     Raises:
-        ValueError: there are no batches, or not as many labels as examples.
+        ValueError: there are no batches, the original returns NaN, or the labels are not one class
+            for each of its answers.
     """
 
     def __init__(
@@ -51,13 +59,27 @@ class StageComparison:
         self._run(original, note)
         if not self.wanted:
             raise ValueError("held_out: there are no batches; give some that nothing is fitted to.")
+        if any(bool(leaf.isnan().any()) for leaf in tree_leaves(self.wanted) if _is_number(leaf)):
+            raise ValueError(
+                "held_out: the original network returns NaN for these inputs. Check its weights, "
+                "and leave such inputs out."
+            )
         if self._labels is not None:
-            found, wanted = map(len, self._labels), (len(logits_of(y)) for y in self.wanted)
-            if (counts := [*found]) != (answers := [*wanted]):
-                raise ValueError(
-                    f"the batches of labels have {_some(counts)} classes, and those of held_out "
-                    f"{_some(answers)} answers: give one class for each answer."
-                )
+            self._check_labels(self._labels)
+
+    def _check_labels(self, labels: Sequence[Any]) -> None:
+        if not all(isinstance(classes, Tensor) for classes in labels):
+            raise ValueError("labels: give one tensor of class numbers for each batch of held_out.")
+        answers = [log_probabilities(logits_of(output)) for output in self.wanted]
+        found, wanted = [classes.numel() for classes in labels], [len(y) for y in answers]
+        if found != wanted:
+            raise ValueError(
+                f"the batches of labels have {_some(found)} classes, and those of held_out "
+                f"{_some(wanted)} answers: give one class for each answer."
+            )
+        number = answers[0].shape[1]
+        if any(y.is_floating_point() or y.min() < 0 or y.max() >= number for y in labels):
+            raise ValueError(f"labels: the classes are whole numbers from 0 to {number - 1}.")
 
     def stage(
         self, name: str, network: nn.Module, sites: Collection[str], fitted: int, seconds: float
@@ -79,13 +101,13 @@ class StageComparison:
             nonlocal right
             change.add(output, next(wanted))
             if (classes := next(labels)) is not None:
-                answers = logits_of(output).argmax(1)
-                right += int((answers == classes.to(answers.device)).sum())
+                answers = log_probabilities(logits_of(output)).argmax(1)
+                right += int((answers == classes.flatten().to(answers.device)).sum())
 
         modules = [network.get_submodule(path) for path in sites]
         with hooked(*(module.register_forward_hook(zeros) for module in modules)):
             self._run(network, compare)
-        accuracy = None if self._labels is None else right / sum(map(len, self._labels))
+        accuracy = None if self._labels is None else right / sum(y.numel() for y in self._labels)
         return SwapStage(name, *change.values(), accuracy, zeros.share(), fitted, seconds)
 
     def _run(self, network: nn.Module, use: Callable[[Any, Any], None]) -> None:
@@ -94,6 +116,10 @@ class StageComparison:
             for batch in self._batches:
                 batch = to_device_of(network, batch)
                 use(batch, networks.with_gradients_if_needed(partial(networks.call, batch)))
+
+
+def _is_number(leaf: Any) -> bool:
+    return isinstance(leaf, Tensor) and leaf.is_floating_point()
 
 
 def _some(counts: list[int]) -> str:

@@ -131,8 +131,9 @@ def swap_activations(
     fitted_on = as_batches(batches, model)
     if held_out is None:
         fitted_on, held_out = _hold_out(fitted_on)
-    elif isinstance(held_out, Iterator):
-        held_out = list(held_out)  # it is gone through once for each stage
+    else:
+        # It is gone through once for each stage, and must give the same batches each time.
+        held_out = [held_out] if isinstance(held_out, Tensor) else list(held_out)
     if plan is None:
         plan = find_activations(model, fitted_on[0]).select()
     plan = plan.filter(lambda site: site.source != target)
@@ -162,6 +163,7 @@ def swap_activations(
         del plain
 
         # Fit the targets, and choose the sites that stay.
+        units = dict(gated_activations(model))
         with stages.timed():
             fit = partial(
                 match_targets, model, fitted_on, offset=offset, logits=logits, progress=progress
@@ -171,10 +173,11 @@ def swap_activations(
                 # those that stay.
                 fit()
                 _keep_dearest(model, fitted_on, keep, keep_sites, logits)
+                if all(bool((unit.gate.predict() == 1).all()) for unit in units.values()):
+                    raise ValueError(f"keep={keep} keeps every neuron; nothing would be swapped.")
             left = fit(refit=refit).left
             if keep is None and not keep_sites:
                 swap_targets(model)
-        units = dict(gated_activations(model))
         outcomes = {path: outcome_of(unit.gate.predict()) for path, unit in units.items()}
         fitted = sum(
             outcomes[path] != "source" and unit.fitted is not None for path, unit in units.items()
