@@ -26,6 +26,7 @@ RIGHT = {
     "optimizer": torch.optim.SGD(nn.Linear(1, 1).parameters(), 0.1),
     "batches": (),
     "example_input": None,
+    "target": "relu",
     "file": "file",
     "path": "file",
     "made_by": ModelSpec("name"),

@@ -88,7 +88,7 @@ def test_every_report_is_a_table(every_report):
         assert len(str(table).splitlines()) >= 2 + len(table)
         assert table._repr_html_().count("<tr>") >= 1 + len(table)
         assert table.to_dict()["version"] == 1
-        assert table.to_dict()["rows"] == [asdict(row) for row in table]
+        assert table.to_dict()["rows"] == json.loads(json.dumps([asdict(row) for row in table]))
         assert json.loads(table.to_json()) == table.to_dict()
         frame = table.to_pandas()
         assert frame["path"].tolist() == [row.path for row in table]

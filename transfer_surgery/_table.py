@@ -126,8 +126,7 @@ class Table(Generic[Row]):
 
     def to_dict(self) -> dict[str, Any]:
         """Plain numbers, strings, lists and dicts, with the version of this layout."""
-        fields = {k: [*v] if isinstance(v, tuple) else v for k, v in asdict(self).items()}
-        return {"version": self.version, **fields}
+        return {"version": self.version, **_listed(asdict(self))}
 
     def to_json(self) -> str:
         """The text of `to_dict`, in which numbers that are not finite are null."""
@@ -140,6 +139,13 @@ class Table(Generic[Row]):
             ImportError: pandas is not installed.
         """
         return data_frame(self.to_dict()["rows"])
+
+
+def _listed(value: Any) -> Any:
+    """The same structure with lists for tuples."""
+    if isinstance(value, dict):
+        return {key: _listed(one) for key, one in value.items()}
+    return [_listed(one) for one in value] if isinstance(value, (list, tuple)) else value
 
 
 def _finite(value: Any) -> Any:

@@ -41,7 +41,6 @@ SPELLINGS = [
     (F.hardtanh, (X, -2.0, 6.0, True), {}, "hardtanh(min_val=-2.0, max_val=6.0)", True),
     (F.hardtanh_, (X,), {}, "hardtanh", True),
     (F.softplus, (X, 2), {}, "softplus(beta=2)", False),
-    (torch.tanh, (X,), {"out": X}, "tanh", False),
     (Tensor.tanh_, (X,), {}, "tanh", True),
     (F.tanh, (X,), {}, "tanh", False),
     (torch.sigmoid_, (X,), {}, "sigmoid", True),

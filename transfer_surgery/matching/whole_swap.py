@@ -113,7 +113,7 @@ def swap_activations(
         >>> import torch
         >>> _ = torch.manual_seed(0)
         >>> layers = nn.Linear(4, 32), nn.SiLU(), nn.Linear(32, 32), nn.SiLU(), nn.Linear(32, 3)
-        >>> model, x = nn.Sequential(*layers), torch.randn(512, 4)
+        >>> model, x = nn.Sequential(*layers), 8 * torch.randn(512, 4)
         >>> found = swap_activations(model, "relu", x.split(64))
         >>> [row.stage for row in found]
         ['original', 'swapped alone', 'matched, refitted', 'baked, folded']
