@@ -133,6 +133,36 @@ class CallsOverridden(Logging):
         return F.relu(x)
 
 
+def again(x, deeper=True):
+    return again(x, deeper=False) if deeper else F.silu(x)
+
+
+class CallsItself(nn.Module):
+    def forward(self, x):
+        return again(x)
+
+
+def with_a_name_without_a_value():
+    if X.isnan().any():
+        missing = F.gelu
+
+    class Later(nn.Module):
+        slow = False
+
+        def forward(self, x):
+            return missing(x) if self.slow else F.relu(x)
+
+    return Later()
+
+
+@pytest.mark.parametrize("made", [CallsItself, with_a_name_without_a_value])
+def test_code_that_cannot_be_read_to_its_end_runs_as_before(made):
+    model = Around(made())
+    (site,) = find_activations(model, X)
+    assert site.way != "child"
+    assert_same_runs(model, converted(model, X), X)
+
+
 EFFECTS = (Counts, Logs, CountsBelow, CountsInMethod, Draws, ByMode, InTrainingOnly)
 EFFECTS += (WithoutGradient, OnPurpose, ByValue, Property, Decorated, CallsOverridden)
 

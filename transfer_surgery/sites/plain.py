@@ -8,10 +8,11 @@ the activation in it.
 from __future__ import annotations
 
 import ast
+import contextlib
 import functools
 import inspect
 from pathlib import Path
-from types import FunctionType, MethodType, ModuleType
+from types import CodeType, FunctionType, MethodType, ModuleType
 from typing import Any
 
 from torch import Tensor, nn
@@ -44,14 +45,23 @@ class _Reader:
         function: the function.
         module: the module that it belongs to.
         arguments: how many it has to have; None: any number.
+        within: the code whose calls led to it.
     """
 
     def __init__(
-        self, function: FunctionType, module: nn.Module, arguments: int | None = None
+        self,
+        function: FunctionType,
+        module: nn.Module,
+        arguments: int | None = None,
+        within: frozenset[CodeType] = frozenset(),
     ) -> None:
         self.function, self.module, self.arguments = function, module, arguments
-        cells = zip(function.__code__.co_freevars, function.__closure__ or (), strict=True)
-        self.space = function.__globals__ | {name: cell.cell_contents for name, cell in cells}
+        self.within = within | {function.__code__}
+        self.space = dict(function.__globals__)
+        names = function.__code__.co_freevars
+        for name, cell in zip(names, function.__closure__ or (), strict=True):
+            with contextlib.suppress(ValueError):  # nothing is in it yet
+                self.space[name] = cell.cell_contents
 
     def is_plain(self, is_method: bool = True) -> bool:
         """Whether it only computes; the first argument of a method is the module."""
@@ -133,9 +143,14 @@ class _Reader:
             return True
         if isinstance(function, MethodType) and function.__self__ is self.module:
             method: Any = function.__func__
-            return isinstance(method, FunctionType) and _Reader(method, self.module).is_plain()
-        is_function = isinstance(function, FunctionType)
-        return is_function and _Reader(function, self.module).is_plain(is_method=False)
+            return isinstance(method, FunctionType) and self._reads(method, is_method=True)
+        return isinstance(function, FunctionType) and self._reads(function, is_method=False)
+
+    def _reads(self, function: FunctionType, is_method: bool) -> bool:
+        """Whether a function that is called is plain; one that calls itself is not."""
+        if function.__code__ in self.within:
+            return False
+        return _Reader(function, self.module, within=self.within).is_plain(is_method)
 
     def _value(self, node: ast.expr) -> Any:
         """The value of a constant or of a dotted name that leads to no tensor of the function."""
