@@ -48,7 +48,8 @@ def _check_state(gate: nn.Module, like: Tensor) -> None:
     if state is None:
         return
     if torch._C._current_graph_task_id() == -1:  # no backward pass is running
-        _states.setdefault(gate, deque(maxlen=_REMEMBERED)).append(state)
+        # The newest comes first: it is what a recomputation looks for.
+        _states.setdefault(gate, deque(maxlen=_REMEMBERED)).appendleft(state)
     elif state not in _states.get(gate, ()):
         warnings.warn(
             "the backward pass runs a converted activation again, with another random state than "
