@@ -37,6 +37,23 @@ def numbers_of(option: str, text: str | None) -> tuple[float, ...] | None:
         raise ValueError(f"{option} {text}: write numbers such as 0.5,0.5,0.5.") from error
 
 
+def preprocessing_settings(
+    mean: str | None, std: str | None, crop_pct: float | None, interpolation: str | None
+) -> dict[str, Any]:
+    """What the options say about how images become tensors; None: the model's own.
+
+    Raises:
+        ValueError: one of them is not to be understood, or is 0 or less where that has no meaning.
+    """
+    deviations = numbers_of("--std", std)
+    if not all(number > 0 for number in deviations or ()):
+        raise ValueError(f"--std {std}: give numbers above 0.")
+    if crop_pct is not None and not crop_pct > 0:  # timm takes 0 for its default
+        raise ValueError(f"--crop-pct {crop_pct}: give a share above 0.")
+    means = numbers_of("--mean", mean)
+    return {"mean": means, "std": deviations, "crop_pct": crop_pct, "interpolation": interpolation}
+
+
 def check_folder(output: Path) -> None:
     """Raise where there is no folder for the output: minutes of work would go to a wrong place."""
     if not output.absolute().parent.is_dir():

@@ -34,7 +34,7 @@ from transfer_surgery.cli.swapping.checks import (
     check_classes,
     check_folder,
     left_out,
-    numbers_of,
+    preprocessing_settings,
     size_of,
 )
 from transfer_surgery.cli.swapping.folders import find_images, read_labels, split
@@ -152,7 +152,8 @@ def swap(
         ),
     ] = None,
     interpolation: Annotated[
-        str | None, typer.Option(help="How images are resized. Default: timm's.")
+        Literal["nearest", "bilinear", "bicubic", "box", "hamming", "lanczos"] | None,
+        typer.Option(help="How images are resized. Default: timm's."),
     ] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Number of images in a batch.")] = 64,
     device: Annotated[
@@ -188,12 +189,7 @@ def swap(
     with option_errors():
         wanted = get_target(target)
         budget = budget_of(keep)
-        settings = {
-            "mean": numbers_of("--mean", mean),
-            "std": numbers_of("--std", std),
-            "crop_pct": crop_pct,
-            "interpolation": interpolation,
-        }
+        settings = preprocessing_settings(mean, std, crop_pct, interpolation)
         check_folder(output)
     with run_errors():
         check_not_lost(output, "baked")
