@@ -249,6 +249,14 @@ def test_labels_are_read_from_folders_and_from_a_file() -> None:
     assert json.loads(said.stdout)["examples"] == 16
 
 
+def test_a_link_to_a_folder_that_is_there_already_adds_no_images() -> None:
+    Path("photos").mkdir()
+    Path("photos/plain").symlink_to(Path("train/dark").resolve())
+    Path("photos/again").symlink_to(Path("photos").resolve())
+    names = sorted(path.name for path in Path("train/dark").iterdir())
+    assert find_images(Path("photos")) == [Path("photos/plain", name) for name in names]
+
+
 def test_what_is_compared_on_is_never_learned_from() -> None:
     images = find_images(Path("train"))
     same = [Path.cwd() / path for path in images]  # by another name
@@ -275,6 +283,7 @@ def _bad_folders() -> None:
         Path(f"numbers/{i}").mkdir()
         Path(f"numbers/{i}/0.png").write_bytes(Path("val/dark/0.png").read_bytes())
     Path("wrong.csv").write_text("dark/0.png,0\ndark/1.png,light\n")
+    Path("twice.csv").write_text("dark/0.png,0\ndark/1.png,1\ndark/0.png,1\n")
     Path("high.csv").write_text("dark/0.png,0\n" * 1 + "dark/1.png,7\nlight/0.png,7\n")
     Path("other.safetensors").write_text("mine")
 
@@ -302,6 +311,7 @@ def _bad_folders() -> None:
         (["--set", "classes=3", "--weights", "model_best.pth.tar"], 1, "does not fit this Seq"),
         (["--labels", "numbers"], 1, "torchvision and timm number the classes 1, 10, 2 ... diff"),
         (["--labels", "wrong.csv"], 1, "wrong.csv, line 2: "),
+        (["--labels", "twice.csv"], 1, "twice.csv, line 3: dark/0.png has the class 1, and befo"),
         (["--labels", "val", "--set", "classes=3"], 1, "val has classes from 0 to 1, and the mod"),
         (
             ["--labels", "high.csv"],

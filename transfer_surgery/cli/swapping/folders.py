@@ -18,15 +18,23 @@ _SHARE = 4  # of so many images of one folder one is held out
 def find_images(folder: Path) -> list[Path]:
     """The images in a folder and below it, in order.
 
+    Links to folders are followed, but no folder is gone through twice.
+
     Raises:
         ValueError: there are none.
     """
-    found = [
-        Path(parent, name)
-        for parent, _, names in os.walk(folder, followlinks=True)
-        for name in names
-        if name.lower().endswith(EXTENSIONS) and not name.startswith(".")
-    ]
+    found, seen = [], set()
+    for parent, folders, names in os.walk(folder, followlinks=True):
+        if (real := os.path.realpath(parent)) in seen:
+            folders.clear()
+            continue
+        seen.add(real)
+        folders.sort()  # so that the order of a file system does not choose between two ways
+        found += [
+            Path(parent, name)
+            for name in names
+            if name.lower().endswith(EXTENSIONS) and not name.startswith(".")
+        ]
     if not found:
         raise ValueError(f"{folder} has no images. Known are {', '.join(EXTENSIONS)}.")
     return sorted(found)
@@ -42,7 +50,8 @@ def read_labels(labels: Path, folder: Path) -> dict[Path, int]:
         folder: where the images of a CSV file are.
 
     Raises:
-        ValueError: there are no classes, or a line is not to be understood.
+        ValueError: there are no classes, a line is not to be understood, or an image has two
+            classes.
     """
     return _of_folders(labels) if labels.is_dir() else _of_csv(labels, folder)
 
@@ -70,7 +79,7 @@ def _natural(name: str) -> list[int | str]:
 
 
 def _of_csv(labels: Path, folder: Path) -> dict[Path, int]:
-    found = {}
+    found: dict[Path, int] = {}
     with labels.open(newline="") as file:
         for number, line in enumerate(csv.reader(file), 1):
             if not line or (number == 1 and not _is_label(line)):
@@ -81,7 +90,12 @@ def _of_csv(labels: Path, folder: Path) -> dict[Path, int]:
                     f"{labels}, line {number}: {line} is not IMAGE,NUMBER, with an image "
                     f"of {folder} and the number of its class."
                 )
-            found[image] = int(line[1])
+            label = int(line[1])
+            if found.setdefault(image, label) != label:
+                raise ValueError(
+                    f"{labels}, line {number}: {line[0]} has the class {label}, and before "
+                    f"{found[image]}. Give each image one class."
+                )
     if not found:
         raise ValueError(f"{labels} has no lines IMAGE,NUMBER.")
     return found
