@@ -278,6 +278,9 @@ def _bad_folders() -> None:
     Path("broken").mkdir()
     for i in range(4):
         Path(f"broken/{i}.png").write_bytes(Path("val/dark/0.png").read_bytes()[:200])
+    Path("deep").mkdir()
+    for i in range(4):
+        Image.fromarray(torch.full((16, 16), 40_000).to(torch.uint16).numpy()).save(f"deep/{i}.png")
     Path("numbers").mkdir()
     for i in (1, 2, 10):
         Path(f"numbers/{i}").mkdir()
@@ -294,6 +297,7 @@ def _bad_folders() -> None:
         (["--images", "nowhere"], 2, "'nowhere' does not exist"),
         (["--images", "empty"], 1, "empty has no images. Known are .jpg"),
         (["--images", "broken"], 1, ".png cannot be read as an image"),
+        (["--images", "deep"], 1, "its pixels have more than 8 bits (PIL's mode I;16). Take it aw"),
         (["--input-size", "1x16x16", "--mean", "0.5,0.5,0.5"], 1, "does not run on the example"),
         (["--mean", "0.5,0.5"], 1, "--mean has 2 numbers, and the model 3 channels"),
         (["--mean", "x"], 2, "--mean x: write numbers such as"),

@@ -128,12 +128,14 @@ def _opened(path: Path) -> Iterator[Any]:
     """An image of PIL.
 
     Raises:
-        ValueError: it cannot be read, or not to its end.
+        ValueError: it cannot be read, or not to its end, or its pixels have more than 8 bits.
     """
     from PIL import Image
 
     try:
         with Image.open(path) as image:
+            if image.mode.startswith(("I", "F")):  # PIL would clip them at 255
+                raise ValueError(f"its pixels have more than 8 bits (PIL's mode {image.mode})")
             yield image
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise ValueError(f"{path} cannot be read as an image: {error}. Take it away.") from error
