@@ -11,6 +11,7 @@ import pytest
 import timm
 import torch
 from safetensors.torch import save_file
+from torch.optim.swa_utils import AveragedModel
 
 from tests.helpers.kinds import KINDS, become, match
 from tests.helpers.shell import in_process, invoke, shell
@@ -270,6 +271,12 @@ def test_weights_of_wrapped_models_are_those_of_the_model_inside() -> None:
             options = ("--set", "num_classes=10", "--weights", file, "--force")
             invoke("convert", "test_resnet", *options, "-o", "run")
             assert torch.equal(load_model("run").fc.weight, model.fc.weight)
+    averaged = AveragedModel(model)
+    averaged.update_parameters(model)
+    torch.save(averaged.state_dict(), "w.pth")
+    options = ("--set", "num_classes=10", "--weights", "w.pth", "--force")
+    invoke("convert", "test_resnet", *options, "-o", "run")
+    assert torch.equal(load_model("run").fc.weight, model.fc.weight)
 
 
 # --- report, bake and export ---------------------------------------------------------------------

@@ -17,8 +17,11 @@ from transfer_surgery.files import ModelSpec, check_is_file, load_weights, read_
 
 # Under which training scripts keep the weights; timm's keeps averaged ones, too, which are better.
 _KEYS = ("state_dict_ema", "model_ema", "state_dict", "model")
-# What DistributedDataParallel and torch.compile put before every name, in either order.
+# What DistributedDataParallel and torch.compile put before every name, in either order; so does
+# AveragedModel.
 _PREFIXES = re.compile(r"^(_orig_mod\.)?(module\.)?(_orig_mod\.)?")
+# The count that torch.optim.swa_utils.AveragedModel keeps beside its module.
+_AVERAGED = "n_averaged"
 
 
 def check_weights(weights: Path | None, pretrained: bool) -> None:
@@ -71,6 +74,8 @@ def _state(held: Any, file: Path) -> dict[str, Tensor]:
     if isinstance(held, Mapping):
         inner = next((held[key] for key in _KEYS if isinstance(held.get(key), Mapping)), held)
         state = {_PREFIXES.sub("", str(key)): value for key, value in inner.items()}
+        if all(str(key).startswith("module.") for key in inner if key != _AVERAGED):
+            state.pop(_AVERAGED, None)
         if state and all(isinstance(value, Tensor) for value in state.values()):
             return state
     raise ValueError(
