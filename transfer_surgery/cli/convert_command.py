@@ -11,6 +11,7 @@ from transfer_surgery.activations import get_target
 from transfer_surgery.cli.finetuning.checkpoint import state_of
 from transfer_surgery.cli.options import (
     Exclude,
+    GranularityName,
     Include,
     InputSize,
     Model,
@@ -40,10 +41,7 @@ def convert(
     target: Annotated[
         str, typer.Option(help="Transfer to this activation, such as 'snake(a=0.5)'.")
     ] = "sin",
-    granularity: Annotated[
-        Literal["layer", "channel", "neuron"],
-        typer.Option(help="Make one gate for each layer, channel or neuron."),
-    ] = "channel",
+    granularity: GranularityName = "channel",
     gate: Annotated[
         str,
         typer.Option(

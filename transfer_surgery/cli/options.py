@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -91,6 +91,12 @@ Output = Annotated[
     Path,
     typer.Option("--output", "-o", metavar="FILE", help="Write to this file.", show_default=False),
 ]
+GranularityName = Annotated[
+    Literal["layer", "channel", "neuron"],
+    typer.Option(help="Make gates, and fit numbers, for each layer, channel or neuron."),
+]
+BatchSize = Annotated[int, typer.Option(min=1, help="Number of images in a batch.")]
+Device = Annotated[str, typer.Option(help="Run on cpu, cuda, or auto: on cuda where there is one.")]
 Json = Annotated[
     bool, typer.Option("--json", help="Print JSON instead of a table. Default: a table.")
 ]

@@ -11,7 +11,7 @@ from torch import nn
 from transfer_surgery.cli.finetuning.checkpoint import Checkpoint, state_of
 from transfer_surgery.cli.finetuning.images import ImageData, load_images
 from transfer_surgery.cli.finetuning.training import Machine, some_images, train
-from transfer_surgery.cli.options import Converted, run_errors
+from transfer_surgery.cli.options import BatchSize, Converted, Device, run_errors
 from transfer_surgery.cli.printing import say, show
 from transfer_surgery.files import ModelSpec, load_network, save_model
 from transfer_surgery.matching import match_targets
@@ -54,12 +54,8 @@ def finetune(
     opt: Annotated[str, typer.Option(help="Name of a timm optimizer.")] = "sgd",
     lr: Annotated[float, typer.Option(help="Set the highest learning rate.")] = 0.01,
     weight_decay: Annotated[float, typer.Option(help="Set the weight decay.")] = 5e-4,
-    batch_size: Annotated[
-        int, typer.Option(min=1, help="Number of images in a training batch.")
-    ] = 64,
-    device: Annotated[
-        str, typer.Option(help="Run on cpu, cuda, or auto: on cuda where there is one.")
-    ] = "auto",
+    batch_size: BatchSize = 64,
+    device: Device = "auto",
     amp: Annotated[
         bool, typer.Option("--amp", help="Autocast to bfloat16. Default: float32.")
     ] = False,

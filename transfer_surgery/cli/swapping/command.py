@@ -11,7 +11,10 @@ import typer
 from transfer_surgery.activations import get_target
 from transfer_surgery.cli.finetuning.training import Machine
 from transfer_surgery.cli.options import (
+    BatchSize,
+    Device,
     Exclude,
+    GranularityName,
     Include,
     InputSize,
     Json,
@@ -122,10 +125,7 @@ def swap(
     keep_sites: Annotated[
         int, typer.Option(min=0, help="Keep the sites, whole, whose swap costs most.")
     ] = 0,
-    granularity: Annotated[
-        Literal["layer", "channel", "neuron"],
-        typer.Option(help="Fit numbers for each layer, channel or neuron."),
-    ] = "channel",
+    granularity: GranularityName = "channel",
     source: Source = None,
     include: Include = None,
     exclude: Exclude = None,
@@ -155,10 +155,8 @@ def swap(
         Literal["nearest", "bilinear", "bicubic", "box", "hamming", "lanczos"] | None,
         typer.Option(help="How images are resized. Default: timm's."),
     ] = None,
-    batch_size: Annotated[int, typer.Option(min=1, help="Number of images in a batch.")] = 64,
-    device: Annotated[
-        str, typer.Option(help="Run on cpu, cuda, or auto: on cuda where there is one.")
-    ] = "auto",
+    batch_size: BatchSize = 64,
+    device: Device = "auto",
     seed: Annotated[int, typer.Option(help="Seed the choice of images, and the teaching.")] = 0,
     as_json: Json = False,
 ) -> None:
