@@ -77,8 +77,11 @@ def test_inputs_that_are_0_leave_their_weights_alone(ridge):
             torch.testing.assert_close(value, getattr(layer, name).detach(), rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize(("rows", "noise", "best"), [(24, 2.0, 1.0), (4000, 0.1, 1e-2)])
-def test_few_noisy_rows_are_pulled_to_the_old_weights_more_than_many(rows, noise, best):
+@pytest.mark.parametrize(
+    ("rows", "batch", "noise", "best"),
+    [(24, 12, 2.0, 1.0), (4000, 2000, 0.1, 1e-2), (4000, 1, 0.1, 1e-2)],
+)
+def test_few_noisy_rows_are_pulled_to_the_old_weights_more_than_many(rows, batch, noise, best):
     torch.manual_seed(0)
     layer, x = nn.Linear(12, 4), torch.randn(rows, 12)
     # The inputs have changed, and the outputs have noise that no weight explains.
@@ -87,7 +90,7 @@ def test_few_noisy_rows_are_pulled_to_the_old_weights_more_than_many(rows, noise
     found = {}
     for ridges in (RIDGES, *([ridge] for ridge in RIDGES)):
         fit = LayerFit(layer, ridges)
-        for part in (slice(0, rows // 2), slice(rows // 2, None)):
+        for part in torch.arange(rows).split(batch):
             add(fit, changed[part], wanted[part])
         found[tuple(ridges)] = fit.solve()["weight"]
     assert torch.equal(found[tuple(RIDGES)], found[(best,)])

@@ -55,6 +55,7 @@ class LayerFit:
         if self.is_wide:
             self.limit = min(self.limit, _FEW_ROWS)
         self._equations, self._held_out = NormalEquations(), NormalEquations()
+        self._rows = 0
         self._parts: list[tuple[Tensor, Tensor]] = []
         self.is_empty = True
 
@@ -72,8 +73,10 @@ class LayerFit:
         if self.offset:
             rows = torch.cat([rows, torch.ones_like(rows[..., :1])], -1)
         wanted = wanted.to(rows)
-        # The rows are in the order of the examples, so the last ones are of other examples.
-        first = rows.shape[1] - rows.shape[1] // _HELD_OUT
+        # The rows are in the order of the examples, so the last ones are of other examples. All
+        # batches together hold out a quarter, also where each has few rows.
+        before, self._rows = self._rows, self._rows + rows.shape[1]
+        first = rows.shape[1] - (self._rows // _HELD_OUT - before // _HELD_OUT)
         self._equations.add(rows[:, :first], wanted[:, :first])
         self._held_out.add(rows[:, first:], wanted[:, first:])
 
