@@ -121,7 +121,7 @@ class LayerFit:
                 for ridge in self.ridges
             }
             best = max(foretold, key=lambda ridge: (foretold[ridge], ridge))
-        self._equations.add_sums(self._held_out)
+        self._equations = self._equations.plus(self._held_out)
         found = solution(self._equations, best)
         return found[:, :inputs], found[:, inputs:]
 

@@ -40,10 +40,6 @@ class NormalEquations:
         self.matrix = self.matrix + (weighted @ x).double()
         self.vector = self.vector + (weighted @ y).double()
 
-    def add_sums(self, other: NormalEquations) -> None:
-        """Count the rows that others have counted."""
-        self.matrix, self.vector = self.matrix + other.matrix, self.vector + other.vector
-
     def add_over_ranks(self) -> None:
         """Count the rows of all ranks."""
         sums = [torch.as_tensor(self.matrix), torch.as_tensor(self.vector)]
