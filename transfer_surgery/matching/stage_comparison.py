@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Collection, Iterable, Sequence
+import time
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -25,10 +27,11 @@ from transfer_surgery.matching.two_networks import TwoNetworks
 
 
 class StageComparison:
-    """Compares a network with its original after each stage.
+    """The rows of a `SwapReport`: compares a network with its original after each stage.
 
     Args:
         original: the original network; its outputs for all batches are kept in memory.
+        sites: paths of the modules whose zeros are counted.
         batches: inputs that nothing is fitted to; they are gone through once for each stage.
         labels: the classes of the examples of each batch; None: not known.
         logits: whether the outputs are logits of classes.
@@ -41,16 +44,20 @@ class StageComparison:
     def __init__(
         self,
         original: nn.Module,
+        sites: Collection[str],
         batches: Iterable[Any],
         labels: Iterable[Tensor] | None,
         logits: bool,
     ) -> None:
-        self._batches, self._logits = batches, logits
+        self._sites, self._batches, self._logits = sites, batches, logits
         self._labels = None if labels is None else list(labels)
         self.wanted: list[Any] = []
         """What the original network returns for each batch."""
         self.examples = 0
         """Number of inputs that are compared; 0 where a batch does not show it."""
+        self.rows: list[SwapStage] = []
+        """One for each stage that was added."""
+        self._seconds = 0.0
 
         def note(batch: Any, output: Any) -> None:
             self.wanted.append(output)
@@ -81,17 +88,20 @@ class StageComparison:
         if any(y.is_floating_point() or y.min() < 0 or y.max() >= number for y in labels):
             raise ValueError(f"labels: the classes are whole numbers from 0 to {number - 1}.")
 
-    def stage(
-        self, name: str, network: nn.Module, sites: Collection[str], fitted: int, seconds: float
-    ) -> SwapStage:
-        """A row for a network.
+    @contextmanager
+    def timed(self) -> Iterator[None]:
+        """What is done in here is the stage that is added next."""
+        start = time.perf_counter()
+        yield
+        self._seconds = time.perf_counter() - start
+
+    def add(self, name: str, network: nn.Module, fitted: int = 0) -> None:
+        """Add a row for a stage.
 
         Args:
             name: what was done.
             network: the network after it.
-            sites: paths of the modules whose zeros are counted.
             fitted: number of sites with numbers of their own.
-            seconds: what the stage took.
         """
         change, zeros = OutputChange(self._logits), _Zeros()
         wanted, right = iter(self.wanted), 0
@@ -104,11 +114,12 @@ class StageComparison:
                 answers = log_probabilities(logits_of(output)).argmax(1)
                 right += int((answers == classes.flatten().to(answers.device)).sum())
 
-        modules = [network.get_submodule(path) for path in sites]
+        modules = [network.get_submodule(path) for path in self._sites]
         with hooked(*(module.register_forward_hook(zeros) for module in modules)):
             self._run(network, compare)
         accuracy = None if self._labels is None else right / sum(y.numel() for y in self._labels)
-        return SwapStage(name, *change.values(), accuracy, zeros.share(), fitted, seconds)
+        found = (*change.values(), accuracy, zeros.share())
+        self.rows.append(SwapStage(name, *found, fitted, self._seconds))
 
     def _run(self, network: nn.Module, use: Callable[[Any, Any], None]) -> None:
         networks = TwoNetworks(network, [], [])

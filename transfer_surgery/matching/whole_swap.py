@@ -7,7 +7,6 @@ with its original on inputs that nothing was fitted to.
 from __future__ import annotations
 
 import copy
-import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -25,7 +24,7 @@ from transfer_surgery.matching.progress import Shown
 from transfer_surgery.matching.site_costs import sensitivity
 from transfer_surgery.matching.stage_comparison import StageComparison
 from transfer_surgery.matching.swap import swap_targets
-from transfer_surgery.matching.swap_report import SwapReport, SwapStage, why_numbers_stay
+from transfer_surgery.matching.swap_report import SwapReport, why_numbers_stay
 from transfer_surgery.sites import Plan, find_activations
 from transfer_surgery.surgery import (
     FoldReport,
@@ -152,10 +151,10 @@ def swap_activations(
     roles = {site.role for site in plan}
     convert(model, target, plan=plan, roles=roles, granularity=granularity, seed=0)
     with _undone_on_errors(model, teacher):
-        comparison = StageComparison(teacher, held_out, labels, logits)
+        units = dict(gated_activations(model))
+        stages = StageComparison(teacher, units, held_out, labels, logits)
         if distill_steps:  # a loss that does not suit the outputs would end it after the match
-            loss_function(lesson, comparison.wanted, _TEMPERATURE)
-        stages = _Stages(comparison, [path for path, _ in gated_activations(model)])
+            loss_function(lesson, stages.wanted, _TEMPERATURE)
         stages.add("original", model)
         with stages.timed():
             plain = swap_targets(copy.deepcopy(model))
@@ -163,21 +162,21 @@ def swap_activations(
         del plain
 
         # Fit the targets, and choose the sites that stay.
-        units = dict(gated_activations(model))
         with stages.timed():
             fit = partial(
                 match_targets, model, fitted_on, offset=offset, logits=logits, progress=progress
             )
-            if keep is not None or keep_sites:
+            if keep is None and not keep_sites:
+                left = fit(refit=refit).left
+                swap_targets(model)
+            else:
                 # What a site costs is known once it is fitted; then the others are fitted around
                 # those that stay.
                 fit()
                 _keep_dearest(model, fitted_on, keep, keep_sites, logits)
                 if all(bool((unit.gate.predict() == 1).all()) for unit in units.values()):
                     raise ValueError(f"keep={keep} keeps every neuron; nothing would be swapped.")
-            left = fit(refit=refit).left
-            if keep is None and not keep_sites:
-                swap_targets(model)
+                left = fit(refit=refit).left
         outcomes = {path: outcome_of(unit.gate.predict()) for path, unit in units.items()}
         fitted = sum(
             outcomes[path] != "source" and unit.fitted is not None for path, unit in units.items()
@@ -209,7 +208,7 @@ def swap_activations(
     if not keep_gates:
         _bake_and_fold(model, fitted_on[0])
     kept = tuple(path for path, outcome in outcomes.items() if outcome == "source")
-    return SwapReport(tuple(stages.rows), comparison.examples, numbers, kept, mixed, left)
+    return SwapReport(tuple(stages.rows), stages.examples, numbers, kept, mixed, left)
 
 
 def _hold_out(batches: list[Any]) -> tuple[list[Any], list[Any]]:
@@ -238,24 +237,6 @@ def _keep_dearest(
 
 def _bake_and_fold(model: nn.Module, batch: Any) -> FoldReport:
     return fold_targets(bake(model), batch)
-
-
-class _Stages:
-    """The rows of the report, and how long each stage takes."""
-
-    def __init__(self, comparison: StageComparison, sites: Sequence[str]) -> None:
-        self.rows: list[SwapStage] = []
-        self._comparison, self._sites, self._seconds = comparison, sites, 0.0
-
-    def add(self, name: str, network: nn.Module, fitted: int = 0) -> None:
-        row = self._comparison.stage(name, network, self._sites, fitted, self._seconds)
-        self.rows.append(row)
-
-    @contextmanager
-    def timed(self) -> Iterator[None]:
-        start = time.perf_counter()
-        yield
-        self._seconds = time.perf_counter() - start
 
 
 @contextmanager
