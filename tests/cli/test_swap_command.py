@@ -199,7 +199,6 @@ def test_sites_and_neurons_that_cost_most_are_kept() -> None:
     assert isinstance(network.get_submodule(other), nn.ReLU)
     found = json.loads(in_process(*SWAP, *weights, "--keep", 0.25).stdout)
     assert found["mixed"] != []
-    assert "give keep= or keep_sites=" in invoke(*SWAP, "--keep", 3, "--keep-sites", 1, fails=1)
 
 
 def test_images_are_resized_as_in_the_validation_of_timm() -> None:
@@ -308,6 +307,8 @@ def _bad_folders() -> None:
         (["--source", "gelu"], 2, "matches none of the 2 sites"),
         (["--keep", "1.5"], 2, "write a number of neurons, or a share"),
         (["--keep-sites", "2"], 1, "keep_sites=2: there are 2 sites to swap"),
+        (["--keep", "3", "--keep-sites", "1"], 1, "give one of keep=, keep_sites= and keep_point"),
+        (["--keep-points", "0.5"], 1, "keep_points= needs labels="),
         (["-o", "missing/model.safetensors"], 2, "there is no folder missing. Make it first"),
         (["-o", "other.safetensors"], 1, "It is not replaced: choose another file"),
         (["-o", "empty"], 1, "empty is a folder"),

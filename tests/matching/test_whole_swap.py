@@ -120,6 +120,22 @@ def test_the_sites_that_cost_most_keep_their_source() -> None:
     assert found.rows[-1].errors["output"] < everything.rows[-1].errors["output"]
 
 
+def test_as_few_sites_keep_their_source_as_the_accuracy_needs() -> None:
+    given, other = batches(0, 2), batches(1)
+    answers = [network()(x).argmax(1) for x in other]
+    options: Any = {"held_out": other, "labels": answers, "granularity": "layer"}
+    by_hand = [swap_activations(network(), "relu", given, keep_sites=n, **options) for n in (0, 1)]
+    lost = [100 * (1 - found.rows[2].accuracy) for found in by_hand]
+    assert lost[0] > lost[1] > 0
+    found = swap_activations(network(), "relu", given, keep_points=lost[1], **options)
+    assert found.kept == by_hand[1].kept
+    assert found.rows[-1].accuracy == by_hand[1].rows[-1].accuracy
+    model = network()
+    with pytest.raises(ValueError, match="keep_points=0: more is lost"):
+        swap_activations(model, "relu", given, keep_points=0, refit=False, **options)
+    torch.testing.assert_close(model.state_dict(), network().state_dict(), rtol=0, atol=0)
+
+
 def test_a_share_of_the_neurons_keeps_its_source() -> None:
     model = network()
     found = swap_activations(model, "relu", batches(0), keep=0.3, keep_gates=True, offset=True)
@@ -196,7 +212,10 @@ def test_one_in_place_object_shared_by_all_layers_is_swapped_at_each() -> None:
         ({"labels": [torch.zeros(16, dtype=torch.int64)]}, "batches of labels have 16 classes"),
         ({"held_out": []}, "held_out: there are no batches"),
         ({"keep_sites": 3}, "keep_sites=3: there are 3 sites to swap"),
-        ({"keep": 0.5, "keep_sites": 1}, "give keep= or keep_sites=, not both"),
+        ({"keep_sites": -1}, "keep_sites=-1: there are 3 sites to swap"),
+        ({"keep": 0.5, "keep_sites": 1}, "give one of keep=, keep_sites= and keep_points="),
+        ({"keep_points": 1.0}, "keep_points= needs labels="),
+        ({"keep_points": float("nan")}, "keep_points=nan: give a number that is not below 0"),
         ({"distill_steps": -1}, "distill_steps=-1"),
         ({"distill_steps": 3, "variation": 2.0}, "variation=2.0: use a number from 0 to 1"),
         ({"distill_steps": 3, "lr": 0.0}, "lr=0.0: use positive ones"),

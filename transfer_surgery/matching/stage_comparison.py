@@ -103,6 +103,19 @@ class StageComparison:
             network: the network after it.
             fitted: number of sites with numbers of their own.
         """
+        self.rows.append(SwapStage(name, *self._compared(network), fitted, self._seconds))
+
+    def points_lost(self, network: nn.Module) -> float:
+        """How many points of accuracy a network has less than that of the first row."""
+        before, now = self.rows[0].accuracy, self._compared(network)[3]
+        assert before is not None
+        assert now is not None
+        return round(100 * (before - now), 9)  # so that 1 of 100 answers is not above 1.0
+
+    def _compared(
+        self, network: nn.Module
+    ) -> tuple[dict[str, float], float | None, float | None, float | None, float]:
+        """Errors, divergence, changed answers, accuracy and zeros, as in a row."""
         change, zeros = OutputChange(self._logits), _Zeros()
         wanted, right = iter(self.wanted), 0
         labels = itertools.repeat(None) if self._labels is None else iter(self._labels)
@@ -118,8 +131,7 @@ class StageComparison:
         with hooked(*(module.register_forward_hook(zeros) for module in modules)):
             self._run(network, compare)
         accuracy = None if self._labels is None else right / sum(y.numel() for y in self._labels)
-        found = (*change.values(), accuracy, zeros.share())
-        self.rows.append(SwapStage(name, *found, fitted, self._seconds))
+        return *change.values(), accuracy, zeros.share()
 
     def _run(self, network: nn.Module, use: Callable[[Any, Any], None]) -> None:
         networks = TwoNetworks(network, [], [])

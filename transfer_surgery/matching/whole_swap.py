@@ -7,7 +7,7 @@ with its original on inputs that nothing was fitted to.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -21,7 +21,7 @@ from transfer_surgery.matching.distill_loss import Loss, loss_function
 from transfer_surgery.matching.distillation import check_settings, distill
 from transfer_surgery.matching.match import match_targets
 from transfer_surgery.matching.progress import Shown
-from transfer_surgery.matching.site_costs import sensitivity
+from transfer_surgery.matching.source_budget import SourceBudget
 from transfer_surgery.matching.stage_comparison import StageComparison
 from transfer_surgery.matching.swap import swap_targets
 from transfer_surgery.matching.swap_report import SwapReport, why_numbers_stay
@@ -39,7 +39,6 @@ from transfer_surgery.units import Granularity, gated_activations
 
 _SHARE = 4  # of so many batches of a list one is held out
 _TEMPERATURE = 4.0  # of softened logits, as in `distill`
-_COST_BATCHES = 2  # that tell what each site costs: it takes a run per site and batch
 
 
 def swap_activations(
@@ -56,6 +55,7 @@ def swap_activations(
     offset: bool | None = None,
     keep: int | float | None = None,
     keep_sites: int = 0,
+    keep_points: float | None = None,
     distill_steps: int = 0,
     distill_on: Iterable[Any] | None = None,
     loss: str | Loss | None = None,
@@ -89,6 +89,10 @@ def swap_activations(
             (float). A site of which a part is kept computes both functions.
         keep_sites: how many sites keep their source as a whole: those that cost most when they are
             swapped alone (`sensitivity`).
+        keep_points: keep as few of these sites as possible, such that at most so many points of
+            accuracy (0.5 means 0.5 %) are lost before `distill`. It needs `labels`. The number is
+            found by bisection; each look at one fits the network once more. The held-out examples
+            choose it, so that their accuracy in the report is a little too good.
         distill_steps: number of steps in which the original network teaches the new one.
         distill_on: inputs for that, best many; None: `batches`.
         loss: what is taught, as in `distill`; None: ``"kl"`` for logits, else ``"relative"``.
@@ -123,10 +127,9 @@ def swap_activations(
     # Refuse what cannot work before anything is changed or long computed.
     check_model(model)
     target = get_target(target)
-    if keep is not None and keep_sites:
-        raise ValueError("give keep= or keep_sites=, not both.")
-    if distill_steps < 0 or keep_sites < 0:
-        raise ValueError(f"distill_steps={distill_steps}, keep_sites={keep_sites}: not below 0.")
+    budget = SourceBudget(keep, keep_sites, keep_points)
+    if distill_steps < 0:
+        raise ValueError(f"distill_steps={distill_steps}: give a number that is not below 0.")
     fitted_on = as_batches(batches, model)
     if held_out is None:
         fitted_on, held_out = _hold_out(fitted_on)
@@ -138,8 +141,7 @@ def swap_activations(
     plan = plan.filter(lambda site: site.source != target)
     if not plan.rows:
         raise ValueError(f"every activation selected is {target} already; choose another target.")
-    if keep_sites >= len(plan):
-        raise ValueError(f"keep_sites={keep_sites}: there are {len(plan)} sites to swap.")
+    budget.check(len(plan), labels is not None)
 
     if offset is None:
         offset = not type(activation_module(target)).__module__.startswith("torch.")
@@ -164,19 +166,16 @@ def swap_activations(
         # Fit the targets, and choose the sites that stay.
         with stages.timed():
             fit = partial(
-                match_targets, model, fitted_on, offset=offset, logits=logits, progress=progress
+                match_targets, batches=fitted_on, offset=offset, logits=logits, progress=progress
             )
-            if keep is None and not keep_sites:
-                left = fit(refit=refit).left
-                swap_targets(model)
-            else:
+            if budget:
                 # What a site costs is known once it is fitted; then the others are fitted around
                 # those that stay.
-                fit()
-                _keep_dearest(model, fitted_on, keep, keep_sites, logits)
-                if all(bool((unit.gate.predict() == 1).all()) for unit in units.values()):
-                    raise ValueError(f"keep={keep} keeps every neuron; nothing would be swapped.")
-                left = fit(refit=refit).left
+                fit(model)
+                budget.spend(model, fitted_on, logits, partial(fit, refit=refit), stages)
+            left = fit(model, refit=refit).left
+            if not budget:
+                swap_targets(model)
         outcomes = {path: outcome_of(unit.gate.predict()) for path, unit in units.items()}
         fitted = sum(
             outcomes[path] != "source" and unit.fitted is not None for path, unit in units.items()
@@ -218,21 +217,6 @@ def _hold_out(batches: list[Any]) -> tuple[list[Any], list[Any]]:
         )
     number = max(len(batches) // _SHARE, 1)
     return batches[:-number], batches[-number:]
-
-
-def _keep_dearest(
-    model: nn.Module,
-    batches: Sequence[Any],
-    keep: int | float | None,
-    keep_sites: int,
-    logits: bool,
-) -> None:
-    """Swap all but what costs most."""
-    if keep_sites:
-        costs = sensitivity(model, batches[:_COST_BATCHES], logits=logits)
-        swap_targets(model, exclude=costs.order[-keep_sites:])
-    else:
-        swap_targets(model, keep=keep, batches=batches)
 
 
 def _bake_and_fold(model: nn.Module, batch: Any) -> FoldReport:

@@ -42,6 +42,7 @@ from transfer_surgery.cli.swapping.checks import (
 )
 from transfer_surgery.cli.swapping.folders import find_images, read_labels, split
 from transfer_surgery.cli.swapping.images import Images, Preprocessing
+from transfer_surgery.cli.swapping.options import CropPct, Interpolation, Mean, Std
 from transfer_surgery.cli.weights import build, check_weights
 from transfer_surgery.files import check_not_lost, save_baked
 from transfer_surgery.matching import swap_activations
@@ -125,6 +126,14 @@ def swap(
     keep_sites: Annotated[
         int, typer.Option(min=0, help="Keep the sites, whole, whose swap costs most.")
     ] = 0,
+    keep_points: Annotated[
+        float | None,
+        typer.Option(
+            min=0,
+            help="Keep as many of these sites as are needed to lose at most so many points of "
+            "accuracy, such as 0.5, before teaching. Needs --labels.",
+        ),
+    ] = None,
     granularity: GranularityName = "channel",
     source: Source = None,
     include: Include = None,
@@ -132,29 +141,10 @@ def swap(
     role: Role = None,
     assignments: Set = None,
     input_size: InputSize = None,
-    mean: Annotated[
-        str | None,
-        typer.Option(
-            metavar="NUMBERS", help="Mean of each channel, such as 0.5,0.5,0.5. Default: timm's."
-        ),
-    ] = None,
-    std: Annotated[
-        str | None,
-        typer.Option(
-            metavar="NUMBERS", help="Standard deviation of each channel. Default: timm's."
-        ),
-    ] = None,
-    crop_pct: Annotated[
-        float | None,
-        typer.Option(
-            help="Crop this share of a resized image. Default: timm's; 1 where all images have "
-            "the size of the input."
-        ),
-    ] = None,
-    interpolation: Annotated[
-        Literal["nearest", "bilinear", "bicubic", "box", "hamming", "lanczos"] | None,
-        typer.Option(help="How images are resized. Default: timm's."),
-    ] = None,
+    mean: Mean = None,
+    std: Std = None,
+    crop_pct: CropPct = None,
+    interpolation: Interpolation = None,
     batch_size: BatchSize = 64,
     device: Device = "auto",
     seed: Annotated[int, typer.Option(help="Seed the choice of images, and the teaching.")] = 0,
@@ -233,6 +223,7 @@ def swap(
             offset=offset,
             keep=budget,
             keep_sites=keep_sites,
+            keep_points=keep_points,
             distill_steps=distill_steps,
             distill_on=Images(learned, preprocessing, batch_size, training=True),
             loss=loss,
