@@ -86,6 +86,7 @@ def test_from_a_checkpoint_to_files_that_run_elsewhere(tmp_path: Path) -> None:
         torch.testing.assert_close(torch.from_numpy(found), expected, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow  # three processes; in this one, what they print is tested below
 def test_the_installed_command_has_a_line_and_a_status_for_success_mistakes_and_failures(
     tmp_path: Path,
 ) -> None:

@@ -160,6 +160,7 @@ def test_what_is_printed_of_the_original_and_of_the_file_is_what_plain_torch_fin
     assert errors["distilled"] <= errors["swapped alone"]
 
 
+@pytest.mark.slow  # two processes; in this one, what is printed is tested below
 def test_the_installed_command_prints_a_row_for_each_stage(tmp_path: Path) -> None:
     options = ("--weights", "model_best.pth.tar", "--target", "relu6", "--calibration", 20)
     printed, said = shell(*SWAP, *options, folder=tmp_path)

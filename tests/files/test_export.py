@@ -38,6 +38,8 @@ MODELS: dict[str, dict[str, Any]] = {
     "poolformer_s12": {},
 }
 QUICK = ("test_vit",)
+# In CI the others stand for these.
+LONG = ("resnet50", "mobilenetv3_small_100", "regnety_002", "vit_tiny_patch16_224", "mixer_s32_224")
 
 
 @torch.no_grad()
@@ -82,7 +84,16 @@ def assert_both_files_run(model: nn.Module, x: Tensor, folder: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", [n if n in QUICK else pytest.param(n, marks=pytest.mark.slow) for n in MODELS]
+    "name",
+    [
+        *QUICK,
+        *(
+            pytest.param(name, marks=pytest.mark.slow)
+            for name in MODELS
+            if name not in QUICK + LONG
+        ),
+        *(pytest.param(name, marks=[pytest.mark.slow, pytest.mark.long]) for name in LONG),
+    ],
 )
 @torch.no_grad()
 def test_timm_models_with_sites_of_every_kind_are_exported_compiled_and_traced(

@@ -40,7 +40,9 @@ def test_an_everyday_swap_runs(swap: str, data_folder: Path, tmp_path: Path) -> 
     "options",
     [
         ["--lesson", "teacher", "--opt", "adamw", "--lr", "0.001"],
-        ["--target", "polynomial", "--keep", "0.5", "--lr", "0.001"],
+        pytest.param(
+            ["--target", "polynomial", "--keep", "0.5", "--lr", "0.001"], marks=pytest.mark.long
+        ),
     ],
     ids=" ".join,
 )

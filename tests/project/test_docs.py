@@ -25,14 +25,21 @@ PAGES = [
     ROOT / "CONTRIBUTING.md",
     *sorted((ROOT / "docs").rglob("*.md")),
 ]
-WITH_CODE = [page for page in PAGES if "```" in page.read_text()]
+SLOW = [ROOT / "docs/recipes" / name for name in ("deploy.md", "private_inference.md")]
+WITH_CODE = [
+    pytest.param(
+        page, marks=[pytest.mark.slow] if page in SLOW else [], id=str(page.relative_to(ROOT))
+    )
+    for page in PAGES
+    if "```" in page.read_text()
+]
 
 
 def name(page: Path) -> str:
     return str(page.relative_to(ROOT))
 
 
-@pytest.mark.parametrize("page", WITH_CODE, ids=name)
+@pytest.mark.parametrize("page", WITH_CODE)
 def test_every_code_block_of_a_page_runs(
     page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
