@@ -1,5 +1,6 @@
 """Ways to call an activation that the source does not show: the call is redirected as it runs."""
 
+import copy
 import functools
 
 import torch
@@ -76,5 +77,12 @@ class SameDecoratorBelow(SameDecorator):
         return super().forward(self.linear(x)) - 0.1
 
 
+class CopyOfAChild(Parts):
+    """A copy that the forward makes has the hooks of the examination."""
+
+    def forward(self, x):
+        return F.relu(copy.deepcopy(self.linear)(x)) - 0.1
+
+
 INTERCEPTED = (SeveralFunctions, FunctionOrActivation, Walrus, Counting, SameDecoratorBelow)
-INTERCEPTED += (Dispatched, Choice)
+INTERCEPTED += (Dispatched, Choice, CopyOfAChild)

@@ -17,6 +17,7 @@ from transfer_surgery.sites.site import ActivationChild
 from transfer_surgery.sites.tensor_facts import SQUASHING, is_live, origin_of
 
 NOT_LIVE = "it does not depend on the input"
+OUTSIDE = "it runs outside of forward, in a hook or in __call__; call it in forward"
 UNREGISTERED = (
     "the module that calls it is not registered in the model; keep it in an nn.ModuleList or "
     "nn.ModuleDict"

@@ -24,12 +24,12 @@ from transfer_surgery.activations import (
     name_of,
 )
 from transfer_surgery.sites.by_hand import BY_HAND, ByHand, is_by_hand, note_soft_cap
-from transfer_surgery.sites.call_location import locate
+from transfer_surgery.sites.call_location import Location, locate
 from transfer_surgery.sites.children import Children
 from transfer_surgery.sites.frames import call_frames
 from transfer_surgery.sites.in_place import InPlace
 from transfer_surgery.sites.listed import LISTED_NAMES, listed_call, why_listed
-from transfer_surgery.sites.observation import UNREGISTERED, Event, Frame, Observation
+from transfer_surgery.sites.observation import OUTSIDE, UNREGISTERED, Event, Frame, Observation
 from transfer_surgery.sites.site import ActivationChild
 from transfer_surgery.sites.tensor_facts import (
     channel_axis,
@@ -50,6 +50,7 @@ class Observer(TorchFunctionMode):
     def __init__(self, probe: nn.Module) -> None:
         super().__init__()
         self.probe, self.observation = probe, Observation()
+        self._around = Frame("", probe, None, (), (), {})  # of calls outside of any forward
         self._stack: list[Frame] = []
         self._order = itertools.count()
         self._tracker = Tracker()
@@ -65,7 +66,8 @@ class Observer(TorchFunctionMode):
                 self.observation.scripted.add(self._paths[id(module)])
             else:
                 module.register_forward_pre_hook(self._enter, with_kwargs=True)
-                module.register_forward_hook(self._leave)
+                # Hooks of the model's own run outside of forward: before, and after this one.
+                module.register_forward_hook(self._leave, prepend=True)
 
     def run(
         self,
@@ -76,6 +78,7 @@ class Observer(TorchFunctionMode):
     ) -> Observation:
         with torch.set_grad_enabled(gradients), fake or contextlib.nullcontext(), self:
             output = self.probe(*args, **kwargs)
+        self._add(self._around)
         self._in_place.note_reads(output)
         self.observation.settle_roles(output)
         return self.observation
@@ -85,7 +88,9 @@ class Observer(TorchFunctionMode):
         called_from, called_by = places[1] if len(places) > 1 else ((), None)
         if self._stack:
             self._stack[-1].children += 1
-        path = self._paths[id(module)]
+        path = self._paths.get(id(module))
+        if path is None:
+            return  # a copy that the forward makes
         for name in scripted_functions(module):
             self.observation.scripted.add(f"{path or 'the model'} calls {name}, which")
         self._stack.append(Frame(path, module, called_by, called_from, args, kwargs))
@@ -95,11 +100,16 @@ class Observer(TorchFunctionMode):
             self.observation.walked.add(self._stack[-1].path)
 
     def _leave(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        if id(module) not in self._paths:
+            return
         frame = self._stack.pop()
         event = frame.only_activation(output)
         if self._stack and event is not None and self._is_untouched(event):
             self._count_as_call(frame, event)
-            return
+        else:
+            self._add(frame)
+
+    def _add(self, frame: Frame) -> None:
         for event in frame.events:
             self.observation.add(event)
         if not frame.events:
@@ -164,14 +174,12 @@ class Observer(TorchFunctionMode):
         self, func: Any, args: Any, kwargs: Any
     ) -> tuple[Call | None, Record | None, Match | None]:
         """What a torch call means: an activation, maybe, and maybe the end of a formula."""
-        if not self._stack:
-            return None, None, None
         record, match, call = self._tracker.call(func, args, kwargs)
         if match is not None:
             if not is_live(match.input) or any(map(is_live, match.operands)):
                 # It looks like a formula, but what should be a learned tensor is not. The call
                 # counts all the same: the interceptor does not know better.
-                self._stack[-1].draw_key(locate()[0][0])
+                self._place()[0].draw_key(self._place()[1])
                 return None, record, None
             activation = match.activation
             if any(map(is_zero, match.operands)):
@@ -180,6 +188,11 @@ class Observer(TorchFunctionMode):
         if why_listed(func, kwargs):
             call = listed_call(func, args, kwargs)
         return call if call and isinstance(call.input, Tensor) else None, record, None
+
+    def _place(self) -> tuple[Frame, Location, nn.Module]:
+        """Whose code makes the running call: of which frame, where in it, and of which module."""
+        location, caller = next(iter(locate()), ((), self.probe))
+        return self._stack[-1] if self._stack else self._around, location, caller
 
     def _note_by_hand(self, func: Callable[..., Any], record: Record, out: Any) -> None:
         """List a formula that is no known activation; it takes the place of its beginnings."""
@@ -202,13 +215,18 @@ class Observer(TorchFunctionMode):
         listed: str | None = None,
     ) -> Event:
         """Write down an activation call; one that is only `listed` has the reason already."""
-        frame, x = self._stack[-1], call.input
-        location, caller = locate()[0]
+        x = call.input
+        frame, location, caller = self._place()
+        module, is_known = frame.module, id(caller) in self._paths
+        if frame is self._around or (caller is not module and is_known):
+            reason = listed = OUTSIDE
+            module = caller if is_known else module
+        else:
+            reason = frame.why_not(x, caller) or listed
         draw = frame.draw_key if listed is None else frame.draw_listed_key
-        reason = frame.why_not(x, caller) or listed
         kind = "method" if getattr(Tensor, func.__name__, None) is func else "function"
         event = Event(
-            caller=frame.path,
+            caller=self._paths[id(module)],
             key=draw(location),
             source=call.activation,
             kind="formula" if match else kind,
@@ -225,7 +243,7 @@ class Observer(TorchFunctionMode):
             input=x,
             output=out,
         )
-        self._trace(event, frame.module, call, match)
+        self._trace(event, module, call, match)
         if listed is not None:
             event.route = event.why = None
         frame.events.append(event)
