@@ -255,13 +255,25 @@ def test_edited_classes_are_given_back():
     assert edited() is None
 
 
-def test_a_class_that_cannot_be_extended_is_refused_by_its_name():
-    class Fixed(Helper):
-        def __init_subclass__(cls):
-            raise TypeError("no subclasses, please")
+class Strict(type):
+    """Refuses a class without a tag."""
 
-    with pytest.raises(ValueError, match=r"class Fixed cannot be extended \(no sub"):
-        convert(Fixed(), example_input=X)
+    def __new__(cls, name, bases, members, *, tag):
+        return super().__new__(cls, name, bases, members)
+
+    def __init__(cls, name, bases, members, *, tag):
+        super().__init__(name, bases, members)
+
+
+class Final(Helper, metaclass=Strict, tag="one"):
+    def __init_subclass__(cls):
+        raise TypeError("no subclasses, please")
+
+
+def test_neither_a_metaclass_nor_init_subclass_hears_of_the_edited_class():
+    model = Final()
+    assert_same_runs(model, converted(model, X), X)
+    assert type(revert(convert(model, example_input=X))) is Final
 
 
 def test_a_model_whose_code_has_changed_since_it_was_saved_runs_the_old_code_with_a_warning(

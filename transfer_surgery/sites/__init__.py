@@ -1,6 +1,6 @@
 """Which activation calls a model makes, and the code that redirects each of them."""
 
-from transfer_surgery.sites.caller import Recipe, prepare_recipes, rewritten_class
+from transfer_surgery.sites.caller import Recipe, extend_class, prepare_recipes, rewritten_class
 from transfer_surgery.sites.find import find_activations
 from transfer_surgery.sites.graph import GraphRoute, edit_graph, restore_graph
 from transfer_surgery.sites.plan import Plan
@@ -22,6 +22,7 @@ __all__ = [
     "describe_baked",
     "edit_graph",
     "example_arguments",
+    "extend_class",
     "fake_arguments",
     "find_activations",
     "find_example_input",

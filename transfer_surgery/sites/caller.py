@@ -7,6 +7,7 @@ can be pickled and deep-copied; those with the same recipe share the class.
 
 from __future__ import annotations
 
+import abc
 import inspect
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -30,10 +31,6 @@ from transfer_surgery.sites.site import CallerCode, Site
 _CLASSES: WeakValueDictionary[tuple[type[nn.Module], Recipe], type[nn.Module]] = (
     WeakValueDictionary()
 )
-
-
-class UnextendableError(TypeError):
-    """A class that has no subclass to which its objects can be moved; the message says why."""
 
 
 @dataclass(frozen=True)
@@ -91,11 +88,22 @@ def _make_class(base: type[nn.Module], recipe: Recipe) -> type[nn.Module]:
         "__qualname__": base.__qualname__,
         "__doc__": base.__doc__,
     }
-    try:
-        made = type(base.__name__, (base,), members)
-        object.__setattr__(object.__new__(base), "__class__", made)
-    except Exception as error:  # an `__init_subclass__` may raise anything
-        raise UnextendableError(f"class {base.__name__} cannot be extended ({error})") from error
+    return extend_class(base, members)
+
+
+class _Quiet(nn.Module):
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        pass
+
+
+def extend_class(base: type[nn.Module], members: dict[str, Any]) -> type[nn.Module]:
+    """A subclass of the same name, made without a word to the metaclass and `__init_subclass__`.
+
+    They may keep a list of all classes, wrap methods, or refuse: this one is no class of the user's.
+    """
+    new = abc.ABCMeta.__new__ if isinstance(base, abc.ABCMeta) else type.__new__
+    made: type[nn.Module] = new(type(base), base.__name__, (_Quiet, base), members)
+    made.__bases__ = (base,)
     return made
 
 
@@ -122,7 +130,7 @@ def prepare_recipes(model: nn.Module, plan: Plan, chosen: set[str]) -> dict[str,
         chosen: paths of the sites to convert; the others keep their calls.
 
     Raises:
-        ValueError: a caller's class cannot be subclassed in place, or its graph is not what runs.
+        ValueError: the graph of a caller is not what runs.
     """
     recipes = {}
     for path in {s.caller for s in plan if s.path in chosen and s.way == "fx"}:
@@ -132,16 +140,7 @@ def prepare_recipes(model: nn.Module, plan: Plan, chosen: set[str]) -> dict[str,
     for caller in callers:
         sites = [site for site in own if site.caller == caller]
         recipes[caller] = make_recipe(sites, plan.calls[caller], chosen)
-        _check_class(model, caller, recipes[caller])
     return recipes
-
-
-def _check_class(model: nn.Module, caller: str, recipe: Recipe) -> None:
-    try:
-        rewritten_class(type_before_parametrizations(model.get_submodule(caller)), recipe)
-    except UnextendableError as error:
-        path = caller or "the model"
-        raise ValueError(f"{path}: its {error}; leave it out with exclude={caller!r}.") from error
 
 
 def make_recipe(sites: Sequence[Site], calls: CallerCode, chosen: set[str]) -> Recipe:
@@ -211,8 +210,6 @@ def check_edits(
             rewritten_class(base, make_recipe(own, calls[caller], {site.path for site in own}))
         except (UneditableError, SyntaxError) as error:
             unfit |= {site.path: str(error) for site in own}
-        except UnextendableError:  # `convert` says so
-            continue
     return [
         replace(site, way="intercept", why=unfit[site.path], route=None)
         if site.path in unfit

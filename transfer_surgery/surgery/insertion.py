@@ -16,6 +16,7 @@ from transfer_surgery.sites import (
     Plan,
     Recipe,
     edit_graph,
+    extend_class,
     restore_graph,
     rewritten_class,
 )
@@ -176,7 +177,9 @@ def _with_ancestor(cls: type[Any], old: type[Any], new: type[Any]) -> type[Any]:
     if cls is old:
         return new
     members = {k: v for k, v in vars(cls).items() if k not in ("__dict__", "__weakref__")}
-    return type(cls.__name__, (_with_ancestor(cls.__bases__[0], old, new),), members)
+    made = extend_class(_with_ancestor(cls.__bases__[0], old, new), members)
+    made.__name__ = cls.__name__
+    return made
 
 
 def _device(caller: nn.Module, default: torch.device) -> torch.device:
