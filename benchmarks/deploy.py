@@ -14,10 +14,8 @@ CIFAR-10; without it torchvision downloads the images.
 
 from __future__ import annotations
 
-import copy
 import os
 import time
-import warnings
 from pathlib import Path
 from typing import Annotated
 
@@ -33,23 +31,22 @@ from deploy_networks import (
     train_network,
     training_seconds,
 )
-from deploy_table import Latency, Recipe, Result, fill, published, read_results, write_json
-from everyday_swaps import train as train_with_labels
-from pretrained import calibration, print_commands
+from deploy_table import Latency, Recipe, Result, fill, published, read_results
 from rich.console import Console
 from sparsity import share_of_zeros
+from study import (
+    calibration,
+    changed_answers,
+    machine_note,
+    print_commands,
+    swapped,
+    train_with_labels,
+    write_json,
+)
 from torch import Tensor, nn
 
-from transfer_surgery import (
-    MatchWarning,
-    bake,
-    convert,
-    distill,
-    fold_targets,
-    match_targets,
-    swap_targets,
-)
-from transfer_surgery.cli.finetuning.images import ImageData, Unlabelled
+from transfer_surgery import distill
+from transfer_surgery.cli.finetuning.images import Unlabelled
 from transfer_surgery.cli.finetuning.training import Machine, predict
 
 PAGE = Path(__file__).parents[1] / "docs" / "deploy.md"
@@ -101,9 +98,10 @@ def run(
     images: Annotated[
         int, typer.Option(min=1, help="Number of unlabelled images for matching.")
     ] = 1024,
-    loss: Annotated[str, typer.Option(help="Loss of distilling.")] = "kl",
-    variation: Annotated[float, typer.Option(help="Variation of distilling.")] = 0.0,
     offset: Annotated[str, typer.Option(help="Offsets of targets: none, fitted.")] = "none",
+    gates: Annotated[
+        str, typer.Option(help="Sigmoids of squeeze-and-excitation: kept, hardsigmoid.")
+    ] = "kept",
     seed: int = 0,
     threads: Threads = 1,
     limit: Limit = None,
@@ -111,9 +109,7 @@ def run(
     folder: Folder = RESULTS,
 ) -> None:
     """One recipe."""
-    recipe = Recipe(
-        network, start, lesson, steps, lr, images, loss, variation, offset, seed
-    )  # fmt: skip
+    recipe = Recipe(network, start, lesson, steps, lr, images, offset, gates, seed)
     torch.set_num_threads(threads)
     machine = Machine.choose("cpu")
     data = load_data(machine.device, limit)
@@ -171,14 +167,11 @@ def table(
 def study(recipe: Recipe, data: Data, machine: Machine, cache: Path, threads: int) -> Result:
     teacher = machine.place(load_trained(recipe.network, cache))
     torch.manual_seed(recipe.seed)
-    unlabelled = ImageData(data.train, data.test, classes=10)
-    batches = calibration(unlabelled, recipe.images, recipe.seed)
+    batches = calibration(data.train, recipe.images, recipe.seed)
 
     # Make the network.
     begun = time.process_time()
-    model, left = swapped(recipe, teacher, data, batches)
-    if recipe.lesson == "labels":
-        train_with_labels(model, data.train, recipe.steps, recipe.lr)
+    model, left = made(recipe, teacher, data, batches)
     seconds = time.process_time() - begun
     if recipe.start == "original" and recipe.lesson == "none":
         seconds = training_seconds(recipe.network, cache)
@@ -196,48 +189,42 @@ def study(recipe: Recipe, data: Data, machine: Machine, cache: Path, threads: in
         int8_error=error_of(integers, data.test),
         held_out_error=1 - held_out.accuracy,
         held_out_int8_error=error_of(integers, data.held_out),
-        changed=(now.logits.argmax(1) != original.logits.argmax(1)).double().mean().item(),
+        changed=changed_answers(now, original),
         zeros=zeros,
         left=left,
         seconds=round(seconds, 1),
-        machine=(
-            f"CPU, {threads} threads, torch {torch.__version__}, "
-            f"onnxruntime {onnxruntime.__version__}"
-        ),
+        machine=f"{machine_note(machine, threads)}, onnxruntime {onnxruntime.__version__}",
     )
 
 
-def swapped(
+def made(
     recipe: Recipe, teacher: nn.Module, data: Data, batches: list[Tensor]
 ) -> tuple[nn.Module, int]:
-    """The network without gates, and how many of its sites have fitted numbers left."""
-    model = copy.deepcopy(teacher)
-    if recipe.start == "original":
-        return model, 0
-    convert(model, "relu", source=NETWORKS[recipe.network].source, example_input=batches[0][:2])
-    if recipe.start != "plain":
-        with warnings.catch_warnings():  # a poor fit is what the study may show
-            warnings.simplefilter("ignore", MatchWarning)
-            match_targets(
-                model,
-                batches,
-                refit=recipe.start == "refitted",
-                offset=recipe.offset == "fitted",
-                progress=False,
-            )
-    swap_targets(model)
-    if recipe.lesson == "teacher":
-        distill(
-            model,
-            teacher,
-            Unlabelled(data.train),  # augmented
-            steps=recipe.steps,
-            loss=recipe.loss,
-            lr=recipe.lr,
-            variation=recipe.variation,
+    """The network of a recipe without gates, and how many sites have fitted numbers left."""
+    model = teacher
+    if recipe.gates == "hardsigmoid":
+        model, _ = swapped(
+            model, "sigmoid", "hardsigmoid", "matched", batches, offset=False, roles=("gating",)
         )
-    bake(model)
-    return model, sum(row.left != "" for row in fold_targets(model, batches[0][:2]).rows)
+
+    def teach(student: nn.Module) -> None:
+        augmented = Unlabelled(data.train)
+        # The images vary already.
+        settings = {"steps": recipe.steps, "lr": recipe.lr, "loss": "kl", "variation": 0.0}
+        distill(student, teacher, augmented, **settings)
+
+    model, left = swapped(
+        model,
+        NETWORKS[recipe.network].source,
+        "relu",
+        recipe.start,
+        batches,
+        offset=recipe.offset == "fitted",
+        teach=teach if recipe.lesson == "teacher" else None,
+    )
+    if recipe.lesson == "labels":
+        train_with_labels(model, data.train, recipe.steps, recipe.lr)
+    return model, left
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import timm
 import torch
+from study import BATCH
 from torch import nn
 from yolo_backbone import YoloBackbone
 
@@ -19,8 +20,6 @@ from transfer_surgery.cli.finetuning.checkpoint import Checkpoint, state_of
 from transfer_surgery.cli.finetuning.images import ImageData, MemoryLoader, load_cifar10
 from transfer_surgery.cli.finetuning.training import Machine, train
 from transfer_surgery.files import replace_file
-
-BATCH = 128
 
 
 @dataclass(frozen=True)

@@ -6,9 +6,10 @@ import json
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from statistics import mean, stdev
+from statistics import mean
 
 from markdown_page import fill_blocks, markdown_table
+from study import percent
 
 EPOCH = 351  # steps of 128 images
 
@@ -24,9 +25,8 @@ class Recipe:
         steps: number of training steps.
         lr: highest learning rate.
         images: number of unlabelled images for matching.
-        loss: of distilling.
-        variation: of distilling.
         offset: ``none``, or ``fitted`` where targets have one.
+        gates: what the sigmoids of squeeze-and-excitation are: ``kept``, or ``hardsigmoid``.
         seed: of the images for matching and of the training.
     """
 
@@ -36,9 +36,8 @@ class Recipe:
     steps: int = 0
     lr: float = 1e-3
     images: int = 1024
-    loss: str = "kl"
-    variation: float = 0.0
     offset: str = "none"
+    gates: str = "kept"
     seed: int = 0
 
     @property
@@ -100,6 +99,8 @@ def published(network: str, seeds: int = 3) -> Iterator[tuple[str, Recipe]]:
     yield "matched", Recipe(network, "matched")
     yield "refitted", Recipe(network, "refitted")
     yield "refitted, with offsets", Recipe(network, "refitted", offset="fitted")
+    if network == "efficientnet":  # mobilenetv3 has hardsigmoids, the others no sigmoids
+        yield "refitted, hardsigmoids", Recipe(network, gates="hardsigmoid")
     for seed in range(seeds):
         yield "refitted, distilled", replace(distilled, seed=seed)
     yield "refitted, distilled for three epochs", replace(distilled, steps=3 * EPOCH)
@@ -113,11 +114,6 @@ def read_results(folder: Path) -> list[Result | Latency]:
     times = [json.loads(file.read_text()) for file in sorted(folder.glob("latency/*.json"))]
     results = [Result(**{**values, "recipe": Recipe(**values["recipe"])}) for values in found]
     return [*results, *(Latency(**values) for values in times)]
-
-
-def write_json(value: Result | Latency, file: Path) -> None:
-    file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text(json.dumps(asdict(value), indent=1) + "\n")
 
 
 def fill(page: str, found: Iterable[Result | Latency]) -> str:
@@ -168,8 +164,8 @@ def _errors(results: Sequence[Result]) -> str:
     lines = [
         [
             label,
-            *(_share([getattr(r, key) for r in seeds], 2) for key in ("error", "int8_error")),
-            *(_share([getattr(r, key) for r in seeds], 1) for key in ("changed", "zeros")),
+            *(percent([getattr(r, key) for r in seeds], 2) for key in ("error", "int8_error")),
+            *(percent([getattr(r, key) for r in seeds], 1) for key in ("changed", "zeros")),
             f"{seeds[0].left} sites" if seeds[0].recipe.start in ("matched", "refitted") else "-",
             f"{mean(r.seconds for r in seeds) / 60:.1f}",
         ]
@@ -211,8 +207,3 @@ def _settings(results: Sequence[Result]) -> str:
         for result in sorted(results, key=lambda result: result.recipe.name)
     ]
     return markdown_table(head, lines)
-
-
-def _share(values: Sequence[float], digits: int) -> str:
-    spread = f" ± {100 * stdev(values):.{digits}f}" if len(values) > 1 else ""
-    return f"{100 * mean(values):.{digits}f}{spread} %"

@@ -10,13 +10,8 @@ The folder named by TRANSFER_SURGERY_DATA must have MNIST.
 
 from __future__ import annotations
 
-import copy
-import json
 import os
 import time
-import warnings
-from dataclasses import asdict
-from itertools import chain, islice, repeat
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -27,22 +22,20 @@ import typer
 from everyday_table import PAGE, RESULTS, STARTS, Result, Row, fill, read_results
 from rich.console import Console
 from sparsity import share_of_zeros
-from torch import Tensor, nn
-from torch.optim.lr_scheduler import OneCycleLR
+from study import (
+    BATCH,
+    changed_answers,
+    machine_note,
+    swapped,
+    train_with_labels,
+    write_json,
+)
+from torch import nn
 from torchvision.datasets import MNIST
 
-from transfer_surgery import (
-    MatchWarning,
-    bake,
-    convert,
-    fold_targets,
-    match_targets,
-    swap_targets,
-)
 from transfer_surgery.cli.finetuning.images import MemoryLoader, Preprocessing
 from transfer_surgery.cli.finetuning.training import Machine, predict
 
-BATCH = 128
 TRAIN_LR, TUNE_LR = 4e-3, 2e-4
 console = Console()
 app = typer.Typer(help=__doc__.split("\n")[0], add_completion=False)
@@ -93,24 +86,25 @@ def run(
     machine = Machine.choose()
     train_images, test_images = mnist(machine, limit)
     teacher = machine.place(NETWORKS[swap]())
-    train(teacher, train_images, steps, TRAIN_LR)
+    train_with_labels(teacher, train_images, steps, TRAIN_LR)
     batches = [x for x, _ in train_images][: -(-images // BATCH)]
     some = [x for x, _ in test_images][:8]
     original = predict(teacher, test_images, machine)
     rows = []
     for start in STARTS:
         begun = time.perf_counter()
-        model, left = swapped(teacher, swap, start, batches)
+        source, target = swap.split("-")[:2]
+        model, left = swapped(teacher, source, target, start, batches)
         seconds = time.perf_counter() - begun
         before = predict(model, test_images, machine)
         zeros = share_of_zeros(model, some)
         torch.manual_seed(seed)  # the same batches for each start
-        train(model, train_images, tune_steps, TUNE_LR)
+        train_with_labels(model, train_images, tune_steps, TUNE_LR)
         after = predict(model, test_images, machine)
         row = Row(
             start,
             error=1 - before.accuracy,
-            changed=(before.logits.argmax(1) != original.logits.argmax(1)).double().mean().item(),
+            changed=changed_answers(before, original),
             zeros=zeros,
             tuned_error=1 - after.accuracy,
             tuned_zeros=share_of_zeros(model, some),
@@ -119,11 +113,9 @@ def run(
         )
         console.print(f"{swap} {start}: {row.error:.2%}, fine-tuned {row.tuned_error:.2%}")
         rows.append(row)
-    where = torch.cuda.get_device_name() if machine.device.type == "cuda" else "CPU"
-    label = f"{where}, {threads} threads, torch {torch.__version__}"
+    label = machine_note(machine, threads)
     result = Result(swap, seed, steps, tune_steps, images, rows, label)
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / f"{swap}-seed{seed}.json").write_text(json.dumps(asdict(result), indent=1) + "\n")
+    write_json(result, folder / f"{swap}-seed{seed}.json")
 
 
 @app.command()
@@ -145,36 +137,6 @@ def mnist(machine: Machine, limit: int | None) -> tuple[MemoryLoader, MemoryLoad
         images = F.pad(data.data[:limit, None], (2,) * 4)
         loaders.append(MemoryLoader(images, data.targets[:limit], BATCH, preprocessing, training))
     return loaders[0], loaders[1]
-
-
-def swapped(
-    teacher: nn.Module, swap: str, start: str, batches: list[Tensor]
-) -> tuple[nn.Module, int]:
-    """The network without gates, and how many of its sites have fitted numbers left."""
-    model = copy.deepcopy(teacher)
-    if start == "original":
-        return model, 0
-    source, target = swap.split("-")[:2]
-    convert(model, target, source=source, example_input=batches[0][:2])
-    if start != "plain":
-        with warnings.catch_warnings():  # a poor fit is what the study may show
-            warnings.simplefilter("ignore", MatchWarning)
-            match_targets(model, batches, refit=start == "refitted")
-    bake(swap_targets(model))
-    return model, sum(row.left != "" for row in fold_targets(model, batches[0][:2]).rows)
-
-
-def train(model: nn.Module, loader: MemoryLoader, steps: int, lr: float) -> None:
-    """Train with the labels."""
-    optimizer = torch.optim.AdamW(model.parameters(), lr, weight_decay=0.05)
-    scheduler = OneCycleLR(optimizer, lr, total_steps=steps, cycle_momentum=False)
-    model.train()
-    for images, labels in islice(chain.from_iterable(repeat(loader)), steps):
-        loss = F.cross_entropy(model(images), labels)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        scheduler.step()
 
 
 if __name__ == "__main__":

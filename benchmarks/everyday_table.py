@@ -6,9 +6,10 @@ import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import mean, stdev
+from statistics import mean
 
 from markdown_page import block_names, fill_blocks, markdown_table
+from study import percent
 
 PAGE = Path(__file__).parents[1] / "docs" / "everyday.md"
 RESULTS = Path(__file__).with_name("results") / "everyday"
@@ -89,7 +90,7 @@ def _table(runs: Sequence[Result]) -> str:
             ("tuned_error", 2),
             ("tuned_zeros", 1),
         )
-        cells = [_share([getattr(row, name) for row in rows], n) for name, n in columns]
+        cells = [percent([getattr(row, name) for row in rows], n) for name, n in columns]
         left = "-" if start in ("original", "plain") else f"{mean(r.left for r in rows):.0f} sites"
         cells_of.append([start, *cells, left, f"{mean(row.seconds for row in rows):.0f}"])
     one = runs[0]
@@ -98,8 +99,3 @@ def _table(runs: Sequence[Result]) -> str:
     machines = "; ".join(sorted({run.machine for run in runs}))
     note = f"{seeds}; {about} for matching; {machines}."
     return f"{markdown_table(_HEAD, cells_of)}\n\n{note}"
-
-
-def _share(values: Sequence[float], digits: int) -> str:
-    spread = f" ± {100 * stdev(values):.{digits}f}" if len(values) > 1 else ""
-    return f"{100 * mean(values):.{digits}f}{spread} %"

@@ -16,12 +16,9 @@ named by TRANSFER_SURGERY_DATA must have CIFAR-10 and the trained ResNets.
 from __future__ import annotations
 
 import copy
-import json
 import math
-import shlex
 import sys
 import time
-from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from itertools import pairwise
 from pathlib import Path
@@ -37,12 +34,12 @@ from cifar_resnet import trained_resnet
 from pretrained_recipes import Recipe, best_recipes, recipes, swap_recipes
 from pretrained_table import Result, fill, read_results
 from pretrained_training import train
+from study import BATCH, calibration, machine_note, print_commands, write_json
 
 from transfer_surgery import HardConcrete, Line, convert, match_targets, swap_targets
-from transfer_surgery.cli.finetuning.images import ImageData, MemoryLoader, load_cifar10
+from transfer_surgery.cli.finetuning.images import load_cifar10
 from transfer_surgery.cli.finetuning.training import Machine, predict
 
-BATCH = 128
 PAGE = Path(__file__).parents[1] / "docs" / "pretrained.md"
 RESULTS = Path(__file__).with_name("results")
 console = Console()
@@ -96,8 +93,7 @@ def run(
     )  # fmt: skip
     torch.set_num_threads(threads)
     result = study(recipe, threads, compiled, cache)
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / f"{recipe.name}.json").write_text(json.dumps(asdict(result), indent=1) + "\n")
+    write_json(result, folder / f"{recipe.name}.json")
     console.print(f"{recipe.name}: {result.error:.2%}")
 
 
@@ -130,16 +126,6 @@ def swaps(
     print_commands(swap_recipes(epochs), folder, context.args)
 
 
-def print_commands(recipes: Iterable[Recipe], folder: Path, options: Sequence[str]) -> None:
-    """A shell command for each recipe that has no file yet."""
-    for recipe in recipes:
-        if not (folder / f"{recipe.name}.json").exists():
-            # xargs takes one level of quotes away, and the shell the other.
-            own = [f"--{k} {shlex.quote(shlex.quote(str(v)))}" for k, v in asdict(recipe).items()]
-            done = f"--threads 1 --folder {folder} {' '.join(options)}".rstrip()
-            print(f"{sys.executable} {sys.argv[0]} run {' '.join(own)} {done}")
-
-
 @app.command()
 def table(
     page: Annotated[
@@ -160,12 +146,11 @@ def study(recipe: Recipe, threads: int, compiled: bool, cache: Path | None) -> R
     data = load_cifar10(batch_size=BATCH, device=machine.device)
     teacher = machine.place(trained_resnet(recipe.depth))
     torch.manual_seed(recipe.seed)
-    batches = calibration(data, recipe.images, recipe.seed)
+    batches = calibration(data.train, recipe.images, recipe.seed)
     model, match_seconds = prepared(recipe, teacher, batches, cache)
     begun = time.perf_counter()
     losses, transferred = train(recipe, model, teacher, batches, data, compiled)
     done = time.perf_counter()
-    where = torch.cuda.get_device_name() if machine.device.type == "cuda" else "CPU"
     how = ", compiled" if compiled and recipe.steps else ""
     return Result(
         recipe,
@@ -174,7 +159,7 @@ def study(recipe: Recipe, threads: int, compiled: bool, cache: Path | None) -> R
         match_seconds=round(match_seconds, 1),
         train_seconds=round(done - begun, 1),
         losses=[round(x, 4) if math.isfinite(x) else None for x in in_parts(losses, 20)],
-        machine=f"{where}, {threads} threads, torch {torch.__version__}{how}",
+        machine=f"{machine_note(machine, threads)}{how}",
     )
 
 
@@ -214,16 +199,6 @@ def prepare(recipe: Recipe, teacher: nn.Module, batches: list[Tensor]) -> nn.Mod
     if recipe.transfer == "hard" and not recipe.keep:
         swap_targets(model)
     return model
-
-
-def calibration(data: ImageData, number: int, seed: int) -> list[Tensor]:
-    """Training images as they are, without crops, flips and labels."""
-    train = data.train
-    assert isinstance(train, MemoryLoader)
-    order = torch.randperm(len(train.labels), generator=torch.Generator().manual_seed(seed))
-    chosen = order[:number].to(train.images.device)
-    plain = MemoryLoader(train.images[chosen], train.labels[chosen], BATCH, train.preprocessing)
-    return [images for images, _ in plain]
 
 
 def in_parts(values: list[float], parts: int) -> list[float]:
