@@ -99,7 +99,7 @@ class _Quiet(nn.Module):
 def extend_class(base: type[nn.Module], members: dict[str, Any]) -> type[nn.Module]:
     """A subclass of the same name, made without a word to the metaclass and `__init_subclass__`.
 
-    They may keep a list of all classes, wrap methods, or refuse: this one is no class of the user's.
+    They may keep a list of all classes, wrap methods, or refuse; this is no class of the user's.
     """
     new = abc.ABCMeta.__new__ if isinstance(base, abc.ABCMeta) else type.__new__
     made: type[nn.Module] = new(type(base), base.__name__, (_Quiet, base), members)

@@ -219,10 +219,9 @@ class Observer(TorchFunctionMode):
         frame, location, caller = self._place()
         module, is_known = frame.module, id(caller) in self._paths
         if frame is self._around or (caller is not module and is_known):
-            reason = listed = OUTSIDE
+            listed = OUTSIDE
             module = caller if is_known else module
-        else:
-            reason = frame.why_not(x, caller) or listed
+        reason = listed if listed == OUTSIDE else frame.why_not(x, caller) or listed
         draw = frame.draw_key if listed is None else frame.draw_listed_key
         kind = "method" if getattr(Tensor, func.__name__, None) is func else "function"
         event = Event(
