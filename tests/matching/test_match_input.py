@@ -67,6 +67,25 @@ def test_in_inference_mode_the_targets_can_be_trained_later():
     assert model[1].fitted.a.grad.abs().sum() > 0
 
 
+class Counts(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3))
+        self.register_buffer("count", torch.zeros(()))
+
+    def forward(self, x):
+        with torch.inference_mode(self.count.is_inference()):
+            self.count.add_(1)
+        return self.layers(x)
+
+
+def test_what_was_made_in_inference_mode_is_as_it_was_afterwards():
+    with torch.inference_mode():
+        model = Counts()
+    match_targets(convert(model, example_input=X), [X], refit=True)
+    assert model.count == 0
+
+
 @pytest.mark.parametrize("in_place", [False, True])
 def test_of_a_compiled_model_the_same_is_found(in_place):
     plain, model = network(), network()

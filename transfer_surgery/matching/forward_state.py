@@ -125,7 +125,7 @@ def _is_small_state(value: Any) -> bool:
         isinstance(value, Tensor)
         and not isinstance(value, nn.Parameter)
         and value.layout == torch.strided
-        and not (value.is_meta or value.is_quantized or value.is_inference())
+        and not (value.is_meta or value.is_quantized)
         and value.numel() <= _LARGEST
     )
 
@@ -143,8 +143,7 @@ def _changes(found: Any, old: Any) -> Iterator[tuple[_Place, Any]]:
             yield _Place(found.get_state, found.set_state), old
     elif isinstance(found, Tensor):
         if not torch.equal(found, old):
-            data = found.detach()
-            yield _Place(data.clone, data.copy_), old
+            yield _Place(found.detach().clone, partial(_overwrite, found)), old
     elif isinstance(found, dict):
         for key in list(dict.fromkeys([*old, *found])):
             if found.get(key, _MISSING) is not old.get(key, _MISSING):
@@ -159,6 +158,12 @@ def _differ(new: Any, old: Any) -> bool:
     if isinstance(new, tuple | list):
         return any(_differ(a, b) for a, b in zip(new, old, strict=True))
     return bool((new != old).any()) if hasattr(new, "any") else bool(new != old)
+
+
+@torch.no_grad()
+def _overwrite(tensor: Tensor, value: Tensor) -> None:
+    with torch.inference_mode(tensor.is_inference()):
+        tensor.copy_(value)
 
 
 def _put(container: dict[Any, Any], key: Any, value: Any) -> None:
