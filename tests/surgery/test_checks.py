@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from tests.helpers.promises import Body, X, assert_every_promise, assert_refused
-from transfer_surgery import find_activations
+from transfer_surgery import convert, find_activations
 
 
 @pytest.mark.filterwarnings("ignore:`torch.jit")
@@ -65,3 +65,20 @@ def test_a_model_that_cannot_be_copied_is_refused():
     model = Body()
     model.lock = threading.Lock()
     assert_refused(model, TypeError, r"^Body cannot be deep-copied .* Make it deep-copyable")
+
+
+@pytest.mark.parametrize("other", [nn.Sequential(nn.Linear(4, 4), nn.ReLU()), nn.Identity()])
+def test_a_plan_of_another_model_is_refused(other):
+    plan = find_activations(nn.Sequential(nn.Linear(4, 4), nn.SiLU()), X)
+    before = list(other.children())
+    with pytest.raises(ValueError, match=r"the plan is of another model: it has a \w+ at '1?'"):
+        convert(other, plan=plan)
+    assert list(other.children()) == before
+
+
+def test_gates_that_are_made_in_inference_mode_can_be_trained():
+    model = Body()
+    with torch.inference_mode():
+        convert(model, example_input=X)
+    model.train()(X).sum().backward()
+    torch.optim.SGD(model.parameters(), lr=1.0).step()

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
+from typing import Any
 
 from torch import nn
 from torch.nn.parameter import is_lazy
 
+from transfer_surgery.sites import Plan
 from transfer_surgery.units import GatedActivation
 
 # By name: importing torch.distributed.fsdp to compare classes would take longer than `convert`.
@@ -42,6 +45,24 @@ def check_model(model: nn.Module) -> None:
                 "first, or convert once with all sites."
             )
         _check_values(where, module)
+
+
+def check_plan(model: nn.Module, plan: Plan) -> None:
+    """Raise where a plan is of another model.
+
+    Raises:
+        ValueError: a site's caller or activation module is not there, or is of another type.
+    """
+    for site in plan:
+        for path, kind in ((site.caller, site.caller_type), (site.module, site.module_type)):
+            found: Any = path
+            with contextlib.suppress(AttributeError):
+                found = None if path is None else type(model.get_submodule(path))
+            if found is not kind:
+                raise ValueError(
+                    f"the plan is of another model: it has a {kind.__name__} at {path!r}, this "
+                    f"{type(model).__name__} has none. Call find_activations with this model."
+                )
 
 
 def check_no_gates(model: nn.Module) -> None:

@@ -13,7 +13,7 @@ from transfer_surgery._arguments import check_arguments
 from transfer_surgery._sharding import check_not_sharded
 from transfer_surgery.activations import Activation, get_target
 from transfer_surgery.sites import Plan, find_activations, prepare_recipes, stages_of
-from transfer_surgery.surgery.checks import check_model
+from transfer_surgery.surgery.checks import check_model, check_plan
 from transfer_surgery.surgery.encoder_fast_path import reopen_fused_paths
 from transfer_surgery.surgery.insertion import insert_units, restore_caller, swap_children
 from transfer_surgery.units import (
@@ -30,6 +30,7 @@ from transfer_surgery.units import (
 )
 
 
+@torch.inference_mode(False)  # the gates may be trained
 def convert(
     model: nn.Module,
     target: str | Activation = "sin",
@@ -75,7 +76,7 @@ def convert(
 
     Raises:
         ValueError: nothing to convert, an unknown name, a pattern that matches nothing, a model
-            that is already converted. The model is then unchanged.
+            that is already converted, a plan of another one. The model is then unchanged.
         TypeError: a model that cannot be examined.
 
     Source: Eq. 1 and section 3.4 of the paper.
@@ -93,6 +94,8 @@ def convert(
     kernel_choice()  # a mistake in the environment would end the first training step
     target, settings = get_target(target), gate_settings(gate)
     include, exclude = (p if p is None else as_patterns(p, model) for p in (include, exclude))
+    if plan is not None:
+        check_plan(model, plan)
     whole = plan if plan is not None else find_activations(model, example_input)
     for failure in whole.failures:
         warnings.warn(failure, RuntimeWarning, stacklevel=2)
