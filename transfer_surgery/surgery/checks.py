@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-from typing import Any
 
 from torch import nn
 from torch.nn.parameter import is_lazy
@@ -55,10 +54,10 @@ def check_plan(model: nn.Module, plan: Plan) -> None:
     """
     for site in plan:
         for path, kind in ((site.caller, site.caller_type), (site.module, site.module_type)):
-            found: Any = path
+            found = None
             with contextlib.suppress(AttributeError):
-                found = None if path is None else type(model.get_submodule(path))
-            if found is not kind:
+                found = type(model.get_submodule(path or ""))
+            if kind is not None and found is not kind:
                 raise ValueError(
                     f"the plan is of another model: it has a {kind.__name__} at {path!r}, this "
                     f"{type(model).__name__} has none. Call find_activations with this model."
