@@ -2,6 +2,7 @@
 
 import copy
 import gc
+import importlib
 import importlib.util
 import inspect
 import pickle
@@ -10,6 +11,7 @@ import sys
 import traceback
 import warnings
 import weakref
+import zipfile
 
 import pytest
 import torch
@@ -207,6 +209,14 @@ def test_another_function_with_an_activation_among_several_is_warned_of():
     model = convert(Varying().eval(), example_input=(X, [helper, torch.neg]))
     with pytest.warns(RuntimeWarning, match="late is called where another function was"):
         model(X, [helper, late])
+
+
+def test_a_module_in_an_archive_has_its_source_from_its_loader(tmp_path, monkeypatch):
+    with zipfile.ZipFile(tmp_path / "archive.zip", "w") as archive:
+        archive.writestr("in_an_archive.py", FILE)
+    monkeypatch.syspath_prepend(tmp_path / "archive.zip")
+    model = importlib.import_module("in_an_archive").Net()
+    assert {site.way for site in find_activations(model, X)} == {"edit"}
 
 
 def late(x):

@@ -11,6 +11,7 @@ import __future__
 import ast
 import functools
 import linecache
+import sys
 from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -127,7 +128,7 @@ def read_function(code: CodeType, module: str) -> Function:
     Raises:
         NoSourceError: there is no source, or it is not what runs.
     """
-    file = _read_file(code.co_filename)
+    file = _read_file(code.co_filename, getattr(sys.modules.get(module), "__dict__", {}))
     if (code, module) not in file.functions:
         file.functions[code, module] = _extract(file, code, module)
     return file.functions[code, module]
@@ -191,9 +192,9 @@ class _File:
         return min(nodes, key=lambda node: (node.end_lineno or 0, -node.col_offset))
 
 
-def _read_file(name: str) -> _File:
+def _read_file(name: str, space: dict[str, Any]) -> _File:
     linecache.checkcache(name)  # reads the file again if it has changed
-    lines = linecache.getlines(name)
+    lines = linecache.getlines(name, space)  # its loader knows what is in an archive
     if not lines:
         raise NoSourceError(f"there is no source for {name}")
     read, file = _FILES.get(name, (None, None))
