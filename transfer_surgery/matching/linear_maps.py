@@ -156,4 +156,5 @@ def _by_group(x: Tensor, axis: int, groups: int) -> Tensor:
 
 
 def _wide(x: Tensor) -> Tensor:
-    return x.to(torch.promote_types(x.dtype, torch.float32))
+    """In float32 or wider, where it is no index."""
+    return x.to(torch.promote_types(x.dtype, torch.float32)) if x.is_floating_point() else x

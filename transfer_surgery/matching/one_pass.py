@@ -76,7 +76,8 @@ class OnePass:
         with failing_together():
             seen = self.networks.with_gradients_if_needed(lambda: self._look(state, layers, left))
         left |= dict.fromkeys(seen.read_elsewhere, "has a weight that something else reads, too")
-        check_the_same(self._names(seen.calls), "the order of their modules")
+        summed = [module for module in seen.calls if module in seen.sums]
+        check_the_same([*map(self._names, (seen.calls, summed))], "the order of their modules")
 
         # What stands before the first site gets the same inputs as ever.
         order = list(seen.calls)
@@ -95,7 +96,9 @@ class OnePass:
         number, device = len(self.networks.batches), device_of(self.networks.model)
         self.waited = batches_that_wait(number, seen.held, device, self.max_bytes)
         self.held = 2 * seen.held * self.waited
-        both = SideBySide(self.networks, calls, state, self.waited, samples.behind, samples.before)
+        both = SideBySide(
+            self.networks, calls, seen.sums, state, self.waited, samples.behind, samples.before
+        )
         with both, progress_line(self.progress, "match", len(calls)) as tell:
             rows = list(self._fit_all(both, samples, fits, norms, check, tell))
             tell(len(calls), "")

@@ -11,9 +11,10 @@ from torch import Tensor, nn
 
 from transfer_surgery.matching.layer_refit import LayerFit
 from transfer_surgery.matching.ranks import number_of_ranks
-from transfer_surgery.matching.sample import ends_of_groups, sampled_groups
+from transfer_surgery.matching.sample import Positions, ends_of_groups, sampled_groups
 from transfer_surgery.matching.side_by_side import Call, SideBySide
 from transfer_surgery.matching.site_gradients import site_calls
+from transfer_surgery.matching.sum_map import SumMap
 from transfer_surgery.matching.two_networks import TwoNetworks
 from transfer_surgery.units import GatedActivation
 
@@ -58,6 +59,7 @@ class Samples:
         self._seeds = {module: 1000 * index for index, module in enumerate(calls)}
         self._shapes: dict[Any, Any] = {}
         self._weights: dict[Any, Tensor] = {}
+        self._sums: dict[Any, SumMap | None] = {}
         self.routed: set[nn.Module] = set()
         """Modules that get other inputs in the two networks, as experts get other tokens."""
 
@@ -81,8 +83,8 @@ class Samples:
         self._shapes[call[:3]] = (given[0].shape, output.shape)
         if isinstance(call.module, GatedActivation):
             return self._groups(call, output)
-        fit = self._fits[call.module]
-        return fit.map.outputs(output, self._positions(call, output.shape))
+        layer, positions = self._fits[call.module].map, self._positions(call, output.shape)
+        return layer.outputs(output, positions) + self._of_sum(call, output.shape, positions)
 
     def before(self, call: Call) -> tuple[Tensor, ...]:
         """Of an input of the other network; for a site also of its source's output, and ends."""
@@ -96,17 +98,36 @@ class Samples:
             return self._groups(call, x), own, ends_of_groups(x, call.module.granularity)
         if given != x.shape:
             return (x.new_zeros(0),)
-        rows = self._fits[call.module].map.rows(x, result, self._positions(call, result))
-        return (rows,)
+        positions = self._positions(call, result)
+        rows = self._fits[call.module].map.rows(x, result, positions)
+        return rows, self._of_sum(call, result, positions)
+
+    def _of_sum(self, call: Call, shape: Any, positions: Positions) -> Tensor:
+        """What is added to an output of a layer, counted as outputs; 0 where that is not known."""
+        none = torch.zeros(())
+        if call.sum is None:
+            return none
+        key = call.module, shape
+        if key not in self._sums:
+            try:
+                self._sums[key] = SumMap(self._fits[call.module].map, call.sum.chain)
+            except ValueError:
+                self._sums[key] = None
+        found = self._sums[key]
+        return none if found is None else found.in_outputs(call.sum.other, positions)
 
     def layer_pairs(self, layer: nn.Module, both: SideBySide) -> Iterator[Pair]:
         """Let both networks come to a layer, and take the samples of its calls.
 
-        They are of no use where the layer is in `routed` at the end.
+        Where its output is added to something, what is wanted is the sum of the original network,
+        less what the output is added to now. They are of no use where the layer is in `routed` at
+        the end.
         """
         for now, wanted, _ in self._pairs(layer, both):
             if wanted is not None and layer not in self.routed:
-                yield Pair(now[0], wanted)
+                rows, in_sum = now
+                yield Pair(rows, wanted - in_sum)
+        self._sums = {key: found for key, found in self._sums.items() if key[0] is not layer}
 
     def site_pairs(self, unit: nn.Module, both: SideBySide) -> list[Pair]:
         """The same for a site. Where it is in `routed`, wanted is what its source makes of x."""

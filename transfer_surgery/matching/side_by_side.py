@@ -1,23 +1,39 @@
 """Both networks run on every batch, and wait for each other at each module that is fitted.
 
 The original network stops behind a module, the other one before it. When the module has its new
-numbers, both go on. So a fit takes one forward pass of each network.
+numbers, both go on. So a fit takes one forward pass of each network. At a layer whose output is
+added to something both stop before the sum: the other one has run the layer with its old weights
+then, and runs it again with the new ones.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import nullcontext
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from transfer_surgery.matching.block_sums import Chain, SumFollower
 from transfer_surgery.matching.forward_state import ForwardState
 from transfer_surgery.matching.thread_state import ThreadState
 from transfer_surgery.matching.two_networks import HeldGate, TwoNetworks
 from transfer_surgery.matching.waiting_forward import WaitingForward
 from transfer_surgery.units import Gate, GatedActivation
+
+
+class Sum(NamedTuple):
+    """The sum that the output of a layer goes into, before it is made.
+
+    Attributes:
+        chain: what became of the output until there.
+        other: the other summand.
+    """
+
+    chain: Chain
+    other: Tensor
 
 
 class Call(NamedTuple):
@@ -28,12 +44,14 @@ class Call(NamedTuple):
         batch: the number of the batch.
         number: of the call among those of this module on this batch.
         values: the arguments, in the original network behind the output.
+        sum: where the call is of a layer that is fitted to a sum.
     """
 
     module: nn.Module
     batch: int
     number: int
     values: list[Any]
+    sum: Sum | None = None
 
 
 Look = Callable[[Call], Any]
@@ -48,6 +66,7 @@ class SideBySide:
     Args:
         networks: both networks.
         calls: the modules to stop at and how often each is called, in the order of their calls.
+        sums: the layers among them that are fitted to a sum.
         state: what a forward pass changes in the model.
         waiting: number of batches whose forward passes wait; the others are run once more for each
             module, which takes less memory and more time.
@@ -59,13 +78,14 @@ class SideBySide:
         self,
         networks: TwoNetworks,
         calls: Mapping[nn.Module, int],
+        sums: Collection[nn.Module],
         state: ForwardState,
         waiting: int,
         look_behind: Look,
         look_before: Look,
     ) -> None:
         self._networks, self._calls, self._pending = networks, calls, set(calls)
-        self._state, self._waiting = state, waiting
+        self._state, self._waiting, self._sums = state, waiting, sums
         batches = range(len(networks.batches))
         self._original = [_Side(self, i, original=True, look=look_behind) for i in batches]
         self._other = [_Side(self, i, original=False, look=look_before) for i in batches]
@@ -140,10 +160,14 @@ class SideBySide:
 
     # ---- what the sides do
 
-    def start(self, batch: int) -> WaitingForward:
+    def start(self, batch: int, follower: SumFollower) -> WaitingForward:
         """A forward pass of the network whose turn it is, as it begins."""
-        run = self._networks.call
-        return WaitingForward(lambda: run(self._networks.batches[batch]), self.threads)
+
+        def run() -> Any:
+            with follower if self._sums else nullcontext():
+                return self._networks.call(self._networks.batches[batch])
+
+        return WaitingForward(run, self.threads)
 
     def take_turn(self, side: _Side, forward: WaitingForward, values: list[Any]) -> Any:
         """Let one side go on to its next stop; `values` is its state, which is updated."""
@@ -172,14 +196,30 @@ class SideBySide:
         return module in self._pending
 
     def _arrive(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if self.running is not None and not self.running.original and module in self._pending:
-            self.running.stop(module, [*args, *kwargs.values()])
+        side = self.running
+        if side is None or side.original or module not in self._pending or module in self._sums:
+            return
+        side.stop(module, [*args, *kwargs.values()])
 
     def _leave(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
     ) -> None:
-        if self.running is not None and self.running.original and module in self._pending:
-            self.running.stop(module, [output, *args, *kwargs.values()])
+        side = self.running
+        if side is not None and module in self._pending:
+            if module in self._sums:
+                side.follower.follow(Chain(module, args, kwargs, output))
+            elif side.original:
+                side.stop(module, [output, *args, *kwargs.values()])
+
+    def before_sum(self, chain: Chain, other: Tensor) -> None:
+        """Stop before the sum that the output of a layer goes into."""
+        side = self.running
+        assert side is not None
+        given = [*chain.args, *chain.kwargs.values()]
+        values = [chain.start, *given] if side.original else given
+        side.stop(chain.layer, values, Sum(chain, other))
+        if not side.original:
+            chain.renew()
 
 
 class _Side:
@@ -188,13 +228,14 @@ class _Side:
     def __init__(self, both: SideBySide, batch: int, *, original: bool, look: Look) -> None:
         self._both, self._batch, self.original, self._look = both, batch, original, look
         self._forward: WaitingForward | None = None
+        self.follower = SumFollower(both.before_sum)
         self._values: list[Any] = []
         self._kept: dict[nn.Module, list[Any]] = {}
 
-    def stop(self, module: nn.Module, values: list[Any]) -> None:
-        """Called in the thread of the forward pass, by a hook."""
+    def stop(self, module: nn.Module, values: list[Any], sum: Sum | None = None) -> None:
+        """Called in the thread of the forward pass, by a hook or at a sum."""
         assert self._forward is not None
-        self._forward.stop((module, values))
+        self._forward.stop((module, values, sum))
 
     def upto(self, module: nn.Module, calls: int) -> list[Any]:
         """Go on until a module has been reached so many times; what is kept of these calls.
@@ -203,7 +244,7 @@ class _Side:
         of this one, it is of no use to the network that changes: it starts again the next time.
         """
         if self._forward is None:
-            self._forward = self._both.start(self._batch)
+            self._forward = self._both.start(self._batch, self.follower)
             self._values, self._kept = self._both.start_state(), {}
         while len(self._kept.get(module, ())) < calls and self._go_on():
             pass
@@ -220,10 +261,10 @@ class _Side:
         seen = self._both.take_turn(self, self._forward, self._values)
         if seen is None:
             return False
-        module, values = seen
+        module, *values = seen
         kept = self._kept.setdefault(module, [])
         with torch.no_grad():
-            kept.append(self._look(Call(module, self._batch, len(kept), values)))
+            kept.append(self._look(Call(module, self._batch, len(kept), *values)))
         return True
 
     def close(self) -> None:
