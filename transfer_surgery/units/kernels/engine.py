@@ -158,11 +158,25 @@ class Engine:
                     return plain(*(next(given) if need else t for t, need in every))
 
                 some = [t for t, need in zip(tensors, needed, strict=True) if need]
-                found: Sequence[Tensor] = torch.func.vjp(of_needed, *some)[1](grad)
-                return found
+                each = [_for_each_example(t, grad) for t in some]
+                found = torch.func.vjp(of_needed, *each)[1](grad)
+                return [y.sum_to_size(t.shape) for y, t in zip(found, some, strict=True)]
 
             self.compiled = _compile(value), _compile(gradients)
         return self.compiled
+
+
+def _for_each_example(t: Tensor, like: Tensor) -> Tensor:
+    """``t`` with one copy for each example, where that is small.
+
+    The gradient of a gate is a sum over all its elements. Summed over each example first, it is
+    taken along in the loop that computes the gradient of the input; inductor would else read the
+    input and the gradient once more for it.
+    """
+    shape = (1,) * (like.dim() - t.dim()) + t.shape
+    if like.dim() > 1 and shape[0] == shape[-1] == 1:
+        return t.expand(like.shape[0], *shape[1:])
+    return t
 
 
 def _compile(function: Any) -> Callable[..., Any]:
