@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from transfer_surgery import convert, match_targets, swap_targets
+from transfer_surgery import convert, match_targets, sensitivity, swap_targets
 from transfer_surgery.matching import samples
 from transfer_surgery.matching.layer_refit import RIDGES
 from transfer_surgery.matching.one_pass import RIDGE
@@ -194,13 +194,17 @@ def test_what_a_forward_pass_leaves_behind_is_neither_mixed_up_nor_left():
     torch.manual_seed(0)
     model, x = Remembers().eval(), torch.randn(256, 4)
     convert(model, example_input=x[:2].clone())
-    one, two = copy.deepcopy(model), copy.deepcopy(model)
+    one, two, unfitted = (copy.deepcopy(model) for _ in range(3))
     batches = x.clone().split(64)
     random = torch.get_rng_state()
     match_targets(one, batches, refit=True)
+    match_targets(unfitted, batches)
+    sensitivity(unfitted, batches)
     assert torch.equal(torch.get_rng_state(), random)
-    assert (one.calls, one.count.item(), one.kept) == (model.calls, model.count.item(), model.kept)
-    assert not hasattr(one, "noise")
+    for net in (one, unfitted):
+        left = net.calls, net.count.item(), net.kept
+        assert left == (model.calls, model.count.item(), model.kept)
+        assert not hasattr(net, "noise")
     assert torch.equal(torch.cat(batches), x)
 
     match_targets(two, batches, refit=True, max_bytes=0)  # one forward pass at a time

@@ -92,7 +92,7 @@ class OnePass:
         samples = Samples(self.networks, calls, fits)
         if self.weights == "gradient":
             samples.weigh()
-        check = OutputCheck(self.networks, seen.output, len(self.paths), self.logits)
+        check = OutputCheck(self.networks, state, seen.output, len(self.paths), self.logits)
         number, device = len(self.networks.batches), device_of(self.networks.model)
         self.waited = batches_that_wait(number, seen.held, device, self.max_bytes)
         self.held = 2 * seen.held * self.waited

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
 
 from transfer_surgery._running import kl_divergence, log_probabilities
+from transfer_surgery.matching.forward_state import ForwardState
 from transfer_surgery.matching.output_errors import (
     OutputErrors,
     logits_if_declared,
@@ -26,6 +27,7 @@ class OutputCheck:
 
     Args:
         networks: both networks.
+        state: what a forward pass changes in the model; each check begins and leaves it as it was.
         wanted: the output of the original network for the first batch.
         sites: number of sites after which the outputs are compared.
         logits: whether the outputs are logits of classes.
@@ -34,8 +36,10 @@ class OutputCheck:
         TypeError: the output has no floating tensors.
     """
 
-    def __init__(self, networks: TwoNetworks, wanted: Any, sites: int, logits: bool) -> None:
-        self._networks = networks
+    def __init__(
+        self, networks: TwoNetworks, state: ForwardState, wanted: Any, sites: int, logits: bool
+    ) -> None:
+        self._networks, self._state = networks, state
         self._batch, self._wanted = networks.batches[0], wanted
         count = example_count(self._batch)
         if count:
@@ -53,7 +57,7 @@ class OutputCheck:
 
         batch = tree_map(cut, self._batch)
         try:
-            output = self._networks.run(batch)
+            output = self._run(batch)
         except Exception:  # a graph, say, whose nodes need each other
             return None
         whole = [x for x in tree_leaves(self._wanted) if isinstance(x, Tensor)]
@@ -77,7 +81,7 @@ class OutputCheck:
             The relative squared error of each output, or None where they cannot be compared, as
             numbers of boxes that differ; and the KL divergence, if the outputs are logits.
         """
-        now = self._networks.run(self._batch, transferred, False)
+        now = self._run(self._batch, transferred, False)
         errors = OutputErrors()
         try:
             errors.add(now, self._wanted)
@@ -86,6 +90,10 @@ class OutputCheck:
         logits = [logits_if_declared(output, self._logits) for output in (now, self._wanted)]
         answers = [log_probabilities(x) for x in logits if x is not None]
         return errors.relative(), kl_divergence(*answers).item() if len(answers) == 2 else None
+
+    def _run(self, batch: Any, *network: Any) -> Any:
+        with self._state.changed_to(self._state.start):
+            return self._networks.run(batch, *network)
 
 
 def example_count(batch: Any) -> int:

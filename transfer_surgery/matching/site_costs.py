@@ -19,6 +19,7 @@ from transfer_surgery._running import (
 )
 from transfer_surgery._sharding import check_not_sharded
 from transfer_surgery._table import Column, Table
+from transfer_surgery.matching.forward_state import ForwardState
 from transfer_surgery.matching.output_errors import (
     OutputErrors,
     error_cell,
@@ -122,7 +123,7 @@ def sensitivity(
     units = select_units(model, include, exclude)
     networks = TwoNetworks(model, list(units.values()), as_batches(batches, model))
     found = {path: OutputChange(logits) for path in units}
-    with prediction_mode(model):
+    with prediction_mode(model), ForwardState(model).watch():
         for batch in networks.batches:
             wanted = networks.with_gradients_if_needed(partial(networks.run, batch))
             for path, unit in units.items():
