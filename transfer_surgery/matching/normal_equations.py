@@ -8,6 +8,7 @@ from torch import Tensor
 from transfer_surgery.matching.ranks import over_ranks
 
 _COLUMNS = 4096  # that are worked on in float64 at a time
+_BLOCK = 128  # features whose products are formed at a time: only half of a matrix is computed
 
 
 class NormalEquations:
@@ -37,7 +38,12 @@ class NormalEquations:
             weights: of the squared errors, ``(..., N)``.
         """
         weighted = (x if weights is None else x * weights[..., None]).transpose(-1, -2)
-        self.matrix = self.matrix + (weighted @ x).double()
+        products = x.new_empty(*x.shape[:-2], x.shape[-1], x.shape[-1])
+        for start in range(0, x.shape[-1], _BLOCK):
+            part, rest = slice(start, start + _BLOCK), slice(start, None)
+            products[..., part, rest] = found = weighted[..., part, :] @ x[..., rest]
+            products[..., rest, part] = found.transpose(-1, -2)
+        self.matrix = self.matrix + products.double()
         self.vector = self.vector + (weighted @ y).double()
 
     def add_over_ranks(self) -> None:
