@@ -97,10 +97,13 @@ class LinearMap:
         space = tuple(shape[-self._spatial :])
         windows = self._windows(x if x.dim() == self._spatial + 2 else x[None], space)
         taken = windows.flatten(0, self._spatial) if positions is None else windows[positions]
-        return _by_group(taken, 1, self.groups).flatten(2).transpose(0, 1)
+        return _by_group(taken.movedim(-1, 1), 1, self.groups).flatten(2).transpose(0, 1)
 
     def _windows(self, x: Tensor, space: tuple[int, ...]) -> Tensor:
-        """A view ``(N, positions ..., channels, kernel ...)`` of the padded input."""
+        """A view ``(N, positions ..., kernel ..., channels)`` of the padded input.
+
+        The channels of a pixel lie side by side: so windows are copied several times as fast.
+        """
         layer = self._layer
         stride = layer.stride
         if self._transposed:
@@ -109,16 +112,16 @@ class LinearMap:
             x = F.pad(x, layer._reversed_padding_repeated_twice, layer.padding_mode)
         else:
             x = F.pad(x, self._zeros())
-        step = x.stride()[2:]
+        x = x.movedim(1, -1).contiguous()
+        step = x.stride()[1:-1]
         return x.as_strided(
-            (x.shape[0], *space, x.shape[1], *layer.kernel_size),
+            (x.shape[0], *space, *layer.kernel_size, x.shape[-1]),
             (
                 x.stride(0),
                 *(a * b for a, b in zip(step, stride, strict=True)),
-                x.stride(1),
                 *(a * b for a, b in zip(step, layer.dilation, strict=True)),
+                1,
             ),
-            x.storage_offset(),
         )
 
     def _zeros(self) -> list[int]:

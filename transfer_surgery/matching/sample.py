@@ -50,12 +50,13 @@ def sampled_groups(x: Tensor, granularity: Granularity, count: int, seed: int) -
     axes = granularity.axes(x.dim())
     rest = [size for axis, size in enumerate(x.shape) if axis not in axes]
     positions = draw_positions(rest, count, seed)
-    if positions is not None:
-        front = x.detach().movedim(axes, tuple(range(len(axes))))
-        index = (slice(None),) * len(axes) + tuple(p.to(x.device) for p in positions)
-        taken = front[index].flatten(0, -2) if axes else front[index][None]
-    else:
+    if positions is None:
         taken = granularity.group(x.detach()).clone()
+    else:
+        # All groups of a position at a time, which is several times as fast as group by group.
+        back = x.detach().movedim(axes, tuple(range(-len(axes), 0)))
+        values = back[tuple(p.to(x.device) for p in positions)]
+        taken = values.reshape(len(values), -1).t().contiguous()
     return taken.to(torch.promote_types(x.dtype, torch.float32))
 
 
