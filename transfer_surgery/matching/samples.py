@@ -18,7 +18,7 @@ from transfer_surgery.matching.sum_map import SumMap
 from transfer_surgery.matching.two_networks import TwoNetworks
 from transfer_surgery.units import GatedActivation
 
-VALUES = 2**15
+VALUES = 2**14
 """Values that a gate's target is fitted to at most, in all batches and ranks together."""
 
 _ELEMENTS = 2**26  # of all gates of a site: 256 MB in float32
@@ -86,15 +86,18 @@ class Samples:
         layer, positions = self._fits[call.module].map, self._positions(call, output.shape)
         return layer.outputs(output, positions) + self._of_sum(call, output.shape, positions)
 
-    def before(self, call: Call) -> tuple[Tensor, ...]:
-        """Of an input of the other network; for a site also of its source's output, and ends."""
+    def before(self, call: Call) -> tuple[Any, ...]:
+        """Of an input of the other network.
+
+        For a site also of its source's output where that has operands, and ends.
+        """
         x, *operands = call.values
         given, result = self._shapes.pop(call[:3], (None, None))
         if given != x.shape:
             self.routed.add(call.module)
         if isinstance(call.module, GatedActivation):
             used = operands[: len(call.module.source.operands)]
-            own = self._groups(call, call.module.source(x, *used))
+            own = self._groups(call, call.module.source(x, *used)) if used else None
             return self._groups(call, x), own, ends_of_groups(x, call.module.granularity)
         if given != x.shape:
             return (x.new_zeros(0),)
@@ -129,11 +132,14 @@ class Samples:
                 yield Pair(rows, wanted - in_sum)
         self._sums = {key: found for key, found in self._sums.items() if key[0] is not layer}
 
-    def site_pairs(self, unit: nn.Module, both: SideBySide) -> list[Pair]:
+    def site_pairs(self, unit: GatedActivation, both: SideBySide) -> list[Pair]:
         """The same for a site. Where it is in `routed`, wanted is what its source makes of x."""
         found = list(self._pairs(unit, both))
         if unit in self.routed:
-            return [Pair(x, own, None, ends) for (x, own, ends), _, _ in found]
+            return [
+                Pair(x, unit.source(x) if own is None else own, None, ends)
+                for (x, own, ends), _, _ in found
+            ]
         return [
             Pair(x, wanted, self._weights.get((unit, *key)), ends)
             for (x, _, ends), wanted, key in found

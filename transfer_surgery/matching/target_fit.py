@@ -13,7 +13,7 @@ from transfer_surgery.matching.normal_equations import NormalEquations
 from transfer_surgery.matching.ranks import over_ranks
 from transfer_surgery.matching.target_families import Candidate, Family
 
-_CHUNK = 2**16
+_CHUNK = 2**17
 """Elements of a feature that are worked on at a time, so that all made of them is in the cache."""
 
 _LEAST = 16  # values of each group, however many groups there are
