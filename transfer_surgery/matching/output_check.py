@@ -9,13 +9,8 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
 
-from transfer_surgery._running import kl_divergence, log_probabilities
 from transfer_surgery.matching.forward_state import ForwardState
-from transfer_surgery.matching.output_errors import (
-    OutputErrors,
-    logits_if_declared,
-    output_tensors,
-)
+from transfer_surgery.matching.output_errors import OutputChange, output_tensors
 from transfer_surgery.matching.two_networks import TwoNetworks
 from transfer_surgery.units import GatedActivation
 
@@ -82,14 +77,12 @@ class OutputCheck:
             numbers of boxes that differ; and the KL divergence, if the outputs are logits.
         """
         now = self._run(self._batch, transferred, False)
-        errors = OutputErrors()
+        change = OutputChange(self._logits)
         try:
-            errors.add(now, self._wanted)
+            change.add(now, self._wanted)
         except TypeError:
             return None, None
-        logits = [logits_if_declared(output, self._logits) for output in (now, self._wanted)]
-        answers = [log_probabilities(x) for x in logits if x is not None]
-        return errors.relative(), kl_divergence(*answers).item() if len(answers) == 2 else None
+        return change.values()[:2]
 
     def _run(self, batch: Any, *network: Any) -> Any:
         with self._state.changed_to(self._state.start):

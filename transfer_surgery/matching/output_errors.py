@@ -15,7 +15,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from transfer_surgery._running import attributes_of, logits_of
+from transfer_surgery._running import (
+    attributes_of,
+    kl_divergence,
+    log_probabilities,
+    logits_of,
+)
 
 
 def output_tensors(output: Any) -> dict[str, Tensor]:
@@ -168,3 +173,37 @@ def logits_if_declared(output: Any, declared: bool) -> Tensor | None:
     if declared or (isinstance(output, Mapping) and "logits" in output):
         return logits_of(output)
     return None
+
+
+class OutputChange:
+    """Errors of the outputs, and how far answers are apart, summed up over batches.
+
+    Args:
+        logits: whether the outputs are logits of classes.
+    """
+
+    def __init__(self, logits: bool) -> None:
+        self._declared, self._errors = logits, OutputErrors()
+        self._divergence, self._changed, self._answers = 0.0, 0, 0
+
+    def add(self, now: Any, wanted: Any) -> None:
+        """One batch of two networks' outputs.
+
+        Raises:
+            TypeError: they cannot be compared.
+        """
+        self._errors.add(now, wanted)
+        logits = logits_if_declared(now, self._declared)
+        original = logits_if_declared(wanted, self._declared)
+        if logits is not None and original is not None:
+            ours, theirs = log_probabilities(logits), log_probabilities(original)
+            self._divergence += float(kl_divergence(ours, theirs)) * len(theirs)
+            self._changed += int((ours.argmax(1) != theirs.argmax(1)).sum())
+            self._answers += len(theirs)
+
+    def values(self) -> tuple[dict[str, float], float | None, float | None]:
+        """Errors; the divergence and the share of changed answers, where there are logits."""
+        errors = self._errors.relative()
+        if not self._answers:
+            return errors, None, None
+        return errors, self._divergence / self._answers, self._changed / self._answers

@@ -55,8 +55,10 @@ def _in_other_networks(model: nn.Module) -> set[nn.Module]:
     parameters = {id(p): module for module in own for p in module._parameters.values()}
     gc.collect()  # what nobody holds any more is no network
     shared: set[nn.Module] = set()
-    for found in gc.get_objects():
-        if not issubclass(type(found), nn.Module) or found in own:
+    objects = gc.get_objects()
+    kinds = {kind for kind in set(map(type, objects)) if issubclass(kind, nn.Module)}
+    for found in objects:
+        if type(found) not in kinds or found in own:
             continue
         for parameter in vars(found).get("_parameters", {}).values():
             if parameter is not None and id(parameter) in parameters:

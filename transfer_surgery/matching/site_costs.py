@@ -11,20 +11,11 @@ from typing import Any
 from torch import nn
 
 from transfer_surgery._arguments import check_arguments
-from transfer_surgery._running import (
-    as_batches,
-    kl_divergence,
-    log_probabilities,
-    prediction_mode,
-)
+from transfer_surgery._running import as_batches, prediction_mode
 from transfer_surgery._sharding import check_not_sharded
 from transfer_surgery._table import Column, Table
 from transfer_surgery.matching.forward_state import ForwardState
-from transfer_surgery.matching.output_errors import (
-    OutputErrors,
-    error_cell,
-    logits_if_declared,
-)
+from transfer_surgery.matching.output_errors import OutputChange, error_cell
 from transfer_surgery.matching.two_networks import TwoNetworks
 from transfer_surgery.units import select_units
 
@@ -138,32 +129,3 @@ def sensitivity(
             )
         rows.append(row)
     return Sensitivity(tuple(sorted(rows, key=lambda row: row.cost)))
-
-
-class OutputChange:
-    """What a swap does to the outputs, summed up over batches.
-
-    Args:
-        logits: whether the outputs are logits of classes.
-    """
-
-    def __init__(self, logits: bool) -> None:
-        self._declared, self._errors = logits, OutputErrors()
-        self._divergence, self._changed, self._answers = 0.0, 0, 0
-
-    def add(self, now: Any, wanted: Any) -> None:
-        self._errors.add(now, wanted)
-        logits = logits_if_declared(now, self._declared)
-        original = logits_if_declared(wanted, self._declared)
-        if logits is not None and original is not None:
-            ours, theirs = log_probabilities(logits), log_probabilities(original)
-            self._divergence += float(kl_divergence(ours, theirs)) * len(theirs)
-            self._changed += int((ours.argmax(1) != theirs.argmax(1)).sum())
-            self._answers += len(theirs)
-
-    def values(self) -> tuple[dict[str, float], float | None, float | None]:
-        """Errors; the divergence and the share of changed answers, where there are logits."""
-        errors = self._errors.relative()
-        if not self._answers:
-            return errors, None, None
-        return errors, self._divergence / self._answers, self._changed / self._answers

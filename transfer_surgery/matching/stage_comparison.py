@@ -21,7 +21,7 @@ from transfer_surgery._running import (
     to_device_of,
 )
 from transfer_surgery.matching.output_check import example_count
-from transfer_surgery.matching.site_costs import OutputChange
+from transfer_surgery.matching.output_errors import OutputChange
 from transfer_surgery.matching.swap_report import SwapStage
 from transfer_surgery.matching.two_networks import TwoNetworks
 

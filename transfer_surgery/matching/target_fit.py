@@ -154,8 +154,8 @@ class TargetFit:
     def _rows(self, u: Tensor, candidate: Candidate) -> Tensor:
         w, c = (part.to(u) for part in candidate)
         features = self.family.features(u, candidate._replace(w=w, c=c))
-        # In float64: slow cosines are nearly constant, and their sums nearly cancel. The values of a
-        # feature lie side by side, which makes their products several times as fast.
+        # In float64: slow cosines are nearly constant, and their sums nearly cancel. The values of
+        # a feature lie side by side, which makes their products several times as fast.
         return torch.stack(features, 1).double().transpose(1, 2)
 
     def add_range(self, inputs: Inputs, source: Callable[[Tensor], Tensor]) -> None:
