@@ -299,7 +299,29 @@ class Settings(Parts):
         return F.leaky_relu(self.linear(x), self.slope) - 0.1
 
 
+class OfTheClass(Parts):
+    """An activation module that the class has, under a name that its children have, too."""
+
+    shared = nn.SiLU(inplace=True)
+
+    def __init__(self):
+        super().__init__()
+        self.shared = OfTheClass.shared
+
+    def forward(self, x):
+        return self.shared(self.linear(x)) - 0.1
+
+
+class AsksForType(Parts):
+    """The activation module has to stay what it is, for the code asks."""
+
+    def forward(self, x):
+        for layer in [self.linear, self.act]:
+            x = layer(x) + 0.1 * isinstance(layer, nn.ReLU)
+        return x
+
+
 NETWORKS = (Helper, Method, Private, Fixed, Property, Function, Super, Checkpoint, Decorated)
 NETWORKS += (Frozen, Partial, Twice, Steps, Lines, Shadowed, OtherFunctions)
 NETWORKS += (OwnNames, Recursive, ForeignDecorator, TwiceDecorated, Defaults, Among, Closures)
-NETWORKS += (Formula, FrozenAmong, Generators, Settings)
+NETWORKS += (Formula, FrozenAmong, Generators, Settings, OfTheClass, AsksForType)

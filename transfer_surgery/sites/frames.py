@@ -61,6 +61,13 @@ def code_of(value: Any) -> CodeType | None:
     return call.__code__ if isinstance(call, FunctionType) else None
 
 
+def names_in(code: CodeType) -> set[str]:
+    """The names and words that code, and what is written inside of it, uses."""
+    words = {one for one in code.co_consts if isinstance(one, str)}
+    inner = (names_in(one) for one in code.co_consts if isinstance(one, CodeType))
+    return words.union(code.co_names, *inner)
+
+
 def is_users(file: str) -> bool:
     """Whether a source file is neither torch's nor of this package."""
     return not file.startswith((_TORCH, _HERE))

@@ -14,14 +14,7 @@ from transfer_surgery.sites.graph import GraphRoute
 from transfer_surgery.sites.plain import is_plain
 from transfer_surgery.sites.route import Expression, Route
 from transfer_surgery.sites.site import ActivationChild
-from transfer_surgery.sites.tensor_facts import SQUASHING, is_live, origin_of
-
-NOT_LIVE = "it does not depend on the input"
-OUTSIDE = "it runs outside of forward, in a hook or in __call__; call it in forward"
-UNREGISTERED = (
-    "the module that calls it is not registered in the model; keep it in an nn.ModuleList or "
-    "nn.ModuleDict"
-)
+from transfer_surgery.sites.tensor_facts import NOT_LIVE, SQUASHING, is_live, origin_of
 
 
 @dataclass
@@ -134,6 +127,7 @@ class Frame:
     called_from: Location
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
+    is_around: bool = False  # it is no call, but all that is outside of any forward
     counter: KeyCounter = field(default_factory=KeyCounter)
     listed: KeyCounter = field(default_factory=KeyCounter)
     events: list[Event] = field(default_factory=list)
@@ -149,18 +143,6 @@ class Frame:
     def draw_listed_key(self, location: Location) -> CallKey:
         """The key of a call that is listed only: not counted with those that can be converted."""
         return CallKey(location, -1 - self.listed.key(location).number)
-
-    def why_not(self, x: Tensor, caller: nn.Module) -> str | None:
-        """Why an activation call that `caller` makes on x has no gates; None where it may."""
-        if not is_live(x):
-            return NOT_LIVE
-        if not x.is_floating_point():
-            return f"its input is {x.dtype}"
-        if caller is not self.module:
-            return UNREGISTERED
-        if "forward" in vars(self.module):
-            return "its caller's forward is replaced on the instance"
-        return None
 
     def only_activation(self, output: Any) -> Event | None:
         """The activation of its input that is all that the module did; None where there is more."""

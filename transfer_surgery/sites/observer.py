@@ -24,12 +24,13 @@ from transfer_surgery.activations import (
     name_of,
 )
 from transfer_surgery.sites.by_hand import BY_HAND, ByHand, is_by_hand, note_soft_cap
-from transfer_surgery.sites.call_location import Location, locate
+from transfer_surgery.sites.call_location import locate
 from transfer_surgery.sites.children import Children
 from transfer_surgery.sites.frames import call_frames
 from transfer_surgery.sites.in_place import InPlace
 from transfer_surgery.sites.listed import LISTED_NAMES, listed_call, why_listed
-from transfer_surgery.sites.observation import OUTSIDE, UNREGISTERED, Event, Frame, Observation
+from transfer_surgery.sites.observation import Event, Frame, Observation
+from transfer_surgery.sites.place import OUTSIDE, UNREGISTERED, place_of
 from transfer_surgery.sites.site import ActivationChild
 from transfer_surgery.sites.tensor_facts import (
     channel_axis,
@@ -39,6 +40,7 @@ from transfer_surgery.sites.tensor_facts import (
     is_zero,
     mark_constant,
     role_of,
+    why_not,
 )
 from transfer_surgery.sites.trace import Called, find_route, names_below
 from transfer_surgery.sites.unseen import scripted_functions
@@ -50,7 +52,7 @@ class Observer(TorchFunctionMode):
     def __init__(self, probe: nn.Module) -> None:
         super().__init__()
         self.probe, self.observation = probe, Observation()
-        self._around = Frame("", probe, None, (), (), {})  # of calls outside of any forward
+        self._around = Frame("", probe, None, (), (), {}, is_around=True)
         self._stack: list[Frame] = []
         self._order = itertools.count()
         self._tracker = Tracker()
@@ -179,7 +181,8 @@ class Observer(TorchFunctionMode):
             if not is_live(match.input) or any(map(is_live, match.operands)):
                 # It looks like a formula, but what should be a learned tensor is not. The call
                 # counts all the same: the interceptor does not know better.
-                self._place()[0].draw_key(self._place()[1])
+                frame = self._frame()
+                frame.draw_key(place_of(frame, self._paths).location)
                 return None, record, None
             activation = match.activation
             if any(map(is_zero, match.operands)):
@@ -189,10 +192,8 @@ class Observer(TorchFunctionMode):
             call = listed_call(func, args, kwargs)
         return call if call and isinstance(call.input, Tensor) else None, record, None
 
-    def _place(self) -> tuple[Frame, Location, nn.Module]:
-        """Whose code makes the running call: of which frame, where in it, and of which module."""
-        location, caller = next(iter(locate()), ((), self.probe))
-        return self._stack[-1] if self._stack else self._around, location, caller
+    def _frame(self) -> Frame:
+        return self._stack[-1] if self._stack else self._around
 
     def _note_by_hand(self, func: Callable[..., Any], record: Record, out: Any) -> None:
         """List a formula that is no known activation; it takes the place of its beginnings."""
@@ -215,25 +216,24 @@ class Observer(TorchFunctionMode):
         listed: str | None = None,
     ) -> Event:
         """Write down an activation call; one that is only `listed` has the reason already."""
-        x = call.input
-        frame, location, caller = self._place()
-        module, is_known = frame.module, id(caller) in self._paths
-        if frame is self._around or (caller is not module and is_known):
+        x, frame = call.input, self._frame()
+        place = place_of(frame, self._paths)
+        if place.reason == OUTSIDE:
             listed = OUTSIDE
-            module = caller if is_known else module
-        reason = listed if listed == OUTSIDE else frame.why_not(x, caller) or listed
         draw = frame.draw_key if listed is None else frame.draw_listed_key
         kind = "method" if getattr(Tensor, func.__name__, None) is func else "function"
+        if match or place.called:
+            kind = "formula" if match else "module"
         event = Event(
-            caller=self._paths[id(module)],
-            key=draw(location),
+            caller=self._paths[id(place.caller)],
+            key=draw(place.location),
             source=call.activation,
-            kind="formula" if match else kind,
+            kind=kind,
             shape=tuple(x.shape),
             channel_axis=channel_axis(x),
             inplace=call.inplace,
             role=role_of(call.activation, x),
-            reason=reason,
+            reason=why_not(x) or place.reason or listed,
             order=next(self._order),
             file="",
             line=0,
@@ -242,7 +242,7 @@ class Observer(TorchFunctionMode):
             input=x,
             output=out,
         )
-        self._trace(event, module, call, match)
+        self._trace(event, place.caller, place.called or call, match)
         if listed is not None:
             event.route = event.why = None
         frame.events.append(event)

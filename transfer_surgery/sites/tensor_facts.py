@@ -26,6 +26,7 @@ _NO_CHANNELS = 0
 """Instead of an axis: both factors of a product depend on the input, as in attention's scores."""
 _ZEROS = {"zeros", "zeros_like", "new_zeros"}
 _GATES = {"sigmoid", "hardsigmoid"}
+NOT_LIVE = "it does not depend on the input"
 SQUASHING = _GATES | {"tanh", "hardtanh", "softplus"}
 """Activations that, returned by the model, make its outputs."""
 
@@ -48,6 +49,13 @@ def mark_live(tensor: Tensor) -> None:
 def is_live(x: Tensor) -> bool:
     """Whether a tensor depends on the model's input; a tensor of unknown origin is an input."""
     return getattr(x, "_ts_live", True)
+
+
+def why_not(x: Tensor) -> str | None:
+    """Why an activation of x has no gates; None where it may."""
+    if not is_live(x):
+        return NOT_LIVE
+    return None if x.is_floating_point() else f"its input is {x.dtype}"
 
 
 def is_zero(x: Tensor) -> bool:

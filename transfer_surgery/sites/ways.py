@@ -6,8 +6,9 @@ from typing import Any
 
 from torch import fx, nn
 
+from transfer_surgery.sites.frames import code_of, names_in
 from transfer_surgery.sites.graph import GraphRoute
-from transfer_surgery.sites.observation import UNREGISTERED
+from transfer_surgery.sites.place import UNREGISTERED
 from transfer_surgery.sites.route import Route
 
 _WAYS = {Route: "edit", GraphRoute: "fx", type(None): "intercept"}
@@ -26,14 +27,13 @@ def assign_ways(
         own = [site for site in sites if site[0] == caller]
         if f["module"] is None:
             base = f["source"].name
-        elif len(sites) == 1:
-            f["way"], f["path"], f["why"], f["route"] = "child", f["module"], None, None
-            continue
         else:
             names = _registered_names(model, caller, f["module"])
             private = len(own) == len(names) and (len(own) == 1 or _runs_in_order(model, caller))
-            if private:
-                f["way"], f["path"] = "child", _join(caller, names[own.index((caller, key))])
+            alone = len(sites) == 1
+            if (alone or private) and not _asks_for_type(model, caller, f["module"]):
+                own_path = _join(caller, names[own.index((caller, key))]) if private else ""
+                f["way"], f["path"] = "child", f["module"] if alone else own_path
                 f["why"], f["route"] = None, None
                 continue
             base = names[0] if names else f["module"].rpartition(".")[2]
@@ -50,6 +50,14 @@ def assign_ways(
 def _registered_names(model: nn.Module, caller: str, module: str) -> list[str]:
     target = model.get_submodule(module)
     return [n for n, child in model.get_submodule(caller)._modules.items() if child is target]
+
+
+def _asks_for_type(model: nn.Module, caller: str, module: str) -> bool:
+    """Whether a caller's code names the class of a module, as in ``isinstance(m, nn.ReLU)``."""
+    code = code_of(getattr(type(model.get_submodule(caller)), "forward", None))
+    names = set() if code is None else names_in(code)
+    classes = {cls.__name__ for cls in type(model.get_submodule(module)).__mro__[:-2]}
+    return bool(names & classes) and bool(names & {"isinstance", "type", "__class__"})
 
 
 def _runs_in_order(model: nn.Module, caller: str) -> bool:
