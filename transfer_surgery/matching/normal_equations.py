@@ -8,7 +8,7 @@ from torch import Tensor
 from transfer_surgery.matching.ranks import over_ranks
 
 _COLUMNS = 4096  # that are worked on in float64 at a time
-_BLOCK = 128  # features whose products are formed at a time: only half of a matrix is computed
+_BLOCK = 128  # rows of a symmetric product that are computed at a time, up to the diagonal
 
 
 class NormalEquations:
@@ -38,12 +38,7 @@ class NormalEquations:
             weights: of the squared errors, ``(..., N)``.
         """
         weighted = (x if weights is None else x * weights[..., None]).transpose(-1, -2)
-        products = x.new_empty(*x.shape[:-2], x.shape[-1], x.shape[-1])
-        for start in range(0, x.shape[-1], _BLOCK):
-            part, rest = slice(start, start + _BLOCK), slice(start, None)
-            products[..., part, rest] = found = weighted[..., part, :] @ x[..., rest]
-            products[..., rest, part] = found.transpose(-1, -2)
-        self.matrix = self.matrix + products.double()
+        self.matrix = self.matrix + _symmetric(weighted, x).double()
         self.vector = self.vector + (weighted @ y).double()
 
     def add_over_ranks(self) -> None:
@@ -102,9 +97,20 @@ def solve_few_rows(x: Tensor, y: Tensor, ridge: Tensor, start: Tensor) -> Tensor
     left, parts = y.double(), torch.split(x, _COLUMNS, 2)
     for part, old in zip(parts, torch.split(start, _COLUMNS, 1), strict=True):
         wide = part.double()
-        kernel += wide @ wide.transpose(1, 2)
+        kernel += _symmetric(wide, wide.transpose(1, 2))
         left = left - wide @ old
     pull = torch.diag_embed(ridge.double()[:, None].expand(kernel.shape[:2]))
     multipliers = torch.linalg.solve(kernel + pull, left)
     moves = [part.double().transpose(1, 2) @ multipliers for part in parts]
     return start + torch.cat(moves, 1)
+
+
+def _symmetric(left: Tensor, right: Tensor) -> Tensor:
+    """``left @ right`` where that is symmetric: half of it is computed."""
+    size = right.shape[-1]
+    found = right.new_empty(*right.shape[:-2], size, size)
+    for start in range(0, size, _BLOCK):
+        part, rest = slice(start, start + _BLOCK), slice(start, None)
+        found[..., part, rest] = products = left[..., part, :] @ right[..., rest]
+        found[..., rest, part] = products.transpose(-1, -2)
+    return found
