@@ -299,6 +299,31 @@ class Settings(Parts):
         return F.leaky_relu(self.linear(x), self.slope) - 0.1
 
 
+class Again(torch.autograd.Function):
+    """A checkpoint of the user's own: backward runs the function again."""
+
+    @staticmethod
+    def forward(ctx, function, x, *parameters):
+        ctx.function, ctx.inputs = function, (x, *parameters)
+        return function(x)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        x, *parameters = ctx.inputs
+        x = x.detach().requires_grad_()
+        with torch.enable_grad():
+            y = ctx.function(x)
+        return None, *torch.autograd.grad(y, (x, *parameters), gradient)
+
+
+class OwnCheckpoint(Parts):
+    def inner(self, x):
+        return F.relu(self.linear(x)) - 0.1
+
+    def forward(self, x):
+        return Again.apply(self.inner, x, *self.linear.parameters())
+
+
 class OfTheClass(Parts):
     """An activation module that the class has, under a name that its children have, too."""
 
@@ -324,4 +349,6 @@ class AsksForType(Parts):
 NETWORKS = (Helper, Method, Private, Fixed, Property, Function, Super, Checkpoint, Decorated)
 NETWORKS += (Frozen, Partial, Twice, Steps, Lines, Shadowed, OtherFunctions)
 NETWORKS += (OwnNames, Recursive, ForeignDecorator, TwiceDecorated, Defaults, Among, Closures)
-NETWORKS += (Formula, FrozenAmong, Generators, Settings, OfTheClass, AsksForType)
+NETWORKS += (Formula, FrozenAmong, Generators, Settings)
+NETWORKS += (OfTheClass, AsksForType)
+NOT_COMPILED = (OwnCheckpoint,)

@@ -23,6 +23,7 @@ from tests.helpers.promises import X, units
 from tests.helpers.same_run import assert_same_runs, converted
 from tests.helpers.ways_to_call import (
     NETWORKS,
+    NOT_COMPILED,
     Function,
     Helper,
     Method,
@@ -36,9 +37,9 @@ from tests.helpers.ways_to_intercept import INTERCEPTED, Choice
 from transfer_surgery import bake, convert, find_activations, revert
 
 
-@pytest.mark.parametrize("cls", NETWORKS + INTERCEPTED, ids=lambda cls: cls.__name__)
+@pytest.mark.parametrize("cls", NETWORKS + NOT_COMPILED + INTERCEPTED, ids=lambda cls: cls.__name__)
 def test_each_way_to_call_an_activation_is_edited_and_each_gate_counts(cls):
-    model, way = cls(), "edit" if cls in NETWORKS else "intercept"
+    model, way = cls(), "intercept" if cls in INTERCEPTED else "edit"
     assert {site.way for site in find_activations(model, X)} == {way}
     assert_same_runs(model, converted(model, X), X)
     convert(model.eval(), example_input=X)

@@ -67,12 +67,33 @@ class InCall(Layers):
         return F.gelu(self.one(x))
 
 
+class Swish(torch.autograd.Function):
+    """A forward and a backward that belong together."""
+
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x)
+        return x * torch.sigmoid(x)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        (x,) = ctx.saved_tensors
+        s = torch.sigmoid(x)
+        return gradient * s * (1 + x * (1 - s))
+
+
+class InFunction(Layers):
+    def forward(self, x):
+        return F.gelu(self.one(x)) + Swish.apply(self.two(x))
+
+
 LEFT = {
     WritesElsewhere: ("tanh", "it writes its result into out="),
     InASlice: ("relu", "the module that calls it is not registered"),
     ByMode: ("elu", r"in training it is another activation (relu)"),
     SlopeByMode: ("leaky_relu", "in training it is another activation"),
     InHooks: ("elu", "it runs outside of forward"),
+    InFunction: ("silu", "it runs in an autograd.Function"),
     InCall: ("elu", "it runs outside of forward"),
 }
 

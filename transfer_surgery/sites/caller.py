@@ -224,6 +224,6 @@ def _unfit(several: list[Site]) -> Iterator[tuple[Site, str]]:
         return
     for site in several:
         if isinstance(site.route, Route) and site.route.again:
-            yield site, "torch.utils.checkpoint repeats an expression that is several sites"
+            yield site, "a checkpoint repeats an expression that is several sites"
         elif len({s.key.location for s in several}) > 1 and len({s.modes for s in several}) > 1:
             yield site, "its calls come in another order in training"

@@ -20,7 +20,7 @@ from transfer_surgery.activations import (
     registered_activations,
 )
 from transfer_surgery.sites.evaluate import UNKNOWN, Evaluator, mangle
-from transfer_surgery.sites.frames import code_of, is_torch, leads_to
+from transfer_surgery.sites.frames import code_of, find_own_function, is_torch, leads_to
 from transfer_surgery.sites.route import End, Hop, NoRouteError
 from transfer_surgery.sites.source import Function, Position, expressions_of
 
@@ -66,6 +66,8 @@ class RunningExpression:
         if isinstance(node, ast.Call):
             # Of the user's functions the next one: what is between is torch's, such as checkpoint.
             following = next((i for i, f in enumerate(frames) if not is_torch(f.f_code)), 0)
+            if following == find_own_function(frames) and following + 1 < len(frames):
+                following += 1  # a checkpoint of the user's own, which is given what it runs
             for carrier in self._carriers(node):
                 value = self.value(carrier)
                 if leads_to(value, frames[following].f_code):

@@ -78,6 +78,19 @@ def is_torch(code: CodeType) -> bool:
     return code.co_filename.startswith(_TORCH)
 
 
+def find_own_function(frames: list[FrameType]) -> int | None:
+    """Which frame is the first to run the forward of an ``autograd.Function`` of the user's."""
+    found = (i for i, f in enumerate(frames) if not is_torch(f.f_code) and _is_function(f))
+    return next(found, None)
+
+
+def _is_function(frame: FrameType) -> bool:
+    held = frame.f_globals.get(frame.f_code.co_qualname.partition(".")[0])
+    if isinstance(held, type) and issubclass(held, torch.autograd.Function):
+        return True
+    return isinstance(first_local(frame), torch.autograd.function.FunctionCtx)
+
+
 def first_local(frame: FrameType) -> Any:
     """The first argument of the function that a frame runs; None where it has none."""
     code = frame.f_code

@@ -76,7 +76,7 @@ class Route:
     hops: tuple[Hop, ...]
     end: End
     again: bool
-    """Whether ``torch.utils.checkpoint`` runs a part of it again in backward."""
+    """Whether ``torch.utils.checkpoint`` or the like runs a part of it again in backward."""
 
     @property
     def called(self) -> tuple[Function, ...]:

@@ -14,7 +14,13 @@ from torch import fx, nn
 from transfer_surgery.activations import Call, Match
 from transfer_surgery.sites.evaluate import Evaluator
 from transfer_surgery.sites.expression import RunningExpression, is_super, running_position
-from transfer_surgery.sites.frames import CHECKPOINT, first_local, is_torch, leads_to
+from transfer_surgery.sites.frames import (
+    CHECKPOINT,
+    find_own_function,
+    first_local,
+    is_torch,
+    leads_to,
+)
 from transfer_surgery.sites.graph import GraphRoute, find_node
 from transfer_surgery.sites.route import Expression, Hop, NoRouteError, Route
 from transfer_surgery.sites.source import (
@@ -36,6 +42,12 @@ def names_below(caller: str, path: str) -> tuple[str, ...] | None:
     """The names that lead from one path in a model to another one; None where that is not below."""
     names, above = path.split("."), caller.split(".") if caller else []
     return tuple(names[len(above) :]) if names[: len(above)] == above else None
+
+
+IN_FUNCTION = (
+    "it runs in an autograd.Function, whose backward would be that of the original activation; "
+    "call the activation outside of it"
+)
 
 
 class Found(NamedTuple):
@@ -62,7 +74,8 @@ def find_route(
             return Found(find_node(caller, frames, called, match), None, None)
         route = _find_in_source(caller, frames, called, match)
     except NoRouteError as error:
-        return Found(None, str(error), error.expression)
+        why = str(error) if find_own_function(frames) is None else IN_FUNCTION
+        return Found(None, why, error.expression)
     return Found(route, None, Expression(route.end.function, route.end.position))
 
 
@@ -71,6 +84,7 @@ def _find_in_source(
 ) -> Route:
     """How the source leads from the caller's ``forward`` to the call."""
     again = any(f.f_code.co_filename == CHECKPOINT for f in frames)
+    again |= find_own_function(frames) is not None
     forward = getattr(type(caller), "forward", None)
     held = inspect.getattr_static(type(caller), "forward", None)
     if isinstance(held, (staticmethod, classmethod)):

@@ -10,6 +10,7 @@ from transfer_surgery.sites.frames import code_of, names_in
 from transfer_surgery.sites.graph import GraphRoute
 from transfer_surgery.sites.place import UNREGISTERED
 from transfer_surgery.sites.route import Route
+from transfer_surgery.sites.trace import IN_FUNCTION
 
 _WAYS = {Route: "edit", GraphRoute: "fx", type(None): "intercept"}
 
@@ -37,13 +38,13 @@ def assign_ways(
                 f["why"], f["route"] = None, None
                 continue
             base = names[0] if names else f["module"].rpartition(".")[2]
-        if caller in walked:
+        if caller in walked and f["route"] is not None:
             f["route"], f["why"] = None, "its code walks over its children"
         f["way"] = _WAYS[type(f["route"])]
         f["path"] = _free_name(model, caller, base, {g.get("path") for g in merged.values()})
         # Copies of graphs keep what is in the graph, and calls of others are not intercepted.
         is_graph = isinstance(model.get_submodule(caller), fx.GraphModule)
-        if f["route"] is None and (is_graph or f["why"] == UNREGISTERED):
+        if f["route"] is None and (is_graph or f["why"] in (UNREGISTERED, IN_FUNCTION)):
             f["reason"] = f["reason"] or f["why"]
 
 
