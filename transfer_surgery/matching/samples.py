@@ -9,10 +9,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from transfer_surgery.matching.calls import Call
 from transfer_surgery.matching.layer_refit import LayerFit
 from transfer_surgery.matching.ranks import number_of_ranks
 from transfer_surgery.matching.sample import Positions, ends_of_groups, sampled_groups
-from transfer_surgery.matching.side_by_side import Call, SideBySide
+from transfer_surgery.matching.side_by_side import SideBySide
 from transfer_surgery.matching.site_gradients import site_calls
 from transfer_surgery.matching.sum_map import SumMap
 from transfer_surgery.matching.two_networks import TwoNetworks

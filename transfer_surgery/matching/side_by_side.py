@@ -8,54 +8,21 @@ then, and runs it again with the new ones.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import nullcontext
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from transfer_surgery.matching.block_sums import Chain, SumFollower
+from transfer_surgery.matching.calls import Call, Look, Sum
 from transfer_surgery.matching.forward_state import ForwardState
 from transfer_surgery.matching.thread_state import ThreadState
-from transfer_surgery.matching.two_networks import HeldGate, TwoNetworks
+from transfer_surgery.matching.two_networks import GateOfTwo, TwoNetworks
 from transfer_surgery.matching.waiting_forward import WaitingForward
 from transfer_surgery.units import Gate, GatedActivation
-
-
-class Sum(NamedTuple):
-    """The sum that the output of a layer goes into, before it is made.
-
-    Attributes:
-        chain: what became of the output until there.
-        other: the other summand.
-    """
-
-    chain: Chain
-    other: Tensor
-
-
-class Call(NamedTuple):
-    """One call of a module in one of the networks.
-
-    Attributes:
-        module: what was called.
-        batch: the number of the batch.
-        number: of the call among those of this module on this batch.
-        values: the arguments, in the original network behind the output.
-        sum: where the call is of a layer that is fitted to a sum.
-    """
-
-    module: nn.Module
-    batch: int
-    number: int
-    values: list[Any]
-    sum: Sum | None = None
-
-
-Look = Callable[[Call], Any]
-"""What is kept of a call; its tensors may be overwritten afterwards."""
 
 
 class SideBySide:
@@ -105,7 +72,7 @@ class SideBySide:
         for unit in [*self._networks.units, *self._networks.others]:
             own = unit.gate.predict() if unit in self._networks.others else 1.0
             self._gates[unit] = unit.gate
-            unit._modules["gate"] = _GateOfTheSide(self, unit.gate, own)
+            unit._modules["gate"] = GateOfTwo(unit.gate, own, self.runs_original)
         return self
 
     def __exit__(self, *error: object) -> None:
@@ -136,7 +103,7 @@ class SideBySide:
         """A site has its new numbers: from now on the network that changes uses them."""
         self.passed(unit)
         gate = unit._modules["gate"]
-        assert isinstance(gate, _GateOfTheSide)
+        assert isinstance(gate, GateOfTwo)
         gate.transfer(self._networks.transferred_gate(unit))
 
     def assign(self, module: nn.Module, values: Mapping[str, Tensor]) -> None:
@@ -182,6 +149,10 @@ class SideBySide:
             if side.original:
                 self._exchange()
             self.running = None
+
+    def runs_original(self) -> bool:
+        """Whether it is the turn of the original network."""
+        return self.running is not None and self.running.original
 
     def waits(self, batch: int) -> bool:
         """Whether the forward passes of a batch wait."""
@@ -272,20 +243,3 @@ class _Side:
         forward, self._forward = self._forward, None
         if forward is not None:
             forward.close()
-
-
-class _GateOfTheSide(HeldGate):
-    """Stands in for a gate: 1 in the original network, its own value in the other one."""
-
-    def __init__(self, both: SideBySide, gate: Gate, own: float | Tensor) -> None:
-        super().__init__(gate, own)
-        self._both = both
-        self._source = torch.ones_like(self.z)
-
-    def transfer(self, value: float | Tensor) -> None:
-        """From now on the other network has this value."""
-        self.z = torch.zeros_like(self.z) + value
-
-    def predict(self) -> Tensor:
-        running = self._both.running
-        return self._source if running is not None and running.original else self.z

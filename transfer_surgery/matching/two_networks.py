@@ -124,6 +124,22 @@ class HeldGate(nn.Module):
         return self.z
 
 
+class GateOfTwo(HeldGate):
+    """Stands in for a gate: 1 in the original network, its own value in the other one."""
+
+    def __init__(self, gate: Gate, own: float | Tensor, is_original: Callable[[], bool]) -> None:
+        super().__init__(gate, own)
+        self._is_original = is_original
+        self._source = torch.ones_like(self.z)
+
+    def transfer(self, value: float | Tensor) -> None:
+        """From now on the other network has this value."""
+        self.z = torch.zeros_like(self.z) + value
+
+    def predict(self) -> Tensor:
+        return self._source if self._is_original() else self.z
+
+
 @contextmanager
 def _gates_held_at(values: Mapping[GatedActivation, float | Tensor]) -> Iterator[None]:
     gates = {unit: unit.gate for unit in values}
