@@ -117,6 +117,13 @@ def test_without_a_plain_sum_a_layer_is_fitted_to_what_it_gave(way):
     torch.testing.assert_close(found.block.last.bias.detach(), best[-1], rtol=1e-4, atol=1e-5)
 
 
+def test_a_branch_that_a_scale_of_0_switches_off_stays_finite():  # as blocks begin in timm
+    model, x = Network("scaled").eval(), torch.randn(BATCH, WIDTH)
+    model.block.scale.data.zero_()
+    match_targets(convert(model, "sin", example_input=x), [x], refit=True)
+    assert all(p.isfinite().all() for p in model.parameters())
+
+
 @pytest.mark.parametrize("way", ["read twice", "layer behind", "overwritten input"])
 def test_a_layer_whose_output_goes_elsewhere_has_no_sum(way):
     model = Network(way)

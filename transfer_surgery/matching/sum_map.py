@@ -68,7 +68,7 @@ class SumMap:
             positions: of the layer's output.
         """
         least = _FAINT**2 * self.factors.square().mean()
-        inverse = self.factors / (self.factors.square() + least)
+        inverse = self.factors / (self.factors.square() + least).clamp_min(1e-30)
         found = self._of(summand, positions)
         return found * inverse.to(found)
 
