@@ -100,8 +100,9 @@ def run(
     ] = 1024,
     offset: Annotated[str, typer.Option(help="Offsets of targets: none, fitted.")] = "none",
     gates: Annotated[
-        str, typer.Option(help="Sigmoids of squeeze-and-excitation: kept, hardsigmoid.")
-    ] = "kept",
+        str,
+        typer.Option(help="Squeeze-and-excitation: sigmoid, or hardsigmoid (plain, matched)."),
+    ] = "sigmoid",
     seed: int = 0,
     threads: Threads = 1,
     limit: Limit = None,
@@ -202,9 +203,9 @@ def made(
 ) -> tuple[nn.Module, int]:
     """The network of a recipe without gates, and how many sites have fitted numbers left."""
     model = teacher
-    if recipe.gates == "hardsigmoid":
+    if recipe.gates != "sigmoid":
         model, _ = swapped(
-            model, "sigmoid", "hardsigmoid", "matched", batches, offset=False, roles=("gating",)
+            model, "sigmoid", "hardsigmoid", recipe.gates, batches, offset=False, roles=("gating",)
         )
 
     def teach(student: nn.Module) -> None:

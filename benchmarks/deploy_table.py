@@ -26,7 +26,8 @@ class Recipe:
         lr: highest learning rate.
         images: number of unlabelled images for matching.
         offset: ``none``, or ``fitted`` where targets have one.
-        gates: what the sigmoids of squeeze-and-excitation are: ``kept``, or ``hardsigmoid``.
+        gates: of squeeze-and-excitation: ``sigmoid``, as it is; or how hardsigmoids come there,
+            ``plain`` or ``matched``.
         seed: of the images for matching and of the training.
     """
 
@@ -37,7 +38,7 @@ class Recipe:
     lr: float = 1e-3
     images: int = 1024
     offset: str = "none"
-    gates: str = "kept"
+    gates: str = "sigmoid"
     seed: int = 0
 
     @property
@@ -100,7 +101,8 @@ def published(network: str, seeds: int = 3) -> Iterator[tuple[str, Recipe]]:
     yield "refitted", Recipe(network, "refitted")
     yield "refitted, with offsets", Recipe(network, "refitted", offset="fitted")
     if network == "efficientnet":  # mobilenetv3 has hardsigmoids, the others no sigmoids
-        yield "refitted, hardsigmoids", Recipe(network, gates="hardsigmoid")
+        yield "refitted, plain hardsigmoids", Recipe(network, gates="plain")
+        yield "refitted, matched hardsigmoids", Recipe(network, gates="matched")
     for seed in range(seeds):
         yield "refitted, distilled", replace(distilled, seed=seed)
     yield "refitted, distilled for three epochs", replace(distilled, steps=3 * EPOCH)
