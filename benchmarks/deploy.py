@@ -65,7 +65,7 @@ Limit = Annotated[int | None, typer.Option(help="Use only this many images of ea
 @app.command()
 def train(
     network: Name,
-    epochs: Annotated[int | None, typer.Option(help="By default as the study has it.")] = None,
+    epochs: Annotated[int, typer.Option(min=1, help="Epochs of 351 steps each.")] = 30,
     lr: Annotated[float, typer.Option(help="Highest learning rate.")] = 4e-3,
     seed: int = 0,
     amp: Annotated[bool, typer.Option(help="Train in bfloat16.")] = False,
@@ -80,7 +80,6 @@ def train(
     torch.set_num_threads(threads)
     machine = Machine.choose(amp=amp, compile=compiled)
     data = load_data(machine.device, limit)
-    epochs = epochs or NETWORKS[network].epochs
     train_network(network, cache, data, machine, epochs, lr, seed)
 
 

@@ -29,12 +29,10 @@ class Network:
     Args:
         source: the activation that is swapped.
         build: makes it with random weights, for ten classes.
-        epochs: how long it is trained.
     """
 
     source: str
     build: Callable[[], nn.Module]
-    epochs: int = 8
 
 
 def with_small_stride(name: str) -> nn.Module:
@@ -54,7 +52,7 @@ def convnext() -> nn.Module:
 NETWORKS = {
     "mobilenetv3": Network("hardswish", lambda: with_small_stride("mobilenetv3_small_050")),
     "efficientnet": Network("silu", lambda: with_small_stride("test_efficientnet")),
-    "convnext": Network("gelu", convnext, epochs=12),
+    "convnext": Network("gelu", convnext),
     "yolo": Network("silu", YoloBackbone),
 }
 

@@ -181,19 +181,22 @@ def _times(times: Sequence[Latency]) -> str:
     """Ratios to the original network in float, one pair of columns for each size of a batch."""
     times = sorted(times, key=lambda found: found.batch)
     head = ["network"]
-    cells: dict[str, list[str]] = {}
+    cells: dict[str, dict[str, str]] = {}
     for found in times:
         names = {recipe.name: label for label, recipe in published(found.network, seeds=1)}
         base = next(iter(found.milliseconds.values()))[0]
-        head += [f"float, batch {found.batch}", f"int8, batch {found.batch}"]
+        columns = [f"float, batch {found.batch}", f"int8, batch {found.batch}"]
+        head += columns
         for name, pair in found.milliseconds.items():
-            cells.setdefault(names[name], []).extend(f"{ms / base:.2f}" for ms in pair)
+            ratios = (f"{ms / base:.2f}" for ms in pair)
+            cells.setdefault(names[name], {}).update(zip(columns, ratios, strict=True))
     originals = (
         f"{next(iter(found.milliseconds.values()))[0]:.2f} ms for a batch of {found.batch}"
         for found in times
     )
+    rows = [[label, *(row.get(column, "") for column in head[1:])] for label, row in cells.items()]
     about = f"The original network in float takes {' and '.join(originals)}; {times[0].machine}."
-    return f"{markdown_table(head, [[label, *rest] for label, rest in cells.items()])}\n\n{about}"
+    return f"{markdown_table(head, rows)}\n\n{about}"
 
 
 def _settings(results: Sequence[Result]) -> str:
