@@ -202,24 +202,6 @@ def test_what_is_not_better_on_held_out_inputs_is_not_kept_and_is_said():
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
-@pytest.mark.filterwarnings("ignore::transfer_surgery.DistillWarning")  # a few steps will do here
-def test_an_input_far_outside_of_the_fit_does_not_spoil_the_training_of_polynomials():
-    torch.manual_seed(0)
-    layers = [layer for _ in range(6) for layer in (nn.Linear(8, 8), nn.ReLU())]
-    teacher = nn.Sequential(*layers, nn.Linear(8, 3)).eval()
-    x = torch.randn(512, 8)
-    model = convert(copy.deepcopy(teacher), "polynomial(degree=3)", example_input=x)
-    match_targets(model, [x], refit=True)
-    swap_targets(model)
-    far = x.clone()
-    far[::64] *= 20
-    assert not model(far).isfinite().all() or model(far).abs().max() > 1e6
-    batches = [*far[:256].split(32), *x[256:].split(256)]  # the last eighth is looked at
-    found = distill(model, teacher, batches, steps=10, variation=0.0, lr=1e-3)
-    assert max(found) < 100
-    assert not any(unit.bounded for _, unit in gated_activations(model))
-
-
 @pytest.mark.parametrize("momentum", [0.0, None])
 def test_norms_that_cannot_follow_are_held(momentum):
     torch.manual_seed(0)

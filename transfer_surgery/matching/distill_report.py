@@ -75,3 +75,24 @@ def warn_of_no_gain(report: DistillReport, stacklevel: int) -> None:
             DistillWarning,
             stacklevel=stacklevel,
         )
+
+
+def warn_of_overflow(far: str, stacklevel: int) -> None:
+    """Warn that the network at the start is no good, but that it can be trained."""
+    warnings.warn(
+        "the outputs for the held-out batches overflow at the start, since inputs leave the range "
+        f"of the polynomials' fit: {far}. Training starts nonetheless, with bounded polynomials. "
+        "The best state without bounds is kept; if all of them overflow, there will be an error.",
+        DistillWarning,
+        stacklevel=stacklevel,
+    )
+
+
+def overflow_remains(steps: int, far: str) -> str:
+    """What to say where no state had finite outputs."""
+    return (
+        f"the outputs for the held-out batches overflow after {steps} steps as at the start, so "
+        f"the model is as it was. Inputs left the range of the polynomials' fit: {far}. Take more "
+        "steps, keep some sources with swap_targets(keep=0.2), or convert to polynomials of a "
+        "higher degree."
+    )

@@ -3,27 +3,33 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import nn
 
 from transfer_surgery._arguments import check_arguments
-from transfer_surgery._running import call_model, map_tensors, modes_kept, to_device_of
+from transfer_surgery._running import call_model, map_tensors, to_device_of
 from transfer_surgery.matching.distill_loss import Loss, loss_function
-from transfer_surgery.matching.distill_report import SMALL, DistillReport, warn_of_no_gain
+from transfer_surgery.matching.distill_report import (
+    SMALL,
+    DistillReport,
+    overflow_remains,
+    warn_of_no_gain,
+    warn_of_overflow,
+)
 from transfer_surgery.matching.held_out import Asked, Examination, copied, hold_out, repeated, teach
 from transfer_surgery.matching.layer_outputs import LayerOutputs, layers_to_compare
+from transfer_surgery.matching.polynomial_range import FittedRanges, polynomials_bounded
 from transfer_surgery.matching.progress import Shown, progress_line
+from transfer_surgery.matching.trained import TRAINED, ready_to_learn, trained_parameters
 from transfer_surgery.matching.variation import bearable_variation, varied
-from transfer_surgery.units import GatedActivation, gated_activations
+from transfer_surgery.units import gated_activations
 
-TRAINED = ("all", "targets")
-_NORMS = (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
 _KL_WEIGHT = 4.0  # of the layers' errors beside a divergence, as in the study of ResNets
 _CLIP = 2.0  # highest norm of the gradient
+_RANGE_WEIGHT = 250.0  # of inputs outside of the range of polynomials, beside the layers' errors
 _WARMUP = 0.05  # share of the steps in which the learning rate rises
 _LOOKS = 20  # how often the network is compared with its teacher in evaluation mode
 _VARIED = 0.5  # share of the examples that are varied
@@ -58,9 +64,12 @@ def distill(
 
     The model is trained in evaluation mode: without dropout, and with the branches that predictions
     take. Only batch norms that follow their inputs (a momentum above 0) use the statistics of the
-    batch. Polynomials are constant outside of the range of their fit, as in training mode, since an
-    input that leaves it would grow from site to site; the networks are compared without this. The
-    learning rate rises during 5 % of the steps, then falls like a cosine.
+    batch. The learning rate rises during 5 % of the steps, then falls like a cosine.
+
+    An input outside of the range of a polynomial's fit grows from site to site. So, as in training
+    mode, polynomials are constant beyond twice their range, and the loss has a penalty on inputs
+    outside of it; the ranges stay. The networks are compared without bounds. A network that
+    overflows then is trained nonetheless, since any finite answer is better.
 
     Args:
         model: a converted model on its device.
@@ -95,13 +104,14 @@ def distill(
 
     Raises:
         ValueError: the model is not converted, all its gates are at their source, an argument is
-            unknown or does not suit the outputs, there are no batches, or outputs or gradients are
-            not finite.
+            unknown or does not suit the outputs, there are no batches, the outputs are not finite,
+            or polynomials overflow to the end.
         TypeError: the outputs have no floating tensors, or those of the two networks differ in kind
             or shape.
 
     Warns:
-        DistillWarning: no state was better than the start, or an output got worse.
+        DistillWarning: polynomials overflow at the start, no state was better than the start, or
+            an output got worse.
 
     Examples:
         >>> import copy
@@ -125,13 +135,13 @@ def distill(
             "every gate is at its source, so that no target would be trained: call "
             "swap_targets(model) first."
         )
-    trained = _trained_parameters(model, units, train)
+    trained = trained_parameters(model, units, train)
     paths = layers_to_compare(model, teacher, features)
     ours, theirs = LayerOutputs(model, paths), LayerOutputs(teacher, paths)
     batches, looked_at = hold_out(batches)
     looked_at = [to_device_of(model, batch) for batch in looked_at]
 
-    with _ready_to_learn(model, teacher, trained):
+    with ready_to_learn(model, teacher, trained):
         # Ask the teacher about the held-out batches.
         given = [Asked(batch, teach(teacher, batch)) for batch in looked_at]
         weight = _KL_WEIGHT if loss == "kl" else 1.0
@@ -139,11 +149,11 @@ def distill(
         strength, further = bearable_variation(teacher, given, variation)
         small = SMALL if loss in ("relative", "kl", "bce") else 0.0  # others have a unit
         examination = Examination(model, trained, compare, given, further)
-        start = now_at = examination.look(0)
-        if not math.isfinite(start):
-            raise ValueError(
-                "the outputs for the held-out batches are not finite: look for NaN in the batches."
-            )
+        usual = start = now_at = examination.look(0)
+        ranges, far = FittedRanges(units), ""
+        if start == math.inf:
+            usual, far = ranges.look_within_bounds(examination)
+            warn_of_overflow(far, stacklevel=3)
         before = examination.errors
 
         # Train. The gradients of norm layers and of sinusoids are ten times those of weights: SGD
@@ -151,16 +161,17 @@ def distill(
         optimizer = torch.optim.AdamW(trained, lr, weight_decay=0.0)
         losses: list[float] = []
         show = progress_line(progress, "distill", steps)
-        with ours.watched(), theirs.watched(), show as tell:
+        with ours.watched(), theirs.watched(), ranges.watched(), show as tell:
             for step, batch in enumerate(repeated(batches, steps), 1):
                 batch = varied(to_device_of(model, batch), strength, _VARIED)
                 optimizer.param_groups[0]["lr"] = lr * _rate(step / steps)
                 wanted = teach(teacher, batch)
                 optimizer.zero_grad()
-                with _polynomials_bounded(units):
+                with polynomials_bounded(units):
                     now = call_model(model, map_tensors(copied, batch))
                     found = compare(now, wanted)
-                    found = found + weight * ours.error(theirs).to(found)
+                    inside = ours.error(theirs) + _RANGE_WEIGHT * ranges.penalty()
+                    found = found + weight * inside.to(found)
                     found.backward()  # type: ignore[no-untyped-call]
                 finite = nn.utils.clip_grad_norm_(trained, _CLIP).isfinite()
                 if finite:
@@ -170,12 +181,17 @@ def distill(
                 # Look at the held-out batches; go back where training has gone astray.
                 if not finite or step * _LOOKS // steps > (step - 1) * _LOOKS // steps:
                     now_at = examination.look(step) if finite else math.inf
-                    if not now_at <= _WORSE * max(start, small):
-                        examination.go_back()
-                        optimizer.state.clear()
-                        lr, strength = lr / 2, strength / 2
+                    if now_at > (limit := _WORSE * max(usual, small)):
+                        with polynomials_bounded(units):
+                            # An overflow without bounds alone does not spoil the training.
+                            if not finite or examination.loss() > limit:
+                                examination.go_back()
+                                optimizer.state.clear()
+                                lr, strength = lr / 2, strength / 2
                 tell(step, f"loss {losses[-1]:.3g}, held out {now_at:.3g}, at first {start:.3g}")
         examination.go_back()
+        if far and examination.loss() == math.inf:
+            raise ValueError(overflow_remains(steps, far))
     report = DistillReport(losses, before, examination.errors, examination.step, strength)
     warn_of_no_gain(report, stacklevel=3)
     return report
@@ -194,60 +210,3 @@ def _rate(done: float) -> float:
     if done < _WARMUP:
         return done / _WARMUP
     return 0.5 * (1 + math.cos(math.pi * (done - _WARMUP) / (1 - _WARMUP)))
-
-
-@contextmanager
-def _ready_to_learn(
-    model: nn.Module, teacher: nn.Module, trained: Sequence[nn.Parameter]
-) -> Iterator[None]:
-    """Both networks in evaluation mode, but norms that follow; other parameters frozen; undone."""
-    learning = set(trained)
-    others = {p: p.requires_grad for p in model.parameters() if p not in learning}
-    try:
-        for parameter in others:
-            parameter.requires_grad_(False)
-        with modes_kept(model, teacher):
-            model.eval()
-            teacher.eval()
-            for module in model.modules():
-                if _follows(module):
-                    module.training = True
-            yield
-    finally:
-        for parameter, wanted in others.items():
-            parameter.requires_grad_(wanted)
-
-
-@contextmanager
-def _polynomials_bounded(units: Sequence[GatedActivation]) -> Iterator[None]:
-    """Polynomials do not grow beyond the range of their fit, as in training mode."""
-    for unit in units:
-        unit.bounded = True
-    try:
-        yield
-    finally:
-        for unit in units:
-            unit.bounded = False
-
-
-def _follows(module: nn.Module) -> bool:
-    """Whether a module's statistics follow its inputs, or it learns in training mode alone."""
-    if isinstance(module, nn.modules.batchnorm._BatchNorm):
-        return module.track_running_stats and bool(module.momentum)
-    return isinstance(module, nn.RNNBase)  # cuDNN has no gradients in evaluation mode
-
-
-def _trained_parameters(
-    model: nn.Module, units: Sequence[GatedActivation], train: str
-) -> list[nn.Parameter]:
-    """The parameters to train, without the gates' and without those that the user froze."""
-    if train == "all":
-        gates = {p for unit in units for p in unit.gate.parameters()}
-        chosen = [p for p in model.parameters() if p not in gates]
-    else:
-        chosen = [p for unit in units if unit.fitted is not None for p in unit.fitted.parameters()]
-        chosen += [p for m in model.modules() if isinstance(m, _NORMS) for p in m.parameters()]
-    trained = [p for p in dict.fromkeys(chosen) if p.requires_grad]
-    if not trained:
-        raise ValueError("there is nothing to train: run match_targets first, or use train='all'.")
-    return trained

@@ -108,30 +108,44 @@ class Examination:
         self._model, self._trained, self._loss = model, trained, loss
         self._given, self._further = given, further
         self._best: list[Tensor] = []
-        self._lowest = self._start = math.inf
+        self._lowest, self._start = (math.inf, math.inf), math.inf
         self.step = 0
         """The step after which the best state was reached; 0: the start."""
         self.errors: dict[str, float] = {}
         """The relative squared error of each output in the best state."""
 
     def look(self, step: int) -> float:
-        """The loss of the given inputs. The state is kept if it is the best until now."""
+        """The loss of the given inputs. The state is kept if it is the best until now.
+
+        A loss that is not finite counts as infinite: any finite one is better.
+        """
+        given, every, errors = self._compare()
+        if not self._best:
+            self._start = given
+        # Where varied inputs overflow in every state, the given ones decide.
+        rank = (every, given)
+        if not self._best or (given <= self._start and rank < self._lowest):
+            self._lowest, self.step, self.errors = rank, step, errors.relative()
+            self._best = copy.deepcopy(self._state())
+        return given
+
+    def loss(self) -> float:
+        """The loss of the given inputs now, which may be infinite; nothing is kept."""
+        return self._compare()[0]
+
+    def _compare(self) -> tuple[float, float, OutputErrors]:
+        """The loss of the given inputs, that of all, and the errors; infinite in place of NaN."""
         errors, losses = OutputErrors(), []
         with modes_kept(self._model):
             self._model.eval()
             for asked in (*self._given, *self._further):
                 with torch.enable_grad():
                     now = call_model(self._model, map_tensors(copied, asked.batch))
-                losses.append(self._loss(now, asked.output).detach().item())
+                loss = self._loss(now, asked.output).detach().item()
+                losses.append(loss if math.isfinite(loss) else math.inf)
                 if len(losses) <= len(self._given):
                     errors.add(now, asked.output)
-        given, every = fmean(losses[: len(self._given)]), fmean(losses)
-        if not self._best:
-            self._start = given
-        if not self._best or (given <= self._start and every < self._lowest):
-            self._lowest, self.step, self.errors = every, step, errors.relative()
-            self._best = copy.deepcopy(self._state())
-        return given
+        return fmean(losses[: len(self._given)]), fmean(losses), errors
 
     def go_back(self) -> None:
         """Bring back the best state."""

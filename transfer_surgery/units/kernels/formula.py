@@ -15,6 +15,9 @@ Numbers = tuple[Tensor, ...]
 """``(a, w, c, b)`` of a fitted target, of shapes that broadcast to the input; those of a polynomial
 are followed by its coefficients ``(k1, k2, ...)``."""
 
+# At 1 training would not see what inputs outside of the range do to the sites behind.
+_BOUND = 2.0
+
 
 def fitted_value(
     x: Tensor, f: Activation, numbers: Numbers | None, bounded: bool = False
@@ -28,8 +31,8 @@ def fitted_value(
         x: input, any shape.
         f: an activation without operands.
         numbers: ``(a, w, c, b, *k)``; None: the activation as it is.
-        bounded: a fitted polynomial is constant where ``w*x + c`` is below -1 or above 1, that is
-            outside of the range of its fit.
+        bounded: a fitted polynomial is constant where ``w*x + c`` is below -2 or above 2. The range
+            of its fit is from -1 to 1.
 
     Returns:
         A tensor of the shape and dtype of ``x``.
@@ -47,7 +50,7 @@ def fitted_value(
     inner = x.to(torch.promote_types(x.dtype, w.dtype))
     v = inner * w + c
     if coefficients and bounded:
-        v = v.clamp(-1.0, 1.0)
+        v = v.clamp(-_BOUND, _BOUND)
     y = horner(v, coefficients) if coefficients else f(v)
     return (y * a + b).to(x.dtype)
 

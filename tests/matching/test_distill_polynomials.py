@@ -1,0 +1,90 @@
+"""distill of polynomials: inputs far outside of the range of the fit, and what overflows."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from transfer_surgery import DistillWarning, convert, distill, match_targets, swap_targets
+from transfer_surgery.units import gated_activations
+
+HELD_OUT = 64
+
+
+def polynomials(sites: int, degree: int, times: float) -> tuple[nn.Module, nn.Module, torch.Tensor]:
+    """A network of polynomials, its teacher, and inputs of which a few are far outside."""
+    torch.manual_seed(0)
+    layers = [layer for _ in range(sites) for layer in (nn.Linear(8, 8), nn.ReLU())]
+    teacher = nn.Sequential(*layers, nn.Linear(8, 3)).eval()
+    x = torch.randn(512, 8)
+    model = convert(copy.deepcopy(teacher), f"polynomial(degree={degree})", example_input=x)
+    match_targets(model, [x], refit=True)
+    swap_targets(model)
+    x[::HELD_OUT] *= times
+    return model, teacher, x
+
+
+def small_or_infinite(now: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
+    """The squared error; infinite as soon as an output is above 0.4, as that of an overflow."""
+    return (now - wanted).square().mean() / (now.detach().abs().max() < 0.4)
+
+
+@pytest.mark.filterwarnings("ignore::transfer_surgery.DistillWarning")  # a few steps will do here
+def test_an_input_far_outside_of_the_fit_does_not_spoil_the_training_of_polynomials():
+    model, teacher, x = polynomials(6, 3, times=20)
+    assert not model(x).isfinite().all()
+    ends = [unit.fitted.w.clone() for _, unit in gated_activations(model)]
+    batches = [*x[:256].split(32), x[257:320]]  # the last one, without such inputs, is looked at
+    found = distill(model, teacher, batches, steps=10, variation=0.0, lr=1e-3)
+    assert max(found) < 1e6
+    units = [unit for _, unit in gated_activations(model)]
+    assert not any(unit.bounded for unit in units)
+    assert all(torch.equal(unit.fitted.w, w) for unit, w in zip(units, ends, strict=True))
+
+
+def test_a_start_that_overflows_is_trained_until_the_outputs_are_finite():
+    model, teacher, x = polynomials(3, 2, times=5)
+    assert model(x[-HELD_OUT:]).abs().max() > 0.5
+    with pytest.warns(DistillWarning, match=r"overflow at the start, .* range .*: \d \("):
+        found = distill(
+            model,
+            teacher,
+            x.split(HELD_OUT),
+            steps=60,
+            loss=small_or_infinite,
+            variation=0.0,
+            lr=0.01,
+        )
+    assert found.kept > 0
+    assert model(x[-HELD_OUT:]).abs().max() < 0.4
+
+
+@pytest.mark.filterwarnings("ignore::transfer_surgery.DistillWarning")
+def test_outputs_that_overflow_to_the_end_are_refused_with_the_names_of_the_sites():
+    model, teacher, x = polynomials(6, 3, times=20)
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(ValueError, match=r"overflow after 5 steps .*: 1 \(.* times\), 3 \(.*keep="):
+        distill(model, teacher, x.split(HELD_OUT), steps=5, variation=0.0)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_inputs_that_are_nan_are_no_overflow():
+    model, teacher, x = polynomials(1, 2, times=torch.nan)
+    with pytest.raises(ValueError, match="look for NaN in the batches"):
+        distill(model, teacher, x.split(HELD_OUT), steps=1)
+
+
+@pytest.mark.filterwarnings("ignore::transfer_surgery.DistillWarning")
+def test_inputs_outside_of_the_range_are_punished():
+    model, teacher, x = polynomials(1, 2, times=3)
+    ((_, unit),) = gated_activations(model)
+    _, w, c, *_ = unit.fitted.expand(model[0](x))
+    outside = ((w * model[0](x) + c).abs() - 1).clamp_min(0).square().mean()
+    assert outside > 1e-3
+    with torch.no_grad():
+        unit.bounded = True
+        error = (model(x) - teacher(x)).square().mean()
+        unit.bounded = False
+    found = distill(model, teacher, x, steps=1, loss="mse", features=[], variation=0.0, lr=1e-12)
+    assert found[0] == pytest.approx((error + 250 * outside).item(), rel=1e-4)

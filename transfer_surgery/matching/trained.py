@@ -1,0 +1,63 @@
+"""What of a network `distill` trains, and the modes that it trains it in."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+from torch import nn
+
+from transfer_surgery._running import modes_kept
+from transfer_surgery.matching.polynomial_range import polynomials
+from transfer_surgery.units import GatedActivation
+
+TRAINED = ("all", "targets")
+_NORMS = (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
+
+
+@contextmanager
+def ready_to_learn(
+    model: nn.Module, teacher: nn.Module, trained: Sequence[nn.Parameter]
+) -> Iterator[None]:
+    """Both networks in evaluation mode, but norms that follow; other parameters frozen; undone."""
+    learning = set(trained)
+    every = (*model.parameters(), *teacher.parameters())
+    others = {p: p.requires_grad for p in every if p not in learning}
+    try:
+        for parameter in others:
+            parameter.requires_grad_(False)
+        with modes_kept(model, teacher):
+            model.eval()
+            teacher.eval()
+            for module in model.modules():
+                if _follows(module):
+                    module.training = True
+            yield
+    finally:
+        for parameter, wanted in others.items():
+            parameter.requires_grad_(wanted)
+
+
+def _follows(module: nn.Module) -> bool:
+    """Whether a module's statistics follow its inputs, or it learns in training mode alone."""
+    if isinstance(module, nn.modules.batchnorm._BatchNorm):
+        return module.track_running_stats and bool(module.momentum)
+    return isinstance(module, nn.RNNBase)  # cuDNN has no gradients in evaluation mode
+
+
+def trained_parameters(
+    model: nn.Module, units: Sequence[GatedActivation], train: str
+) -> list[nn.Parameter]:
+    """The parameters to train, without the gates' and without those that the user froze."""
+    if train == "all":
+        chosen = list(model.parameters())
+    else:
+        chosen = [p for unit in units if unit.fitted is not None for p in unit.fitted.parameters()]
+        chosen += [p for m in model.modules() if isinstance(m, _NORMS) for p in m.parameters()]
+    fixed = {p for unit in units for p in unit.gate.parameters()}
+    # The range of a polynomial's fit stays: w and c would only say in other words what k says.
+    fixed |= {p for fitted in polynomials(units).values() for p in (fitted.w, fitted.c)}
+    trained = [p for p in dict.fromkeys(chosen) if p.requires_grad and p not in fixed]
+    if not trained:
+        raise ValueError("there is nothing to train: run match_targets first, or use train='all'.")
+    return trained
