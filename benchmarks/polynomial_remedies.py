@@ -1,0 +1,194 @@
+"""What keeps a network of quadratic polynomials stable while it is distilled, one by one.
+
+    python benchmarks/polynomial_remedies.py run --cache FOLDER
+    python benchmarks/polynomial_remedies.py table
+
+`run` distils the CIFAR-10 ResNet-20 without any ReLU for some steps with each remedy that has no
+result yet, and looks at 1,000 training images that were left out. `table` writes docs/swaps.md.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import sys
+import warnings
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+from unittest import mock
+
+import torch
+import typer
+from markdown_page import fill_blocks, markdown_table
+from pretrained import prepared
+from pretrained_recipes import Recipe
+from pretrained_training import STAGES
+from study import BATCH, calibration, machine_note, write_json
+from torch import nn
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
+from cifar_resnet import trained_resnet
+
+from transfer_surgery import GatedActivation, distill
+from transfer_surgery.cli.finetuning.images import MemoryLoader, Unlabelled, load_cifar10
+from transfer_surgery.cli.finetuning.training import Machine, predict
+from transfer_surgery.matching import distillation
+from transfer_surgery.units.kernels import formula
+
+HELD_OUT = 1_000
+PARTS = 4
+PAGE = Path(__file__).parents[1] / "docs" / "swaps.md"
+RESULTS = Path(__file__).with_name("results") / "remedies"
+app = typer.Typer(help=__doc__.split("\n")[0], add_completion=False)
+Folder = Annotated[Path, typer.Option(help="Folder of the JSON files.")]
+
+
+@dataclass(frozen=True)
+class Remedy:
+    """What differs from the library's own setting, which is the default here."""
+
+    bound: float = 2.0
+    range_weight: float = 250.0
+    clip: float = 2.0
+    warmup: float = 0.05
+    lr: float = 0.002
+    held_norms: bool = False
+
+
+REMEDIES = {
+    "bounds at 2 ranges, penalty": Remedy(),
+    "bounds at 2 ranges, no penalty": Remedy(range_weight=0.0),
+    "bounds at 1 range, no penalty": Remedy(bound=1.0, range_weight=0.0),
+    "bounds at 3 ranges, no penalty": Remedy(bound=3.0, range_weight=0.0),
+    "no bounds, penalty": Remedy(bound=1e30),
+    "no bounds, no penalty": Remedy(bound=1e30, range_weight=0.0),
+    "penalty ten times as high": Remedy(range_weight=2500.0),
+    "gradient not clipped": Remedy(clip=1e9),
+    "no warm-up": Remedy(warmup=1e-9),
+    "learning rate 0.001": Remedy(lr=0.001),
+    "learning rate 0.005": Remedy(lr=0.005),
+    "batch norms held": Remedy(held_norms=True),
+}
+
+
+@dataclass
+class Result:
+    """One remedy: see the head of the table."""
+
+    name: str
+    steps: int
+    error: float
+    overflow: float
+    furthest: list[float]
+    outside: list[float]
+    machine: str
+
+
+@app.command()
+def run(
+    cache: Annotated[Path, typer.Option(help="Folder that keeps the matched network.")],
+    steps: Annotated[int, typer.Option(min=PARTS, help="Training steps.")] = 60,
+    name: Annotated[list[str] | None, typer.Option(help="Only these; several times.")] = None,
+    limit: Annotated[int, typer.Option(help="Number of training images.")] = 50_000,
+    folder: Folder = RESULTS,
+) -> None:
+    """Measure those that have no file yet."""
+    torch.set_num_threads(1)
+    warnings.simplefilter("ignore")
+    for index, (remedy, settings) in enumerate(REMEDIES.items()):
+        file = folder / f"{index:02}.json"
+        if not file.exists() and (not name or remedy in name):
+            write_json(measured(remedy, settings, steps, limit, cache), file)
+            print(file.read_text())
+
+
+def measured(name: str, remedy: Remedy, steps: int, limit: int, cache: Path) -> Result:
+    machine = Machine.choose()
+    train = load_cifar10(batch_size=BATCH, device=machine.device, limit=limit).train
+    assert isinstance(train, MemoryLoader)
+    held_out = MemoryLoader(
+        train.images[-HELD_OUT:], train.labels[-HELD_OUT:], BATCH, train.preprocessing
+    )
+    train.images, train.labels = train.images[:-HELD_OUT], train.labels[:-HELD_OUT]
+    teacher = machine.place(trained_resnet(20))
+    recipe = Recipe(start="refitted", target="polynomial")
+    model, _ = prepared(recipe, teacher, calibration(train, recipe.images, 0), cache)
+    model = copy.deepcopy(model)
+    for module in model.modules():
+        if remedy.held_norms and isinstance(module, nn.BatchNorm2d):
+            module.momentum = 0.0
+    torch.manual_seed(0)
+    furthest, outside = [0.0] * PARTS, [0.0] * PARTS
+    with ExitStack() as stack:
+        stack.enter_context(mock.patch.object(formula, "_BOUND", remedy.bound))
+        for constant in ("range_weight", "clip", "warmup"):
+            value = getattr(remedy, constant)
+            stack.enter_context(mock.patch.object(distillation, f"_{constant.upper()}", value))
+        done = watch(model, stack, steps, furthest, outside)
+        try:
+            distill(
+                model, teacher, Unlabelled(train), steps=steps, loss="kl", lr=remedy.lr,
+                features=STAGES, variation=0.0, progress=lambda now: done.append(now.done),
+            )  # fmt: skip
+        except ValueError as error:  # what overflows is the start, then
+            print(error)
+    found = predict(model, held_out, machine)
+    overflow = 1 - found.logits.isfinite().all(1).double().mean().item()
+    return Result(
+        name, steps, 1 - found.accuracy, overflow, furthest, outside, machine_note(machine, 1)
+    )
+
+
+def watch(
+    model: nn.Module, stack: ExitStack, steps: int, furthest: list[float], outside: list[float]
+) -> list[int]:
+    """Keep the furthest input and the largest share outside of the range of each part of a run.
+
+    Returns:
+        A list for the numbers of the steps that are done.
+    """
+    done = [0]
+
+    def look(unit: nn.Module, args: tuple[Any, ...]) -> None:
+        assert isinstance(unit, GatedActivation)
+        assert unit.fitted is not None
+        if not unit.bounded:
+            return
+        with torch.no_grad():
+            _, w, c, *_ = unit.fitted.expand(args[0])
+            v = (w * args[0] + c).abs()
+        part = min(done[-1] * PARTS // steps, PARTS - 1)
+        furthest[part] = max(furthest[part], v.max().item())
+        outside[part] = max(outside[part], (v > 1).double().mean().item())
+
+    for unit in model.modules():
+        if isinstance(unit, GatedActivation):
+            stack.callback(unit.register_forward_pre_hook(look).remove)
+    return done
+
+
+@app.command()
+def table(
+    page: Annotated[Path, typer.Option(help="Page to fill.")] = PAGE, folder: Folder = RESULTS
+) -> None:
+    """Write the table."""
+    results = [Result(**json.loads(file.read_text())) for file in sorted(folder.glob("*.json"))]
+    head = ["remedy", "steps", "held-out error", "overflow", "furthest input, in ranges",
+            "most outside at a site"]  # fmt: skip
+    rows = [
+        [
+            one.name, str(one.steps), f"{one.error:.1%}", f"{one.overflow:.1%}",
+            ", ".join(f"{x:.3g}" for x in one.furthest),
+            ", ".join(f"{x:.2%}" for x in one.outside),
+        ]
+        for one in results
+    ]  # fmt: skip
+    machines = "; ".join(sorted({one.machine for one in results}))
+    text = f"{markdown_table(head, rows)}\n\n{machines}."
+    page.write_text(fill_blocks(page.read_text(), {"remedies": text}))
+
+
+if __name__ == "__main__":
+    app()
