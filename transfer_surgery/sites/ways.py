@@ -68,8 +68,7 @@ def _runs_in_order(model: nn.Module, caller: str) -> bool:
 def _free_name(model: nn.Module, caller: str, base: str, taken: set[str | None]) -> str:
     module, number = model.get_submodule(caller), 0
     # Not hasattr: a __getattr__ may answer to any name.
-    held = {*dir(type(module)), *vars(module), *module._modules}
-    held |= {*module._parameters, *module._buffers}
+    held = set(nn.Module.__dir__(module))  # type: ignore[no-untyped-call]
     while f"{base}_{number}" in held or _join(caller, f"{base}_{number}") in taken:
         number += 1
     return _join(caller, f"{base}_{number}")
