@@ -177,8 +177,9 @@ class Training(nn.Module):
 
 def test_a_mode_that_values_steer_is_run_for_real_and_one_that_fails_is_warned_of():
     assert find_activations(Training(), X)["head"].modes == ("train",)
-    with pytest.warns(RuntimeWarning, match="train mode could not be examined.*no targets"):
+    with pytest.warns(RuntimeWarning, match="train mode could not be examined.*no targets") as told:
         convert(Training(fails=True), example_input=X)
+    assert [warning.filename for warning in told] == [__file__]  # the line of the caller
 
 
 class Hooked(Written):

@@ -30,7 +30,6 @@ from transfer_surgery.units import (
 )
 
 
-@torch.inference_mode(False)  # the gates may be trained
 def convert(
     model: nn.Module,
     target: str | Activation = "sin",
@@ -108,25 +107,26 @@ def convert(
     stages = stages_of(model, [site.path for site in chosen])
     generator = torch.Generator().manual_seed(torch.initial_seed() if seed is None else seed)
     paths = {site.path for site in chosen}
-    units = {
-        site.path: GatedActivation(
-            site.source,
-            target,
-            make_gate(settings, g.gate_shape(site.shape), generator),
-            granularity=g,
-            neurons=site.neurons,
-            path=site.path,
-            overwrites_input=site.overwrites_input,
-            inplace=site.inplace,
-            input_changes=site.input_changes,
-            dims=len(site.shape),
-            position=position,
-            stage=stages[site.path],
-            call=whole.call_number(site, paths),
-            where=site.where,
-        )
-        for position, (site, g) in enumerate(zip(chosen, granularities, strict=True))
-    }
+    with torch.inference_mode(False):  # the gates may be trained
+        units = {
+            site.path: GatedActivation(
+                site.source,
+                target,
+                make_gate(settings, g.gate_shape(site.shape), generator),
+                granularity=g,
+                neurons=site.neurons,
+                path=site.path,
+                overwrites_input=site.overwrites_input,
+                inplace=site.inplace,
+                input_changes=site.input_changes,
+                dims=len(site.shape),
+                position=position,
+                stage=stages[site.path],
+                call=whole.call_number(site, paths),
+                where=site.where,
+            )
+            for position, (site, g) in enumerate(zip(chosen, granularities, strict=True))
+        }
     # Edit the code that calls them, then put both in.
     recipes = prepare_recipes(model, whole, paths)
     insert_units(model, whole, units, recipes)
