@@ -37,10 +37,10 @@ class Event:
     role: str
     reason: str | None
     order: int
-    file: str
-    line: int
-    route: Route | GraphRoute | None
-    why: str | None
+    file: str = ""
+    line: int = 0
+    route: Route | GraphRoute | None = None
+    why: str | None = None
     module: str | None = None
     overwrites_input: bool = False
     input_changes: bool = False
@@ -103,7 +103,15 @@ class Observation:
             for event in self.sites():  # a cap is the one activation that there is
                 event.role = "hidden" if event.is_cap else event.role
 
-    def add(self, event: Event) -> None:
+    def add(self, frame: Frame) -> None:
+        """Add what was seen in one call of a module."""
+        for event in frame.events:
+            self._count(event)
+        if frame.events:
+            self.keys.setdefault(frame.path, set()).update(frame.keys)
+            self.modules.setdefault(frame.path, {}).update(frame.modules)
+
+    def _count(self, event: Event) -> None:
         seen = self.events.setdefault((event.caller, event.key), event)
         seen.calls += 1
         if seen is not event:

@@ -80,7 +80,7 @@ class Observer(TorchFunctionMode):
     ) -> Observation:
         with torch.set_grad_enabled(gradients), fake or contextlib.nullcontext(), self:
             output = self.probe(*args, **kwargs)
-        self._add(self._around)
+        self.observation.add(self._around)
         self._in_place.note_reads(output)
         self.observation.settle_roles(output)
         return self.observation
@@ -109,15 +109,7 @@ class Observer(TorchFunctionMode):
         if self._stack and event is not None and self._is_untouched(event):
             self._count_as_call(frame, event)
         else:
-            self._add(frame)
-
-    def _add(self, frame: Frame) -> None:
-        for event in frame.events:
-            self.observation.add(event)
-        if not frame.events:
-            return
-        self.observation.keys.setdefault(frame.path, set()).update(frame.keys)
-        self.observation.modules.setdefault(frame.path, {}).update(frame.modules)
+            self.observation.add(frame)
 
     def _count_as_call(self, frame: Frame, event: Event) -> None:
         """A module that is an activation and nothing else counts as a call of its caller."""
@@ -156,9 +148,9 @@ class Observer(TorchFunctionMode):
             if inner.event is not None:
                 inner.event.absorbed.add(parent)
         self._tracker.made(record, func, args, out)
-        event = (
-            None if call is None else self._record(func, call, match, out, why_listed(func, kwargs))
-        )
+        event = None
+        if call is not None:
+            event = self._record(func, call, match, out, why_listed(func, kwargs))
         if record is not None:
             record.event = event
         if outputs:
@@ -235,10 +227,6 @@ class Observer(TorchFunctionMode):
             role=role_of(call.activation, x),
             reason=why_not(x) or place.reason or listed,
             order=next(self._order),
-            file="",
-            line=0,
-            route=None,
-            why=None,
             input=x,
             output=out,
         )
