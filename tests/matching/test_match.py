@@ -12,14 +12,13 @@ from transfer_surgery import (
     TransferSchedule,
     bake,
     convert,
-    fold_targets,
     match_targets,
     swap_targets,
     wrap_optimizer,
 )
 from transfer_surgery.matching import samples
 from transfer_surgery.matching.target_fit import TargetFit
-from transfer_surgery.units import FittedActivation, gated_activations
+from transfer_surgery.units import gated_activations
 
 
 class Block(nn.Module):
@@ -138,67 +137,6 @@ def test_a_network_that_is_swapped_first_is_refitted_to_the_same():
     assert all(torch.equal(state[k], other[k]) for k in state if "log_alpha" not in k)
     assert not found.needs_swap
     assert "3 layers were refitted to these targets." in found.notes
-
-
-class Crossing(nn.Module):
-    """Its activations stand before padding, before a sum, and before pooling."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        torch.manual_seed(0)
-        self.one, self.two = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 8, 3, padding=1)
-        self.norms = nn.ModuleList(nn.BatchNorm2d(8) for _ in range(2))
-        self.act, self.head = nn.SiLU(inplace=True), nn.Linear(8, 5)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        x = self.act(self.norms[0](self.one(x)))
-        x = x + self.act(self.norms[1](self.two(x)))
-        return self.head(x.mean((2, 3)))
-
-
-def test_without_offsets_every_relu_is_a_plain_one_after_folding():
-    model, x = Crossing(), torch.randn(64, 3, 8, 8)
-    for _ in range(50):  # statistics as those of a trained network
-        model(x)
-    original = copy.deepcopy(model.eval())
-    convert(model, "relu", example_input=x)
-    match_targets(model, [x], refit=True, offset=False)
-    optimizer = torch.optim.AdamW(swap_targets(model).parameters(), 1e-4)
-    F.mse_loss(model(x), original(x)).backward()
-    optimizer.step()
-    for _, unit in gated_activations(model):
-        assert unit.fitted.b.count_nonzero() == 0
-        assert unit.fitted.a.min() >= 0
-    bake(model)
-    with torch.no_grad():
-        before = model(x)
-        report = fold_targets(model, x[:2])
-        torch.testing.assert_close(model(x), before, rtol=1e-4, atol=1e-5)
-    assert [row.left for row in report.rows] == ["", ""]
-    assert sum(isinstance(module, nn.ReLU) for module in model.modules()) == 2
-    assert not any(isinstance(module, FittedActivation) for module in model.modules())
-    plain = bake(swap_targets(convert(copy.deepcopy(original), "relu", example_input=x)))
-    assert squared_error(model, original, x) < 0.2 * squared_error(plain, original, x)
-
-
-def test_an_amplitude_without_offset_is_the_least_squares_one():
-    torch.manual_seed(0)
-    x = torch.randn(4096, 1)
-    model = convert(nn.Sequential(nn.SiLU()), "relu", example_input=x, granularity="layer")
-    match_targets(model, [x], offset=False)
-    fitted = model[0].fitted
-    y, shape = F.silu(x), F.relu(fitted.w * x + fitted.c).detach()
-    assert fitted.a.item() == pytest.approx(((shape * y).sum() / (shape**2).sum()).item(), rel=1e-3)
-    match_targets(model, [x])
-    assert fitted.b.requires_grad
-    assert fitted.b != 0
-
-
-def test_a_target_that_needs_its_offset_says_so():
-    model, x = converted(), data()
-    with pytest.raises(ValueError, match=r"sin needs its offset.*relu"):
-        match_targets(model, [x], offset=False)
-    assert all(unit.fitted is None for _, unit in gated_activations(model))
 
 
 def test_rows_are_in_the_order_of_execution_and_say_how_well_it_went():
