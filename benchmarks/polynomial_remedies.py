@@ -94,11 +94,11 @@ def run(
     limit: Annotated[int, typer.Option(help="Number of training images.")] = 50_000,
     folder: Folder = RESULTS,
 ) -> None:
-    """Measure those that have no file yet."""
+    """Measure those that have no file yet for so many steps."""
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
     for index, (remedy, settings) in enumerate(REMEDIES.items()):
-        file = folder / f"{index:02}.json"
+        file = folder / f"{index:02}-{steps}.json"
         if not file.exists() and (not name or remedy in name):
             write_json(measured(remedy, settings, steps, limit, cache), file)
             print(file.read_text())
@@ -175,6 +175,7 @@ def table(
 ) -> None:
     """Write the table."""
     results = [Result(**json.loads(file.read_text())) for file in sorted(folder.glob("*.json"))]
+    results.sort(key=lambda one: one.steps)
     head = ["remedy", "steps", "held-out error", "overflow", "furthest input, in ranges",
             "most outside at a site"]  # fmt: skip
     rows = [
