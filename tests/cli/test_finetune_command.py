@@ -15,6 +15,7 @@ from timm.utils import CheckpointSaver
 from torch import nn
 from torch.optim.lr_scheduler import OneCycleLR
 
+from tests.helpers.same_bits import assert_same_bits
 from tests.helpers.shell import in_process, invoke
 from transfer_surgery import load_model
 from transfer_surgery.cli.finetuning.checkpoint import Checkpoint
@@ -52,13 +53,6 @@ def kill(monkeypatch: pytest.MonkeyPatch) -> Kill:
             invoke(*command, fails=130)
 
     return run
-
-
-def assert_same(file: str, expected: str) -> None:
-    """Two files hold models with the same values bit for bit."""
-    states = load_model(file).state_dict(), load_model(expected).state_dict()
-    assert states[0].keys() == states[1].keys()
-    assert all(torch.equal(value, states[0][key]) for key, value in states[1].items())
 
 
 def pictures(folder: Path, classes: tuple[str, ...]) -> Path:
@@ -100,7 +94,7 @@ def test_a_training_that_was_killed_goes_on_bit_for_bit(kill: Kill) -> None:
     changed = invoke("finetune", "killed", *training, "--resume", "--lr", 1, fails=1)
     assert "lr was 0.01 and is 1.0 now. Continue with the same settings" in changed
     invoke("finetune", "killed", *training, "--resume")
-    assert_same("killed", "whole")
+    assert_same_bits(load_model("killed"), load_model("whole"))
     state = torch.load("killed.training.pt", weights_only=True)
     for damaged in (b"damaged", state | {"model": {}}, {"settings": state["settings"]}):
         torch.save(damaged, "killed.training.pt")

@@ -319,11 +319,7 @@ def _bad_folders() -> None:
         (["--labels", "wrong.csv"], 1, "wrong.csv, line 2: "),
         (["--labels", "twice.csv"], 1, "twice.csv, line 3: dark/0.png has the class 1, and befo"),
         (["--labels", "val", "--set", "classes=3"], 1, "val has classes from 0 to 1, and the mod"),
-        (
-            ["--labels", "high.csv"],
-            1,
-            "high.csv has classes from 0 to 7, and the model re",
-        ),
+        (["--labels", "high.csv"], 1, "high.csv has classes from 0 to 7, and the model re"),
     ],
 )
 def test_mistakes_end_before_anything_is_fitted(

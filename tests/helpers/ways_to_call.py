@@ -9,6 +9,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from tests.helpers.decorators import passed_on
+from tests.helpers.promises import Body
 
 
 def helper(x):
@@ -110,11 +111,6 @@ class Frozen(Parts):
 class Partial(Parts):
     def forward(self, x):
         return functools.partial(helper)(self.linear(x)) * 2
-
-
-class Twice(Parts):
-    def forward(self, x):
-        return self.act(self.linear(self.act(x))) - 0.1
 
 
 class Steps(Parts):
@@ -347,8 +343,7 @@ class AsksForType(Parts):
 
 
 NETWORKS = (Helper, Method, Private, Fixed, Property, Function, Super, Checkpoint, Decorated)
-NETWORKS += (Frozen, Partial, Twice, Steps, Lines, Shadowed, OtherFunctions)
+NETWORKS += (Frozen, Partial, Body, Steps, Lines, Shadowed, OtherFunctions)
 NETWORKS += (OwnNames, Recursive, ForeignDecorator, TwiceDecorated, Defaults, Among, Closures)
-NETWORKS += (Formula, FrozenAmong, Generators, Settings)
-NETWORKS += (OfTheClass, AsksForType)
+NETWORKS += (Formula, FrozenAmong, Generators, Settings, OfTheClass, AsksForType)
 NOT_COMPILED = (OwnCheckpoint,)

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from tests.helpers.same_bits import assert_same_bits
 from transfer_surgery import (
     TransferSchedule,
     bake,
@@ -253,9 +254,7 @@ def test_a_failure_leaves_the_model_as_it_was(refit, monkeypatch):
     monkeypatch.setattr(TargetFit, "solve", fail_late)
     with pytest.raises(RuntimeError, match="late"):
         match_targets(model, [data()], refit=refit)
-    after = model.state_dict()
-    assert after.keys() == before.keys()
-    assert all(torch.equal(after[k], v) for k, v in before.items())
+    assert_same_bits(model, before)
 
 
 def test_gates_are_transferred_softly_to_matched_targets():

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 
+from tests.helpers.same_bits import assert_same_bits
 from transfer_surgery import MatchWarning, convert, match_targets, sensitivity, swap_targets
 
 
@@ -27,9 +28,7 @@ def test_values_that_are_not_finite_are_refused_and_change_nothing(value, refit)
     batches[1][3, 2] = value
     with pytest.raises(ValueError, match=r"^1: NaN or infinity comes in"):
         match_targets(model, batches, refit=refit)
-    now = model.state_dict()
-    assert now.keys() == before.keys()
-    assert all(torch.equal(now[name], before[name]) for name in before)
+    assert_same_bits(model, before)
 
 
 def test_sites_are_not_compared_by_outputs_that_are_not_finite():

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from tests.helpers.same_bits import assert_same_bits
 from transfer_surgery import convert, match_targets, sensitivity, swap_targets
 from transfer_surgery.matching import samples
 from transfer_surgery.matching.layer_refit import RIDGES
@@ -22,16 +23,6 @@ def network(depth: int = 3, width: int = 6) -> tuple[nn.Sequential, torch.Tensor
     for layer in model[::2]:
         nn.init.kaiming_normal_(layer.weight)
     return model, torch.randn(600, width)
-
-
-def state(model: nn.Module) -> dict[str, torch.Tensor]:
-    return {name: value.clone() for name, value in model.state_dict().items()}
-
-
-def assert_same(one, two, **tolerance) -> None:
-    assert one.keys() == two.keys()
-    for name, value in one.items():
-        torch.testing.assert_close(value, two[name], **tolerance)
 
 
 def best_sinusoid(x, y):
@@ -109,8 +100,8 @@ def test_less_memory_gives_the_same_numbers():
         match_targets(
             convert(model, example_input=x), x.split(200), refit=True, max_bytes=max_bytes
         )
-        found.append(state(model))
-    assert_same(*found, rtol=0, atol=0)
+        found.append(copy.deepcopy(model))
+    assert_same_bits(*found)
     with pytest.raises(ValueError, match="max_bytes=-1: give a number of bytes"):
         match_targets(model, [x], max_bytes=-1)
 
@@ -208,7 +199,7 @@ def test_what_a_forward_pass_leaves_behind_is_neither_mixed_up_nor_left():
     assert torch.equal(torch.cat(batches), x)
 
     match_targets(two, batches, refit=True, max_bytes=0)  # one forward pass at a time
-    assert_same(state(one), state(two), rtol=0, atol=0)
+    assert_same_bits(one, two)
 
 
 def failing(model: nn.Module, error: BaseException):
@@ -230,14 +221,14 @@ def test_an_error_in_a_forward_pass_ends_all_threads_and_changes_nothing(error):
     model, x = network()
     convert(model, example_input=x)
     threads = failing(model, error)
-    before, hooks = state(model), [len(m._forward_hooks) for m in model.modules()]
+    before, hooks = copy.deepcopy(model), [len(m._forward_hooks) for m in model.modules()]
     gates = [m.gate for m in model.modules() if hasattr(m, "gate")]
     now = threading.active_count()
     with pytest.raises(type(error)):
         match_targets(model, x.split(200), refit=True)
     assert threads
     assert threading.active_count() == now
-    assert_same(state(model), before, rtol=0, atol=0)
+    assert_same_bits(model, before)
     assert [len(m._forward_hooks) for m in model.modules()] == hooks
     assert [m.gate for m in model.modules() if hasattr(m, "gate")] == gates
 

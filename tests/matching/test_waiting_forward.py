@@ -1,6 +1,7 @@
 """Forward passes that wait in threads: the state of torch goes with them, and Ctrl-C ends them."""
 
 import contextvars
+import copy
 import signal
 import threading
 
@@ -10,6 +11,7 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from tests.helpers.same_bits import assert_same_bits
 from transfer_surgery import convert, match_targets
 from transfer_surgery.matching.thread_state import ThreadState
 from transfer_surgery.matching.waiting_forward import WaitingForward
@@ -81,7 +83,7 @@ def test_ctrl_c_ends_all_threads_and_leaves_the_model_as_it_was():
     model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 2))
     x, calls = torch.randn(300, 4), []
     convert(model, example_input=x)
-    before = {name: value.clone() for name, value in model.state_dict().items()}
+    before = copy.deepcopy(model)
 
     def interrupt(*args) -> None:
         if threading.current_thread() is not threading.main_thread():
@@ -94,6 +96,4 @@ def test_ctrl_c_ends_all_threads_and_leaves_the_model_as_it_was():
     with pytest.raises(KeyboardInterrupt):
         match_targets(model, x.split(50))
     assert threading.active_count() == now
-    after = model.state_dict()
-    assert after.keys() == before.keys()
-    assert all(torch.equal(after[name], value) for name, value in before.items())
+    assert_same_bits(model, before)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from tests.helpers.same_bits import assert_same_bits
 from transfer_surgery import (
     DistillWarning,
     ModelSpec,
@@ -64,8 +65,7 @@ def test_held_out_batches_are_compared_and_not_fitted() -> None:
         second, "relu", iter(given), held_out=iter(other), granularity="layer", logits=True
     )
     assert [row.errors for row in found] == [row.errors for row in expected]
-    for name, tensor in first.state_dict().items():
-        assert torch.equal(tensor, second.state_dict()[name])
+    assert_same_bits(first, second)
     with torch.no_grad():
         wanted, now = (torch.cat([net(x) for x in other]) for net in (network(), first))
     error = (now - wanted).square().sum() / (wanted - wanted.mean(0)).square().sum()
@@ -133,7 +133,7 @@ def test_as_few_sites_keep_their_source_as_the_accuracy_needs() -> None:
     model = network()
     with pytest.raises(ValueError, match="keep_points=0: more is lost"):
         swap_activations(model, "relu", given, keep_points=0, refit=False, **options)
-    torch.testing.assert_close(model.state_dict(), network().state_dict(), rtol=0, atol=0)
+    assert_same_bits(model, network())
 
 
 def test_a_share_of_the_neurons_keeps_its_source() -> None:
@@ -230,8 +230,7 @@ def test_after_an_error_the_model_is_as_it_was(arguments: dict[str, Any], messag
     assert not told or arguments.get("keep") == 2.0  # nothing was fitted
     assert [*model] == modules
     assert model[0].weight is weight
-    expected = network().state_dict()
-    assert all(torch.equal(tensor, expected[k]) for k, tensor in model.state_dict().items())
+    assert_same_bits(model, network())
 
 
 def test_one_batch_cannot_be_both_fitted_and_held_out() -> None:
@@ -250,10 +249,9 @@ def test_a_teaching_that_does_no_good_says_so() -> None:
 @pytest.mark.filterwarnings("ignore::transfer_surgery.MatchWarning")  # weights are random
 def test_keeping_every_neuron_is_refused_and_changes_nothing() -> None:
     model = network()
-    before = copy.deepcopy(model.state_dict())
     with pytest.raises(ValueError, match=r"keep=1\.0 keeps every neuron"):
         swap_activations(model, "relu", batches(0), keep=1.0)
-    torch.testing.assert_close(model.state_dict(), before, rtol=0, atol=0)
+    assert_same_bits(model, network())
     assert isinstance(model[1], nn.SiLU)
 
 

@@ -156,7 +156,7 @@ def test_loaders_show_every_image_once_and_only_training_changes_the_order() -> 
     "options",
     [
         ["--fsdp", "--order", "front_to_back"],
-        pytest.param([], marks=pytest.mark.long),  # DDP: also in tests/transfer/test_distributed.py
+        pytest.param([], marks=pytest.mark.long),  # DDP: also in tests/test_distributed.py
     ],
 )
 @pytest.mark.slow

@@ -51,7 +51,7 @@ def overlaps(labels: list) -> bool:
     return any(a.y1 > b.y0 + 1 for a, b in pairwise(boxes))
 
 
-@pytest.mark.parametrize("sites", [1, 30, 150])
+@pytest.mark.parametrize("sites", [1, 100])  # of 100, every second one has a label
 def test_labels_neither_overlap_nor_leave_the_figure_at_any_number_of_sites(sites):
     model = model_of(sites, "a_backbone_with_a_very_long_name_stage{}_activation")
     plots = plot_report(report(model)), plot_history(history_of(model, 3))

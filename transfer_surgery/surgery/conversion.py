@@ -62,7 +62,7 @@ def convert(
             module type (of the caller or the activation), a module of the model (all below it), a
             predicate on `Site`, or several of them.
         exclude: leave these sites alone; the same forms.
-        roles: roles to convert; see `transfer_surgery.sites.plan.ROLES`.
+        roles: roles to convert: ``"hidden"``, ``"gating"``, ``"output"``, ``"bounding"``.
         example_input: a tensor, a tuple of arguments or a dict of keyword arguments.
         gate: how gates are drawn and learned: `HardConcrete`, or a baseline of the paper:
             `Bernoulli`, `Line`, `Copy`. A name such as ``"line"`` stands for the default settings.

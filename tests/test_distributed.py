@@ -1,4 +1,4 @@
-"""DDP and FSDP2 on two gloo processes: what one process does with the whole batch, they do too."""
+"""Two gloo processes train, save and match as one process does with the whole batch."""
 
 from pathlib import Path
 from typing import Any
@@ -10,9 +10,18 @@ from torch import nn
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.optim import SGD, Optimizer
 
-from tests.helpers import rank_programs as ranks
-from tests.helpers.rank_programs import GAMMA, OPTIMIZERS, SETTINGS, STEPS, on_ranks
-from transfer_surgery import load_gates, report, revert, structural_risk, wrap_optimizer
+from tests.helpers import rank_programs as programs
+from tests.helpers import ranks
+from tests.helpers.ranks import GAMMA, OPTIMIZERS, SETTINGS, STEPS, on_ranks
+from tests.helpers.same_bits import assert_same_bits
+from transfer_surgery import (
+    load_gates,
+    match_targets,
+    report,
+    revert,
+    structural_risk,
+    wrap_optimizer,
+)
 from transfer_surgery.units import gated_activations
 
 pytestmark = pytest.mark.skipif(
@@ -38,15 +47,14 @@ def whole_batch(model: nn.Module, opt: Optimizer, steps: range, explicit: bool =
         opt.zero_grad()
 
 
-CASES = [
-    ("momentum", "gamma"),
-    ("adamw", "schedule"),
-    ("momentum", "part by part"),
-]
-
-
+CASES = [("momentum", "gamma"), ("adamw", "schedule"), ("momentum", "part by part")]
 RESUMED = [("adamw", "part by part"), ("sgd", "schedule")]
 KINDS = ("ddp", "fsdp")
+
+
+def batches() -> list[torch.Tensor]:
+    """To match targets with: three, of which the first rank gets two."""
+    return list(torch.randn(480, 6, generator=torch.Generator().manual_seed(3)).split(160))
 
 
 @pytest.fixture(scope="module")
@@ -57,19 +65,22 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def results(folder: Path) -> list[ranks.Result]:
     """What two ranks made of every program, by rank."""
-    programs: dict[Any, tuple[Any, ...]] = {
-        "corners": (ranks.corners,),
-        "precision": (ranks.low_precision, "schedule"),
-        "gates": (ranks.gates_only, folder / "gates"),
+    bad = [batches()[0], batches()[1][:, :2], batches()[2]]  # rank 1 gets one that is no input
+    calls: dict[Any, tuple[Any, ...]] = {
+        "corners": (programs.corners,),
+        "precision": (programs.low_precision, "schedule"),
+        "gates": (programs.gates_only, folder / "gates"),
+        "matched": (programs.matched, batches()),
+        "not matched": (programs.matched, bad),
     }
-    for kind, program in zip(KINDS, (ranks.ddp, ranks.fsdp), strict=True):
-        programs |= {(kind, *case): (program, *case) for case in CASES}
-        programs[kind, "nan"] = (ranks.not_finite, kind)
+    for kind, program in zip(KINDS, (programs.ddp, programs.fsdp), strict=True):
+        calls |= {(kind, *case): (program, *case) for case in CASES}
+        calls[kind, "nan"] = (programs.not_finite, kind)
     for baked in (False, True):
-        programs["fsdp 1", baked] = (ranks.flattened, baked)
+        calls["fsdp 1", baked] = (programs.flattened, baked)
     for case in RESUMED:
-        programs["resumed", *case] = (ranks.checkpoint, *case, folder / case[0])
-    return on_ranks(ranks.in_turn, folder, programs)
+        calls["resumed", *case] = (programs.checkpoint, *case, folder / case[0])
+    return on_ranks(programs.in_turn, folder, calls)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -187,3 +198,25 @@ def test_creating_the_state_of_an_optimizer_is_no_step_of_the_schedule() -> None
     for (_, unit), start in zip(gated_activations(model), before, strict=True):
         assert torch.equal(unit.log_alpha, start)
         assert not optimizer.state[unit.log_alpha]["exp_avg"].any()
+
+
+def test_two_ranks_match_what_one_process_matches_with_all_batches(
+    results: list[ranks.Result],
+) -> None:
+    model = ranks.network()
+    expected = match_targets(model, batches(), refit=True)
+    first, second = (result["matched"] for result in results)
+    for name, value in model.state_dict().items():
+        assert torch.equal(first["state"][name], second["state"][name])
+        torch.testing.assert_close(first["state"][name], value, rtol=1e-3, atol=1e-4)
+    assert first["r2"] == pytest.approx([row.r2 for row in expected], rel=1e-4)
+
+
+def test_an_error_of_matching_on_one_rank_is_one_on_all_and_changes_nothing(
+    results: list[ranks.Result],
+) -> None:
+    found = [result["not matched"] for result in results]
+    assert "another rank" in found[0]["error"]
+    assert "shapes" in found[1]["error"]
+    for result in found:
+        assert_same_bits(result["state"], ranks.network())
