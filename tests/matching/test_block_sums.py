@@ -1,6 +1,7 @@
 """The last layer of a residual block is refitted to the sum, which the shortcut's error is in."""
 
 import copy
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -25,9 +26,10 @@ class Block(nn.Module):
         self.other, self.norm = nn.Linear(WIDTH, WIDTH), nn.LayerNorm(WIDTH)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        y = self.last(F.relu(self.first(x)))
+        with torch.inference_mode() if self.way == "frozen" else nullcontext():
+            y = self.last(F.relu(self.first(x)))
         match self.way:
-            case "plain":
+            case "plain" | "frozen":
                 return x + y
             case "in place":
                 y = F.dropout(y, training=self.training)
@@ -94,7 +96,14 @@ def inside(model: nn.Module, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tenso
 
 @pytest.mark.parametrize(
     ("way", "shortcut"),
-    [("plain", 1), ("in place", 1), ("scaled", 1), ("late shortcut", 0.5), ("moved", 1)],
+    [
+        ("plain", 1),
+        ("in place", 1),
+        ("scaled", 1),
+        ("late shortcut", 0.5),
+        ("frozen", 1),
+        ("moved", 1),
+    ],
 )
 def test_the_last_layer_makes_up_for_the_error_of_the_shortcut(way, shortcut):
     model, found, x = matched(way)

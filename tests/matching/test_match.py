@@ -170,7 +170,8 @@ def test_the_report_has_the_error_of_each_output_and_no_divergence_of_what_is_no
     (row,) = match_targets(model, [x])
     assert row.divergence is None
     with torch.no_grad():
-        pairs = zip(swap_targets(model)(x), original(x), strict=True)
+        some = x[:128]  # so many take half a forward pass of all inputs
+        pairs = zip(swap_targets(model)(some), original(some), strict=True)
         expected = [
             ((now - y).square().sum() / (y - y.mean(0)).square().sum()).item() for now, y in pairs
         ]

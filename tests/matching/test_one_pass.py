@@ -87,9 +87,9 @@ def test_each_network_runs_once_on_each_batch_if_the_memory_suffices(max_bytes):
     runs = []
     model[0].register_forward_hook(lambda *_: runs.append(1))
     report = match_targets(model, x.split(100), max_bytes=max_bytes)
-    probe, checks, modules = 1, 6, 6
+    probe, fewer_examples, checks, modules = 1, 1, 6, 6
     passes = 2 * 6 * (1 if max_bytes is None else modules)
-    assert len(runs) == probe + checks + passes
+    assert len(runs) == probe + fewer_examples + checks + passes
     assert ("6 batches were run once more" in str(report)) == (max_bytes == 0)
 
 
@@ -160,6 +160,27 @@ def test_a_site_that_is_called_several_times_is_fitted_to_all_its_calls():
         amplitude, w, c, offset = numbers
         found = amplitude * (w * a + c) ** 2 + offset
         torch.testing.assert_close(found, best, rtol=0.02, atol=0.02 * b.std().item())
+
+
+def test_what_runs_between_the_calls_of_a_site_is_fitted_to_the_original_network():
+    torch.manual_seed(0)
+    model, x = Loop(), torch.randn(400, 4)
+    report = match_targets(convert(model, "square", example_input=x), x.split(150), refit=True)
+    assert report.refitted == ("block.1", "last")
+    assert not report.left
+
+
+def test_a_short_batch_counts_for_its_own_examples(monkeypatch):
+    monkeypatch.setattr(samples, "VALUES", 2000)
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(2, 4, 3), nn.ReLU(), nn.Conv2d(4, 3, 3)).eval()
+    x, errors = torch.randn(128, 2, 12, 12), []
+    x[120:] *= 4
+    for sizes in ([128], [120, 8]):
+        model = convert(copy.deepcopy(net), example_input=x[:2])
+        match_targets(model, x.split(sizes))
+        errors.append((swap_targets(model)(x[:120]) - net(x[:120])).square().mean())
+    assert errors[1] < 1.1 * errors[0]
 
 
 class Remembers(nn.Module):

@@ -66,9 +66,10 @@ class Chain:
             output = step(output)
         return output
 
-    def renew(self) -> None:
-        """Write into the summand what the layer gives with the weights that it has now."""
-        self.summand.copy_(self.pass_on(self.layer.forward(*self.args, **self.kwargs)))
+    def renewed(self) -> Tensor:
+        """The summand with the weights that the layer has now."""
+        with torch.set_grad_enabled(self.summand.requires_grad):
+            return self.pass_on(self.layer.forward(*self.args, **self.kwargs)).to(self.summand)
 
 
 def other_summand(
@@ -86,10 +87,11 @@ class SumFollower(TorchFunctionMode):
     """Follows the outputs of layers to their sums.
 
     Args:
-        at_sum: called before the sum is made, with the chain and the other summand.
+        at_sum: called before the sum is made, with the chain and the other summand. It returns what
+            is added in place of the summand.
     """
 
-    def __init__(self, at_sum: Callable[[Chain, Tensor], None]) -> None:
+    def __init__(self, at_sum: Callable[[Chain, Tensor], Tensor]) -> None:
         super().__init__()
         self._at_sum = at_sum
         self._chain: Chain | None = None
@@ -108,8 +110,10 @@ class SumFollower(TorchFunctionMode):
         other = other_summand(func, args, kwargs, chain.summand)
         if other is not None:
             self._chain = None
-            self._at_sum(chain, other)
-            return func(*args, **kwargs)
+            summand = self._at_sum(chain, other)
+            result = _step(func, args, kwargs, place)(summand)
+            # A sum in place is also there for who holds the tensor that it is written into.
+            return chain.summand.copy_(result) if result is summand else result
         result = func(*args, **kwargs)
         if isinstance(result, Tensor) and result is not chain.summand:
             chain.steps.append(_step(func, args, kwargs, place))

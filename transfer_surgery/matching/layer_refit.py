@@ -75,15 +75,13 @@ class LayerFit:
         if self.is_wide:
             self._parts.append((rows, wanted))
             return
-        if self.offset:
-            rows = torch.cat([rows, torch.ones_like(rows[..., :1])], -1)
         wanted = wanted.to(rows)
         # The rows are in the order of the examples, so the last ones are of other examples. All
         # batches together hold out a quarter, also where each has few rows.
         before, self._rows = self._rows, self._rows + rows.shape[1]
         first = rows.shape[1] - (self._rows // _HELD_OUT - before // _HELD_OUT)
-        self._equations.add(rows[:, :first], wanted[:, :first])
-        self._held_out.add(rows[:, first:], wanted[:, first:])
+        self._equations.add(rows[:, :first], wanted[:, :first], self.offset)
+        self._held_out.add(rows[:, first:], wanted[:, first:], self.offset)
 
     def solve(self) -> dict[str, Tensor]:
         """The weight, and the bias where there is to be one, in the layer's shapes and dtype.

@@ -35,9 +35,9 @@ class MatchRow:
             negative where the mean would be better, and None where the site did not run.
         periods: median over gates of the number of periods that the data spans; None where the
             target is not periodic.
-        errors: relative squared error of each output of the model on the first batch, with this
-            site and those before it swapped: 0 is perfect, 1 is as good as the mean. None where the
-            outputs cannot be compared.
+        errors: relative squared error of each output of the model on examples of the first batch,
+            with this site and those before it swapped: 0 is perfect, 1 is as good as the mean. None
+            where the outputs cannot be compared.
         values: number of inputs that each gate was fitted to.
         divergence: mean KL divergence of the outputs from the original ones, if they are logits.
         where: source file and line of the site; empty where it is not known.

@@ -29,17 +29,35 @@ class NormalEquations:
         self.matrix: Tensor | float = 0.0
         self.vector: Tensor | float = 0.0
 
-    def add(self, x: Tensor, y: Tensor, weights: Tensor | None = None) -> None:
+    def add(self, x: Tensor, y: Tensor, constant: bool = False) -> None:
         """Count rows.
 
         Args:
             x: ``(..., N, features)``.
             y: ``(..., N, outputs)``.
+            constant: whether there is one more feature behind the others, which is always 1.
+        """
+        left = x.transpose(-1, -2)
+        matrix, vector = _symmetric(left, x).double(), (left @ y).double()
+        if constant:  # ones beside the others would cost a copy, and lines of an odd length
+            sums = x.sum(-2, keepdim=True).double()
+            count = torch.full_like(sums[..., :1], x.shape[-2])
+            last = torch.cat([sums.transpose(-1, -2), count], -2)
+            matrix = torch.cat([torch.cat([matrix, sums], -2), last], -1)
+            vector = torch.cat([vector, y.sum(-2, keepdim=True).double()], -2)
+        self.matrix, self.vector = self.matrix + matrix, self.vector + vector
+
+    def add_joined(self, rows: Tensor, weights: Tensor | None = None) -> None:
+        """Count rows of few features, each with its one output behind them.
+
+        Args:
+            rows: ``(..., N, features + 1)``.
             weights: of the squared errors, ``(..., N)``.
         """
-        weighted = (x if weights is None else x * weights[..., None]).transpose(-1, -2)
-        self.matrix = self.matrix + _symmetric(weighted, x).double()
-        self.vector = self.vector + (weighted @ y).double()
+        weighted = rows if weights is None else rows * weights[..., None]
+        products = (weighted.transpose(-1, -2) @ rows).double()[..., :-1, :]
+        self.matrix = self.matrix + products[..., :-1]
+        self.vector = self.vector + products[..., -1:]
 
     def add_over_ranks(self) -> None:
         """Count the rows of all ranks."""

@@ -14,7 +14,7 @@ from transfer_surgery.matching.output_errors import OutputChange, output_tensors
 from transfer_surgery.matching.two_networks import TwoNetworks
 from transfer_surgery.units import GatedActivation
 
-_PASSES = 1  # forward pass of all batches: so much time the checks of all sites take together
+_PASSES = 0.5  # forward passes of all batches: so much time all checks take together
 
 
 class OutputCheck:
@@ -38,7 +38,7 @@ class OutputCheck:
         self._batch, self._wanted = networks.batches[0], wanted
         count = example_count(self._batch)
         if count:
-            fewer = max(_PASSES * count * len(networks.batches) // max(sites, 1), 1)
+            fewer = max(int(_PASSES * count * len(networks.batches) / max(sites, 1)), 1)
             if fewer < count and (part := self._first(fewer)) is not None:
                 self._batch, self._wanted = part
         output_tensors(self._wanted)

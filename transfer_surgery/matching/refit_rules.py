@@ -52,8 +52,16 @@ def _in_other_networks(model: nn.Module) -> set[nn.Module]:
     A module that contains the whole model is no other network.
     """
     own = set(model.modules())
+    shared = _shared_by_others(model, own)
+    if shared:
+        gc.collect()  # what nobody holds any more is no network; this takes a while
+        shared = _shared_by_others(model, own)
+    return shared
+
+
+def _shared_by_others(model: nn.Module, own: set[nn.Module]) -> set[nn.Module]:
+    """The same, with networks that nobody holds any more."""
     parameters = {id(p): module for module in own for p in module._parameters.values()}
-    gc.collect()  # what nobody holds any more is no network
     shared: set[nn.Module] = set()
     objects = gc.get_objects()
     kinds = {kind for kind in set(map(type, objects)) if issubclass(kind, nn.Module)}

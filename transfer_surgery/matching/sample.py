@@ -69,6 +69,9 @@ def ends_of_groups(x: Tensor, granularity: Granularity) -> Tensor:
         [[0.0, 3.0], [1.0, 4.0], [2.0, 5.0]]
     """
     axes = granularity.axes(x.dim())
-    rest = tuple(axis for axis in range(x.dim()) if axis not in axes)
-    found = torch.stack([x.detach().amin(rest), x.detach().amax(rest)], -1).view(-1, 2)
+    low = high = x.detach().movedim(axes, tuple(range(-len(axes), 0)))
+    # Axis after axis, with the gates behind: of a channels_last tensor that is many times as fast.
+    while low.dim() > len(axes):
+        low, high = low.amin(0), high.amax(0)
+    found = torch.stack([low, high], -1).view(-1, 2)
     return found.to(torch.promote_types(x.dtype, torch.float32))

@@ -9,9 +9,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from transfer_surgery._running import map_tensors
 from transfer_surgery.matching.calls import Call
 from transfer_surgery.matching.layer_refit import LayerFit
-from transfer_surgery.matching.ranks import number_of_ranks
+from transfer_surgery.matching.ranks import over_ranks
 from transfer_surgery.matching.sample import Positions, ends_of_groups, sampled_groups
 from transfer_surgery.matching.side_by_side import SideBySide
 from transfer_surgery.matching.site_gradients import site_calls
@@ -58,6 +59,8 @@ class Samples:
     ) -> None:
         self._networks, self._calls, self._fits = networks, calls, fits
         self._seeds = {module: 1000 * index for index, module in enumerate(calls)}
+        self._sizes = [_size(batch) for batch in networks.batches]
+        self._total = int(over_ranks([torch.tensor(sum(self._sizes))])[0])
         self._shapes: dict[Any, Any] = {}
         self._weights: dict[Any, Tensor] = {}
         self._sums: dict[Any, SumMap | None] = {}
@@ -93,7 +96,7 @@ class Samples:
         For a site also of its source's output where that has operands, and ends.
         """
         x, *operands = call.values
-        given, result = self._shapes.pop(call[:3], (None, None))
+        given, result = self._shapes.get(call[:3], (None, None))
         if given != x.shape:
             self.routed.add(call.module)
         if isinstance(call.module, GatedActivation):
@@ -155,10 +158,10 @@ class Samples:
                 wanted = behind[number] if number < len(behind) else None
                 yield now, wanted, (batch, number)
 
-    def _count(self, module: nn.Module, limit: int) -> int:
+    def _count(self, call: Call, limit: int) -> int:
         """How many values of a call are drawn, out of those of all calls, batches and ranks."""
-        calls = self._calls[module] * len(self._networks.batches) * number_of_ranks()
-        return max(limit // calls, 1)
+        share = limit * self._sizes[call.batch] // self._total
+        return max(share // self._calls[call.module], 1)
 
     def _seed(self, call: Call) -> int:
         return self._seeds[call.module] + 7919 * call.batch + 104729 * call.number
@@ -167,11 +170,18 @@ class Samples:
         unit = call.module
         assert isinstance(unit, GatedActivation)
         limit = min(VALUES, max(_ELEMENTS // math.prod(unit.gate.shape), _LEAST))
-        return sampled_groups(x, unit.granularity, self._count(unit, limit), self._seed(call))
+        return sampled_groups(x, unit.granularity, self._count(call, limit), self._seed(call))
 
     def _positions(self, call: Call, shape: Any) -> Any:
         fit = self._fits[call.module]
-        return fit.map.positions(shape, self._count(call.module, fit.limit), self._seed(call))
+        return fit.map.positions(shape, self._count(call, fit.limit), self._seed(call))
+
+
+def _size(batch: Any) -> int:
+    """How many values the tensors of a batch have: so much a batch counts for."""
+    sizes: list[int] = []
+    map_tensors(lambda x: sizes.append(x.numel()), batch)
+    return sum(sizes)
 
 
 def _with_floor(weights: Tensor) -> Tensor:

@@ -182,15 +182,14 @@ class SideBySide:
             elif side.original:
                 side.stop(module, [output, *args, *kwargs.values()])
 
-    def before_sum(self, chain: Chain, other: Tensor) -> None:
-        """Stop before the sum that the output of a layer goes into."""
+    def before_sum(self, chain: Chain, other: Tensor) -> Tensor:
+        """Stop before the sum that the output of a layer goes into; what is to be added."""
         side = self.running
         assert side is not None
         given = [*chain.args, *chain.kwargs.values()]
         values = [chain.start, *given] if side.original else given
         side.stop(chain.layer, values, Sum(chain, other))
-        if not side.original:
-            chain.renew()
+        return chain.summand if side.original else chain.renewed()
 
 
 class _Side:

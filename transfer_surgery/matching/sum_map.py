@@ -11,6 +11,7 @@ from transfer_surgery.matching.sample import Positions
 
 _DIGITS = 2**12  # numbers below it stay whole numbers in float32, also with a factor
 _TOLERANCE = 1e-2  # of what the steps make of real outputs
+_LOOKED_AT = 2**12  # positions of an output by which the steps are judged
 _FAINT = 1e-3  # a factor below this share of the others is as good as 0
 
 
@@ -31,6 +32,7 @@ class SumMap:
 
     def __init__(self, layer: LinearMap, chain: Chain) -> None:
         self._layer, y = layer, chain.start
+        self._some = layer.positions(y.shape, _LOOKED_AT, seed=0)
         shift = chain.pass_on(torch.zeros_like(y))
         factors = chain.pass_on(torch.ones_like(y)) - shift
         if factors.shape != chain.summand.shape or factors.numel() != y.numel():
@@ -40,18 +42,18 @@ class SumMap:
             self._index = _index(chain, shift, factors)
             if not self._agrees(chain, shift, factors):
                 raise ValueError("the steps do not scale and move the outputs only.")
-        scales = self._of(factors, None)
+        scales = self._of(factors, self._some)
         self.factors = scales.mean(1, keepdim=True).double()  # (groups, 1, outputs)
 
     def _agrees(self, chain: Chain, shift: Tensor, factors: Tensor) -> bool:
         """Whether this is what the steps made of real outputs."""
         if self._index is None and chain.summand.shape != chain.start.shape:
             return False
-        scales = self._of(factors, None)
+        scales = self._of(factors, self._some)
         if bool((scales.amax(1) - scales.amin(1) > _TOLERANCE * scales.abs().amax(1)).any()):
             return False
-        made = self._of(chain.summand, None) - self._of(shift, None)
-        error = made - scales * self._layer.outputs(chain.start, None)
+        made = self._of(chain.summand, self._some) - self._of(shift, self._some)
+        error = made - scales * self._layer.outputs(chain.start, self._some)
         return bool(error.square().mean() <= _TOLERANCE**2 * made.square().mean())
 
     def _of(self, summand: Tensor, positions: Positions) -> Tensor:

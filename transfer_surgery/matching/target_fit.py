@@ -148,15 +148,15 @@ class TargetFit:
         self.count = self.count + counted.sum(1)
         self.sums = self.sums + torch.stack([(counted * wide).sum(1), (counted * wide**2).sum(1)])
         for equations, candidate in zip(self.equations, self.candidates, strict=True):
-            rows = self._rows(u, candidate)
-            equations.add(rows, wide[..., None], None if weights is None else counted)
+            rows = self._rows(u, candidate, y)
+            equations.add_joined(rows, None if weights is None else counted)
 
-    def _rows(self, u: Tensor, candidate: Candidate) -> Tensor:
+    def _rows(self, u: Tensor, candidate: Candidate, y: Tensor) -> Tensor:
         w, c = (part.to(u) for part in candidate)
         features = self.family.features(u, candidate._replace(w=w, c=c))
         # In float64: slow cosines are nearly constant, and their sums nearly cancel. The values of
         # a feature lie side by side, which makes their products several times as fast.
-        return torch.stack(features, 1).double().transpose(1, 2)
+        return torch.stack([*features, y.to(u)], 1).double().transpose(1, 2)
 
     def add_range(self, inputs: Inputs, source: Callable[[Tensor], Tensor]) -> None:
         """Let the whole range count for a share of what was counted until now, if the family asks.
@@ -175,7 +175,7 @@ class TargetFit:
         share = self.family.range_share / _POINTS * torch.as_tensor(self.count)[:, None]
         weights = torch.where(high > low, share, 0.0).expand_as(x)
         for equations, candidate in zip(self.range, self.candidates, strict=True):
-            equations.add(self._rows(u, candidate), source(x)[..., None], weights)
+            equations.add_joined(self._rows(u, candidate, source(x)), weights)
 
     def add_over_ranks(self) -> None:
         """Count the batches of all ranks."""
