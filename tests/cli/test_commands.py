@@ -187,6 +187,9 @@ def test_options_of_convert_reach_the_gates_and_files_are_not_replaced() -> None
     Path("run.training.pt").touch()
     invoke(*convert, "--force")
     assert not Path("run.training.pt").exists()
+    Path("other.training.pt").write_text("of another program")
+    assert "other.training.pt is not the state" in invoke(*convert[:-1], "other", fails=1)
+    assert Path("other.training.pt").read_text() == "of another program"
     (unit,) = read_gates("run").values()
     assert (unit.granularity, unit.gate.settings) == (PerLayer(), Bernoulli(noise="none"))
 

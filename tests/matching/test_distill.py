@@ -203,14 +203,15 @@ def test_what_is_not_better_on_held_out_inputs_is_not_kept_and_is_said():
     assert_same_bits(model, before)
 
 
-@pytest.mark.parametrize("momentum", [0.0, None])
-def test_norms_that_cannot_follow_are_held(momentum):
+@pytest.mark.parametrize(("momentum", "frozen"), [(0.0, False), (None, False), (0.1, True)])
+def test_norms_that_cannot_follow_and_frozen_ones_are_held(momentum, frozen):
     torch.manual_seed(0)
     layers = [nn.Linear(4, 8), nn.ReLU(), nn.BatchNorm1d(8, momentum=momentum), nn.Linear(8, 2)]
     teacher, x = nn.Sequential(*layers).eval(), torch.randn(512, 4)
     with torch.no_grad():
         teacher[2].running_mean += 3
     model = swap_targets(convert(copy.deepcopy(teacher), "sin", example_input=x))
+    model[2].requires_grad_(not frozen)
     report = distill(model, teacher, list(x.split(32)), steps=60, lr=0.02)
     assert report.after["output"] < 0.5 * report.before["output"]
     assert torch.equal(model[2].running_mean, teacher[2].running_mean)

@@ -5,6 +5,7 @@ import math
 from fractions import Fraction
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import assume, example, given, settings
@@ -60,6 +61,12 @@ def test_budget_has_the_shape_that_was_asked_for() -> None:
     for step in range(101):
         assert linear.budget(step) == pytest.approx(1 - step / 100)
         assert cosine.budget(step) == pytest.approx((1 + math.cos(math.pi * step / 100)) / 2)
+
+
+def test_integers_of_numpy_are_steps_as_those_of_python_are() -> None:
+    schedule = TransferSchedule(np.int64(100), start=np.int64(10), end=np.int32(50))
+    assert (schedule.budget(10), schedule.budget(30)) == (1.0, pytest.approx(0.5))
+    assert schedule.budget(50) == 0.0
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ import torch
 import typer
 
 from transfer_surgery.activations import get_target
-from transfer_surgery.cli.finetuning.checkpoint import state_of
+from transfer_surgery.cli.finetuning.checkpoint import check_state_not_lost, state_of
 from transfer_surgery.cli.options import (
     Exclude,
     GranularityName,
@@ -96,6 +96,7 @@ def convert(
         get_target(target)
         settings = gate_settings({"name": gate} | ({} if noise is None else {"noise": noise}))
     with run_errors():
+        check_state_not_lost(output)
         torch.manual_seed(seed)
         network = build(spec, weights, pretrained)
         found = find_activations(network, spec.example_input(network))

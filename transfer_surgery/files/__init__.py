@@ -6,7 +6,7 @@ from transfer_surgery.files.gates_file import load_gates, read_gates, save_gates
 from transfer_surgery.files.model_file import load_model, load_weights, save_model
 from transfer_surgery.files.model_spec import ModelSpec, UnknownModelError
 from transfer_surgery.files.polynomials_file import save_polynomials
-from transfer_surgery.files.replacing import check_is_file, replace_file
+from transfer_surgery.files.replacing import check_is_file, check_replaceable, replace_file
 from transfer_surgery.files.safetensors_file import check_not_lost, read_tensors
 
 __all__ = [
@@ -14,6 +14,7 @@ __all__ = [
     "UnknownModelError",
     "check_is_file",
     "check_not_lost",
+    "check_replaceable",
     "export_onnx",
     "export_program",
     "load_baked",

@@ -56,8 +56,8 @@ def replace_file(file: Path, write: Callable[[Path], object]) -> None:
             there. What it writes beside that path goes beside the file.
 
     Raises:
-        OSError: the file cannot be written, as on a full disk. It is then as it was, and there
-            are no new folders.
+        OSError: the file cannot be written, as on a full disk, or one that goes beside it exists
+            already while the file does not. All is then as it was, and there are no new folders.
     """
     made: list[Path] = []
     try:
@@ -68,7 +68,13 @@ def replace_file(file: Path, write: Callable[[Path], object]) -> None:
             write(Path(folder, file.name))
             # A file beside it, whose name is longer, comes first: the file itself refers to it.
             for written in sorted(Path(folder).iterdir(), reverse=True):
-                _replace(file.with_name(written.name), written)
+                place = file.with_name(written.name)
+                if place.exists() and not file.exists():
+                    raise FileExistsError(
+                        f"{place} goes beside it and exists. It is not replaced: choose another "
+                        "file."
+                    )
+                _replace(place, written)
         _sync(file.parent, os.O_RDONLY)  # the new name is on the disk only once its folder is
     except Exception as error:  # torch and safetensors have errors of their own for a full disk
         with suppress(OSError):  # another process may have put something there

@@ -63,8 +63,8 @@ def distill(
     that answers varied inputs best. That may be the start.
 
     The model is trained in evaluation mode: without dropout, and with the branches that predictions
-    take. Only batch norms that follow their inputs (a momentum above 0) use the statistics of the
-    batch. The learning rate rises during 5 % of the steps, then falls like a cosine.
+    take. Only batch norms that follow their inputs (a momentum above 0, and not frozen) use the
+    statistics of the batch. The learning rate rises during 5 % of the steps, then falls like a cosine.
 
     An input outside of the range of a polynomial's fit grows from site to site. So, as in training
     mode, polynomials are constant beyond twice their range, and the loss has a penalty on inputs

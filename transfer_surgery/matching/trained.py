@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Sequence, Set
 from contextlib import contextmanager
 
 from torch import nn
@@ -30,7 +30,7 @@ def ready_to_learn(
             model.eval()
             teacher.eval()
             for module in model.modules():
-                if _follows(module):
+                if _follows(module, learning):
                     module.training = True
             yield
     finally:
@@ -38,10 +38,11 @@ def ready_to_learn(
             parameter.requires_grad_(wanted)
 
 
-def _follows(module: nn.Module) -> bool:
+def _follows(module: nn.Module, learning: Set[nn.Parameter]) -> bool:
     """Whether a module's statistics follow its inputs, or it learns in training mode alone."""
     if isinstance(module, nn.modules.batchnorm._BatchNorm):
-        return module.track_running_stats and bool(module.momentum)
+        is_frozen = module.affine and learning.isdisjoint(module.parameters())
+        return module.track_running_stats and bool(module.momentum) and not is_frozen
     return isinstance(module, nn.RNNBase)  # cuDNN has no gradients in evaluation mode
 
 

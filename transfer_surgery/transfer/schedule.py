@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass
+from numbers import Integral
 
 from transfer_surgery._arguments import check_arguments
 from transfer_surgery.units import GatedActivation, matches_glob
@@ -68,7 +69,7 @@ class TransferSchedule:
             raise ValueError(
                 f"fraction={self.fraction}: the share of gates to transfer lies in (0, 1]."
             )
-        if type(self.end) is int and self.end == 1:
+        if isinstance(self.end, Integral) and self.end == 1:
             raise ValueError("end=1 would be the first step; write end=1.0 for the last one.")
         if not 0 <= self._share(self.start) < self._share(self.end) <= 1:
             raise ValueError(
@@ -86,7 +87,7 @@ class TransferSchedule:
             object.__setattr__(self, "order", tuple(self.order))
 
     def _share(self, moment: float) -> float:
-        return moment / self.total_steps if type(moment) is int else moment
+        return moment / self.total_steps if isinstance(moment, Integral) else moment
 
     def progress(self, step: int) -> float:
         """How far the gates that go have gone after `step` optimizer steps, from 0 to 1."""

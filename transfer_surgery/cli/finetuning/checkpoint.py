@@ -11,12 +11,28 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from transfer_surgery.files import replace_file
+from transfer_surgery.files import check_replaceable, replace_file
 
 
 def state_of(file: Path) -> Path:
     """The file with the state of the training of the model in `file`."""
     return file.with_suffix(".training.pt")
+
+
+def check_state_not_lost(file: Path) -> None:
+    """Raise where the place for the state of the training of a model is taken.
+
+    Raises:
+        ValueError: there is a file, and it is not the state of a training.
+    """
+
+    def check(state: Path) -> None:
+        try:
+            torch.load(state, map_location="cpu", weights_only=True, mmap=True)["settings"]
+        except Exception as error:  # torch lets those of its readers through
+            raise ValueError(f"{state} is not the state of a training.") from error
+
+    check_replaceable(state_of(file), check)
 
 
 class Checkpoint:
