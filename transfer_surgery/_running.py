@@ -219,3 +219,20 @@ def call_model(model: nn.Module, batch: Any) -> Any:
     """The output for a tensor, a tuple of arguments or a mapping of keyword arguments."""
     arguments, keywords = arguments_of(batch)
     return model(*arguments, **keywords)
+
+
+def predict(model: nn.Module, batch: Any) -> tuple[Any, bool]:
+    """The output without gradients; with them where the network needs some for its output.
+
+    Returns:
+        The output, and whether it needed gradients, as a potential does for its forces.
+    """
+    try:
+        with torch.no_grad():
+            return call_model(model, batch), False
+    except Exception as first:
+        try:
+            with torch.enable_grad():
+                return call_model(model, batch), True
+        except Exception:
+            raise first from None

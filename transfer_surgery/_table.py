@@ -130,7 +130,7 @@ class Table(Generic[Row]):
 
     def to_json(self) -> str:
         """The text of `to_dict`, in which numbers that are not finite are null."""
-        return json.dumps(_finite(self.to_dict()), indent=2, allow_nan=False)
+        return json.dumps(finite(self.to_dict()), indent=2, allow_nan=False)
 
     def to_pandas(self) -> pd.DataFrame:
         """A data frame with one line per row.
@@ -148,12 +148,12 @@ def _listed(value: Any) -> Any:
     return [_listed(one) for one in value] if isinstance(value, (list, tuple)) else value
 
 
-def _finite(value: Any) -> Any:
-    """The same structure; JSON has no nan and no infinity."""
+def finite(value: Any) -> Any:
+    """The same structure with None for nan and infinity, which JSON does not have."""
     if isinstance(value, dict):
-        return {key: _finite(one) for key, one in value.items()}
+        return {key: finite(one) for key, one in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_finite(one) for one in value]
+        return [finite(one) for one in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 

@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from transfer_surgery._stacklevel import user_stacklevel
+
 __all__ = ["follow_activations"]
 
 
@@ -52,7 +54,7 @@ def follow_activations(model: nn.Module) -> None:
         "from_pretrained would bring others back. Save it with save_baked, or load the config's "
         "model, convert and bake it as this one, and load the weights then.",
         RuntimeWarning,
-        stacklevel=3,
+        stacklevel=user_stacklevel(),
     )
 
 

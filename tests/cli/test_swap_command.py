@@ -285,6 +285,7 @@ def _bad_folders() -> None:
     for i in (1, 2, 10):
         Path(f"numbers/{i}").mkdir()
         Path(f"numbers/{i}/0.png").write_bytes(Path("val/dark/0.png").read_bytes())
+    Path("bytes.csv").write_bytes(b"\xff\xfe\x00")
     Path("wrong.csv").write_text("dark/0.png,0\ndark/1.png,light\n")
     Path("twice.csv").write_text("dark/0.png,0\ndark/1.png,1\ndark/0.png,1\n")
     Path("high.csv").write_text("dark/0.png,0\n" * 1 + "dark/1.png,7\nlight/0.png,7\n")
@@ -316,6 +317,7 @@ def _bad_folders() -> None:
         (["--weights", "model_best.pth.tar", "--pretrained"], 2, "give --weights or --pretrained"),
         (["--set", "classes=3", "--weights", "model_best.pth.tar"], 1, "does not fit this Seq"),
         (["--labels", "numbers"], 1, "torchvision and timm number the classes 1, 10, 2 ... diff"),
+        (["--labels", "bytes.csv"], 1, "bytes.csv is not a text with lines IMAGE,NUMBER"),
         (["--labels", "wrong.csv"], 1, "wrong.csv, line 2: "),
         (["--labels", "twice.csv"], 1, "twice.csv, line 3: dark/0.png has the class 1, and befo"),
         (["--labels", "val", "--set", "classes=3"], 1, "val has classes from 0 to 1, and the mod"),

@@ -207,7 +207,9 @@ class FixedBatch(nn.ReLU):
 
 
 @pytest.mark.parametrize("export", [export_onnx, export_program])
-def test_gates_are_refused_and_nothing_is_written(export: Any, tmp_path: Path) -> None:
+def test_gates_are_refused_and_nothing_is_written(
+    export: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     x = torch.zeros(2, 4)
     model = convert(nn.Sequential(nn.Linear(4, 4), nn.ReLU()), example_input=x)
     with pytest.raises(ValueError, match=r"still has gates at 1 sites, such as '1': call bake"):
@@ -218,6 +220,9 @@ def test_gates_are_refused_and_nothing_is_written(export: Any, tmp_path: Path) -
         export(model, torch.tensor(1.0), tmp_path / "file")
     with pytest.raises(RuntimeError, match=r"cannot export this FixedBatch for batches of any"):
         export(FixedBatch(), x, tmp_path / "file")
+    with pytest.raises(RuntimeError, match=r"cannot export this Linear for batches of any"):
+        export(nn.Linear(3, 3), x, tmp_path / "file")
+    assert not [record for record in caplog.records if record.levelname in ("WARNING", "ERROR")]
     assert not list(tmp_path.iterdir())
 
 

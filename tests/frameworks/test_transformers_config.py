@@ -72,8 +72,11 @@ def test_the_config_follows_where_one_function_stands_at_all_sites(name, target,
 def test_a_warning_says_that_loading_would_bring_activations_back(options, tmp_path):
     model, inputs = make("llama")
     swap_targets(convert(model, example_input=inputs, **options))
-    with pytest.warns(RuntimeWarning, match="hidden_act='silu'.* does not say what .* activations"):
+    with pytest.warns(
+        RuntimeWarning, match="hidden_act='silu'.* does not say what .* activations"
+    ) as told:
         bake(model)
+    assert told[0].filename == __file__
     assert model.config.hidden_act == "silu"
     again = reloaded(model, tmp_path)
     assert not torch.allclose(first(again(**inputs)), first(model(**inputs)))

@@ -24,7 +24,10 @@ class Detector(nn.Module):
 
 
 class Potential(nn.Module):
-    """Energies in a large unit, and forces by a gradient inside of the forward."""
+    """Energies in a large unit, and forces by a gradient inside of the forward.
+
+    Their graph is kept in training mode alone, as in many potentials.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -35,7 +38,7 @@ class Potential(nn.Module):
         energy = 1000 * self.net(x).sum(1) - 5000
         return {
             "energy": energy,
-            "forces": -torch.autograd.grad(energy.sum(), x, create_graph=True)[0],
+            "forces": -torch.autograd.grad(energy.sum(), x, create_graph=self.training)[0],
         }
 
 
@@ -73,6 +76,17 @@ def test_outputs_of_any_kind_are_taught_all_of_them():
         for name in names:
             assert report.after[name] < 0.3 * report.before[name], (make, report)
         assert all(p.grad is None for p in teacher.parameters())
+
+
+def test_the_users_gradients_stay_and_are_recorded_whatever_the_mode_around():
+    teacher, x = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2)), torch.randn(64, 4)
+    model = swap_targets(convert(copy.deepcopy(teacher), "sin", example_input=x))
+    model(x).sum().backward()
+    before, weight = model[0].weight.grad.clone(), model[0].weight.detach().clone()
+    with torch.no_grad():
+        distill(model, teacher, [x], steps=20)
+    assert torch.equal(model[0].weight.grad, before)
+    assert not torch.equal(model[0].weight, weight)
 
 
 def test_rare_events_are_still_found():

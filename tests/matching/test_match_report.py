@@ -71,4 +71,4 @@ def test_a_poor_fit_is_warned_of():
         for i, r2 in enumerate((0.4, 0.6))
     )
     with pytest.warns(MatchWarning, match=r"less than 50% .* at 0 \(net.py:0\): .*exclude="):
-        warn_of_poor_fits(MatchReport(tuple(rows)), stacklevel=1)
+        warn_of_poor_fits(MatchReport(tuple(rows)))

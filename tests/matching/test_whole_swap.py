@@ -241,9 +241,10 @@ def test_one_batch_cannot_be_both_fitted_and_held_out() -> None:
 
 
 def test_a_teaching_that_does_no_good_says_so() -> None:
-    with pytest.warns(DistillWarning, match="did not bring the outputs nearer"):
+    with pytest.warns(DistillWarning, match="did not bring the outputs nearer") as told:
         found = swap_activations(network(), "relu", batches(0), distill_steps=1, lr=1e-12)
     assert found.rows[3].errors == found.rows[2].errors
+    assert told[0].filename == __file__  # the line of the caller
 
 
 @pytest.mark.filterwarnings("ignore::transfer_surgery.MatchWarning")  # weights are random

@@ -1,5 +1,6 @@
 import copy
 import json
+import math
 import pickle
 
 import pytest
@@ -97,6 +98,8 @@ def test_json_holds_the_dict_and_its_version(history):
     }
     assert stored["total"]["transferred"] == [0, 0.25, 1]
     assert stored["values"]["lr"] == history.value("lr")
+    history.record(30, loss=math.inf)
+    assert json.loads(history.to_json(), parse_constant=pytest.fail)["values"]["loss"][-1] is None
 
 
 def test_pandas_has_a_line_per_step(history):

@@ -3,6 +3,7 @@
 import copy
 import pickle
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -171,7 +172,9 @@ def test_finding_and_converting_leave_random_state_buffers_and_caches_alone():
 
 
 def test_seed_decides_the_start_of_the_gates():
-    starts = [convert(Shared(), example_input=X, seed=s).relu_0.log_alpha for s in (1, 1, 2)]
+    starts = [
+        convert(Shared(), example_input=X, seed=s).relu_0.log_alpha for s in (1, np.int64(1), 2)
+    ]
     assert torch.equal(starts[0], starts[1])
     assert not torch.equal(starts[0], starts[2])
 

@@ -136,3 +136,18 @@ def test_where_nothing_was_transferred_there_is_nothing_to_fold():
     assert "nothing to fold" in str(report)
     assert report.parameters_before == report.parameters_after
     assert torch.equal(model(IMAGES), before)
+
+
+def test_a_network_that_takes_gradients_in_its_forward_is_folded() -> None:
+    class Force(nn.Sequential):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            x = x.clone().requires_grad_(True)
+            return torch.autograd.grad(super().forward(x).sum(), x)[0]
+
+    torch.manual_seed(0)
+    x, layers = torch.randn(256, 4), (nn.Linear(4, 8), nn.SiLU(), nn.Linear(8, 1))
+    model = Force(*layers)
+    match_targets(convert(model, "sin", example_input=x), [x])
+    wanted = bake(swap_targets(model))(x)
+    assert fold_targets(model, x).rows[0].left == ""
+    torch.testing.assert_close(model(x), wanted)

@@ -75,6 +75,8 @@ def test_optimizers_that_do_not_fit_are_errors() -> None:
     refused(ValueError, message, model, rprop, gamma=1.0, gate_weight_decay=0.1)
     muon = torch.optim.Muon([p for p in model.parameters() if p.dim() == 2])
     refused(ValueError, "Muon updates matrices .* and wrap that one", model, muon, gamma=1.0)
+    sparse = torch.optim.SparseAdam(model.parameters())
+    refused(ValueError, "SparseAdam takes sparse .* and wrap that one", model, sparse, gamma=1.0)
     wrapped = wrap_optimizer(SGD(model.parameters(), lr=0.1), model, gamma=1.0)
     refused(ValueError, "wrapped already.*Build a new optimizer", model, wrapped, gamma=1.0)
 

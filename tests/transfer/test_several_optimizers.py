@@ -54,6 +54,18 @@ def test_each_half_may_have_its_own_optimizer() -> None:
     assert_transferred(model)
 
 
+def test_a_slice_of_a_network_that_is_converted_again_is_noticed() -> None:
+    """The slice is a module of its own, which keeps the old units."""
+    model = gated_mlp()
+    optimizer = SGD(model.parameters(), lr=0.1)
+    wrap_optimizer(optimizer, model[:2], transfer=SCHEDULE)
+    plain(model, optimizer, False, 0)
+    convert(revert(model), example_input=X)
+    with pytest.warns(UserWarning, match="gates at 1 have been taken out .* make a new optimizer"):
+        plain(model, optimizer, False, 1)
+    plain(model, optimizer, False, 2)
+
+
 def test_an_optimizer_that_is_gone_does_not_count() -> None:
     model = gated_mlp()
     optimizer = SGD(model[0].parameters(), lr=0.1)

@@ -7,6 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.fx.experimental.proxy_tensor import make_fx
 
 from transfer_surgery import get_activation
 from transfer_surgery.activations import Activation
@@ -184,6 +185,14 @@ compilers = [
         marks=pytest.mark.skipif(shutil.which("c++") is None, reason="inductor needs a compiler"),
     ),
 ]
+
+
+def test_make_fx_traces_units_wherever_their_gates_are():
+    x = torch.randn(4, 3)
+    for z in (torch.zeros(3), torch.ones(3), torch.tensor([0.0, 0.5, 1.0])):
+        wanted = gated(x, z, get_activation("relu"), get_activation("sin"))
+        traced = make_fx(lambda x, z: gated(x, z, get_activation("relu"), get_activation("sin")))
+        assert torch.equal(traced(x, z)(x, z), wanted)
 
 
 @pytest.mark.parametrize("backend", compilers)

@@ -20,7 +20,7 @@ from transfer_surgery._arguments import check_arguments
 from transfer_surgery._running import prediction_mode, to_device_of
 from transfer_surgery.files.polynomial_graph import check_polynomial
 from transfer_surgery.files.replacing import check_replaceable, replace_file
-from transfer_surgery.sites import example_arguments, fake_arguments
+from transfer_surgery.sites import example_arguments, fake_arguments, trying
 from transfer_surgery.surgery import check_no_gates
 
 _Arguments = tuple[tuple[Any, ...], dict[str, Any]]
@@ -159,7 +159,7 @@ def _arguments(model: nn.Module, example_input: Any) -> _Arguments:
 def _trace(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> ExportedProgram:
     structure = pytree.tree_structure((*args, *kwargs.values()))
     shapes = pytree.tree_unflatten(_axes((args, kwargs), Dim.DYNAMIC), structure)
-    with _explained(model), prediction_mode(model):
+    with _explained(model), prediction_mode(model), trying():
         return torch.export.export(model, args, kwargs, dynamic_shapes=shapes)
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterable, Mapping
 
+from transfer_surgery._stacklevel import user_stacklevel
+
 SMALL = 0.01
 """A relative squared error, or a divergence, that is as good as none."""
 
@@ -55,14 +57,14 @@ class DistillReport(list[float]):
         )
 
 
-def warn_of_no_gain(report: DistillReport, stacklevel: int) -> None:
+def warn_of_no_gain(report: DistillReport) -> None:
     """Warn if the start was the best state, or if some output got worse."""
     if report.kept == 0:
         warnings.warn(
             f"distill did not bring the outputs nearer to the teacher's in {len(report)} steps, so "
             "the model is as it was. Take more steps, a lower lr, more inputs, or variation=0.",
             DistillWarning,
-            stacklevel=stacklevel,
+            stacklevel=user_stacklevel(),
         )
     elif report.worse:
         errors = ", ".join(
@@ -73,18 +75,18 @@ def warn_of_no_gain(report: DistillReport, stacklevel: int) -> None:
             f"distill made some outputs worse on the held-out batches: {errors}, relative squared "
             "errors. A function as loss= can give these more weight.",
             DistillWarning,
-            stacklevel=stacklevel,
+            stacklevel=user_stacklevel(),
         )
 
 
-def warn_of_overflow(far: str, stacklevel: int) -> None:
+def warn_of_overflow(far: str) -> None:
     """Warn that the network at the start is no good, but that it can be trained."""
     warnings.warn(
         "the outputs for the held-out batches overflow at the start, since inputs leave the range "
         f"of the polynomials' fit: {far}. Training starts nonetheless, with bounded polynomials. "
         "The best state without bounds is kept; if all of them overflow, there will be an error.",
         DistillWarning,
-        stacklevel=stacklevel,
+        stacklevel=user_stacklevel(),
     )
 
 

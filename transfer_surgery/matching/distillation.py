@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from transfer_surgery._arguments import check_arguments
 from transfer_surgery._running import call_model, map_tensors, to_device_of
@@ -23,7 +24,12 @@ from transfer_surgery.matching.held_out import Asked, Examination, copied, hold_
 from transfer_surgery.matching.layer_outputs import LayerOutputs, layers_to_compare
 from transfer_surgery.matching.polynomial_range import FittedRanges, polynomials_bounded
 from transfer_surgery.matching.progress import Shown, progress_line
-from transfer_surgery.matching.trained import TRAINED, ready_to_learn, trained_parameters
+from transfer_surgery.matching.trained import (
+    TRAINED,
+    GraphsKept,
+    ready_to_learn,
+    trained_parameters,
+)
 from transfer_surgery.matching.variation import bearable_variation, varied
 from transfer_surgery.units import gated_activations
 
@@ -64,7 +70,8 @@ def distill(
 
     The model is trained in evaluation mode: without dropout, and with the branches that predictions
     take. Only batch norms that follow their inputs (a momentum above 0, and not frozen) use the
-    statistics of the batch. The learning rate rises during 5 % of the steps, then falls like a cosine.
+    statistics of the batch. The learning rate rises during 5 % of the steps, then falls like a
+    cosine.
 
     An input outside of the range of a polynomial's fit grows from site to site. So, as in training
     mode, polynomials are constant beyond twice their range, and the loss has a penalty on inputs
@@ -153,7 +160,7 @@ def distill(
         ranges, far = FittedRanges(units), ""
         if start == math.inf:
             usual, far = ranges.look_within_bounds(examination)
-            warn_of_overflow(far, stacklevel=3)
+            warn_of_overflow(far)
         before = examination.errors
 
         # Train. The gradients of norm layers and of sinusoids are ten times those of weights: SGD
@@ -161,22 +168,34 @@ def distill(
         optimizer = torch.optim.AdamW(trained, lr, weight_decay=0.0)
         losses: list[float] = []
         show = progress_line(progress, "distill", steps)
+        graphs: AbstractContextManager[Any] = nullcontext()
+
+        def backward(batch: Any, wanted: Any) -> Tensor:
+            with polynomials_bounded(units), graphs:
+                found = compare(call_model(model, map_tensors(copied, batch)), wanted)
+                inside = ours.error(theirs) + _RANGE_WEIGHT * ranges.penalty()
+                found = found + weight * inside.to(found)
+                found.backward()  # type: ignore[no-untyped-call]
+            return found.detach()
+
         with ours.watched(), theirs.watched(), ranges.watched(), show as tell:
             for step, batch in enumerate(repeated(batches, steps), 1):
                 batch = varied(to_device_of(model, batch), strength, _VARIED)
                 optimizer.param_groups[0]["lr"] = lr * _rate(step / steps)
                 wanted = teach(teacher, batch)
                 optimizer.zero_grad()
-                with polynomials_bounded(units):
-                    now = call_model(model, map_tensors(copied, batch))
-                    found = compare(now, wanted)
-                    inside = ours.error(theirs) + _RANGE_WEIGHT * ranges.penalty()
-                    found = found + weight * inside.to(found)
-                    found.backward()  # type: ignore[no-untyped-call]
+                try:
+                    found = backward(batch, wanted)
+                except RuntimeError:
+                    if step > 1:
+                        raise
+                    # Forces, say, whose graph the network keeps in training mode alone.
+                    graphs = GraphsKept()
+                    found = backward(batch, wanted)
                 finite = nn.utils.clip_grad_norm_(trained, _CLIP).isfinite()
                 if finite:
                     optimizer.step()
-                losses.append(found.detach().item())
+                losses.append(found.item())
 
                 # Look at the held-out batches; go back where training has gone astray.
                 if not finite or step * _LOOKS // steps > (step - 1) * _LOOKS // steps:
@@ -193,7 +212,7 @@ def distill(
         if far and examination.loss() == math.inf:
             raise ValueError(overflow_remains(steps, far))
     report = DistillReport(losses, before, examination.errors, examination.step, strength)
-    warn_of_no_gain(report, stacklevel=3)
+    warn_of_no_gain(report)
     return report
 
 

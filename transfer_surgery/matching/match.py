@@ -146,7 +146,7 @@ def match_targets(
         held=fit.held,
         again=len(networks.batches) - fit.waited,
     )
-    warn_of_poor_fits(report, stacklevel=3)
+    warn_of_poor_fits(report)
     return report
 
 

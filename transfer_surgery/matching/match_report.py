@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+from transfer_surgery._stacklevel import user_stacklevel
 from transfer_surgery._table import Column, Table
 from transfer_surgery.matching.output_errors import error_cell
 
@@ -142,7 +143,7 @@ def _some(places: Sequence[str]) -> str:
     return ", ".join(places[:5]) + ", ..." * (len(places) > 5)
 
 
-def warn_of_poor_fits(report: MatchReport, stacklevel: int) -> None:
+def warn_of_poor_fits(report: MatchReport) -> None:
     """Warn of sites that saw few values, and of sites that the target hardly explains."""
     few = [row.place for row in report if row.values is not None and row.values < _FEW]
     poor = [row.place for row in report if row.r2 is not None and row.r2 < _POOR]
@@ -157,4 +158,4 @@ def warn_of_poor_fits(report: MatchReport, stacklevel: int) -> None:
     ):
         if places:
             text = f"{problem} at {_some(places)}: {remedy}."
-            warnings.warn(text, MatchWarning, stacklevel=stacklevel)
+            warnings.warn(text, MatchWarning, stacklevel=user_stacklevel())

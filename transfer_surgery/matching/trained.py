@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator, Sequence, Set
 from contextlib import contextmanager
+from typing import Any
 
+import torch
 from torch import nn
+from torch.overrides import TorchFunctionMode
 
 from transfer_surgery._running import modes_kept
 from transfer_surgery.matching.polynomial_range import polynomials
@@ -19,11 +23,17 @@ _NORMS = (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm
 def ready_to_learn(
     model: nn.Module, teacher: nn.Module, trained: Sequence[nn.Parameter]
 ) -> Iterator[None]:
-    """Both networks in evaluation mode, but norms that follow; other parameters frozen; undone."""
+    """Both networks in evaluation mode, but norms that follow; other parameters frozen; undone.
+
+    Gradients are recorded, and those that the user has accumulated come back at the end.
+    """
     learning = set(trained)
     every = (*model.parameters(), *teacher.parameters())
     others = {p: p.requires_grad for p in every if p not in learning}
+    gradients = {p: p.grad for p in learning}
     try:
+        for parameter in learning:
+            parameter.grad = None
         for parameter in others:
             parameter.requires_grad_(False)
         with modes_kept(model, teacher):
@@ -32,8 +42,11 @@ def ready_to_learn(
             for module in model.modules():
                 if _follows(module, learning):
                     module.training = True
-            yield
+            with torch.inference_mode(False), torch.enable_grad():
+                yield
     finally:
+        for parameter, gradient in gradients.items():
+            parameter.grad = gradient
         for parameter, wanted in others.items():
             parameter.requires_grad_(wanted)
 
@@ -62,3 +75,16 @@ def trained_parameters(
     if not trained:
         raise ValueError("there is nothing to train: run match_targets first, or use train='all'.")
     return trained
+
+
+class GraphsKept(TorchFunctionMode):
+    """Gradients that a forward pass takes can be differentiated, as many can in training mode."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func is torch.autograd.grad:
+            given = dict(zip(inspect.signature(func).parameters, args, strict=False)) | kwargs
+            return func(**given | {"create_graph": True, "retain_graph": True})
+        return func(*args, **kwargs)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, SupportsFloat
 
 from torch import Tensor, nn
 
-from transfer_surgery._table import data_frame
+from transfer_surgery._table import data_frame, finite
 from transfer_surgery.reports.transfer_report import Report, ReportRow, report
 from transfer_surgery.units import gated_activations, stage_of
 
@@ -180,8 +180,8 @@ class History:
         }
 
     def to_json(self) -> str:
-        """The text of `to_dict`."""
-        return json.dumps(self.to_dict())
+        """The text of `to_dict`, in which numbers that are not finite are null."""
+        return json.dumps(finite(self.to_dict()), allow_nan=False)
 
     def to_pandas(self) -> pd.DataFrame:
         """A data frame with one line per step: the step, the values and the columns of `flat`.

@@ -9,6 +9,7 @@ from transfer_surgery.sites.stand_in import (
     example_arguments,
     fake_arguments,
     probe_copy,
+    trying,
     undisturbed,
 )
 from transfer_surgery.sites.zoo import Adapter, describe_baked, find_example_input, stages_of
@@ -31,5 +32,6 @@ __all__ = [
     "restore_graph",
     "rewritten_class",
     "stages_of",
+    "trying",
     "undisturbed",
 ]

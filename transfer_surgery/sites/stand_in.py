@@ -189,6 +189,16 @@ def is_packed(value: Any) -> bool:
 
 
 @contextlib.contextmanager
+def trying() -> Iterator[None]:
+    """What fails on fake tensors in here is not logged: it is one of several tries, or raised."""
+    token = _examining.set(True)
+    try:
+        yield
+    finally:
+        _examining.reset(token)
+
+
+@contextlib.contextmanager
 def undisturbed(is_fake: bool = True) -> Iterator[None]:
     """Examine in silence: random streams stay, global hooks and warnings wait for real runs.
 
@@ -198,19 +208,18 @@ def undisturbed(is_fake: bool = True) -> Iterator[None]:
     state = random.getstate()
     hooks = {name: getattr(torch_module, name) for name in _GLOBAL_HOOKS}
     held = {name: table.copy() for name, table in hooks.items() if table}
-    token = _examining.set(True)
     try:
         for name in held:
             hooks[name].clear()
         devices = range(torch.cuda.device_count())
         with (
+            trying(),
             contextlib.nullcontext() if is_fake else torch.random.fork_rng(devices=devices),
             warnings.catch_warnings(),
         ):
             warnings.simplefilter("ignore")
             yield
     finally:
-        _examining.reset(token)
         for name, table in held.items():
             hooks[name].update(table)
         random.setstate(state)

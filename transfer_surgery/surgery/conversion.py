@@ -11,6 +11,7 @@ from torch import nn
 
 from transfer_surgery._arguments import check_arguments
 from transfer_surgery._sharding import check_not_sharded
+from transfer_surgery._stacklevel import user_stacklevel
 from transfer_surgery.activations import Activation, get_target
 from transfer_surgery.sites import Plan, find_activations, prepare_recipes, stages_of
 from transfer_surgery.surgery.checks import check_model, check_plan
@@ -97,7 +98,7 @@ def convert(
         check_plan(model, plan)
     whole = plan if plan is not None else find_activations(model, example_input)
     for failure in whole.failures:
-        warnings.warn(failure, RuntimeWarning, stacklevel=2)
+        warnings.warn(failure, RuntimeWarning, stacklevel=user_stacklevel())
     chosen = whole.select(source=source, include=include, exclude=exclude, roles=roles)
     chosen = chosen.filter(lambda site: site.source != target)
     if not chosen.rows:
@@ -105,7 +106,7 @@ def convert(
     granularities = _granularities(chosen, granularity)
     # Make a unit for each chosen site.
     stages = stages_of(model, [site.path for site in chosen])
-    generator = torch.Generator().manual_seed(torch.initial_seed() if seed is None else seed)
+    generator = torch.Generator().manual_seed(torch.initial_seed() if seed is None else int(seed))
     paths = {site.path for site in chosen}
     with torch.inference_mode(False):  # the gates may be trained
         units = {

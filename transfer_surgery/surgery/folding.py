@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from transfer_surgery._arguments import check_arguments
-from transfer_surgery._running import call_model, prediction_mode, to_device_of
+from transfer_surgery._running import call_model, predict, prediction_mode, to_device_of
 from transfer_surgery.surgery.baked_modules import (
     IgnoringOperands,
     MixedActivation,
@@ -83,11 +83,16 @@ def fold_targets(model: nn.Module, example_input: Any) -> FoldReport:
     sites = _sites(model)
     count = sum(p.numel() for p in model.parameters())
     with prediction_mode(model):
-        expected = call_model(model, batch)
-        neighbours = find_neighbours(model, sites, lambda: call_model(model, batch))
+        expected, needs_gradients = predict(model, batch)
+
+        def run() -> Any:
+            with torch.set_grad_enabled(needs_gradients):
+                return call_model(model, batch)
+
+        neighbours = find_neighbours(model, sites, run)
 
         def same() -> bool:
-            return _same(call_model(model, batch), expected)
+            return _same(run(), expected)
 
         rows = _fold_all(sites, neighbours, same)
     drop_folded_sites(model)

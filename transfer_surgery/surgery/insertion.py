@@ -102,6 +102,9 @@ def _count_callers(model: nn.Module, plan: Plan) -> Counter[nn.Module]:
 def swap_children(model: nn.Module, swaps: Mapping[nn.Module, nn.Module]) -> None:
     """Put each new module wherever the old one is: registered, or in an attribute of a module."""
     seen: set[int] = set()
+    for old in swaps:
+        if isinstance(old, GatedActivation):
+            old.is_out = True
     for module in list(model.modules()):
         if isinstance(module, GatedActivation):
             continue  # it keeps the module that it stands in for
@@ -161,7 +164,8 @@ def restore_caller(caller: nn.Module) -> None:
         recipe = vars(cls).get("_transfer_surgery_recipe")
         if recipe is not None:
             for entry in recipe.table:
-                caller._modules.pop(entry.unit, None)
+                if (unit := caller._modules.pop(entry.unit, None)) is not None:
+                    unit.is_out = True  # type: ignore[assignment]
             restored = _with_ancestor(type(caller), cls, cls.__bases__[0])
             object.__setattr__(caller, "__class__", restored)
 

@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 
 from torch import nn
-from torch.optim import LBFGS, Muon, Optimizer
+from torch.optim import LBFGS, Muon, Optimizer, SparseAdam
 
 from transfer_surgery._sharding import is_fsdp, is_sharded, reshard
 from transfer_surgery.transfer.risk import check_reduction
@@ -111,12 +111,16 @@ def _check_hooks(optimizer: Optimizer, model: nn.Module, learned: bool) -> None:
             f"{type(optimizer).__name__} did not call torch.optim.Optimizer.__init__ and runs no "
             "step hooks: wrap the optimizer inside it instead."
         )
-    # Muon checks its parameters only when it is built, and would fail at the first step.
-    if isinstance(optimizer, Muon) and learned:
-        raise ValueError(
-            "torch.optim.Muon updates matrices as a whole, and gates are not matrices: give them, "
-            "like biases, to a second optimizer such as AdamW, and wrap that one."
-        )
+    # These check what they get only when they are built, or would fail at the first step.
+    for kind, why in (
+        (Muon, "updates matrices as a whole, and gates are not matrices"),
+        (SparseAdam, "takes sparse gradients alone, and those of gates are dense"),
+    ):
+        if isinstance(optimizer, kind) and learned:
+            raise ValueError(
+                f"torch.optim.{kind.__name__} {why}: give them, like biases, to a second optimizer "
+                "such as AdamW, and wrap that one."
+            )
     held = {id(p) for group in optimizer.param_groups for p in group["params"]}
     if not any(id(p) in held for p in model.parameters()):
         raise ValueError(

@@ -59,7 +59,7 @@ class StepHooks:
         self.is_off = False
         self.is_retired = False
         """Whether another optimizer moves these gates now."""
-        self.retirement_reported = False
+        self.retirement_reported = self.out_reported = False
 
     def before_step(
         self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -134,6 +134,7 @@ class StepHooks:
             )
         now = self._at_places()
         if now == self.there:
+            self._warn_if_out()
             return
         # Units are gone. The weights may train on, unless new units took their place.
         present = [unit for unit in self.model.modules() if isinstance(unit, GatedActivation)]
@@ -146,6 +147,19 @@ class StepHooks:
         self.there = now
         if not present:
             self.units, self.without_fit = {}, []
+
+    def _warn_if_out(self) -> None:
+        """A slice of a Sequential is a module of its own, which surgery on the whole leaves."""
+        out = [path for path, unit in self.units.items() if unit.is_out]
+        if out and not self.out_reported:
+            self.out_reported = True
+            warnings.warn(
+                f"the gates at {', '.join(out[:3])}{', ...' if len(out) > 3 else ''} have been "
+                "taken out of their network since this optimizer was wrapped. If the network was "
+                "converted again, make a new optimizer and call wrap_optimizer on it: the new "
+                "gates would never move.",
+                stacklevel=user_stacklevel(),
+            )
 
     def _at_places(self) -> list[nn.Module | None]:
         """What is where the units were when the optimizer was wrapped."""

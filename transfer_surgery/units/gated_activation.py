@@ -80,6 +80,8 @@ class GatedActivation(nn.Module):
         self.fitted: TargetParameters | None = None
         self.bounded = False
         """Whether a fitted polynomial stays on the range of its fit as in training mode."""
+        self.is_out = False
+        """Whether `bake` or `revert` has taken it out of its network."""
         # The module that this unit stands in for, in a tuple: it is not a child of the unit.
         self.replaced: tuple[nn.Module, ...] = ()
 

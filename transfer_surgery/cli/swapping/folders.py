@@ -81,7 +81,11 @@ def _natural(name: str) -> list[int | str]:
 def _of_csv(labels: Path, folder: Path) -> dict[Path, int]:
     found: dict[Path, int] = {}
     with labels.open(newline="") as file:
-        for number, line in enumerate(csv.reader(file), 1):
+        try:
+            lines = list(csv.reader(file))
+        except (UnicodeDecodeError, csv.Error) as error:
+            raise ValueError(f"{labels} is not a text with lines IMAGE,NUMBER: {error}.") from error
+        for number, line in enumerate(lines, 1):
             if not line or (number == 1 and not _is_label(line)):
                 continue
             image = folder / line[0]

@@ -36,12 +36,13 @@ def values_readable(tensor: Tensor) -> bool:
 def is_transformed(*tensors: Tensor) -> bool:
     """Whether something other than eager reverse-mode autograd looks at these tensors.
 
-    A compiler, `torch.jit.trace`, a transform of `torch.func`, forward-mode derivatives, or a class
-    of tensors of its own, such as fake and sharded ones.
+    A compiler, `torch.jit.trace`, ``make_fx``, a transform of `torch.func`, forward-mode
+    derivatives, or a class of tensors of its own, such as fake and sharded ones.
     """
     return (
         torch.compiler.is_compiling()
         or torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
+        or torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.PROXY) is not None
         or torch._C._functorch.peek_interpreter_stack() is not None
         or torch.autograd.forward_ad._current_level >= 0
         or any(type(t) not in (Tensor, torch.nn.Parameter) for t in tensors)
