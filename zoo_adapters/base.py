@@ -7,8 +7,6 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
-__all__ = ["block_stages", "id_batch", "is_from", "zero_batch"]
-
 
 def is_from(model: nn.Module, package: str) -> bool:
     """Whether the model's class, or one that it derives from, is defined in a package."""

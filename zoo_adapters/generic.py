@@ -12,8 +12,6 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from transfer_surgery.sites import Adapter, probe_copy, undisturbed
 from zoo_adapters.base import id_batch, zero_batch
 
-__all__ = ["GenericAdapter"]
-
 _SIZES = (224, 32, 28, 64, 96, 128, 256)
 _LENGTH = 16
 _LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Embedding, nn.RNNBase)

@@ -11,8 +11,6 @@ from torch import Tensor, nn
 from transfer_surgery.sites import Adapter, Site
 from zoo_adapters.base import is_from, zero_batch
 
-__all__ = ["TimmAdapter"]
-
 
 class TimmAdapter(Adapter):
     """Adapter for models made by ``timm.create_model``.

@@ -11,8 +11,6 @@ from torch import nn
 from transfer_surgery.sites import Adapter, Site
 from zoo_adapters.base import block_stages, is_from, zero_batch
 
-__all__ = ["TorchvisionAdapter"]
-
 _CONTAINERS = (
     *("features", "layers", "blocks", "encoder.layers", "trunk_output"),
     *("backbone", "backbone.features", "backbone.body"),

@@ -11,8 +11,6 @@ from transfer_surgery.sites import Adapter
 from zoo_adapters.base import block_stages, id_batch, is_from, zero_batch
 from zoo_adapters.transformers_config import follow_activations
 
-__all__ = ["TransformersAdapter"]
-
 
 class TransformersAdapter(Adapter):
     """Adapter for models of Hugging Face transformers that take images or tokens.

@@ -17,8 +17,6 @@ from torch import Tensor, nn
 
 from transfer_surgery._stacklevel import user_stacklevel
 
-__all__ = ["follow_activations"]
-
 
 def follow_activations(model: nn.Module) -> None:
     """Let the config name the activations that the model has now; warn where it cannot.

@@ -265,20 +265,18 @@ def test_checkpoints_that_are_none_are_refused(name: str, content: object, messa
 
 def test_weights_of_wrapped_models_are_those_of_the_model_inside() -> None:
     model = timm.create_model("test_resnet", num_classes=10)
-    for prefix in ("module.", "_orig_mod.", "_orig_mod.module.", "module._orig_mod."):
-        state = {prefix + key: value for key, value in model.state_dict().items()}
-        torch.save(state, "w.pth")
-        save_file(state, "w.safetensors")
-        for file in ("w.pth", "w.safetensors"):
-            options = ("--set", "num_classes=10", "--weights", file, "--force")
-            invoke("convert", "test_resnet", *options, "-o", "run")
-            assert torch.equal(load_model("run").fc.weight, model.fc.weight)
     averaged = AveragedModel(model)
     averaged.update_parameters(model)
-    torch.save(averaged.state_dict(), "w.pth")
-    options = ("--set", "num_classes=10", "--weights", "w.pth", "--force")
-    invoke("convert", "test_resnet", *options, "-o", "run")
-    assert torch.equal(load_model("run").fc.weight, model.fc.weight)
+    torch.save(averaged.state_dict(), "averaged.pth")
+    prefixes = {"a.pth": "module.", "b.safetensors": "_orig_mod."}
+    prefixes |= {"c.pth": "_orig_mod.module.", "d.safetensors": "module._orig_mod."}
+    for file, prefix in prefixes.items():
+        state = {prefix + key: value for key, value in model.state_dict().items()}
+        (torch.save if file.endswith(".pth") else save_file)(state, file)
+    for file in (*prefixes, "averaged.pth"):
+        options = ("--set", "num_classes=10", "--weights", file, "--force")
+        invoke("convert", "test_resnet", *options, "-o", "run")
+        assert torch.equal(load_model("run").fc.weight, model.fc.weight)
 
 
 # --- report, bake and export ---------------------------------------------------------------------

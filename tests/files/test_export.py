@@ -43,6 +43,7 @@ MODELS: dict[str, dict[str, Any]] = {
 QUICK = ("test_vit",)
 # In CI the others stand for these.
 LONG = ("resnet50", "mobilenetv3_small_100", "regnety_002", "vit_tiny_patch16_224", "mixer_s32_224")
+LONG += ("densenet121", "poolformer_s12")
 
 
 @torch.no_grad()

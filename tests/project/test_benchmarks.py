@@ -26,7 +26,9 @@ def test_a_training_step_is_measured(program: str, tmp_path: Path) -> None:
     assert "| original |" in page.read_text()
 
 
-@pytest.mark.parametrize("swap", ["gelu-relu", "gelu-sin-vit"])
+@pytest.mark.parametrize(
+    "swap", ["gelu-relu", pytest.param("gelu-sin-vit", marks=pytest.mark.long)]
+)
 def test_an_everyday_swap_runs(swap: str, data_folder: Path, tmp_path: Path) -> None:
     options = ("--steps", 20, "--tune-steps", 2, "--images", 128, "--limit", 512)
     run("everyday_swaps.py", "run", swap, *options, "--folder", tmp_path)

@@ -40,8 +40,6 @@ HARD = {
     "timm:dm_nfnet_f0": (64, "F.gelu inside a module with a gain"),
     "timm:res2net50_26w_4s": (81, "one ReLU for branches of different width"),
     "timm:coat_tiny": (14, "whole blocks called several times"),
-    "timm:resnetv2_50d_evos": (51, "the activation is inside the norm"),
-    "timm:resnetv2_50d_frn": (51, "the activation is a maximum inside the norm"),
     "timm:sequencer2d_s": (18, "LSTMs"),
     "timm:mobilevitv2_050": (34, "relu(v) * context in attention"),
     "timm:convit_tiny": (12, "sigmoids of parameters"),
@@ -52,9 +50,11 @@ HARD = {
 # They take 5 to 15 seconds each; what is hard about them is in smaller networks of these tests too.
 SLOW = {
     *("timm:resnet50d", "timm:mobilenetv3_large_100", "torchvision:resnet50"),
-    *("torchvision:inception_v3", "timm:hrnet_w18", "timm:dm_nfnet_f0", "timm:resnetv2_50d_evos"),
-    *("timm:resnetv2_50d_frn", "timm:sequencer2d_s", "torchvision:fasterrcnn_resnet50_fpn"),
+    *("torchvision:inception_v3", "timm:hrnet_w18", "timm:dm_nfnet_f0"),
+    *("timm:sequencer2d_s", "torchvision:fasterrcnn_resnet50_fpn"),
 }
+# Others that are like them stand for these in CI.
+LONG = {"timm:resnet50d", "timm:mobilenetv3_large_100", "torchvision:resnet50"}
 BFLOAT16 = ("timm:resnet18", "timm:convnext_tiny", "torchvision:mobilenet_v3_small")
 SIZES = {"timm:bat_resnext26ts": 256, "torchvision:inception_v3": 299}
 SIZES |= dict.fromkeys(("timm:levit_128s", "timm:coat_tiny", "timm:convit_tiny"), 224)
@@ -83,7 +83,10 @@ def arguments_of(name):
 @pytest.fixture(
     scope="module",
     params=[
-        pytest.param(name, marks=[pytest.mark.slow] if name in SLOW else [])
+        pytest.param(
+            name,
+            marks=[pytest.mark.slow] * (name in SLOW) + [pytest.mark.long] * (name in LONG),
+        )
         for name in (CALLS | HARD)
     ],
 )

@@ -28,7 +28,7 @@ def compilations(monkeypatch):
 
     def traced(function, **options):
         found.append(function.__name__)
-        return compile_(function, backend="aot_eager", **options)
+        return compile_(function, backend="eager", **options)
 
     compile_ = torch.compile
     monkeypatch.setattr(torch, "compile", traced)

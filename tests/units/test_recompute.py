@@ -102,7 +102,7 @@ def test_a_checkpointed_block_recomputes_with_the_same_gates(how, noise):
 ZOO = {
     "resnet18": {"drop_path_rate": 0.1},
     "densenet121": {"growth_rate": 8, "block_config": (2, 2, 2, 2)},
-    "efficientnet_b0": {"drop_path_rate": 0.1},
+    "test_efficientnet": {"drop_path_rate": 0.1},
     "convnext_atto": {"drop_path_rate": 0.1},
     "vit_tiny_patch16_224": {"img_size": 32, "depth": 3, "drop_path_rate": 0.1},
     "swin_tiny_patch4_window7_224": {
