@@ -34,6 +34,7 @@ def read(file: Path) -> dict[str, Any]:
     return data
 
 
+@pytest.mark.slow  # a process; in this one, the commands are tested below
 def test_the_program_runs_from_any_folder_and_its_help_names_all_commands(tmp_path: Path) -> None:
     command = [sys.executable, str(PAPER), "--help"]
     printed = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, check=True)
