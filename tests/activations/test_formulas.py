@@ -223,7 +223,7 @@ def test_a_clamp_of_coordinates_is_bounding_and_not_converted():
     [
         ("resnetv2_50d_evos", "parametric_swish", 51),
         ("resnetv2_50d_frn", "tlu", 51),
-        ("caformer_s18", "star_relu", 24),
+        pytest.param("caformer_s18", "star_relu", 24, marks=pytest.mark.slow),
     ],
 )
 @torch.no_grad()

@@ -25,7 +25,7 @@ from tests.helpers.kinds import KINDS, Kind, become, match_and_mix, mix, transfe
 from tests.helpers.same_bits import assert_same_bits
 from transfer_surgery import bake, convert, export_onnx, export_program
 
-# Sizes as small as each model allows; the first ones take seconds.
+# Sizes as small as each model allows.
 MODELS: dict[str, dict[str, Any]] = {
     "test_resnet": {},
     "test_vit": {"img_size": 64},
@@ -40,7 +40,6 @@ MODELS: dict[str, dict[str, Any]] = {
     "densenet121": {"block_config": (2, 4, 2, 2)},
     "poolformer_s12": {},
 }
-QUICK = ("test_vit",)
 # In CI the others stand for these.
 LONG = ("resnet50", "mobilenetv3_small_100", "regnety_002", "vit_tiny_patch16_224", "mixer_s32_224")
 LONG += ("densenet121", "poolformer_s12")
@@ -90,13 +89,8 @@ def assert_both_files_run(model: nn.Module, x: Tensor, folder: Path) -> None:
 @pytest.mark.parametrize(
     "name",
     [
-        *QUICK,
-        *(
-            pytest.param(name, marks=pytest.mark.slow)
-            for name in MODELS
-            if name not in QUICK + LONG
-        ),
-        *(pytest.param(name, marks=[pytest.mark.slow, pytest.mark.long]) for name in LONG),
+        pytest.param(name, marks=[pytest.mark.slow, *[pytest.mark.long] * (name in LONG)])
+        for name in MODELS
     ],
 )
 @torch.no_grad()

@@ -53,8 +53,7 @@ def trained(name, kinds):
     return model, optimizer, ema
 
 
-@pytest.mark.parametrize("kinds", GATES)
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(("name", "kinds"), [*zip(NAMES, GATES, strict=True)])
 def test_what_timm_saved_loads_into_a_freshly_converted_model(name, kinds, tmp_path):
     model, optimizer, ema = trained(name, GATES[kinds])
     args = Namespace(model="some", lr=1e-3)  # train.py keeps its arguments, too
@@ -66,8 +65,7 @@ def test_what_timm_saved_loads_into_a_freshly_converted_model(name, kinds, tmp_p
         assert_same(again, expected)
 
 
-@pytest.mark.parametrize("kinds", GATES)
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(("name", "kinds"), [*zip(NAMES, GATES, strict=True)])
 def test_what_safetensors_saved_loads_into_a_freshly_converted_model(name, kinds, tmp_path):
     model = become(fresh(name), *GATES[kinds])
     file = tmp_path / "model.safetensors"
@@ -97,8 +95,7 @@ def test_the_checkpoint_of_the_original_lacks_the_gates_alone(name, suffix, tmp_
         load_checkpoint(converted, file)
 
 
-@pytest.mark.parametrize("kinds", GATES)
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(("name", "kinds"), [*zip(NAMES, GATES, strict=True)])
 def test_a_converted_models_checkpoint_loads_back_into_the_original(name, kinds, tmp_path):
     model, file = become(fresh(name), *GATES[kinds]), str(tmp_path / "model.pth")
     torch.save(model.state_dict(), file)

@@ -47,8 +47,10 @@ HARD = {
     "torchvision:raft_small": (58, "two images, and a loop"),
     "torchvision:fasterrcnn_resnet50_fpn": (52, "lists of images, and targets in training alone"),
 }
-# They take 5 to 15 seconds each; what is hard about them is in smaller networks of these tests too.
+# They take 3 to 15 seconds each; what is hard about them is in smaller networks of these tests too.
 SLOW = {
+    *("torchvision:densenet121", "torchvision:googlenet", "timm:bat_resnext26ts"),
+    *("timm:res2net50_26w_4s", "timm:mobilevitv2_050", "timm:convit_tiny"),
     *("timm:resnet50d", "timm:mobilenetv3_large_100", "torchvision:resnet50"),
     *("torchvision:inception_v3", "timm:hrnet_w18", "timm:dm_nfnet_f0"),
     *("timm:sequencer2d_s", "torchvision:fasterrcnn_resnet50_fpn"),

@@ -97,6 +97,7 @@ Job("bessel", "resin->sin", 1, protocol, Machine(), Path(sys.argv[2])).run()
 """
 
 
+@pytest.mark.slow  # a process; in this one, test_trainer stops and resumes
 def test_a_job_killed_while_it_writes_goes_on_from_its_last_checkpoint(tmp_path):
     folder = str(Path(__file__).parents[1])
     killed = subprocess.run([sys.executable, "-c", KILLED, folder, str(tmp_path / "killed")])
