@@ -57,6 +57,7 @@ def test_a_wrong_type_is_refused_by_name(function: Callable[..., Any]) -> None:
         (lambda: HardConcrete(stretch=(0.1, "x")), r"stretch=\(0.1, 'x'\)"),  # type: ignore[arg-type]
         (lambda: HardConcrete(stretch=(0.1,)), r"stretch=\(0.1,\)"),  # type: ignore[arg-type]
         (lambda: TransferSchedule(10.0), r"total_steps=10.0\): .* int"),  # type: ignore[arg-type]
+        (lambda: TransferSchedule(10, order=[1]), r"order=\[1\]\): order is a list"),  # type: ignore[list-item]
         (lambda: PerChannel(1.5), "axis is a float"),  # type: ignore[arg-type]
         (lambda: transfer_surgery.register_gate("x", dict), "settings is a type"),  # type: ignore[arg-type]
         (lambda: as_patterns(3), "3 is no pattern: give a glob"),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import reprlib
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from numbers import Integral, Real
 from types import NoneType, UnionType
 from typing import Any, Union, get_args, get_origin, get_type_hints
@@ -61,6 +61,9 @@ def _fits(value: Any, hint: Any) -> bool:
         return len(items) == len(value) and all(map(_fits, value, items))
     if origin is Mapping:
         return isinstance(value, Mapping) and all(_fits(one, inner[1]) for one in value.values())
+    if origin is Sequence:
+        sequence = isinstance(value, Sequence) and not isinstance(value, str)
+        return sequence and all(_fits(one, inner[0]) for one in value)
     if origin is type:
         return isinstance(value, type) and issubclass(value, inner[0])
     if origin is Iterable and hasattr(value, "__getitem__"):  # a data set, for example

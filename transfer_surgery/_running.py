@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import fields, is_dataclass
 from types import ModuleType
@@ -236,3 +236,20 @@ def predict(model: nn.Module, batch: Any) -> tuple[Any, bool]:
                 return call_model(model, batch), True
         except Exception:
             raise first from None
+
+
+def copied(model: nn.Module, shared: Iterable[Tensor] = ()) -> nn.Module:
+    """A deep copy of a model; also where a weight is computed, which torch alone cannot copy.
+
+    Old weight norm and pruning keep such weights as attributes, and compute them anew when called.
+
+    Args:
+        model: the model.
+        shared: tensors that the copy has in common with it.
+    """
+    memo: dict[int, Any] = {id(tensor): tensor for tensor in shared}
+    for module in model.modules():
+        for value in (*vars(module).values(), *module._buffers.values()):
+            if isinstance(value, Tensor) and not value.is_leaf:
+                memo.setdefault(id(value), value.detach().clone())
+    return copy.deepcopy(model, memo)

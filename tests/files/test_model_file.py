@@ -246,12 +246,29 @@ def test_code_that_makes_another_model_now_is_refused_with_the_file(file: Path) 
             refuse(ValueError, f"{file.name}: ", load, file)
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_a_file_gives_back_the_precision(file: Path, dtype: torch.dtype) -> None:
+    model, spec, _ = converted("root", mix)
+    model.to(dtype)
+    save_model(model, file, spec)
+    assert_same_precision(load_model(file), model)
+    file.unlink()
+    save_baked(model, file, spec)
+    assert_same_precision(load_baked(file), bake(model))
+
+
+def assert_same_precision(found: nn.Module, wanted: nn.Module) -> None:
+    ours, theirs = found.state_dict(), wanted.state_dict()
+    assert {key: x.dtype for key, x in ours.items()} == {key: x.dtype for key, x in theirs.items()}
+    assert all(torch.equal(x, theirs[key]) for key, x in ours.items())
+
+
 def test_integers_are_no_weights(file: Path) -> None:
     """As of a network that another library has quantized."""
     model, spec, _ = converted("root", mix)
     model.half()
     save_model(model, file, spec)
-    assert torch.equal(load_model(file)[0].weight, model[0].weight.float())
+    assert_same_precision(load_model(file), model)
     model[0].weight = nn.Parameter(model[0].weight.to(torch.int8), requires_grad=False)
     save_model(model, file)
     message = "0.weight is torch.int8, and torch.float32 in the model"

@@ -112,6 +112,43 @@ def test_an_output_that_gets_worse_is_named():
         distill(model, teacher, batches, steps=50, lr=0.02, loss=boxes, features=(), variation=0.0)
 
 
+class Found(nn.Module):
+    """Scores above a threshold: how many there are depends on the network."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = nn.Sequential(nn.Linear(4, 32), nn.SiLU(), nn.Linear(32, 3))
+
+    def forward(self, x: torch.Tensor) -> list[torch.Tensor]:
+        return [scores[scores > 0] for scores in self.net(x)]
+
+
+def test_outputs_that_are_not_of_one_size_are_taught_by_a_function_of_the_user():
+    torch.manual_seed(0)
+    teacher, x = Found().eval(), torch.randn(256, 4)
+    model = swap_targets(convert(copy.deepcopy(teacher), "relu", example_input=x[:2]))
+    batches = list(x.split(16))
+    with pytest.raises(TypeError, match="let the model return what they are chosen from"):
+        distill(model, teacher, batches, steps=1)
+
+    def sums(now: list[torch.Tensor], wanted: list[torch.Tensor]) -> torch.Tensor:
+        pairs = zip(now, wanted, strict=True)
+        return torch.stack([(a.sum() - b.sum()).square() for a, b in pairs]).mean()
+
+    report = distill(model, teacher, batches, steps=100, loss=sums, lr=0.01, variation=0)
+    assert sum(report[-10:]) < 0.5 * sum(report[:10])
+    assert str(report).startswith("100 steps")
+
+
+@pytest.mark.parametrize("returned", [None, 0.5, torch.zeros(2), torch.tensor(1)])
+def test_a_function_that_returns_no_number_is_refused(returned):
+    model, x = nn.Sequential(nn.Linear(4, 4), nn.ReLU()), torch.randn(16, 4)
+    teacher = copy.deepcopy(model)
+    convert(model, "sin", example_input=x, roles=("hidden", "output"))
+    with pytest.raises(TypeError, match=r"loss= returns a .*: let it return a tensor with one"):
+        distill(swap_targets(model), teacher, [x], steps=1, loss=lambda now, wanted: returned)
+
+
 def test_losses_that_do_not_suit_the_outputs_are_refused():
     torch.manual_seed(0)
     x = list(torch.randn(64, 4).split(8))

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import prune
 from torch.overrides import TorchFunctionMode
 
 from tests.helpers.same_bits import assert_same_bits
@@ -161,6 +162,16 @@ def test_the_original_network_teaches_on_inputs_of_their_own() -> None:
     assert errors[3] < 0.9 * errors[2]
     assert errors[4] == pytest.approx(errors[3], rel=1e-3)
     assert len(gone_through) >= 150
+
+
+@pytest.mark.filterwarnings("ignore::transfer_surgery.DistillWarning")  # of one step
+def test_a_network_with_computed_weights_is_swapped_after_its_training() -> None:
+    """Its weights are attributes with a graph, which torch cannot copy."""
+    model = network()
+    prune.l1_unstructured(model[0], "weight", 0.5)
+    model(batches(0)[0]).sum().backward()
+    swap_activations(model, "relu", batches(0), distill_steps=1)
+    assert (model[0].weight == 0).double().mean() >= 0.5
 
 
 def test_only_the_sites_of_the_plan_are_swapped() -> None:

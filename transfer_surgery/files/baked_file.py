@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import os
 import warnings
 from collections.abc import Mapping
@@ -13,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from transfer_surgery._arguments import check_arguments
+from transfer_surgery._running import copied
 from transfer_surgery._sharding import check_not_sharded
 from transfer_surgery.files.gates_file import insert_modules, plan_for, state_key
 from transfer_surgery.files.model_file import build_model, load_weights, make_model, spec_in
@@ -96,7 +96,7 @@ def save_baked(
     with warnings.catch_warnings():
         # They are about configs of transformers, which this file does not need.
         warnings.simplefilter("ignore", RuntimeWarning)
-        baked = bake(copy.deepcopy(model, {id(tensor): tensor for tensor in shared}), harden)
+        baked = bake(copied(model, shared), harden)
     report = None if fold is None else fold_targets(baked, fold)
     tensors = {plain_path(key): value for key, value in baked.state_dict().items()}
     write(Path(file), "baked", {"made_by": made_by.to_dict(), "sites": sites}, tensors)
@@ -174,7 +174,7 @@ def _build_baked(
     insert_modules(model, plan, plain)
     _drop_folded(model, tensors)
     drop_folded_sites(model)
-    load_weights(model, tensors, file)
+    load_weights(model, tensors, file, take_precision=True)
     return model
 
 

@@ -68,7 +68,7 @@ def load_model(file: str | os.PathLike[str]) -> nn.Module:
         file: a file of `save_model` or of the command.
 
     Returns:
-        The model, converted, with its gates and weights, on the CPU.
+        The model, converted, with its gates and weights, in their precision, on the CPU.
 
     Raises:
         ImportError: safetensors, or the zoo that makes the model, is not installed.
@@ -87,7 +87,7 @@ def build_model(
     """The converted model of a file whose content was read; see `load_model`."""
     sites, gates, weights = sites_and_tensors(file, about, tensors)
     model = make_model(file, spec)
-    load_weights(model, weights, file)
+    load_weights(model, weights, file, take_precision=True)
     return insert_gates(model, file, sites, gates, spec.example_input(model))
 
 
@@ -115,8 +115,16 @@ def spec_in(file: Path, about: Mapping[str, Any]) -> ModelSpec:
         raise ValueError(f"{file} is damaged: {error}.") from error
 
 
-def load_weights(model: nn.Module, tensors: Mapping[str, Tensor], file: Path) -> None:
+def load_weights(
+    model: nn.Module, tensors: Mapping[str, Tensor], file: Path, *, take_precision: bool = False
+) -> None:
     """Load a state dict strictly; floating-point numbers may have another precision.
+
+    Args:
+        model: the model.
+        tensors: the state dict.
+        file: where it comes from, for messages.
+        take_precision: whether the model gets the precision of the state dict, or keeps its own.
 
     Raises:
         ValueError: the message names what is missing, unknown, or of another shape or kind.
@@ -136,6 +144,10 @@ def load_weights(model: nn.Module, tensors: Mapping[str, Tensor], file: Path) ->
             f"{file} does not fit this {type(model).__name__} ({len(wrong)} of {len(state)} "
             f"tensors): it was saved from another model, or one with other arguments.\n  {shown}"
         )
+    if take_precision:
+        for key, value in model.state_dict(keep_vars=True).items():
+            if value.is_floating_point():
+                value.data = value.data.to(tensors[key].dtype)
     try:
         model.load_state_dict(tensors)
     except RuntimeError as error:  # sparse ones, or ones without values

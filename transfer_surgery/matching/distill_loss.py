@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -30,7 +31,7 @@ def loss_function(loss: str | Loss, outputs: Iterable[Any], temperature: float) 
         TypeError: the outputs have no floating tensors.
     """
     if not isinstance(loss, str):
-        return loss
+        return partial(_number_of, loss)
     if loss not in LOSSES:
         raise ValueError(f"loss={loss!r}: use {', '.join(LOSSES)}, or a function of two outputs.")
     if loss == "relative":
@@ -58,6 +59,22 @@ def loss_function(loss: str | Loss, outputs: Iterable[Any], temperature: float) 
             "Use loss='kl' for logits of which one is right, or the default."
         )
     return lambda now, wanted: _binary_divergence(_the_tensor(loss, now), _the_tensor(loss, wanted))
+
+
+def _number_of(loss: Loss, now: Any, wanted: Any) -> Tensor:
+    """What the user's function returns, which has to be one number that can be differentiated.
+
+    Raises:
+        TypeError: it is something else.
+    """
+    found: Any = loss(now, wanted)
+    if not isinstance(found, Tensor) or found.numel() != 1 or not found.is_floating_point():
+        shape = f" of shape {tuple(found.shape)}" if isinstance(found, Tensor) else ""
+        raise TypeError(
+            f"the function given as loss= returns a {type(found).__name__}{shape}: let it return a "
+            "tensor with one floating-point number, such as a mean."
+        )
+    return found.reshape(())
 
 
 def _squared_error(now: Any, wanted: Any, scales: Mapping[str, float]) -> Tensor:

@@ -41,7 +41,11 @@ class DistillReport(list[float]):
         self.before, self.after, self.kept, self.variation = before, after, kept, variation
 
     def __str__(self) -> str:
-        errors = (f"{name} {e:.2g} -> {self.after[name]:.2g}" for name, e in self.before.items())
+        errors = (
+            f"{name} {error:.2g} -> {self.after[name]:.2g}"
+            for name, error in self.before.items()
+            if name in self.after
+        )
         return (
             f"{len(self)} steps, of which {self.kept} were kept; relative squared errors of the "
             f"outputs: {', '.join(errors)}"
@@ -53,7 +57,7 @@ class DistillReport(list[float]):
         return tuple(
             name
             for name, error in self.before.items()
-            if self.after[name] > max(_MORE * error, SMALL)
+            if self.after.get(name, 0.0) > max(_MORE * error, SMALL)
         )
 
 

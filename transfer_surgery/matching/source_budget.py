@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import warnings
 from bisect import bisect_left
 from collections.abc import Callable, Sequence
@@ -11,6 +10,7 @@ from typing import Any
 
 from torch import nn
 
+from transfer_surgery._running import copied
 from transfer_surgery.matching.match_report import MatchWarning
 from transfer_surgery.matching.site_costs import sensitivity
 from transfer_surgery.matching.stage_comparison import StageComparison
@@ -91,7 +91,7 @@ class SourceBudget:
             return swap_targets(network, exclude=order[len(order) - number :])
 
         def holds(number: int) -> bool:
-            tried = without(number, copy.deepcopy(model))
+            tried = without(number, copied(model))
             with warnings.catch_warnings():  # the network that is chosen is fitted once more
                 warnings.simplefilter("ignore", MatchWarning)
                 fit(tried)

@@ -6,7 +6,6 @@ with its original on inputs that nothing was fitted to.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
@@ -15,7 +14,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from transfer_surgery._arguments import check_arguments
-from transfer_surgery._running import as_batches
+from transfer_surgery._running import as_batches, copied
 from transfer_surgery.activations import Activation, activation_module, get_target
 from transfer_surgery.matching.distill_loss import Loss, loss_function
 from transfer_surgery.matching.distillation import check_settings, distill
@@ -149,7 +148,7 @@ def swap_activations(
     lesson = loss or ("kl" if logits else "relative")
     if distill_steps:
         check_settings(distill_steps, _TEMPERATURE, lr, variation)
-    teacher = copy.deepcopy(model)
+    teacher = copied(model)
     roles = {site.role for site in plan}
     convert(model, target, plan=plan, roles=roles, granularity=granularity, seed=0)
     with _undone_on_errors(model, teacher):
@@ -159,7 +158,7 @@ def swap_activations(
             loss_function(lesson, stages.wanted, _TEMPERATURE)
         stages.add("original", model)
         with stages.timed():
-            plain = swap_targets(copy.deepcopy(model))
+            plain = swap_targets(copied(model))
         stages.add("swapped alone", plain)
         del plain
 
@@ -200,7 +199,7 @@ def swap_activations(
 
         # Bake and fold, first a copy: the model is as it was if it fails.
         with stages.timed():
-            baked = copy.deepcopy(model)
+            baked = copied(model)
             numbers = why_numbers_stay(_bake_and_fold(baked, fitted_on[0]))
         mixed = tuple(path for path, outcome in outcomes.items() if outcome == "mixed")
         stages.add("baked, folded", baked, len(numbers) + len(mixed))

@@ -149,6 +149,8 @@ def report(model: nn.Module | Mapping[str, GatedActivation], *, by: str = "site"
         raise ValueError(f"by={by!r}: expected one of {', '.join(map(repr, _GROUPINGS))}.")
     found = gated_activations(model) if isinstance(model, nn.Module) else model.items()
     units = list(found)
+    if not units:
+        raise ValueError("there are no units in the mapping, and so nothing to report.")
     with torch.no_grad():
         statistics = [_statistics(unit) for _, unit in units]
         # A model may be spread over several devices: gather on one of them first.

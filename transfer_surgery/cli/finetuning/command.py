@@ -109,6 +109,7 @@ def finetune(
     with run_errors():
         machine = Machine.choose(device, amp, compile)
         spec, network = load_network(file, "model")
+        network.float()  # as the images
         loaders = _load_images(spec, network, data, batch_size, machine)
         torch.manual_seed(seed)  # here, so that it does not matter how the model was made
         total = epochs * len(loaders.train)
