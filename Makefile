@@ -12,7 +12,7 @@ PYTEST := $(PY) -m pytest -n 2 --dist worksteal
 help:
 	@echo 'make demo    turn a small ReLU ResNet into a sinusoidal one (ARGS="--help" shows the options)'
 	@echo 'make test    all tests that take seconds, and the examples in the docstrings'
-	@echo 'make slow    the tests that take minutes, also those that CI has no time for'
+	@echo 'make slow    the tests that take minutes, further cases of the others, and what CI has no time for'
 	@echo '             (marked long: two of three model families, benchmarks/controller.py)'
 	@echo 'make docs    the documentation as pages in site/; a warning is an error'
 	@echo 'make lint    ruff: rules and format; import-linter: the order of the rooms'

@@ -107,8 +107,16 @@ class Net(nn.Module):
         return self.last(WRITTEN[self.written][0](self, h))
 
 
-@pytest.mark.parametrize("walks", [False, True], ids=["edit", "intercept"])
-@pytest.mark.parametrize("written", WRITTEN)
+# How a call is intercepted depends little on what is written: every fourth one, and in CI all.
+INTERCEPTED = [
+    pytest.param(written, True, marks=[pytest.mark.slow] if number % 4 else [])
+    for number, written in enumerate(WRITTEN)
+]
+
+
+@pytest.mark.parametrize(
+    ("written", "walks"), [*((written, False) for written in WRITTEN), *INTERCEPTED]
+)
 def test_a_hand_written_activation_is_one_site_and_converts_unchanged(written, walks):
     model, x = Net(written, walks), torch.randn(5, 4)
     site = find_activations(model, x).rows[-1]

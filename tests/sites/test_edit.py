@@ -51,7 +51,13 @@ def test_each_way_to_call_an_activation_is_edited_and_each_gate_counts(cls):
     assert torch.equal(revert(model)(X), before)
 
 
-@pytest.mark.parametrize("cls", NETWORKS, ids=lambda cls: cls.__name__)
+COMPILED = [
+    pytest.param(cls, marks=[] if cls in (Helper, Method, Function, Steps) else [pytest.mark.slow])
+    for cls in NETWORKS
+]
+
+
+@pytest.mark.parametrize("cls", COMPILED, ids=lambda cls: cls.__name__)
 def test_edited_code_compiles_as_one_graph_where_the_original_does(cls):
     model = convert(cls().eval(), example_input=X)
     for unit in units(model).values():

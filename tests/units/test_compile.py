@@ -65,6 +65,7 @@ def test_gates_at_their_ends_compute_the_source_and_the_target_bit_for_bit() -> 
         assert torch.equal(compiled(baked)(x), baked(x))
 
 
+@pytest.mark.slow  # seconds, for symbolic sizes
 def test_one_dynamic_graph_serves_batches_of_any_size() -> None:
     model = mid_transfer(converted("functional", "example")).train()
     run = compiled(model, dynamic=True)
