@@ -87,9 +87,7 @@ def test_from_a_checkpoint_to_files_that_run_elsewhere(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow  # two processes; in this one, what they print is tested below
-def test_the_installed_command_has_a_line_and_a_status_for_mistakes_and_failures(
-    tmp_path: Path,
-) -> None:
+def test_the_installed_command_has_a_status_for_mistakes_and_failures(tmp_path: Path) -> None:
     _, said = shell("plan", "resnt50", folder=tmp_path, fails=2)
     assert "there is no model 'resnt50'. Did you mean resnet50 or" in said
     save_file({"x": torch.zeros(1)}, tmp_path / "foreign")

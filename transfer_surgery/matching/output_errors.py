@@ -83,8 +83,8 @@ def paired_tensors(now: Any, wanted: Any) -> dict[str, tuple[Tensor, Tensor]]:
             raise TypeError(
                 f"the outputs {name!r} cannot be compared: their shapes are "
                 f"{tuple(tensor.shape)} and {tuple(theirs[name].shape)}. Where their number "
-                "depends on the inputs, as that of boxes that are found, let the model return what they "
-                "are chosen from."
+                "depends on the inputs, as that of boxes that are found, let the model return what "
+                "they are chosen from."
             )
     return {name: (tensor, theirs[name]) for name, tensor in ours.items()}
 
