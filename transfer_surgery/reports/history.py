@@ -49,16 +49,11 @@ class History:
 
     Examples:
         >>> import torch
-        >>> from transfer_surgery import PerChannel, get_activation
-        >>> from transfer_surgery.units import make_gate
-        >>> from transfer_surgery import GatedActivation
-        >>> gate = make_gate("hard_concrete", (2,))
-        >>> relu, sin = get_activation("relu"), get_activation("sin")
-        >>> unit = GatedActivation(relu, sin, gate, granularity=PerChannel(1), neurons=2)
-        >>> history = History(nn.Sequential(unit))
+        >>> from transfer_surgery import convert
+        >>> model = convert(nn.Sequential(nn.ReLU()), example_input=torch.zeros(1, 2))
+        >>> history = History(model)
         >>> _ = history.record(lr=0.1)
-        >>> with torch.no_grad():
-        ...     _ = unit.log_alpha.copy_(torch.tensor([-9.0, 9.0]))
+        >>> model[0].log_alpha.data = torch.tensor([-9.0, 9.0])
         >>> _ = history.record(lr=0.05)
         >>> history.flat()
         {'transfer/total': 0.5, 'gate/total': 0.5, 'transfer/0': 0.5, 'gate/0': 0.5}

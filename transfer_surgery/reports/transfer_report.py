@@ -126,18 +126,11 @@ def report(model: nn.Module | Mapping[str, GatedActivation], *, by: str = "site"
         ValueError: the model was not converted, or ``by`` is neither.
 
     Examples:
-        >>> from transfer_surgery import PerChannel, get_activation
-        >>> from transfer_surgery.units import make_gate
-        >>> unit = GatedActivation(
-        ...     get_activation("relu"),
-        ...     get_activation("sin"),
-        ...     make_gate("hard_concrete", (4,)),
-        ...     granularity=PerChannel(1),
-        ...     neurons=64,
-        ... )
-        >>> with torch.no_grad():
-        ...     _ = unit.log_alpha.copy_(torch.tensor([-9.0, 0.0, 9.0, 9.0]))
-        >>> print(report(nn.Sequential(nn.Conv2d(3, 4, 1), unit)))
+        >>> from transfer_surgery import convert
+        >>> network = nn.Sequential(nn.Conv2d(3, 4, 1), nn.ReLU())
+        >>> model = convert(network, example_input=torch.zeros(1, 3, 4, 4))
+        >>> model[1].log_alpha.data = torch.tensor([-9.0, 0.0, 9.0, 9.0])
+        >>> print(report(model))
         path   source  target  granularity  gates  neurons  at source  transferred    kept   mixed   E[z]  log_alpha
         ------------------------------------------------------------------------------------------------------------
         1      relu    sin     channel          4       64         48       25.0 %  50.0 %  25.0 %  0.625       2.25
