@@ -342,8 +342,75 @@ class AsksForType(Parts):
         return x
 
 
+class Various(Parts):
+    """Functions and activations are called by one expression."""
+
+    def forward(self, x):
+        for function in (helper, noted, torch.neg, torch.tanh, F.relu):
+            x = function(self.linear(x)) - 0.1
+        return x
+
+
+class Choice(Parts):
+    """One expression calls one activation or another."""
+
+    other = False
+
+    def forward(self, x):
+        return (F.relu if self.other else F.gelu)(self.linear(x)) - 0.1
+
+
+class Counting(Parts):
+    """An argument that the unit does not take has an effect."""
+
+    calls = 0
+
+    def slope(self):
+        self.calls += 1
+        return 0.2
+
+    def forward(self, x):
+        return F.leaky_relu(self.linear(x), self.slope()) - 0.1
+
+
+class Bound(Parts):
+    """Arguments of an activation are bound before, or unpacked."""
+
+    def __init__(self):
+        super().__init__()
+        self.leaky = functools.partial(F.leaky_relu, negative_slope=0.2)
+
+    def forward(self, x):
+        x = self.leaky(self.linear(x)) + functools.partial(F.elu, alpha=0.5)(x)
+        given, named = (self.linear(x),), {"input": x, "approximate": "tanh"}
+        return F.selu(*given) + F.gelu(**named) - 0.1
+
+
+class Looked(Parts):
+    """What is called has been looked up."""
+
+    table = {"silu": F.silu, "mish": F.mish}
+
+    def of(self, name):
+        return self.table[name]
+
+    def forward(self, x):
+        x = self.table.get("silu")(self.linear(x)) + self.of("mish")(x) - 0.1
+        act = vars(F)["hardswish"]
+        return getattr(F, "relu")(act(x)) + [torch.tanh, F.elu][x.dim() - 1](x)  # noqa: B009
+
+
+class Handed(Parts):
+    """An activation is handed to what calls it."""
+
+    def forward(self, x):
+        one, two = list(map(F.gelu, (x, self.linear(x))))
+        return sum(map(F.silu, [one, two])) + checkpoint(F.relu, one, use_reentrant=False)
+
+
 NETWORKS = (Helper, Method, Private, Fixed, Property, Function, Super, Checkpoint, Decorated)
 NETWORKS += (Frozen, Partial, Body, Steps, Lines, Shadowed, OtherFunctions)
 NETWORKS += (OwnNames, Recursive, ForeignDecorator, TwiceDecorated, Defaults, Among, Closures)
 NETWORKS += (Formula, FrozenAmong, Generators, Settings, OfTheClass, AsksForType)
+NETWORKS += (Various, Choice, Counting, Bound, Looked, Handed)
 NOT_COMPILED = (OwnCheckpoint,)

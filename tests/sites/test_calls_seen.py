@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from tests.helpers.promises import assert_every_promise, units
 from transfer_surgery import convert, find_activations, revert
 
 X = torch.linspace(-3, 3, 2 * 4 * 5 * 5).reshape(2, 4, 5, 5)
@@ -22,6 +23,35 @@ def test_a_call_without_source_is_intercepted_and_the_plan_says_why():
     assert torch.equal(convert(model, plan=plan)(X), before)
     model.relu_0.log_alpha.data.fill_(-8.0)
     assert torch.equal(model(X), torch.sin(X) - 0.1)
+
+
+WITHOUT_SOURCE = """
+class Typed(nn.Module):
+    def __init__(self, child):
+        super().__init__()
+        self.child, self.act = child, nn.SiLU()
+
+    def forward(self, x):
+        return self.act(F.relu(self.act(x)) - 0.1)
+"""
+
+
+@pytest.fixture
+def without_source():
+    namespace = {"nn": nn, "F": F}
+    exec(compile(WITHOUT_SOURCE, "<typed>", "exec"), namespace)
+    return namespace["Typed"]
+
+
+def test_a_call_is_not_intercepted_where_that_would_turn_a_fused_path_off(without_source):
+    plan = find_activations(without_source(nn.MultiheadAttention(4, 2)), X)
+    assert all("turn MultiheadAttention's fused path off" in site.reason for site in plan)
+
+
+def test_an_activation_in_the_hook_of_an_intercepted_one_takes_no_gates(without_source):
+    model = without_source(nn.Linear(4, 4))
+    model.act.register_forward_pre_hook(lambda _, args: (F.gelu(args[0]),))
+    assert len(units(assert_every_promise(model, X, copies=()))) == 3
 
 
 def test_a_step_whose_first_input_is_a_constant_still_depends_on_the_input():

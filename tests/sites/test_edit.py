@@ -24,6 +24,7 @@ from tests.helpers.same_run import assert_same_runs, converted
 from tests.helpers.ways_to_call import (
     NETWORKS,
     NOT_COMPILED,
+    Choice,
     Function,
     Helper,
     Method,
@@ -33,7 +34,7 @@ from tests.helpers.ways_to_call import (
     Super,
     helper,
 )
-from tests.helpers.ways_to_intercept import INTERCEPTED, Choice
+from tests.helpers.ways_to_intercept import INTERCEPTED
 from transfer_surgery import bake, convert, find_activations, revert
 
 
@@ -185,7 +186,7 @@ def test_a_setting_that_changes_is_followed_with_a_warning():
     assert torch.equal(after, revert(model)(X))
 
 
-def test_another_activation_in_the_place_of_an_intercepted_one_runs_with_a_warning():
+def test_another_activation_in_the_place_of_one_runs_with_a_warning():
     model = convert(Choice().eval(), example_input=X)
     model.other = True
     with pytest.warns(RuntimeWarning, match="Choice calls relu"):
@@ -310,6 +311,15 @@ def test_a_model_whose_code_has_changed_since_it_was_saved_runs_the_old_code_wit
         "assert any('Net.forward has changed' in str(w.message) for w in caught), caught\n"
     )
     subprocess.run([sys.executable, "-c", program], check=True, timeout=300)
+
+
+def test_one_of_two_calls_of_a_method_has_its_unit_alone():
+    original = Method().eval()
+    model = convert(copy.deepcopy(original), example_input=X, include="tanh_1")
+    model.tanh_1.log_alpha.data.fill_(-8.0)
+    expected = original.step(original.linear(X)) * (torch.sin(X) - 0.1)
+    assert torch.equal(model(X), expected)
+    assert torch.equal(model.step(X), original.step(X))
 
 
 class Autoencoder(nn.Module):

@@ -49,6 +49,12 @@ def test_what_hooks_change_still_counts():
     assert_every_promise(model, X, copies=(copy.deepcopy,))
 
 
+def test_hooks_of_an_activation_that_two_places_call_run_at_both():
+    model = Body()
+    model.act.register_forward_hook(lambda _, args, output: output * 3)
+    assert_every_promise(model, X, copies=(copy.deepcopy,))
+
+
 def test_hooks_registered_on_a_gated_activation_stay_when_it_is_reverted():
     model, seen = convert(nn.Sequential(nn.Linear(4, 4), nn.ReLU()), example_input=X), []
     model[1].register_full_backward_hook(lambda *_: seen.append(1))

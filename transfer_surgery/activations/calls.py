@@ -17,12 +17,16 @@ from transfer_surgery.activations.registry import (
 
 
 class Call(NamedTuple):
-    """A recognised call: the activation, its input, whether it overwrites that, its operands."""
+    """A recognised call: the activation, its input, whether it overwrites that, its operands.
+
+    `written` is the activation that the called function is registered for.
+    """
 
     activation: Activation
     input: Any
     inplace: bool
     operands: tuple[Any, ...] = ()
+    written: Activation | None = None
 
 
 def recognise(function: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Call | None:
@@ -48,10 +52,11 @@ def recognise(function: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -
     chosen = {k: v for k, v in given.items() if k in entry.defaults}
     if not all(is_of_kind(value, entry.defaults[name]) for name, value in chosen.items()):
         return None  # bounds or slopes that are computed: no fixed function
-    activation = _common_name(get_activation(name, **chosen))
+    written = get_activation(name, **chosen)
+    activation = _common_name(written)
     if activation is None:
         return None
-    return Call(activation, x, inplace, tuple(given.get(name) for name in entry.operands))
+    return Call(activation, x, inplace, tuple(map(given.get, entry.operands)), written)
 
 
 def _common_name(activation: Activation) -> Activation | None:

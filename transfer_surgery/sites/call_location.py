@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 from torch import nn
 
-from transfer_surgery.sites.frames import CHECKPOINT, MODULE_CALL, is_users
+from transfer_surgery.sites.frames import CHECKPOINT, MODULE_CALL, code_of, is_users
 
 Location = tuple[tuple[str, int, int, int, int], ...]
 
@@ -69,6 +69,14 @@ def is_checkpointed(caller: nn.Module) -> bool:
             return True
         frame = frame.f_back
     return False
+
+
+def is_in_forward(module: nn.Module) -> bool:
+    """Whether the running call is in the forward of the innermost module, and in no hook of it."""
+    frame, code = sys._getframe(1), code_of(module.forward)
+    while frame.f_code is not MODULE_CALL and frame.f_code is not code and frame.f_back:
+        frame = frame.f_back
+    return frame.f_code is code
 
 
 @functools.lru_cache(maxsize=4096)

@@ -160,9 +160,9 @@ def make_recipe(sites: Sequence[Site], calls: CallerCode, chosen: set[str]) -> R
     }
     intercepted = [entries[s.path] for s in sites if s.path in names and s.way == "intercept"]
     redirects = [
-        Redirect(several[0].route, units)
+        Redirect(several[0].route, _turns(several, keys, names))
         for several in same_place(sites)
-        if isinstance(several[0].route, Route) and any(units := _turns(several, keys, names))
+        if isinstance(several[0].route, Route)
     ]
     table = tuple(entries.values())
     return Recipe(tuple(redirects), tuple(intercepted), table, keys, calls.unseen)

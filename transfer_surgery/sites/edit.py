@@ -16,6 +16,9 @@ from dataclasses import dataclass
 from types import CellType, CodeType, FunctionType
 from typing import Any
 
+from torch import Tensor
+
+from transfer_surgery.activations import Activation
 from transfer_surgery.sites.copies import (
     UneditableError,
     compile_function,
@@ -26,11 +29,11 @@ from transfer_surgery.sites.copies import (
     place_code,
 )
 from transfer_surgery.sites.evaluate import mangle
-from transfer_surgery.sites.route import End, Expression, Hop, Route
+from transfer_surgery.sites.route import Expression, Hop, Route
 from transfer_surgery.sites.scope import Caller, Scope, Way, read
 from transfer_surgery.sites.source import Function, FunctionNode, Position, find_expressions
-from transfer_surgery.sites.swap import PREFIX, make_swap
-from transfer_surgery.sites.unit_calls import call_units, prepare_names
+from transfer_surgery.sites.swap import PREFIX, Swap, make_choice, make_swap
+from transfer_surgery.sites.unit_calls import call_unit, prepare_names
 
 
 @dataclass(frozen=True)
@@ -68,8 +71,11 @@ def edit_methods(
         turns = redirect.units if len(redirect.units) > 1 else ()
         for number, called in enumerate(redirect.route.called, 1):
             ways[called] |= {redirect.route.hops[:number], *turns}
+    touched = {place for one in redirects if any(one.units) for place in one.route.places}
     entries = defaultdict[str, list[Way]](list)
     for redirect in redirects:
+        if touched.isdisjoint(redirect.route.places):
+            continue
         name, start, route = "forward", 0, redirect.route
         for number, called in enumerate(route.called, 1):
             method = route.hops[number - 1].method
@@ -151,17 +157,9 @@ class _Editor(ast.NodeTransformer):
             if expression.function == scope.function
         }
         self.nodes = find_expressions(root)
-        self.ends: dict[int, list[tuple[int, End]]] = defaultdict(list)
-        self.hops: dict[int, list[tuple[int, Hop]]] = defaultdict(list)
+        self.steps: dict[int, list[int]] = defaultdict(list)
         for i, way in enumerate(scope.ways):
-            if way.hops:
-                hop = way.hops[0]
-                at = hop.carrier if hop.how == "argument" else hop.position
-                self.hops[id(self.node_at(at))].append((i, hop))
-            else:
-                self.ends[id(self.node_at(way.end.position))].append((i, way.end))
-        if self.hops.keys() & self.ends.keys():
-            raise UneditableError("one expression calls several functions")
+            self.steps[id(self.node_at(way.step.place))].append(i)
 
     def node_at(self, position: Position) -> Any:
         if position not in self.nodes:
@@ -174,11 +172,8 @@ class _Editor(ast.NodeTransformer):
     def visit(self, node: Any) -> Any:
         key = id(node)
         new: Any = super().visit(node)
-        if key in self.ends:
-            new = call_units(self.scope, new, self.ends[key], self.edited_at)
-            new = ast.copy_location(new, node)
-        if key in self.hops:
-            new = ast.copy_location(self._call(new, self.hops[key]), node)
+        if key in self.steps:
+            new = ast.copy_location(self._replace(new, self.steps[key]), node)
         if self.unseen and isinstance(node, ast.Call):
             name = self.unseen.get(Position.of(node))
             if name is not None:
@@ -187,29 +182,65 @@ class _Editor(ast.NodeTransformer):
         self.done[key] = new
         return new
 
-    def _call(self, node: Any, hops: list[tuple[int, Hop]]) -> ast.expr:
-        """A call of a copy of the function, which is given the units for it."""
-        scope, hop = self.scope, hops[0][1]
-        ways = [scope.ways[i] for i, _ in hops]
-        ways = [Way(way.hops[1:], way.end, way.units) for way in ways]
-        if len({(way.function, h.how) for way, (_, h) in zip(ways, hops, strict=True)}) > 1:
+    def _replace(self, node: Any, numbers: list[int]) -> Any:
+        """What takes the place of an expression, given the numbers of the ways through it."""
+        step = self.scope.ways[numbers[0]].step
+        if isinstance(step, Hop):
+            is_bound = step.how in ("super", "property")
+            return self._call_method(node, numbers) if is_bound else self._choose(node, numbers)
+        if step.expected is not None:
+            return self._choose(node, numbers)
+        if len(numbers) > 1:
+            raise UneditableError("one expression is several activations")
+        return call_unit(self.scope, node, numbers[0], step, self.edited_at)
+
+    def _edit(self, numbers: Sequence[int]) -> tuple[_Edit, dict[str, ast.expr]]:
+        """The edit of the function that several ways lead to, and what its copy is given."""
+        ways = [self.scope.ways[i].inner for i in numbers]
+        if len({way.function for way in ways}) > 1:
             raise UneditableError("one expression calls several functions")
-        edit = _Edit(ways, scope.caller, entry=False)
-        given = [ast.keyword(f"{PREFIX}{j}", scope.given(i)) for j, (i, _) in enumerate(hops)]
-        if hop.how in ("super", "property"):
-            name = mangle(node.attr if hop.how == "property" else node.func.attr, scope.function)
-            copied = scope.refer("c", _copy_method(edit, scope.caller.base, name))
-            if hop.how == "property":
-                return ast.Call(copied, [node.value], given)
-            first = node.func.value.args[1:] or [scope.module()]  # of super(Net, self)
-            return ast.Call(copied, [*first, *node.args], [*node.keywords, *given])
-        carrier = node.func if hop.how == "call" else node
-        is_local = isinstance(carrier, ast.Name) and carrier.id in self.locals
-        swap = make_swap(edit.function, scope.caller.base, edit.apply_to, may_vary=is_local)
-        swapped = ast.Call(scope.refer("s", swap), [carrier], [])
-        if hop.how == "call":
-            return ast.Call(swapped, node.args, [*node.keywords, *given])
-        return ast.Call(scope.refer("p", functools.partial), [swapped], given)
+        given = {f"{PREFIX}{j}": self.scope.given(i) for j, i in enumerate(numbers)}
+        return _Edit(ways, self.scope.caller, entry=False), given
+
+    def _call_method(self, node: Any, numbers: list[int]) -> ast.expr:
+        """A call of a copy of a base class's method, or of a property, with the units for it."""
+        scope, is_property = self.scope, isinstance(node, ast.Attribute)
+        edit, given = self._edit(numbers)
+        name = mangle(node.attr if is_property else node.func.attr, scope.function)
+        copy = scope.refer("c", _copy_method(edit, scope.caller.base, name))
+        keywords = [ast.keyword(*one) for one in given.items()]
+        if is_property:
+            return ast.Call(copy, [node.value], keywords)
+        first = node.func.value.args[1:] or [scope.module()]  # of super(Net, self)
+        return ast.Call(copy, [*first, *node.args], [*node.keywords, *keywords])
+
+    def _choose(self, node: Any, numbers: list[int]) -> ast.expr:
+        """What gives the copy of a function or a unit, in the place of what gives the callee."""
+        scope, text = self.scope, self.scope.warning(node)
+        is_fixed = isinstance(node, ast.Attribute)
+        is_fixed |= isinstance(node, ast.Name) and node.id not in self.locals
+        functions = defaultdict[Function, list[int]](list)
+        swaps, ends = list[Swap](), list[tuple[Activation | None, bool]]()
+        copies, units = list[ast.expr](), list[ast.expr]()
+        for i in numbers:
+            way, step = scope.ways[i], scope.ways[i].step
+            if isinstance(step, Hop):
+                functions[way.inner.function].append(i)
+                continue
+            unit = scope.given(i)
+            if isinstance(step.expected, tuple):
+                unit = ast.Tuple([unit, scope.below(step.expected)], ast.Load())
+            if step.is_method and isinstance(node, ast.Attribute):
+                function = scope.refer("e", getattr(Tensor, node.attr))
+                node = ast.Call(scope.refer("p", functools.partial), [function, node.value], [])
+            ends.append((None if isinstance(step.expected, tuple) else step.expected, way.several))
+            units.append(unit)
+        for function, several in functions.items():
+            edit, given = self._edit(several)
+            swaps.append(make_swap(function, scope.caller.base, edit.apply_to))
+            copies.append(ast.Dict([*map(ast.Constant, given)], [*given.values()]))
+        choice = make_choice(swaps, ends, text, may_vary=not is_fixed or len(numbers) > 1)
+        return ast.Call(scope.refer("s", choice), [node, *copies, *units], [])
 
 
 def _copy_method(edit: _Edit, base: type, name: str) -> FunctionType:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import ast
 import inspect
 import itertools
-from collections.abc import Iterator
+import sys
+from collections.abc import Callable, Iterator
 from types import FrameType, MethodType, ModuleType
 from typing import Any
 
@@ -18,13 +19,20 @@ from transfer_surgery.activations import (
     argument_names,
     may_be_activation,
     registered_activations,
+    registered_name,
 )
 from transfer_surgery.sites.evaluate import UNKNOWN, Evaluator, mangle
-from transfer_surgery.sites.frames import code_of, find_own_function, is_torch, leads_to
+from transfer_surgery.sites.frames import (
+    code_of,
+    find_own_function,
+    first_local,
+    is_torch,
+    leads_to,
+    without_partials,
+)
 from transfer_surgery.sites.route import End, Hop, NoRouteError
 from transfer_surgery.sites.source import Function, Position, expressions_of
 
-_SETTINGS = (bool, int, float, str, type(None))
 _OPERATIONS = (ast.Call, ast.BinOp, ast.UnaryOp, ast.Compare, ast.AugAssign)
 
 
@@ -68,14 +76,14 @@ class RunningExpression:
             following = next((i for i, f in enumerate(frames) if not is_torch(f.f_code)), 0)
             if following == find_own_function(frames) and following + 1 < len(frames):
                 following += 1  # a checkpoint of the user's own, which is given what it runs
-            for carrier in self._carriers(node):
+            for at, carrier in itertools.product(dict.fromkeys((following, 0)), self._carriers(node)):
                 value = self.value(carrier)
-                if leads_to(value, frames[following].f_code):
-                    how = "argument" if carrier is not node.func else "call"
-                    if how == "call" and is_super(carrier):
-                        how = "super"
-                    at, method = Position.of(carrier), self._method(carrier, value)
-                    return Hop(self.function, self.position, at, how, method), following, value
+                method = self._method(carrier, value)
+                if leads_to(value, frames[at].f_code) and (at == following or method):
+                    how = "super" if is_super(carrier) else "call"
+                    how = how if carrier is node.func else "argument"
+                    place = Position.of(carrier)
+                    return Hop(self.function, self.position, place, how, method), at, value
         name = frames[0].f_code.co_qualname
         raise NoRouteError(f"line {self.position.line} does not show that it calls {name}")
 
@@ -112,45 +120,75 @@ class RunningExpression:
         return self._function_call(called)
 
     def _module_call(self, called: nn.Module, names: tuple[str, ...] | None) -> End:
-        node = self.node
-        if not isinstance(node, ast.Call) or self.value(node.func) is not called:
-            raise NoRouteError(f"line {self.position.line} does not show which module it calls")
-        direct = isinstance(node.func, ast.Attribute) and (node.func.attr,) == names
-        if names is None or not (direct or self.is_method):
+        carrier = self._carrier_of(lambda value: value is called)
+        if carrier is self.node.func and (getattr(carrier, "attr", None),) == names:
+            return End(self.function, self.position, None)
+        if names is None or not self.is_method:
             raise NoRouteError(f"line {self.position.line} may call other modules too")
-        return End(self.function, self.position, None, None if direct else ("module", *names))
+        return End(self.function, Position.of(carrier), None, names)
 
     def _function_call(self, call: Call) -> End:
-        node = self.node
-        function = self._known_function(node)
-        if function is None:
-            raise NoRouteError(f"line {self.position.line} does not show which function it calls")
+        if (inputs := self._fixed_inputs(call)) is not None:
+            return End(self.function, self.position, inputs)
+        if call.written is None:
+            raise NoRouteError("it is in a module of this package")
+        name = call.written.name
+        carrier = self._carrier_of(lambda value: registered_name(without_partials(value)) == name)
+        position, is_method = Position.of(carrier), self._is_method(carrier)
+        return End(self.function, position, None, call.written, is_method)
+
+    def _fixed_inputs(self, call: Call) -> tuple[Position, ...] | None:
+        """Where the unit's inputs stand in a call that is this activation whenever it runs."""
+        function = self._known_function(self.node)
+        if function is None or not self._is_fixed(self.node.func):
+            return None
+        given = {k.arg: k.value for k in self.node.keywords}
         names = ("input", *argument_names(function))
-        given = {k.arg: k.value for k in node.keywords}
-        given |= dict(zip(names, self._arguments(node), strict=False))
-        used = [given.get(name) for name in ("input", *call.activation.operands)]
-        if any(one is None or isinstance(one, ast.Starred) for one in used) or None in given:
-            raise NoRouteError(f"line {self.position.line} does not show the arguments one by one")
-        rest = [one for name, one in given.items() if one not in used and name != "inplace"]
-        rest = [one for one in rest if not isinstance(one, ast.Constant)]
-        settings = tuple((Position.of(one), self.value(one)) for one in rest)
-        if any(not isinstance(value, _SETTINGS) for _, value in settings):
-            raise NoRouteError(f"line {self.position.line} computes an argument")
-        positions = tuple(Position.of(one) for one in used)
-        expected = None if self._is_fixed(node.func) else function
-        return End(self.function, self.position, positions, expected, settings)
+        given |= dict(zip(names, self._arguments(self.node), strict=False))
+        used = [given.pop(name, None) for name in ("input", *call.activation.operands)]
+        given.pop("inplace", None)
+        if any(one is None or isinstance(one, ast.Starred) for one in used):
+            return None
+        is_fixed = all(isinstance(one, ast.Constant) for one in given.values())
+        return tuple(map(Position.of, used)) if is_fixed else None
+
+    def _carrier_of(self, is_called: Callable[[Any], bool]) -> ast.expr:
+        """The expression that gives what is called: in a call before its brackets or in them."""
+        if isinstance(self.node, ast.Call):
+            func = self.node.func
+            found = [one for one in self._carriers(self.node) if is_called(self._meaning(one))]
+            if func in found or (self.value(func) is UNKNOWN and self._is_direct(is_called)):
+                return func
+            if len(found) == 1:
+                return found[0]
+        raise NoRouteError(f"line {self.position.line} does not show what it calls")
+
+    def _is_direct(self, is_called: Callable[[Any], bool]) -> bool:
+        """Whether it is the callee itself that is called, and not something that the callee has."""
+        func = self.node.func
+        if isinstance(func, ast.Call) and isinstance(self.value(func.func), type):
+            return False  # an object, such as operator.methodcaller("relu")
+        frame, outermost = sys._getframe(), None
+        while frame is not None and frame is not self.frame:
+            outermost = frame if is_torch(frame.f_code) else outermost
+            frame = frame.f_back
+        if outermost is None:
+            return True
+        function = outermost.f_globals.get(outermost.f_code.co_name)
+        return is_called(function) or is_called(first_local(outermost))
+
+    def _meaning(self, node: ast.expr) -> Any:
+        """What an expression gives; a method of a tensor as a function."""
+        return getattr(Tensor, node.attr, None) if self._is_method(node) else self.value(node)
 
     def _known_function(self, node: Any) -> Any:
         """The torch function that a call expression calls, if activations or formulas have it."""
-        if not isinstance(node, ast.Call):
-            return None
-        func: Any = node.func
-        function = getattr(Tensor, func.attr, None) if self._is_method(func) else self.value(func)
+        function = self._meaning(node.func) if isinstance(node, ast.Call) else None
         return function if may_be_activation(function) else None
 
     def _is_method(self, func: ast.expr) -> bool:
         """Whether it is a method of a tensor: of a named one, or of the result of something."""
-        if not isinstance(func, ast.Attribute):
+        if not isinstance(func, ast.Attribute) or not hasattr(Tensor, func.attr):
             return False
         holder = self.value(func.value)
         return isinstance(holder, Tensor) or (

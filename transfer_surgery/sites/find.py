@@ -22,7 +22,7 @@ from transfer_surgery.sites.site import CallerCode, Site
 from transfer_surgery.sites.source import Function
 from transfer_surgery.sites.stand_in import example_arguments
 from transfer_surgery.sites.unseen import unseen_calls
-from transfer_surgery.sites.ways import assign_ways
+from transfer_surgery.sites.ways import assign_ways, check_intercepted
 from transfer_surgery.sites.zoo import adapt_sites, find_example_input
 
 
@@ -84,7 +84,7 @@ def _plan(model: nn.Module, observations: dict[str, Observation], failures: list
         )
         for (caller, key), f in merged.items()
     ]
-    sites = check_edits(model, adapt_sites(model, sites), calls)
+    sites = check_intercepted(model, check_edits(model, adapt_sites(model, sites), calls))
     scripted = sorted(set[str]().union(*(one.scripted for one in observations.values())))
     notes = [f"{what or 'the model'} is TorchScript: not examined" for what in scripted]
     notes += [

@@ -35,7 +35,7 @@ def call_frames(caller: nn.Module) -> list[FrameType]:
             frames = []  # the inside of a module that the caller calls is not the caller's code
         elif code.co_filename == MODULE_CALL.co_filename or code.co_filename.startswith(_HERE):
             pass
-        elif frames or not is_torch(code) or isinstance(first_local(frame), nn.Module):
+        elif frames or not is_torch(code) or isinstance(frame.f_locals.get("self"), nn.Module):
             frames.append(frame)
         frame = frame.f_back
     return frames[::-1]
@@ -51,14 +51,20 @@ def leads_to(value: Any, code: CodeType) -> bool:
 
 def code_of(value: Any) -> CodeType | None:
     """The code that runs when something is called: a function, a method, an object, a partial."""
-    if isinstance(value, functools.partial):
-        return code_of(value.func)
+    value = without_partials(value)
     if isinstance(value, MethodType):
         return code_of(value.__func__)
     if isinstance(value, FunctionType):
         return value.__code__
     call = inspect.getattr_static(type(value), "__call__", None)
     return call.__code__ if isinstance(call, FunctionType) else None
+
+
+def without_partials(value: Any) -> Any:
+    """What is called in the end by a ``functools.partial``, or by several; anything else itself."""
+    while isinstance(value, functools.partial):
+        value = value.func
+    return value
 
 
 def names_in(code: CodeType) -> set[str]:

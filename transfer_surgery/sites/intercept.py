@@ -15,7 +15,13 @@ from torch import nn
 from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
 
 from transfer_surgery.activations import Activation, Tracker
-from transfer_surgery.sites.call_location import CallKey, KeyCounter, is_checkpointed, locate
+from transfer_surgery.sites.call_location import (
+    CallKey,
+    KeyCounter,
+    is_checkpointed,
+    is_in_forward,
+    locate,
+)
 
 
 class Entry(NamedTuple):
@@ -89,7 +95,7 @@ class Interceptor(TorchFunctionMode):
         if depth is None or depth > 1:
             return None
         inner = places[0][1]
-        if depth == 1 and any(True for _ in inner.children()):
+        if depth == 1 and (any(True for _ in inner.children()) or not is_in_forward(inner)):
             return None
         key = self._counter.key(places[depth][0])
         entry = self._entries.get((key, depth == 1))

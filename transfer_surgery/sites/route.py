@@ -6,8 +6,9 @@ A `Route` is text and positions: what has to be edited so that the call goes to 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
+from transfer_surgery.activations import Activation
 from transfer_surgery.sites.source import Function, Position
 
 
@@ -47,6 +48,11 @@ class Hop:
     how: str
     method: str | None = None
 
+    @property
+    def place(self) -> Position:
+        """Where something else takes the place of what is written."""
+        return self.carrier if self.how in ("call", "argument") else self.position
+
 
 @dataclass(frozen=True)
 class End:
@@ -56,17 +62,22 @@ class End:
         function: the function that it is in.
         position: of the expression.
         inputs: positions of what the unit is given; None: the arguments of the call as they are.
-        expected: where the expression may call other things too, what it has to call: a torch
-            function, or the names that lead from the caller to a module.
-        settings: further arguments that the unit does not take, and the values that it has been
-            made for.
+        expected: None where the expression is a call that never means anything else. Otherwise it
+            is the expression that gives what is called, and this is what that has to be: an
+            activation of torch, or the names that lead from the caller to a module.
+        is_method: whether it gives a method of a tensor.
     """
 
     function: Function
     position: Position
     inputs: tuple[Position, ...] | None
-    expected: Any = None
-    settings: tuple[tuple[Position, Any], ...] = ()
+    expected: Activation | tuple[str, ...] | None = None
+    is_method: bool = False
+
+    @property
+    def place(self) -> Position:
+        """Where something else takes the place of what is written."""
+        return self.position
 
 
 @dataclass(frozen=True)
@@ -87,3 +98,8 @@ class Route:
     def functions(self) -> set[Function]:
         """All functions that have to be edited."""
         return {hop.function for hop in self.hops} | {self.end.function}
+
+    @property
+    def places(self) -> set[Expression]:
+        """The expressions that are replaced."""
+        return {Expression(step.function, step.place) for step in (*self.hops, self.end)}

@@ -23,7 +23,17 @@ class Way:
 
     @property
     def function(self) -> Function:
-        return self.hops[0].function if self.hops else self.end.function
+        return self.step.function
+
+    @property
+    def step(self) -> Hop | End:
+        """What the function calls, on the way."""
+        return self.hops[0] if self.hops else self.end
+
+    @property
+    def inner(self) -> Way:
+        """What is left of it in the function that it calls."""
+        return Way(self.hops[1:], self.end, self.units)
 
     @property
     def several(self) -> bool:
@@ -62,10 +72,20 @@ class Scope:
         """``self.relu_0``."""
         return ast.Attribute(self.module(), name, ast.Load())
 
+    def below(self, names: Sequence[str]) -> ast.expr:
+        """A module below this one: ``self._modules["block"]._modules["act"]``."""
+        module = self.module()
+        for name in names:
+            children = ast.Attribute(module, "_modules", ast.Load())
+            module = ast.Subscript(children, ast.Constant(name), ast.Load())
+        return module
+
     def given(self, i: int) -> ast.expr:
         """The unit of a way, or the iterator over its units."""
         (unit, *_), several = self.ways[i].units, self.ways[i].several
-        return self.unit(str(unit)) if self.entry and not several else read(f"{PREFIX}{i}")
+        if several or not self.entry:
+            return read(f"{PREFIX}{i}")
+        return ast.Constant(None) if unit is None else self.unit(unit)
 
     def refer(self, kind: str, value: Any) -> ast.expr:
         """A name for an object that is not the user's."""
@@ -75,13 +95,17 @@ class Scope:
 
     def missed(self, node: Any, name: str, how: str) -> ast.expr:
         """The same value, with a warning that an activation has no gates."""
-        text = (
-            f"{self.caller.base.__name__} calls {name} ({self.function.qualname}, line "
-            f"{node.lineno - self.function.first_line + 1} of it) {how} when the model was "
+        text = self.warning(node).format(name=name, how=how)
+        return ast.Call(self.refer("m", missed), [node, ast.Constant(text)], [])
+
+    def warning(self, node: Any) -> str:
+        """The text of that warning, with the activation's ``name`` and ``how`` open."""
+        return (
+            f"{self.caller.base.__name__} calls {{name}} ({self.function.qualname}, line "
+            f"{node.lineno - self.function.first_line + 1} of it) {{how}} when the model was "
             "converted: it has no gates. Revert, and convert in the state and with an "
             "example_input that do this."
         )
-        return ast.Call(self.refer("m", missed), [node, ast.Constant(text)], [])
 
 
 def read(name: str) -> ast.Name:

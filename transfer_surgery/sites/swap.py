@@ -5,36 +5,40 @@ from __future__ import annotations
 import contextlib
 import functools
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from types import FunctionType, MethodType, SimpleNamespace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from transfer_surgery.activations import (
+    Activation,
+    argument_names,
+    get_activation,
+    registered_name,
+)
 from transfer_surgery.sites.copies import UneditableError, copy_in_wrappers, find_functions
+from transfer_surgery.sites.frames import is_torch
 from transfer_surgery.sites.source import SEEN, Function
 from transfer_surgery.sites.unseen import shows_activation
 
 PREFIX = "_ts_"
 """Start of the names that edited code has beside the user's own."""
+Swap = Callable[[FunctionType], FunctionType | None]
+"""From a function to its edited copy; None of another function."""
+_NO_MORE = object()
 
 
 def make_swap(
-    meant: Function,
-    base: type,
-    edit: Callable[[FunctionType], FunctionType],
-    *,
-    may_vary: bool,
-) -> Callable[[Any], Any]:
-    """From what the code calls to the same with its units, looked up each time as the user's is.
+    meant: Function, base: type, edit: Callable[[FunctionType], FunctionType]
+) -> Swap:
+    """The swap of one function.
 
     Args:
         meant: the function that is called.
         base: class of the caller.
         edit: makes an edited copy of that function, or of another one with the same source.
-        may_vary: whether the code may call other functions in the same place: no need for a warning
-            then, unless their source shows an activation.
 
     Raises:
         UneditableError: the function is there, but it cannot be copied.
@@ -48,57 +52,119 @@ def make_swap(
     if known and not (known.__closure__ or known.__defaults__ or known.__kwdefaults__):
         code = known.__code__
 
-    def copy_of(function: FunctionType) -> Callable[..., Any]:
+    def swap(function: FunctionType) -> FunctionType | None:
+        if function is known or (code is not None and function.__code__ is code):
+            return copy
         with contextlib.suppress(UneditableError):
-            if (edited := copy_in_wrappers(function, meant, edit)) is not None:
-                return edited
-        if not may_vary or shows_activation(function):
+            return copy_in_wrappers(function, meant, edit)
+        return None
+
+    return swap
+
+
+def make_choice(
+    swaps: Sequence[Swap], ends: Sequence[tuple[Activation | None, bool]], text: str, *, may_vary: bool
+) -> Callable[..., Any]:
+    """From what the code calls to the same with its units, looked up each time as the user's is.
+
+    Args:
+        swaps: of the functions that may be called.
+        ends: the activations that may be called, None for a module; and whether what is given for
+            each is an iterator over units, which take turns.
+        text: the warning of an activation that has no unit, with its ``name`` and ``how`` open.
+        may_vary: whether the code may call other functions in the same place: no need for a warning
+            then, unless their source shows an activation.
+
+    Returns:
+        A function of what is called, and of what each swap and each end is given: arguments for
+        the copy; a unit, and the module whose place it takes.
+    """
+    defaults = [get_activation("identity" if what is None else what.name) for what, _ in ends]
+    # torch.compile takes a copy that is an attribute, and makes it while it reads the code.
+    kept, names = SimpleNamespace(), dict[FunctionType, tuple[int, str]]()
+
+    def copy_of(function: FunctionType) -> tuple[int, Callable[..., Any] | None]:
+        for number, swap in enumerate(swaps):
+            if (copy := swap(function)) is not None:
+                return number, copy
+        if not is_torch(function.__code__) and (not may_vary or shows_activation(function)):
             warnings.warn(
                 f"{function.__qualname__} is called where another function was when the model was "
                 "converted: its activations have no gates. Revert, and convert again.",
                 RuntimeWarning,
                 stacklevel=3,
             )
-        return functools.partial(_without_units, function)
-
-    # torch.compile takes a copy that is an attribute, and makes it while it reads the code.
-    kept, names = SimpleNamespace(), dict[FunctionType, str]()
+        return 0, None
 
     @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
-    def keep(function: FunctionType) -> str:
+    def keep(function: FunctionType) -> tuple[int, str]:
         if function not in names:
-            setattr(kept, f"copy_{len(names)}", copy_of(function))
-            names[function] = f"copy_{len(names)}"
+            number, copy = copy_of(function)
+            names[function] = number, f"copy_{len(names)}"
+            setattr(kept, names[function][1], copy)
         return names[function]
 
-    def swap(value: Any) -> Any:
+    def choose(value: Any, *given: Any) -> Any:
+        if not torch.compiler.is_compiling() and isinstance(getattr(value, "__self__", None), Tensor):
+            value = functools.partial(getattr(Tensor, value.__name__), value.__self__)
         if isinstance(value, functools.partial):
-            return functools.partial(swap(value.func), *value.args, **value.keywords)
+            return functools.partial(choose(value.func, *given), *value.args, **value.keywords)
         function: Any = value
         first: Any = ()
         if isinstance(value, MethodType):
             function, first = value.__func__, (value.__self__,)
         elif not isinstance(value, FunctionType):
             function, first = type(value).__call__, (value,)
-        if not isinstance(function, FunctionType):
-            return functools.partial(_without_units, value)  # it has no Python code
-        if function is known or (code is not None and function.__code__ is code):
-            edited: Any = copy
-        elif torch.compiler.is_compiling():
-            edited = getattr(kept, keep(function))
-        else:
-            edited = copy_of(function)
-        return functools.partial(edited, *first) if first else edited
+        if isinstance(function, FunctionType) and function is not nn.Module.__call__:
+            if torch.compiler.is_compiling():
+                number, name = keep(function)
+                copy = getattr(kept, name)
+            else:
+                number, copy = copy_of(function)
+            if copy is not None:
+                return functools.partial(copy, *first, **given[number])
+        return functools.partial(call, value, given[len(swaps) :])
 
-    return swap
+    def call(value: Any, units: Any, *args: Any, **kwargs: Any) -> Any:
+        name, known = (None, ()) if isinstance(value, nn.Module) else _read(value)
+        how = "" if name in (None, "clamp") else "in a branch that did not run"
+        for (what, several), default, unit in zip(ends, defaults, units, strict=True):
+            inputs, named = args, kwargs
+            if what is None:
+                unit, module = unit
+                if value is not module:
+                    continue
+            elif what.name == name:
+                given = dict(zip(known, args, strict=False)) | kwargs
+                given.pop("inplace", None)
+                inputs = tuple(given.pop(one, None) for one in ("input", *default.operands))
+                named = {}
+                if tuple((dict(default.parameters) | given).items()) != what.parameters:
+                    how = "with other settings than"
+                    continue
+            else:
+                continue
+            if several:
+                unit = next(unit, _NO_MORE)
+            if unit is not None and unit is not _NO_MORE:
+                return unit(*inputs, **named)
+            how = "" if unit is None else "more often than"
+        result = value(*args, **kwargs)
+        if not how:
+            return result
+        return missed(result, text.format(name=name or type(value).__name__, how=how), 3)
+
+    return choose
 
 
-def _without_units(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    return function(*args, **{k: v for k, v in kwargs.items() if not k.startswith(PREFIX)})
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _read(function: Any) -> tuple[str | None, tuple[str, ...]]:
+    """The activation that a torch function may mean, and the names of its arguments."""
+    return registered_name(function), ("input", *argument_names(function))
 
 
-def missed(value: Any, text: str) -> Any:
+def missed(value: Any, text: str, stacklevel: int = 2) -> Any:
     """Pass a value on, with a warning: it comes from an activation without gates."""
     if isinstance(value, Tensor) and not torch.compiler.is_compiling():
-        warnings.warn(text, RuntimeWarning, stacklevel=2)
+        warnings.warn(text, RuntimeWarning, stacklevel=stacklevel)
     return value

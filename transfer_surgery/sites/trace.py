@@ -72,17 +72,17 @@ def find_route(
     try:
         if isinstance(caller, fx.GraphModule):
             return Found(find_node(caller, frames, called, match), None, None)
-        route = _find_in_source(caller, frames, called, match)
+        route, expression = _find_in_source(caller, frames, called, match)
     except NoRouteError as error:
         why = str(error) if find_own_function(frames) is None else IN_FUNCTION
         return Found(None, why, error.expression)
-    return Found(route, None, Expression(route.end.function, route.end.position))
+    return Found(route, None, expression)
 
 
 def _find_in_source(
     caller: nn.Module, frames: list[FrameType], called: Called, match: Match | None
-) -> Route:
-    """How the source leads from the caller's ``forward`` to the call."""
+) -> tuple[Route, Expression]:
+    """How the source leads from the caller's ``forward`` to the call, and the call itself."""
     again = any(f.f_code.co_filename == CHECKPOINT for f in frames)
     again |= find_own_function(frames) is not None
     forward = getattr(type(caller), "forward", None)
@@ -115,7 +115,7 @@ def _find_in_source(
             place = RunningExpression(function, frames[last], caller, is_method)
             if last == len(frames) - 1:
                 expression = Expression(function, place.position)
-                return Route(tuple(hops), place.end(called, match), again)
+                return Route(tuple(hops), place.end(called, match), again), expression
             hop, following, callee = place.hop(rest)
             hops, start = [*hops, hop], last + 1 + following
             _note(callee, frames[start])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 from torch import fx, nn
@@ -10,6 +12,7 @@ from transfer_surgery.sites.frames import code_of, names_in
 from transfer_surgery.sites.graph import GraphRoute
 from transfer_surgery.sites.place import UNREGISTERED
 from transfer_surgery.sites.route import Route
+from transfer_surgery.sites.site import Site
 from transfer_surgery.sites.trace import IN_FUNCTION
 
 _WAYS = {Route: "edit", GraphRoute: "fx", type(None): "intercept"}
@@ -76,3 +79,19 @@ def _free_name(model: nn.Module, caller: str, base: str, taken: set[str | None])
 
 def _join(caller: str, name: str) -> str:
     return f"{caller}.{name}" if caller else name
+
+
+def check_intercepted(model: nn.Module, sites: Sequence[Site]) -> list[Site]:
+    """List calls with the reason whose interception would turn a fused path of torch off."""
+    fused: dict[str, str] = {}
+    for caller in {site.caller for site in sites if site.way == "intercept"}:
+        for module in model.get_submodule(caller).modules():
+            code = code_of(type(module).forward)
+            if code is not None and "has_torch_function" in names_in(code):
+                fused[caller] = f"an interception would turn {type(module).__name__}'s fused path off"
+    return [
+        replace(site, reason=site.reason or f"{site.why}, and {fused[site.caller]}")
+        if site.way == "intercept" and site.caller in fused
+        else site
+        for site in sites
+    ]

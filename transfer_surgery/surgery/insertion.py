@@ -72,6 +72,8 @@ def insert_units(
             unit.train(original.training)
             share_hooks(original, unit, shared=calls[original] > 1)
             answer_for(original, unit)
+        elif site.module is not None and site.way != "intercept":  # it is not called any more
+            share_hooks(model.get_submodule(site.module), unit, shared=True)
         places.append((holder, name, unit, original))
     # Assign. A module with one caller is that site under each of its names.
     everywhere = {old: unit for _, _, unit, old in places if old is not None and calls[old] == 1}
