@@ -389,7 +389,9 @@ class Bound(Parts):
 class Looked(Parts):
     """What is called has been looked up."""
 
-    table = {"silu": F.silu, "mish": F.mish}
+    def __init__(self):
+        super().__init__()
+        self.table = {"silu": F.silu, "mish": F.mish}
 
     def of(self, name):
         return self.table[name]

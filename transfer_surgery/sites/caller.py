@@ -21,11 +21,11 @@ from torch.nn.utils.parametrize import type_before_parametrizations
 from transfer_surgery.activations import Activation
 from transfer_surgery.sites.call_location import CallKey
 from transfer_surgery.sites.copies import UneditableError
-from transfer_surgery.sites.edit import Redirect, edit_methods
+from transfer_surgery.sites.edit import edit_methods
 from transfer_surgery.sites.graph import check_graph
 from transfer_surgery.sites.intercept import Entry, Interceptor, hidden_units
 from transfer_surgery.sites.plan import Plan
-from transfer_surgery.sites.route import Expression, Route
+from transfer_surgery.sites.route import Expression, Route, Way
 from transfer_surgery.sites.site import CallerCode, Site
 
 _CLASSES: WeakValueDictionary[tuple[type[nn.Module], Recipe], type[nn.Module]] = (
@@ -38,14 +38,14 @@ class Recipe:
     """All that makes a caller's class: hashable, picklable, free of machine paths.
 
     Attributes:
-        redirects: the expressions to edit.
+        ways: the expressions to edit, also those that stay.
         intercepted: the calls that are redirected while the code runs.
         table: all calls that go to units of the caller.
         seen: all activation calls in the caller's code, converted or not.
         unseen: activation calls that did not run when the model was examined.
     """
 
-    redirects: tuple[Redirect, ...]
+    ways: tuple[Way, ...]
     intercepted: tuple[Entry, ...]
     table: tuple[Entry, ...]
     seen: frozenset[CallKey]
@@ -62,8 +62,8 @@ def rewritten_class(base: type[nn.Module], recipe: Recipe) -> type[nn.Module]:
 
 def _make_class(base: type[nn.Module], recipe: Recipe) -> type[nn.Module]:
     members: dict[str, Any] = {}
-    if recipe.redirects:
-        members |= edit_methods(base, recipe.redirects, recipe.unseen)
+    if recipe.ways:
+        members |= edit_methods(base, recipe.ways, recipe.unseen)
     if recipe.intercepted:
         forward = members.get("forward", inspect.getattr_static(base, "forward"))
 
@@ -159,13 +159,13 @@ def make_recipe(sites: Sequence[Site], calls: CallerCode, chosen: set[str]) -> R
         if s.path in names
     }
     intercepted = [entries[s.path] for s in sites if s.path in names and s.way == "intercept"]
-    redirects = [
-        Redirect(several[0].route, _turns(several, keys, names))
+    ways = [
+        Way(several[0].route.steps, _turns(several, keys, names))
         for several in same_place(sites)
         if isinstance(several[0].route, Route)
     ]
     table = tuple(entries.values())
-    return Recipe(tuple(redirects), tuple(intercepted), table, keys, calls.unseen)
+    return Recipe(tuple(ways), tuple(intercepted), table, keys, calls.unseen)
 
 
 def _written_source(site: Site) -> Activation | None:
@@ -177,7 +177,7 @@ def same_place(sites: Iterable[Site]) -> list[list[Site]]:
     places: dict[Any, list[Site]] = defaultdict(list)
     for site in sites:
         if isinstance(site.route, Route):
-            places[site.route.hops, site.route.end].append(site)
+            places[site.route.steps].append(site)
     return list(places.values())
 
 

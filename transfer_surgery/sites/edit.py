@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import ast
 import functools
+import itertools
 import warnings
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass
 from types import CellType, CodeType, FunctionType
 from typing import Any
 
@@ -29,28 +29,15 @@ from transfer_surgery.sites.copies import (
     place_code,
 )
 from transfer_surgery.sites.evaluate import mangle
-from transfer_surgery.sites.route import Expression, Hop, Route
-from transfer_surgery.sites.scope import Caller, Scope, Way, read
+from transfer_surgery.sites.route import Expression, Hop, Way
+from transfer_surgery.sites.scope import Caller, Scope, read
 from transfer_surgery.sites.source import Function, FunctionNode, Position, find_expressions
 from transfer_surgery.sites.swap import PREFIX, Swap, make_choice, make_swap
 from transfer_surgery.sites.unit_calls import call_unit, prepare_names
 
 
-@dataclass(frozen=True)
-class Redirect:
-    """One expression of a caller and the units that its calls go to, in turn.
-
-    Attributes:
-        route: where the expression is.
-        units: names of the caller's units; None for a call that stays as it is.
-    """
-
-    route: Route
-    units: tuple[str | None, ...]
-
-
 def edit_methods(
-    base: type, redirects: Sequence[Redirect], unseen: Sequence[tuple[Expression, str]]
+    base: type, ways: Sequence[Way], unseen: Sequence[tuple[Expression, str]]
 ) -> dict[str, FunctionType]:
     """Copies of a caller's ``forward``, and of methods that it calls, which call units.
 
@@ -59,30 +46,28 @@ def edit_methods(
 
     Args:
         base: class of the caller.
-        redirects: the expressions to replace.
+        ways: the ways to all edited expressions, also to those that stay.
         unseen: activation calls that did not run: they stay, with a warning when they run.
 
     Raises:
         UneditableError: the source does not allow it.
     """
     caller = Caller(base, dict(unseen))
-    ways = defaultdict[Function, set[Any]](set)
-    for redirect in redirects:
-        turns = redirect.units if len(redirect.units) > 1 else ()
-        for number, called in enumerate(redirect.route.called, 1):
-            ways[called] |= {redirect.route.hops[:number], *turns}
-    touched = {place for one in redirects if any(one.units) for place in one.route.places}
+    calls = defaultdict[Function, set[Any]](set)
+    for way in ways:
+        for number, step in enumerate(way.steps[1:], 1):
+            calls[step.function] |= {way.steps[:number], *(way.units if way.several else ())}
+    touched = {place for way in ways if any(way.units) for place in way.places}
     entries = defaultdict[str, list[Way]](list)
-    for redirect in redirects:
-        if touched.isdisjoint(redirect.route.places):
+    for way in ways:
+        if touched.isdisjoint(way.places):
             continue
-        name, start, route = "forward", 0, redirect.route
-        for number, called in enumerate(route.called, 1):
-            method = route.hops[number - 1].method
-            if method is not None and len(ways[called]) == 1:
-                name, start = method, number
-        entries[name].append(Way(route.hops[start:], route.end, redirect.units))
-    return {name: _edit_method(base, name, ways, caller) for name, ways in entries.items()}
+        name, start = "forward", 0
+        for number, (hop, step) in enumerate(itertools.pairwise(way.steps), 1):
+            if isinstance(hop, Hop) and hop.method and len(calls[step.function]) == 1:
+                name, start = hop.method, number
+        entries[name].append(Way(way.steps[start:], way.units))
+    return {name: _edit_method(base, name, several, caller) for name, several in entries.items()}
 
 
 def _edit_method(base: type, name: str, ways: list[Way], caller: Caller) -> FunctionType:
@@ -159,7 +144,7 @@ class _Editor(ast.NodeTransformer):
         self.nodes = find_expressions(root)
         self.steps: dict[int, list[int]] = defaultdict(list)
         for i, way in enumerate(scope.ways):
-            self.steps[id(self.node_at(way.step.place))].append(i)
+            self.steps[id(self.node_at(way.steps[0].place))].append(i)
 
     def node_at(self, position: Position) -> Any:
         if position not in self.nodes:
@@ -184,7 +169,7 @@ class _Editor(ast.NodeTransformer):
 
     def _replace(self, node: Any, numbers: list[int]) -> Any:
         """What takes the place of an expression, given the numbers of the ways through it."""
-        step = self.scope.ways[numbers[0]].step
+        step = self.scope.ways[numbers[0]].steps[0]
         if isinstance(step, Hop):
             is_bound = step.how in ("super", "property")
             return self._call_method(node, numbers) if is_bound else self._choose(node, numbers)
@@ -196,7 +181,7 @@ class _Editor(ast.NodeTransformer):
 
     def _edit(self, numbers: Sequence[int]) -> tuple[_Edit, dict[str, ast.expr]]:
         """The edit of the function that several ways lead to, and what its copy is given."""
-        ways = [self.scope.ways[i].inner for i in numbers]
+        ways = [Way(way.steps[1:], way.units) for way in map(self.scope.ways.__getitem__, numbers)]
         if len({way.function for way in ways}) > 1:
             raise UneditableError("one expression calls several functions")
         given = {f"{PREFIX}{j}": self.scope.given(i) for j, i in enumerate(numbers)}
@@ -223,17 +208,19 @@ class _Editor(ast.NodeTransformer):
         swaps, ends = list[Swap](), list[tuple[Activation | None, bool]]()
         copies, units = list[ast.expr](), list[ast.expr]()
         for i in numbers:
-            way, step = scope.ways[i], scope.ways[i].step
+            step, *rest = scope.ways[i].steps
             if isinstance(step, Hop):
-                functions[way.inner.function].append(i)
+                functions[rest[0].function].append(i)
                 continue
             unit = scope.given(i)
             if isinstance(step.expected, tuple):
                 unit = ast.Tuple([unit, scope.below(step.expected)], ast.Load())
             if step.is_method and isinstance(node, ast.Attribute):
-                function = scope.refer("e", getattr(Tensor, node.attr))
-                node = ast.Call(scope.refer("p", functools.partial), [function, node.value], [])
-            ends.append((None if isinstance(step.expected, tuple) else step.expected, way.several))
+                method = scope.refer("e", getattr(Tensor, node.attr))
+                node = ast.Call(scope.refer("p", functools.partial), [method, node.value], [])
+            ends.append(
+                (None if isinstance(step.expected, tuple) else step.expected, scope.ways[i].several)
+            )
             units.append(unit)
         for function, several in functions.items():
             edit, given = self._edit(several)

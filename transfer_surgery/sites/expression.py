@@ -76,7 +76,9 @@ class RunningExpression:
             following = next((i for i, f in enumerate(frames) if not is_torch(f.f_code)), 0)
             if following == find_own_function(frames) and following + 1 < len(frames):
                 following += 1  # a checkpoint of the user's own, which is given what it runs
-            for at, carrier in itertools.product(dict.fromkeys((following, 0)), self._carriers(node)):
+            for at, carrier in itertools.product(
+                dict.fromkeys((following, 0)), self._carriers(node)
+            ):
                 value = self.value(carrier)
                 method = self._method(carrier, value)
                 if leads_to(value, frames[at].f_code) and (at == following or method):
@@ -168,7 +170,8 @@ class RunningExpression:
         func = self.node.func
         if isinstance(func, ast.Call) and isinstance(self.value(func.func), type):
             return False  # an object, such as operator.methodcaller("relu")
-        frame, outermost = sys._getframe(), None
+        frame: FrameType | None = sys._getframe()
+        outermost = None
         while frame is not None and frame is not self.frame:
             outermost = frame if is_torch(frame.f_code) else outermost
             frame = frame.f_back
@@ -179,7 +182,9 @@ class RunningExpression:
 
     def _meaning(self, node: ast.expr) -> Any:
         """What an expression gives; a method of a tensor as a function."""
-        return getattr(Tensor, node.attr, None) if self._is_method(node) else self.value(node)
+        if isinstance(node, ast.Attribute) and self._is_method(node):
+            return getattr(Tensor, node.attr)
+        return self.value(node)
 
     def _known_function(self, node: Any) -> Any:
         """The torch function that a call expression calls, if activations or formulas have it."""

@@ -102,7 +102,8 @@ def _caller_codes(
     functions: dict[str, set[Function]] = {}
     for (caller, _), f in merged.items():
         if isinstance(f["route"], Route):
-            functions.setdefault(caller, set()).update(f["route"].functions)
+            own = functions.setdefault(caller, set())
+            own.update(step.function for step in f["route"].steps)
     unseen = {caller: unseen_calls(several, seen) for caller, several in functions.items()}
     callers = dict.fromkeys(caller for one in observations.values() for caller in one.keys)
     return {

@@ -90,16 +90,29 @@ class Route:
     """Whether ``torch.utils.checkpoint`` or the like runs a part of it again in backward."""
 
     @property
-    def called(self) -> tuple[Function, ...]:
-        """The function that each hop calls."""
-        return (*(hop.function for hop in self.hops[1:]), self.end.function)[: len(self.hops)]
+    def steps(self) -> tuple[Hop | End, ...]:
+        """What is replaced, one expression for each function on the way."""
+        return (*self.hops, self.end)
+
+
+class Way(NamedTuple):
+    """The steps of a route from one function on, and the units at its end, which take turns.
+
+    A unit is a name in the caller; None stands for a call that stays as it is.
+    """
+
+    steps: tuple[Hop | End, ...]
+    units: tuple[str | None, ...]
 
     @property
-    def functions(self) -> set[Function]:
-        """All functions that have to be edited."""
-        return {hop.function for hop in self.hops} | {self.end.function}
+    def function(self) -> Function:
+        return self.steps[0].function
+
+    @property
+    def several(self) -> bool:
+        return len(self.units) > 1
 
     @property
     def places(self) -> set[Expression]:
         """The expressions that are replaced."""
-        return {Expression(step.function, step.place) for step in (*self.hops, self.end)}
+        return {Expression(step.function, step.place) for step in self.steps}

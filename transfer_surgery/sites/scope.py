@@ -4,40 +4,12 @@ from __future__ import annotations
 
 import ast
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from transfer_surgery.sites.copies import UneditableError
-from transfer_surgery.sites.route import End, Expression, Hop
-from transfer_surgery.sites.source import Function, FunctionNode
+from transfer_surgery.sites.route import Expression, Way
+from transfer_surgery.sites.source import FunctionNode
 from transfer_surgery.sites.swap import PREFIX, missed
-
-
-@dataclass(frozen=True)
-class Way:
-    """What is left of a route in one function, and what is given at its end."""
-
-    hops: tuple[Hop, ...]
-    end: End
-    units: tuple[str | None, ...]
-
-    @property
-    def function(self) -> Function:
-        return self.step.function
-
-    @property
-    def step(self) -> Hop | End:
-        """What the function calls, on the way."""
-        return self.hops[0] if self.hops else self.end
-
-    @property
-    def inner(self) -> Way:
-        """What is left of it in the function that it calls."""
-        return Way(self.hops[1:], self.end, self.units)
-
-    @property
-    def several(self) -> bool:
-        return len(self.units) > 1
 
 
 class Caller(NamedTuple):

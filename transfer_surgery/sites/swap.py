@@ -30,9 +30,7 @@ Swap = Callable[[FunctionType], FunctionType | None]
 _NO_MORE = object()
 
 
-def make_swap(
-    meant: Function, base: type, edit: Callable[[FunctionType], FunctionType]
-) -> Swap:
+def make_swap(meant: Function, base: type, edit: Callable[[FunctionType], FunctionType]) -> Swap:
     """The swap of one function.
 
     Args:
@@ -63,7 +61,11 @@ def make_swap(
 
 
 def make_choice(
-    swaps: Sequence[Swap], ends: Sequence[tuple[Activation | None, bool]], text: str, *, may_vary: bool
+    swaps: Sequence[Swap],
+    ends: Sequence[tuple[Activation | None, bool]],
+    text: str,
+    *,
+    may_vary: bool,
 ) -> Callable[..., Any]:
     """From what the code calls to the same with its units, looked up each time as the user's is.
 
@@ -105,7 +107,9 @@ def make_choice(
         return names[function]
 
     def choose(value: Any, *given: Any) -> Any:
-        if not torch.compiler.is_compiling() and isinstance(getattr(value, "__self__", None), Tensor):
+        if not torch.compiler.is_compiling() and isinstance(
+            getattr(value, "__self__", None), Tensor
+        ):
             value = functools.partial(getattr(Tensor, value.__name__), value.__self__)
         if isinstance(value, functools.partial):
             return functools.partial(choose(value.func, *given), *value.args, **value.keywords)

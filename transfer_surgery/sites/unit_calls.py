@@ -40,8 +40,8 @@ def call_unit(
         name = str(way.units[0]).rpartition("_")[0]
         result = scope.missed(node, name, "more often than")
     turn = ast.Call(read("next"), [unit, ast.Constant(None)], [])
-    turn = ast.NamedExpr(ast.Name(_UNIT, ast.Store()), turn)
-    test = ast.Compare(turn, [ast.IsNot()], [ast.Constant(None)])
+    named = ast.NamedExpr(ast.Name(_UNIT, ast.Store()), turn)
+    test = ast.Compare(named, [ast.IsNot()], [ast.Constant(None)])
     call = _given_inputs(read(_UNIT), node, end, edited_at)
     return ast.IfExp(test, call, ast.copy_location(result, node))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -84,14 +85,16 @@ def _join(caller: str, name: str) -> str:
 def check_intercepted(model: nn.Module, sites: Sequence[Site]) -> list[Site]:
     """List calls with the reason whose interception would turn a fused path of torch off."""
     fused: dict[str, str] = {}
-    for caller in {site.caller for site in sites if site.way == "intercept"}:
+    for caller in {site.caller for site in sites if site.way == "intercept" and not site.reason}:
         for module in model.get_submodule(caller).modules():
-            code = code_of(type(module).forward)
+            code = code_of(inspect.getattr_static(type(module), "forward", None))
             if code is not None and "has_torch_function" in names_in(code):
-                fused[caller] = f"an interception would turn {type(module).__name__}'s fused path off"
+                fused[caller] = (
+                    f"an interception would turn {type(module).__name__}'s fused path off"
+                )
     return [
-        replace(site, reason=site.reason or f"{site.why}, and {fused[site.caller]}")
-        if site.way == "intercept" and site.caller in fused
+        replace(site, reason=f"{site.why}, and {fused[site.caller]}")
+        if site.way == "intercept" and not site.reason and site.caller in fused
         else site
         for site in sites
     ]
