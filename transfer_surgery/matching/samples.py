@@ -20,8 +20,11 @@ from transfer_surgery.matching.sum_map import SumMap
 from transfer_surgery.matching.two_networks import TwoNetworks
 from transfer_surgery.units import GatedActivation
 
-VALUES = 2**14
-"""Values that a gate's target is fitted to at most, in all batches and ranks together."""
+VALUES = 2**13
+"""Values that a gate's target is fitted to at most, in all batches and ranks together.
+
+With twice as many, held-out errors of the ResNet-20 were the same.
+"""
 
 _ELEMENTS = 2**26  # of all gates of a site: 256 MB in float32
 _LEAST = 256  # values of a gate, however many gates there are
