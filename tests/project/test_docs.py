@@ -25,7 +25,7 @@ PAGES = [
     ROOT / "CONTRIBUTING.md",
     *sorted((ROOT / "docs").rglob("*.md")),
 ]
-SLOW = [ROOT / "docs/recipes" / name for name in ("deploy.md", "private_inference.md")]
+SLOW = [ROOT / "docs" / n for n in ("cli.md", "recipes/deploy.md", "recipes/private_inference.md")]
 WITH_CODE = [
     pytest.param(
         page, marks=[pytest.mark.slow] if page in SLOW else [], id=str(page.relative_to(ROOT))
