@@ -94,7 +94,7 @@ def test_a_network_of_any_answers_is_measured_and_taught(make):
     teacher, x = make(), torch.randn(64, 5, 3) if make is Text else torch.randn(256, 3)
     model, plain = (convert(copy.deepcopy(teacher), "sin", example_input=x) for _ in range(2))
 
-    def divergence(student):
+    def divergence(student, x=x):
         with torch.no_grad():
             answers = [logits_of(network.eval()(x)).double() for network in (teacher, student)]
         if make is binary:
@@ -105,7 +105,8 @@ def test_a_network_of_any_answers_is_measured_and_taught(make):
     (row,) = sensitivity(model, [x], logits=True)
     (fit,) = match_targets(model, [x], logits=True)
     assert row.divergence == pytest.approx(divergence(swap_targets(plain)), rel=1e-4)
-    assert fit.divergence == pytest.approx(divergence(swap_targets(model)), rel=1e-4)
+    half = x[: len(x) // 2]  # one site, one batch: the report compares half of the examples
+    assert fit.divergence == pytest.approx(divergence(swap_targets(model), half), rel=1e-4)
     assert fit.divergence < row.divergence
 
     options = {"loss": "kl", "temperature": 1.0, "features": (), "variation": 0.0}
