@@ -7,6 +7,7 @@ from torch import nn
 
 from transfer_surgery import convert, match_targets, swap_targets
 from transfer_surgery._running import prediction_mode
+from transfer_surgery.matching import samples
 from transfer_surgery.matching.site_gradients import site_calls
 from transfer_surgery.matching.target_families import Sinusoid
 from transfer_surgery.matching.target_fit import Inputs, TargetFit
@@ -43,6 +44,17 @@ def small(granularity: str = "channel", **options) -> tuple[nn.Sequential, torch
     model = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 3, **options))
     x = torch.randn(64, 4)
     return convert(model.eval(), "sin", example_input=x, granularity=granularity), x
+
+
+def test_the_weights_of_all_sites_take_no_more_memory_than_the_values_of_one(monkeypatch):
+    monkeypatch.setattr(samples, "_ELEMENTS", 6 * 300)
+    monkeypatch.setattr(samples, "_LEAST", 1)
+    layers = [part for _ in range(3) for part in (nn.Linear(6, 6), nn.ReLU())]
+    model, x = nn.Sequential(*layers), torch.randn(600, 6)
+    convert(model, example_input=x)
+    for weights, values in ((None, 300), ("gradient", 100)):
+        report = match_targets(model, x.split(300), weights=weights)
+        assert [row.values for row in report] == [values] * 3
 
 
 @pytest.mark.parametrize("frozen", [False, True])

@@ -10,6 +10,7 @@ from torch import nn
 
 from tests.helpers.same_bits import assert_same_bits
 from transfer_surgery import (
+    MatchWarning,
     TransferSchedule,
     bake,
     convert,
@@ -239,6 +240,21 @@ def test_a_site_that_does_not_run_in_evaluation_is_listed():
     found = match_targets(model, [torch.randn(64, 4)])
     assert [(row.path, row.r2 is None) for row in found] == [("act", False), ("gelu_0", True)]
     assert "not run" in str(found)
+
+
+def test_a_site_that_only_later_batches_come_to_is_warned_of():
+    class Long(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.head, self.act, self.further = nn.Linear(4, 3), nn.ReLU(), nn.Linear(4, 4)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.head(self.act(F.gelu(self.further(x)) if len(x) > 50 else x))
+
+    model = convert(Long(), example_input=torch.zeros(60, 4))
+    with pytest.warns(MatchWarning, match=r"than the first come to a site.* at gelu_0 "):
+        found = match_targets(model, [torch.randn(40, 4), torch.randn(60, 4)])
+    assert [row.values for row in found] == [100, 0]
 
 
 @pytest.mark.parametrize("refit", [False, True])

@@ -49,10 +49,10 @@ def match_targets(
     Args:
         model: a converted model; it is run in evaluation mode.
         batches: tensors, tuples of arguments or dicts of keyword arguments, also with tensors in
-            lists and objects, without labels; some hundred examples are enough. Both networks run
-            once on each batch, and once more for each module that is called several times. Under
-            `torch.distributed` every rank calls this with batches of its own, and all get the same
-            numbers.
+            lists and objects, without labels; some hundred examples are enough. The first one has
+            to come to every site. Both networks run once on each batch, and once more for each
+            module that is called several times. Under `torch.distributed` every rank calls this
+            with batches of its own, and all get the same numbers.
         include: sites to match: patterns as in `convert` (a predicate gets the unit); None: all.
         exclude: sites to leave as they are, in the same forms.
         weights: how much an error at a site counts. None: all errors count the same.

@@ -33,13 +33,15 @@ class MatchRow:
         source: the activation that the network had.
         target: the activation that was fitted to it.
         r2: share of the original outputs' variance that the target explains, over all gates; it is
-            negative where the mean would be better, and None where the site did not run.
+            negative where the mean would be better, and None where the first batch did not come to
+            the site.
         periods: median over gates of the number of periods that the data spans; None where the
             target is not periodic.
         errors: relative squared error of each output of the model on examples of the first batch,
             with this site and those before it swapped: 0 is perfect, 1 is as good as the mean. None
             where the outputs cannot be compared.
-        values: number of inputs that each gate was fitted to.
+        values: number of inputs that each gate was fitted to; 0 where other batches than the first
+            were seen to come to the site, and None where none was.
         divergence: mean KL divergence of the outputs from the original ones, if they are logits.
         where: source file and line of the site; empty where it is not known.
         range: the lowest and the highest input that the targets of its gates were fitted to.
@@ -144,10 +146,16 @@ def _some(places: Sequence[str]) -> str:
 
 
 def warn_of_poor_fits(report: MatchReport) -> None:
-    """Warn of sites that saw few values, and of sites that the target hardly explains."""
-    few = [row.place for row in report if row.values is not None and row.values < _FEW]
+    """Warn of sites that saw no or few values, and of those that the target hardly explains."""
+    missed = [row.place for row in report if row.values == 0]
+    few = [row.place for row in report if row.values and row.values < _FEW]
     poor = [row.place for row in report if row.r2 is not None and row.r2 < _POOR]
     for places, problem, remedy in (
+        (
+            missed,
+            "other batches than the first come to a site, whose target stays as it is",
+            "let the first batch be one that comes to every site, or leave these out (exclude=)",
+        ),
         (few, f"a gate saw fewer than {_FEW} values", "give more examples, some hundred"),
         (
             poor,

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from transfer_surgery._running import device_of
+from transfer_surgery._running import device_of, hooked
 from transfer_surgery.matching.fitted_range import share_outside
 from transfer_surgery.matching.forward_state import ForwardState
 from transfer_surgery.matching.layer_refit import LayerFit
@@ -99,11 +99,17 @@ class OnePass:
         both = SideBySide(
             self.networks, calls, seen.sums, state, self.waited, samples.behind, samples.before
         )
-        with both, progress_line(self.progress, "match", len(calls)) as tell:
+        missed: set[nn.Module] = set()
+        unseen = [unit for unit in self.paths if unit not in calls]
+        hooks = hooked(*(u.register_forward_pre_hook(lambda m, _: missed.add(m)) for u in unseen))
+        with both, hooks, progress_line(self.progress, "match", len(calls)) as tell:
             rows = list(self._fit_all(both, samples, fits, norms, check, tell))
             tell(len(calls), "")
-        # List what did not run.
-        return rows + [_row(path, unit) for unit, path in self.paths.items() if unit not in calls]
+        # List what the first batch did not come to.
+        return rows + [
+            replace(_row(self.paths[unit], unit), values=0 if unit in missed else None)
+            for unit in unseen
+        ]
 
     def _look(
         self, state: ForwardState, layers: list[nn.Module], left: dict[nn.Module, str]

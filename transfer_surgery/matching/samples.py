@@ -26,7 +26,7 @@ VALUES = 2**13
 With twice as many, held-out errors of the ResNet-20 were the same.
 """
 
-_ELEMENTS = 2**26  # of all gates of a site: 256 MB in float32
+_ELEMENTS = 2**26  # of all gates of what is held at a time: 256 MB in float32
 _LEAST = 256  # values of a gate, however many gates there are
 
 _FLOOR = 0.01  # least weight of an error with weights="gradient", as a share of the mean weight
@@ -66,6 +66,7 @@ class Samples:
         self._total = int(over_ranks([torch.tensor(sum(self._sizes))])[0])
         self._shapes: dict[Any, Any] = {}
         self._weights: dict[Any, Tensor] = {}
+        self._sites_held = 1
         self._sums: dict[Any, SumMap | None] = {}
         self.routed: set[nn.Module] = set()
         """Modules that get other inputs in the two networks, as experts get other tokens."""
@@ -78,6 +79,7 @@ class Samples:
     def weigh(self) -> None:
         """Sample the squared gradients of the original network's answers at each site's output."""
         units = [unit for unit in self._calls if isinstance(unit, GatedActivation)]
+        self._sites_held = max(len(units), 1)  # one forward pass gives the weights of all
         for index, batch in enumerate(self._networks.batches):
             for unit, calls in site_calls(self._networks, units, batch, seed=index).items():
                 for number, call in enumerate(calls):
@@ -172,7 +174,8 @@ class Samples:
     def _groups(self, call: Call, x: Tensor) -> Tensor:
         unit = call.module
         assert isinstance(unit, GatedActivation)
-        limit = min(VALUES, max(_ELEMENTS // math.prod(unit.gate.shape), _LEAST))
+        held = self._sites_held * math.prod(unit.gate.shape)
+        limit = min(VALUES, max(_ELEMENTS // held, _LEAST))
         return sampled_groups(x, unit.granularity, self._count(call, limit), self._seed(call))
 
     def _positions(self, call: Call, shape: Any) -> Any:
