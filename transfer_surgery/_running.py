@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from dataclasses import fields, is_dataclass
 from types import ModuleType
 from typing import Any
+from weakref import ref
 
 import torch
 import torch.nn.functional as F
@@ -81,12 +82,14 @@ def prediction_mode(model: nn.Module) -> Iterator[None]:
 @contextmanager
 def modes_kept(*models: nn.Module) -> Iterator[None]:
     """Afterwards every module is in the training or evaluation mode in which it was."""
-    modes = [(module, module.training) for model in models for module in model.modules()]
+    # By weak references: whoever counts those to a module does not meet ours.
+    modes = [(ref(module), module.training) for model in models for module in model.modules()]
     try:
         yield
     finally:
         for module, training in modes:
-            module.training = training
+            if (there := module()) is not None:
+                there.training = training
 
 
 @contextmanager

@@ -10,6 +10,7 @@ from torch import nn
 from torch.nn.utils import parametrizations, prune
 
 from transfer_surgery import convert, match_targets
+from transfer_surgery._running import prediction_mode
 from transfer_surgery.matching.layer_refit import RIDGES, LayerFit
 from transfer_surgery.matching.refit_rules import layers_to_refit
 
@@ -129,6 +130,19 @@ def test_only_plain_trainable_weights_are_refitted_and_the_others_are_named():
     assert layers == [layer for layer, reason in expected.items() if reason is None]
     assert left == {layer: reason for layer, reason in expected.items() if reason}
     assert teacher[0] is of_a_teacher  # as long as the teacher lives
+
+
+def test_all_objects_are_looked_through_only_where_something_else_holds_a_part(monkeypatch):
+    """It takes long, and threads that make a tuple meanwhile fail with a SystemError."""
+    model = nn.Sequential(nn.Sequential(nn.Linear(2, 2), nn.ReLU()), nn.Linear(2, 2))
+    with monkeypatch.context() as patch, prediction_mode(model):
+        patch.setattr("gc.get_objects", None)
+        assert layers_to_refit(model)[1] == {}
+    one, other = nn.Sequential(model[0]), nn.Linear(2, 2)
+    assert list(layers_to_refit(model)[1]) == [model[0][0]]
+    del one
+    other.weight = model[1].weight
+    assert list(layers_to_refit(model)[1]) == [model[1]]
 
 
 @pytest.mark.parametrize("frozen", [False, True])

@@ -6,6 +6,8 @@ A weight is changed only where it is a plain trainable parameter that this layer
 from __future__ import annotations
 
 import gc
+import sys
+from collections import Counter
 
 from torch import nn
 
@@ -13,6 +15,7 @@ from transfer_surgery.matching.layer_refit import LayerFit
 from transfer_surgery.matching.linear_maps import LAYERS
 from transfer_surgery.matching.ranks import number_of_ranks
 from transfer_surgery.surgery import sharing_parameters, why_not_plain
+from transfer_surgery.units import GatedActivation
 
 
 def layers_to_refit(model: nn.Module) -> tuple[list[nn.Module], dict[nn.Module, str]]:
@@ -51,6 +54,8 @@ def _in_other_networks(model: nn.Module) -> set[nn.Module]:
 
     A module that contains the whole model is no other network.
     """
+    if not _is_held_elsewhere(model):
+        return set()
     own = set(model.modules())
     shared = _shared_by_others(model, own)
     if shared:
@@ -63,6 +68,7 @@ def _shared_by_others(model: nn.Module, own: set[nn.Module]) -> set[nn.Module]:
     """The same, with networks that nobody holds any more."""
     parameters = {id(p): module for module in own for p in module._parameters.values()}
     shared: set[nn.Module] = set()
+    # While this list exists, a thread that makes a tuple of an iterator fails with a SystemError.
     objects = gc.get_objects()
     kinds = {kind for kind in set(map(type, objects)) if issubclass(kind, nn.Module)}
     for found in objects:
@@ -75,3 +81,25 @@ def _shared_by_others(model: nn.Module, own: set[nn.Module]) -> set[nn.Module]:
             if child in own and child is not model:
                 shared.update(child.modules())
     return shared
+
+
+def _is_held_elsewhere(model: nn.Module) -> bool:
+    """Whether something may hold a layer, a parameter or a part of a model beside the model itself.
+
+    Then all objects are looked through, which takes long and disturbs other threads.
+    """
+    modules = list(model.modules())
+    parts = [
+        part
+        for module in modules
+        for part in (*module._parameters.values(), *module._modules.values())
+        if isinstance(part, (nn.Parameter, *LAYERS)) or getattr(part, "_modules", None)
+    ]
+    places = Counter(map(id, parts))
+    listed = Counter(map(id, modules))
+    # Each is held by its places, by both lists, by the loop, and by the call.
+    return any(
+        sys.getrefcount(part) > 2 * places[id(part)] + listed[id(part)] + 2
+        for part in parts
+        if not isinstance(part, GatedActivation)
+    )
