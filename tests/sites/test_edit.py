@@ -9,7 +9,6 @@ import pickle
 import subprocess
 import sys
 import traceback
-import warnings
 import weakref
 import zipfile
 
@@ -24,21 +23,21 @@ from tests.helpers.same_run import assert_same_runs, converted
 from tests.helpers.ways_to_call import (
     NETWORKS,
     NOT_COMPILED,
-    Choice,
     Function,
     Helper,
     Method,
     Parts,
-    Settings,
     Steps,
     Super,
-    helper,
 )
+from tests.helpers.ways_to_choose import CHOSEN
 from tests.helpers.ways_to_intercept import INTERCEPTED
 from transfer_surgery import bake, convert, find_activations, revert
 
+EDITED = NETWORKS + CHOSEN
 
-@pytest.mark.parametrize("cls", NETWORKS + NOT_COMPILED + INTERCEPTED, ids=lambda cls: cls.__name__)
+
+@pytest.mark.parametrize("cls", EDITED + NOT_COMPILED + INTERCEPTED, ids=lambda cls: cls.__name__)
 def test_each_way_to_call_an_activation_is_edited_and_each_gate_counts(cls):
     model, way = cls(), "intercept" if cls in INTERCEPTED else "edit"
     assert {site.way for site in find_activations(model, X)} == {way}
@@ -54,7 +53,7 @@ def test_each_way_to_call_an_activation_is_edited_and_each_gate_counts(cls):
 
 COMPILED = [
     pytest.param(cls, marks=[] if cls in (Helper, Method, Function, Steps) else [pytest.mark.slow])
-    for cls in NETWORKS
+    for cls in EDITED
 ]
 
 
@@ -162,80 +161,12 @@ def test_callers_of_one_class_share_their_edited_class():
     assert isinstance(model[0], Steps)
 
 
-def test_more_calls_of_a_place_than_at_the_conversion_keep_the_activation_with_a_warning():
-    model = convert(Steps().eval(), example_input=X)
-    model.layers.append(nn.Linear(4, 4))
-    with pytest.warns(RuntimeWarning, match=r"Steps calls relu .* more often than when"):
-        after = model(X)
-    assert torch.equal(after, revert(model)(X))
-
-
-def test_another_function_in_the_place_of_an_edited_one_runs_with_a_warning():
-    model = convert(Function().eval(), example_input=X)
-    model.written = lambda h: h * 2
-    with pytest.warns(RuntimeWarning, match="is called where another function was"):
-        after = model(X)
-    assert torch.equal(after, revert(model)(X))
-
-
-def test_a_setting_that_changes_is_followed_with_a_warning():
-    model = convert(Settings().eval(), example_input=X)
-    model.slope = 0.5
-    with pytest.warns(RuntimeWarning, match="leaky_relu .* with other settings than when"):
-        after = model(X)
-    assert torch.equal(after, revert(model)(X))
-
-
-def test_another_activation_in_the_place_of_one_runs_with_a_warning():
-    model = convert(Choice().eval(), example_input=X)
-    model.other = True
-    with pytest.warns(RuntimeWarning, match="Choice calls relu"):
-        after = model(X)
-    assert torch.equal(after, revert(model)(X))
-
-
-class Branches(Parts):
-    """A module and a method of its own that have the names of a tensor's methods."""
-
-    def __init__(self):
-        super().__init__()
-        self.tanh, self.block = nn.Linear(4, 4), nn.ModuleDict({"relu": nn.Linear(4, 4)})
-
-    def forward(self, x, other=False):
-        x = F.relu(self.linear(x)) - 0.1
-        return self.block.relu(self.tanh(x)) if other else x
-
-
-def test_no_warning_of_modules_that_only_have_the_name_of_an_activation():
-    model = convert(Branches().eval(), example_input=X)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        model(X, other=True)
-
-
-def test_another_function_with_an_activation_among_several_is_warned_of():
-    model = convert(Varying().eval(), example_input=(X, [helper, torch.neg]))
-    with pytest.warns(RuntimeWarning, match="late is called where another function was"):
-        model(X, [helper, late])
-
-
 def test_a_module_in_an_archive_has_its_source_from_its_loader(tmp_path, monkeypatch):
     with zipfile.ZipFile(tmp_path / "archive.zip", "w") as archive:
         archive.writestr("in_an_archive.py", FILE)
     monkeypatch.syspath_prepend(tmp_path / "archive.zip")
     model = importlib.import_module("in_an_archive").Net()
     assert {site.way for site in find_activations(model, X)} == {"edit"}
-
-
-def late(x):
-    return F.gelu(x)
-
-
-class Varying(Parts):
-    def forward(self, x, functions):
-        for function in functions:
-            x = function(self.linear(x))
-        return x
 
 
 def hidden_function(function):

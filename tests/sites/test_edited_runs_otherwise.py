@@ -1,0 +1,81 @@
+"""An edited forward that runs otherwise than at the conversion says so, and runs as written."""
+
+import warnings
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from tests.helpers.promises import X
+from tests.helpers.ways_to_call import Function, Parts, Settings, Steps, helper
+from tests.helpers.ways_to_choose import Choice
+from transfer_surgery import convert, revert
+
+
+def late(x):
+    return F.gelu(x)
+
+
+class Varying(Parts):
+    def forward(self, x, functions):
+        for function in functions:
+            x = function(self.linear(x))
+        return x
+
+
+def test_more_calls_of_a_place_than_at_the_conversion_keep_the_activation_with_a_warning():
+    model = convert(Steps().eval(), example_input=X)
+    model.layers.append(nn.Linear(4, 4))
+    with pytest.warns(RuntimeWarning, match=r"Steps calls relu .* more often than when"):
+        after = model(X)
+    assert torch.equal(after, revert(model)(X))
+
+
+def test_another_function_in_the_place_of_an_edited_one_runs_with_a_warning():
+    model = convert(Function().eval(), example_input=X)
+    model.written = lambda h: h * 2
+    with pytest.warns(RuntimeWarning, match="is called where another function was"):
+        after = model(X)
+    assert torch.equal(after, revert(model)(X))
+
+
+def test_a_setting_that_changes_is_followed_with_a_warning():
+    model = convert(Settings().eval(), example_input=X)
+    model.slope = 0.5
+    with pytest.warns(RuntimeWarning, match="leaky_relu .* with other settings than when"):
+        after = model(X)
+    assert torch.equal(after, revert(model)(X))
+
+
+def test_another_activation_in_the_place_of_one_runs_with_a_warning():
+    model = convert(Choice().eval(), example_input=X)
+    model.other = True
+    with pytest.warns(RuntimeWarning, match="Choice calls relu"):
+        after = model(X)
+    assert torch.equal(after, revert(model)(X))
+
+
+class Branches(Parts):
+    """A module and a method of its own that have the names of a tensor's methods."""
+
+    def __init__(self):
+        super().__init__()
+        self.tanh, self.block = nn.Linear(4, 4), nn.ModuleDict({"relu": nn.Linear(4, 4)})
+
+    def forward(self, x, other=False):
+        x = F.relu(self.linear(x)) - 0.1
+        return self.block.relu(self.tanh(x)) if other else x
+
+
+def test_no_warning_of_modules_that_only_have_the_name_of_an_activation():
+    model = convert(Branches().eval(), example_input=X)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model(X, other=True)
+
+
+def test_another_function_with_an_activation_among_several_is_warned_of():
+    model = convert(Varying().eval(), example_input=(X, [helper, torch.neg]))
+    with pytest.warns(RuntimeWarning, match="late is called where another function was"):
+        model(X, [helper, late])
