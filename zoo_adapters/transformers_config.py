@@ -49,8 +49,9 @@ def follow_activations(model: nn.Module) -> None:
     warnings.warn(
         f"the config of {type(model).__name__} ({fields or 'without an activation'}) does not say "
         f"what {len(wrong)} activations are now, such as {wrong[0]}: save_pretrained and "
-        "from_pretrained would bring others back. Keep the converted model with save_baked instead, or "
-        "load the config's model, convert and bake it as this one, and load the weights then.",
+        "from_pretrained would bring others back. Keep the converted model with save_baked "
+        "instead, or load the config's model, convert and bake it as this one, and load the "
+        "weights then.",
         RuntimeWarning,
         stacklevel=user_stacklevel(),
     )
