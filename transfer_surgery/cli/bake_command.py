@@ -8,7 +8,7 @@ import torch
 import typer
 from torch import Tensor
 
-from transfer_surgery._running import map_tensors
+from transfer_surgery._tensors import map_tensors
 from transfer_surgery.cli.options import Converted, Output, run_errors
 from transfer_surgery.cli.printing import say
 from transfer_surgery.files import load_network, save_baked

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from transfer_surgery._arguments import check_arguments
-from transfer_surgery._running import call_model, map_tensors, to_device_of
+from transfer_surgery._running import call_model, to_device_of
+from transfer_surgery._tensors import map_tensors
 from transfer_surgery.matching.distill_loss import Loss, loss_function
 from transfer_surgery.matching.distill_report import (
     SMALL,

@@ -13,7 +13,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from transfer_surgery._running import call_model, map_tensors, modes_kept
+from transfer_surgery._running import call_model, modes_kept
+from transfer_surgery._tensors import map_tensors
 from transfer_surgery.matching.distill_loss import Loss
 from transfer_surgery.matching.output_errors import OutputErrors
 

@@ -15,12 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from transfer_surgery._running import (
-    attributes_of,
-    kl_divergence,
-    log_probabilities,
-    logits_of,
-)
+from transfer_surgery._running import kl_divergence, log_probabilities, logits_of
+from transfer_surgery._tensors import attributes_of
 
 
 def output_tensors(output: Any) -> dict[str, Tensor]:

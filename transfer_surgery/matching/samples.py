@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from transfer_surgery._running import map_tensors
+from transfer_surgery._tensors import map_tensors
 from transfer_surgery.matching.calls import Call
 from transfer_surgery.matching.layer_refit import LayerFit
 from transfer_surgery.matching.ranks import over_ranks

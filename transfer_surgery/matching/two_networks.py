@@ -12,7 +12,8 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from transfer_surgery._running import call_model, log_probabilities, logits_of, map_tensors
+from transfer_surgery._running import call_model, log_probabilities, logits_of
+from transfer_surgery._tensors import map_tensors
 from transfer_surgery.units import Gate, GatedActivation
 
 T = TypeVar("T")

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from transfer_surgery._running import map_tensors
+from transfer_surgery._tensors import map_tensors
 from transfer_surgery.matching.held_out import Asked, teach
 from transfer_surgery.matching.output_errors import OutputErrors
 
