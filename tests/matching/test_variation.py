@@ -27,6 +27,18 @@ def test_no_strength_changes_nothing_and_a_share_of_the_examples_is_left_alone()
     assert 0.4 < same.double().mean() < 0.6
 
 
+def test_each_channel_of_images_gets_a_light_of_its_own():
+    torch.manual_seed(0)
+    x = torch.randn(300, 2, 8, 8)
+    x[:, 1] = 3.5  # the same in all examples
+    found = varied(x, 1.0)
+    torch.testing.assert_close(found[:, 1], x[:, 1])
+    shifts = found[:, 0].mean((1, 2)).std() / x[:, 0].mean((1, 2)).std()
+    assert shifts > 1.3  # mixtures and noise of single pixels bring means together
+    rows = varied(x.flatten(1), 1.0).view_as(x)
+    assert rows[:, 0].mean((1, 2)).std() < x[:, 0].mean((1, 2)).std()
+
+
 def test_tensors_of_as_many_examples_get_the_same_partners():
     """Without noise a pair stays a pair: the second is twice the first."""
     torch.manual_seed(0)

@@ -101,7 +101,8 @@ def distill(
         features: paths of modules that both networks have, whose outputs are compared; None: all
             linear layers and convolutions; an empty list: none.
         variation: how much half of the floating inputs are mixed with others of their batch,
-            stretched, and made noisy: from 0 to 1. It is halved until the teacher's outputs look as
+            stretched, and made noisy: from 0 to 1. Channels of images (four axes or more) also get
+            another light each. It is halved until the teacher's outputs look as
             those for the given inputs. Use 0 where there are many inputs, or where you augment
             them.
         progress: whether to show a line with the remaining time, or a function that gets each

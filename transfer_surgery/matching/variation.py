@@ -5,7 +5,8 @@ the mean and the deviation of each element over the batch, an example ``x`` beco
 
     mean + r * (x + u * (x' - x) - mean) + n * deviation * noise
 
-where ``u``, ``r`` and ``n`` are drawn for each example. What is the same in all examples stays.
+where ``u``, ``r`` and ``n`` are drawn for each example. Each channel of images is stretched and
+shifted once more, as under another light. What is the same in all examples stays.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from transfer_surgery.matching.output_errors import OutputErrors
 
 _RANGE = 0.7  # r is at most so far from 1
 _NOISE = 0.5  # highest n
+_LIGHT = 0.3  # how much channels of images are stretched, and shifted beside their deviation
 _WIDER = 1.25  # how many times as large the outputs' deviations may become
 _HALVINGS = 8
 
@@ -52,7 +54,13 @@ def varied(batch: Any, strength: float, share: float = 1.0) -> Any:
         mean, deviation = x.mean(0), x.std(0, correction=0)
         mixed = x + u * (x[order] - x) - mean
         wide = 1 + _RANGE * (2 * r - most)
-        return mean + wide * mixed + _NOISE * n * deviation * torch.randn_like(x)
+        mixed = wide * mixed + _NOISE * n * deviation * torch.randn_like(x)
+        if x.dim() >= 4:  # channels, and at least two axes of positions
+            each = most.expand(rows, x.shape[1], *[1] * (x.dim() - 2))
+            shift = deviation.mean(tuple(range(1, x.dim() - 1)), keepdim=True)
+            mixed = mixed * (1 + _LIGHT * each * (2 * torch.rand_like(each) - 1))
+            mixed = mixed + _LIGHT * each * shift * torch.randn_like(each)
+        return mean + mixed
 
     return map_tensors(vary, batch)
 
