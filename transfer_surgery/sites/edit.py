@@ -144,7 +144,7 @@ class _Editor(ast.NodeTransformer):
         self.nodes = find_expressions(root)
         self.steps: dict[int, list[int]] = defaultdict(list)
         for i, way in enumerate(scope.ways):
-            self.steps[id(self.node_at(way.steps[0].place))].append(i)
+            self.steps[id(self.node_at(way.steps[0].position))].append(i)
 
     def node_at(self, position: Position) -> Any:
         if position not in self.nodes:
@@ -171,8 +171,8 @@ class _Editor(ast.NodeTransformer):
         """What takes the place of an expression, given the numbers of the ways through it."""
         step = self.scope.ways[numbers[0]].steps[0]
         if isinstance(step, Hop):
-            is_bound = step.how in ("super", "property")
-            return self._call_method(node, numbers) if is_bound else self._choose(node, numbers)
+            replace = self._call_method if step.is_bound else self._choose
+            return replace(node, numbers)
         if step.expected is not None:
             return self._choose(node, numbers)
         if len(numbers) > 1:

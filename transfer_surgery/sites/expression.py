@@ -70,22 +70,24 @@ class RunningExpression:
         if isinstance(node, ast.Attribute):
             holder = inspect.getattr_static(type(self.value(node.value)), node.attr, None)
             if isinstance(holder, property) and code_of(holder.fget) is frames[0].f_code:
-                return Hop(self.function, self.position, self.position, "property"), 0, None
+                return Hop(self.function, self.position, True), 0, None
         if isinstance(node, ast.Call):
             # Of the user's functions the next one: what is between is torch's, such as checkpoint.
             following = next((i for i, f in enumerate(frames) if not is_torch(f.f_code)), 0)
             if following == find_own_function(frames) and following + 1 < len(frames):
                 following += 1  # a checkpoint of the user's own, which is given what it runs
-            for at, carrier in itertools.product(
-                dict.fromkeys((following, 0)), self._carriers(node)
-            ):
+            order = dict.fromkeys((following, 0))
+            for at, carrier in itertools.product(order, self._carriers(node)):
                 value = self.value(carrier)
                 method = self._method(carrier, value)
                 if leads_to(value, frames[at].f_code) and (at == following or method):
-                    how = "super" if is_super(carrier) else "call"
-                    how = how if carrier is node.func else "argument"
-                    place = Position.of(carrier)
-                    return Hop(self.function, self.position, place, how, method), at, value
+                    bound = carrier is node.func and is_super(carrier)
+                    position = Position.of(node if bound else carrier)
+                    return Hop(self.function, position, bound, method), at, value
+            # torch.compile cannot copy a closure that is made while it reads the code.
+            closures = self.function.free or frames[0].f_code.co_freevars
+            if following == 0 and not closures and self._is_unknown(node.func):
+                return Hop(self.function, Position.of(node.func)), 0, None
         name = frames[0].f_code.co_qualname
         raise NoRouteError(f"line {self.position.line} does not show that it calls {name}")
 
@@ -159,26 +161,28 @@ class RunningExpression:
         if isinstance(self.node, ast.Call):
             func = self.node.func
             found = [one for one in self._carriers(self.node) if is_called(self._meaning(one))]
-            if func in found or (self.value(func) is UNKNOWN and self._is_direct(is_called)):
+            if func in found or (self._is_unknown(func) and self._is_direct(is_called)):
                 return func
             if len(found) == 1:
                 return found[0]
         raise NoRouteError(f"line {self.position.line} does not show what it calls")
 
+    def _is_unknown(self, func: ast.expr) -> bool:
+        """Whether it gives a function that is not known before, and no object that calls others."""
+        is_object = isinstance(func, ast.Call) and isinstance(self.value(func.func), type)
+        return self.value(func) is UNKNOWN and not is_object
+
     def _is_direct(self, is_called: Callable[[Any], bool]) -> bool:
         """Whether it is the callee itself that is called, and not something that the callee has."""
-        func = self.node.func
-        if isinstance(func, ast.Call) and isinstance(self.value(func.func), type):
-            return False  # an object, such as operator.methodcaller("relu")
-        frame: FrameType | None = sys._getframe()
-        outermost = None
-        while frame is not None and frame is not self.frame:
-            outermost = frame if is_torch(frame.f_code) else outermost
+        frame, called = sys._getframe(), None
+        while frame is not self.frame and frame.f_back:
+            called = frame if is_torch(frame.f_code) else called
             frame = frame.f_back
-        if outermost is None:
+        if called is None:
             return True
-        function = outermost.f_globals.get(outermost.f_code.co_name)
-        return is_called(function) or is_called(first_local(outermost))
+        return is_called(called.f_globals.get(called.f_code.co_name)) or is_called(
+            first_local(called)
+        )
 
     def _meaning(self, node: ast.expr) -> Any:
         """What an expression gives; a method of a tensor as a function."""

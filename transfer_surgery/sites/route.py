@@ -35,23 +35,16 @@ class Hop:
 
     Attributes:
         function: the function that makes the call.
-        position: of the whole call in it.
-        carrier: position of the expression that gives the called function.
-        how: ``"call"`` where that is what is called, ``"argument"`` where it is handed to something
-            that calls it, ``"super"`` for a method of a base class, ``"property"``.
+        position: of the expression that gives the called function; or of all of the call, where it
+            `is_bound`.
+        is_bound: whether it is a property, or calls a method of ``super()``.
         method: name of the caller's own method that it looks up and calls, if that is what it does.
     """
 
     function: Function
     position: Position
-    carrier: Position
-    how: str
+    is_bound: bool = False
     method: str | None = None
-
-    @property
-    def place(self) -> Position:
-        """Where something else takes the place of what is written."""
-        return self.carrier if self.how in ("call", "argument") else self.position
 
 
 @dataclass(frozen=True)
@@ -73,11 +66,6 @@ class End:
     inputs: tuple[Position, ...] | None
     expected: Activation | tuple[str, ...] | None = None
     is_method: bool = False
-
-    @property
-    def place(self) -> Position:
-        """Where something else takes the place of what is written."""
-        return self.position
 
 
 @dataclass(frozen=True)
@@ -115,4 +103,4 @@ class Way(NamedTuple):
     @property
     def places(self) -> set[Expression]:
         """The expressions that are replaced."""
-        return {Expression(step.function, step.place) for step in self.steps}
+        return {Expression(step.function, step.position) for step in self.steps}

@@ -120,17 +120,19 @@ def make_choice(
         elif not isinstance(value, FunctionType):
             function, first = type(value).__call__, (value,)
         if isinstance(function, FunctionType) and function is not nn.Module.__call__:
-            if torch.compiler.is_compiling():
+            number, copy = 0, None
+            if not torch.compiler.is_compiling():
+                number, copy = copy_of(function)
+            elif swaps:
                 number, name = keep(function)
                 copy = getattr(kept, name)
-            else:
-                number, copy = copy_of(function)
             if copy is not None:
                 return functools.partial(copy, *first, **given[number])
         return functools.partial(call, value, given[len(swaps) :])
 
     def call(value: Any, units: Any, *args: Any, **kwargs: Any) -> Any:
-        name, known = (None, ()) if isinstance(value, nn.Module) else _read(value)
+        is_users = isinstance(value, nn.Module) or getattr(value, "__closure__", None)
+        name, known = (None, ()) if is_users else _read(value)
         how = "" if name in (None, "clamp") else "in a branch that did not run"
         for (what, several), default, unit in zip(ends, defaults, units, strict=True):
             inputs, named = args, kwargs

@@ -147,8 +147,8 @@ def _find_creation(
     if len(calls) != 1:
         raise NoRouteError(f"{function.qualname} does not show where {generator.co_name} begins")
     func = calls[0].func
-    how = "super" if is_super(func) else "call"
-    return Hop(function, Position.of(calls[0]), Position.of(func), how), value(func)
+    bound = is_super(func)
+    return Hop(function, Position.of(calls[0] if bound else func), bound), value(func)
 
 
 def _read(frame: FrameType) -> Function:

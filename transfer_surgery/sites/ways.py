@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import fx, nn
 
-from transfer_surgery.sites.frames import code_of, names_in
+from transfer_surgery.sites.frames import code_of, is_torch, names_in
 from transfer_surgery.sites.graph import GraphRoute
 from transfer_surgery.sites.place import UNREGISTERED
 from transfer_surgery.sites.route import Route
@@ -58,11 +58,16 @@ def _registered_names(model: nn.Module, caller: str, module: str) -> list[str]:
 
 
 def _asks_for_type(model: nn.Module, caller: str, module: str) -> bool:
-    """Whether a caller's code names the class of a module, as in ``isinstance(m, nn.ReLU)``."""
-    code = code_of(getattr(type(model.get_submodule(caller)), "forward", None))
-    names = set() if code is None else names_in(code)
+    """Whether a caller's methods name the class of a module, as in ``isinstance(m, nn.ReLU)``.
+
+    A unit cannot answer for ``type(m)``; the call of the module is then edited, and it stays.
+    """
+    bases = type(model.get_submodule(caller)).__mro__
+    held = (value for cls in bases for name, value in vars(cls).items() if name != "__init__")
+    codes = [code for code in map(code_of, held) if code is not None and not is_torch(code)]
     classes = {cls.__name__ for cls in type(model.get_submodule(module)).__mro__[:-2]}
-    return bool(names & classes) and bool(names & {"isinstance", "type", "__class__"})
+    asks = {"isinstance", "type", "__class__"}
+    return any(names & classes and names & asks for names in map(names_in, codes))
 
 
 def _runs_in_order(model: nn.Module, caller: str) -> bool:
