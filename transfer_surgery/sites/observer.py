@@ -54,8 +54,7 @@ class Observer(TorchFunctionMode):
         self.probe, self.observation = probe, Observation()
         self._around = Frame("", probe, None, (), (), {}, is_around=True)
         self._stack: list[Frame] = []
-        self._order = itertools.count()
-        self._tracker = Tracker()
+        self._order, self._tracker = itertools.count(), Tracker()
         self._in_place, self._by_hand = InPlace(), ByHand()
         self._paths = {id(module): path for path, module in probe.named_modules()}
         for module in list(probe.modules()):
@@ -86,8 +85,7 @@ class Observer(TorchFunctionMode):
         return self.observation
 
     def _enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        places = locate()
-        called_from, called_by = places[1] if len(places) > 1 else ((), None)
+        called_from, called_by = [*locate(), ((), None)][1]
         if self._stack:
             self._stack[-1].children += 1
         path = self._paths.get(id(module))
@@ -148,9 +146,8 @@ class Observer(TorchFunctionMode):
             if inner.event is not None:
                 inner.event.absorbed.add(parent)
         self._tracker.made(record, func, args, out)
-        event = None
-        if call is not None:
-            event = self._record(func, call, match, out, why_listed(func, kwargs))
+        listed = why_listed(func, kwargs)
+        event = None if call is None else self._record(func, call, match, out, listed)
         if record is not None:
             record.event = event
         if outputs:
@@ -214,8 +211,7 @@ class Observer(TorchFunctionMode):
             listed = OUTSIDE
         draw = frame.draw_key if listed is None else frame.draw_listed_key
         kind = "method" if getattr(Tensor, func.__name__, None) is func else "function"
-        if match or place.called:
-            kind = "formula" if match else "module"
+        kind = "formula" if match else "module" if place.called else kind
         event = Event(
             caller=self._paths[id(place.caller)],
             key=draw(place.location),
@@ -244,10 +240,9 @@ class Observer(TorchFunctionMode):
         frames = call_frames(caller)
         if frames:
             event.file, event.line = frames[-1].f_code.co_filename, frames[-1].f_lineno
-        found = find_route(caller, frames, called, match)
-        event.route, event.why = found.route, found.why
-        if found.expression is not None:
-            self.observation.expressions.add(found.expression)
+        event.route, event.why, expression = find_route(caller, frames, called, match)
+        if expression is not None:
+            self.observation.expressions.add(expression)
 
     def _is_untouched(self, event: Event) -> bool:
         """Whether the result of an activation has not been changed in place since."""

@@ -12,8 +12,9 @@ from typing import Any, NamedTuple
 from torch import fx, nn
 
 from transfer_surgery.activations import Call, Match
+from transfer_surgery.sites.activation_expression import ActivationExpression
 from transfer_surgery.sites.evaluate import Evaluator
-from transfer_surgery.sites.expression import RunningExpression, is_super, running_position
+from transfer_surgery.sites.expression import is_super, running_position
 from transfer_surgery.sites.frames import (
     CHECKPOINT,
     find_own_function,
@@ -112,7 +113,7 @@ def _find_in_source(
                 _note(callee, rest[0])
                 continue
             is_method = first_local(frames[start]) is caller
-            place = RunningExpression(function, frames[last], caller, is_method)
+            place = ActivationExpression(function, frames[last], caller, is_method)
             if last == len(frames) - 1:
                 expression = Expression(function, place.position)
                 return Route(tuple(hops), place.end(called, match), again), expression
