@@ -127,12 +127,17 @@ class Looked(Parts):
         return getattr(F, "relu")(act(x)) + [torch.tanh, F.elu][x.dim() - 1](x)  # noqa: B009
 
 
+def called(function, x):
+    return function(x) - 0.1
+
+
 class Handed(Parts):
     """An activation is handed to what calls it."""
 
     def forward(self, x):
         one, two = list(map(F.gelu, (x, self.linear(x))))
-        return sum(map(F.silu, [one, two])) + checkpoint(F.relu, one, use_reentrant=False)
+        x = called(self.act, one) + called(functools.partial(self.act), two)
+        return sum(map(F.silu, [one, x])) + checkpoint(F.relu, two, use_reentrant=False)
 
 
 CHOSEN = (Partial, OtherFunctions, Among, FrozenAmong, Closures)

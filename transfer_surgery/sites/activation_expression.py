@@ -42,10 +42,10 @@ class ActivationExpression(RunningExpression):
         return self._function_call(called)
 
     def _module_call(self, called: nn.Module, names: tuple[str, ...] | None) -> End:
-        carrier = self._carrier_of(lambda value: value is called)
+        carrier = self._carrier_of(lambda value: without_partials(value) is called)
         if carrier is self.node.func and (getattr(carrier, "attr", None),) == names:
             return End(self.function, self.position, None)
-        if names is None or not self.is_method:
+        if names is None:
             raise NoRouteError(f"line {self.position.line} may call other modules too")
         return End(self.function, Position.of(carrier), None, names)
 

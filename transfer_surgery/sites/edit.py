@@ -213,8 +213,6 @@ class _Editor(ast.NodeTransformer):
                 functions[rest[0].function].append(i)
                 continue
             unit = scope.given(i)
-            if isinstance(step.expected, tuple):
-                unit = ast.Tuple([unit, scope.below(step.expected)], ast.Load())
             if step.is_method and isinstance(node, ast.Attribute):
                 method = scope.refer("e", getattr(Tensor, node.attr))
                 node = ast.Call(scope.refer("p", functools.partial), [method, node.value], [])

@@ -22,11 +22,8 @@ OPERATIONS = (ast.Call, ast.BinOp, ast.UnaryOp, ast.Compare, ast.AugAssign)
 class RunningExpression:
     """The expression that a frame is evaluating."""
 
-    def __init__(
-        self, function: Function, frame: FrameType, caller: nn.Module, is_method: bool
-    ) -> None:
-        self.function, self.frame, self.is_method = function, frame, is_method
-        self.caller = caller
+    def __init__(self, function: Function, frame: FrameType, caller: nn.Module) -> None:
+        self.function, self.frame, self.caller = function, frame, caller
         self.value = Evaluator(function, frame).value
         self.node = self._node()
         self.position = Position.of(self.node)

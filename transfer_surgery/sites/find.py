@@ -102,8 +102,9 @@ def _caller_codes(
     functions: dict[str, set[Function]] = {}
     for (caller, _), f in merged.items():
         if isinstance(f["route"], Route):
-            own = functions.setdefault(caller, set())
-            own.update(step.function for step in f["route"].steps)
+            steps = f["route"].steps
+            seen |= {Expression(step.function, step.position) for step in steps}
+            functions.setdefault(caller, set()).update(step.function for step in steps)
     unseen = {caller: unseen_calls(several, seen) for caller, several in functions.items()}
     callers = dict.fromkeys(caller for one in observations.values() for caller in one.keys)
     return {

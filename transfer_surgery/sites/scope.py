@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from transfer_surgery.sites.copies import UneditableError
-from transfer_surgery.sites.route import Expression, Way
+from transfer_surgery.sites.route import End, Expression, Way
 from transfer_surgery.sites.source import FunctionNode
 from transfer_surgery.sites.swap import PREFIX, missed
 
@@ -53,11 +53,15 @@ class Scope:
         return module
 
     def given(self, i: int) -> ast.expr:
-        """The unit of a way, or the iterator over its units."""
-        (unit, *_), several = self.ways[i].units, self.ways[i].several
-        if several or not self.entry:
-            return read(f"{PREFIX}{i}")
-        return ast.Constant(None) if unit is None else self.unit(unit)
+        """The unit of a way, or the iterator over its units; and the module that it stands for."""
+        way, name = self.ways[i], read(f"{PREFIX}{i}")
+        if not self.entry:
+            return name
+        unit: ast.expr = ast.Constant(None) if way.units[0] is None else self.unit(way.units[0])
+        given, end = name if way.several else unit, way.steps[-1]
+        if isinstance(end, End) and isinstance(end.expected, tuple):
+            return ast.Tuple([given, self.below(end.expected)], ast.Load())
+        return given
 
     def refer(self, kind: str, value: Any) -> ast.expr:
         """A name for an object that is not the user's."""

@@ -155,6 +155,7 @@ def make_choice(
             if unit is not None and unit is not _NO_MORE:
                 return unit(*inputs, **named)
             how = "" if unit is None else "more often than"
+            break
         result = value(*args, **kwargs)
         if not how:
             return result

@@ -18,7 +18,6 @@ from transfer_surgery.sites.expression import is_super, running_position
 from transfer_surgery.sites.frames import (
     CHECKPOINT,
     find_own_function,
-    first_local,
     is_torch,
     leads_to,
 )
@@ -112,8 +111,7 @@ def _find_in_source(
                 hops, start = [*hops, hop], last + 1
                 _note(callee, rest[0])
                 continue
-            is_method = first_local(frames[start]) is caller
-            place = ActivationExpression(function, frames[last], caller, is_method)
+            place = ActivationExpression(function, frames[last], caller)
             if last == len(frames) - 1:
                 expression = Expression(function, place.position)
                 return Route(tuple(hops), place.end(called, match), again), expression

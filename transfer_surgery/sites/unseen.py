@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import itertools
 import sys
 from collections.abc import Collection, Iterable, Mapping
 from types import FunctionType
@@ -17,6 +18,7 @@ from transfer_surgery.sites.route import Expression
 from transfer_surgery.sites.source import (
     Function,
     NoSourceError,
+    Position,
     expressions_of,
     read_function,
     tree_of,
@@ -34,14 +36,13 @@ def unseen_calls(
     for function in functions:
         space = vars(sys.modules.get(function.module, object))
         own = _own_argument(function)
-        for position, nodes in expressions_of(function).items():
-            expression = Expression(function, position)
-            for node in nodes:
-                # What is called on the module itself is a module or a method, no tensor's.
-                if isinstance(node, ast.Call) and not (own and _root(node.func) == own):
-                    name = registered_name(_read_name(node.func, space))
-                    if name is not None and name != "clamp" and expression not in seen:
-                        found.append((expression, name))
+        for node in itertools.chain.from_iterable(expressions_of(function).values()):
+            # What is called on the module itself is a module or a method, no tensor's.
+            if isinstance(node, ast.Call) and not (own and _root(node.func) == own):
+                name = registered_name(_read_name(node.func, space))
+                places = [Expression(function, Position.of(one)) for one in (node, node.func)]
+                if name is not None and name != "clamp" and not any(p in seen for p in places):
+                    found.append((places[0], name))
     return tuple(found)
 
 
