@@ -226,7 +226,7 @@ def test_a_third_party_registers_a_function_and_its_derivative_is_autograds():
     x = torch.linspace(-3, 3, 50, dtype=torch.float64, requires_grad=True)
     expected = -x / 2 * torch.exp(-(x**2) / 4)
     torch.testing.assert_close(slopes(activation, x), expected)
-    assert recognise(my_op, (x, 2.0, True), {}) == (activation, x, True, ())
+    assert recognise(my_op, (x, 2.0, True), {}) == (activation, x, True, (), activation)
 
 
 @pytest.mark.usefixtures("own_registry")
