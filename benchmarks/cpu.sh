@@ -7,6 +7,10 @@ folder=${1:-docs/performance}
 shift || true
 python=${PYTHON:-.venv/bin/python}
 export PYTHONPATH="$PWD"
+# Freed memory stays with the process, as PyTorch's tuning guide advises for training on CPUs (there
+# by another allocator). Else each large result is written to fresh pages, and what is measured is
+# how fast the kernel, and the host of a virtual machine, hand those out.
+export MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=17179869184 MALLOC_TOP_PAD_=268435456
 mkdir -p "$folder"
 
 "$python" benchmarks/overhead.py --model resnet50 --model cifar_resnet20 --table "$folder/cpu-overhead.md"
