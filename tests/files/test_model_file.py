@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import sys
+import textwrap
 from pathlib import Path
 from typing import Any
 
@@ -255,6 +256,39 @@ def test_a_file_gives_back_the_precision(file: Path, dtype: torch.dtype) -> None
     file.unlink()
     save_baked(model, file, spec)
     assert_same_precision(load_baked(file), bake(model))
+
+
+def test_a_file_gives_back_the_precision_of_buffers_that_it_leaves_out(
+    tmp_path: Path, file: Path
+) -> None:
+    code = """
+        import torch
+        from torch import nn
+
+        class Positions(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.linear, self.act = nn.Linear(4, 4), nn.ReLU()
+                self.register_buffer("near", torch.ones(4), persistent=False)
+                self.register_buffer("far", torch.ones(4), persistent=False)
+
+            def forward(self, x):
+                return self.act(self.linear(x + self.near)) + self.far
+    """
+    (tmp_path / "positions.py").write_text(textwrap.dedent(code))
+    spec = ModelSpec(f"{tmp_path / 'positions.py'}:Positions", {}, (4,))
+    model = spec.build().to(torch.bfloat16)
+    model.far = model.far.double()
+    convert(model, example_input=torch.zeros(2, 4, dtype=torch.bfloat16))
+    save_model(model, file, spec)
+    again = load_model(file)
+    assert (again.near.dtype, again.far.dtype) == (torch.bfloat16, torch.float64)
+    x = torch.randn(2, 4, dtype=torch.bfloat16)
+    assert torch.equal(again.eval()(x), model.eval()(x))
+    save_baked(model, tmp_path / "baked", spec)
+    assert torch.equal(load_baked(tmp_path / "baked").eval()(x), model(x))
+    rewrite(file, lambda about: about["buffers"].update(near="int8"))
+    refuse(ValueError, "'int8' is no precision of a buffer", load_model, file)
 
 
 def assert_same_precision(found: nn.Module, wanted: nn.Module) -> None:

@@ -18,6 +18,9 @@ def test_what_is_the_same_in_all_examples_and_masks_and_integers_stay():
     assert torch.allclose(found["x"][:, 2], x[:, 2])
     assert not torch.isclose(found["x"][:, :2], x[:, :2]).any(1).all()
     assert all(a is b for a, b in zip(found["more"], batch["more"], strict=True))
+    padded = torch.randn(50, 2, 4, 4)
+    padded[:, :, 0] = 3.5
+    torch.testing.assert_close(varied(padded, 1.0)[:, :, 0], padded[:, :, 0])
 
 
 def test_no_strength_changes_nothing_and_a_share_of_the_examples_is_left_alone():

@@ -11,6 +11,7 @@ from tests.helpers.promises import X
 from tests.helpers.ways_to_call import Function, Parts, Settings, Steps, helper
 from tests.helpers.ways_to_choose import Choice
 from transfer_surgery import convert, revert
+from transfer_surgery.units import gated_activations
 
 
 def late(x):
@@ -79,3 +80,51 @@ def test_another_function_with_an_activation_among_several_is_warned_of():
     model = convert(Varying().eval(), example_input=(X, [helper, torch.neg]))
     with pytest.warns(RuntimeWarning, match="late is called where another function was"):
         model(X, [helper, late])
+
+
+class Bounds(Parts):
+    """Clamps in one place, of which the one at 0 is a ReLU; a threshold has settings as well."""
+
+    low, high = 0.1, 0.5
+
+    def forward(self, x, lows=(0.0, 1e-6)):
+        x = self.linear(x)
+        for low in lows:
+            x = torch.clamp(x, min=low)
+        return F.threshold(x, threshold=self.low, value=self.high) - 0.1
+
+
+@pytest.mark.parametrize("lows", [(0.0, 1e-6), (0.0, torch.tensor([0.1, 0.2, 0.3, 0.4]))])
+def test_settings_that_make_no_activation_run_as_written_without_a_warning(lows):
+    original = Bounds().eval()
+    wanted = original(X, lows)
+    model = convert(original, example_input=X)
+    sources = [unit.source.name for _, unit in gated_activations(model)]
+    assert sources == ["relu", "threshold"]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert torch.equal(model(X, lows), wanted)
+
+
+class OwnTensor(torch.Tensor):
+    def relu(self):
+        return torch.Tensor.relu(self) + 1
+
+    def own(self):
+        return self * 2
+
+
+class Methods(Parts):
+    def forward(self, x, kind=torch.Tensor, name="relu"):
+        function = getattr(self.linear(x).as_subclass(kind), name)
+        return function() - 0.1
+
+
+@pytest.mark.parametrize("name", ["relu", "own"])
+@pytest.mark.filterwarnings("ignore:OwnTensor.relu is called where another function was")
+def test_a_method_of_a_subclass_of_tensor_is_its_own(name):
+    original = Methods().eval()
+    wanted = original(X, OwnTensor, name)
+    model = convert(original, example_input=X)
+    assert torch.equal(model(X, OwnTensor, name), wanted)
+    assert model(X).grad_fn is not None

@@ -17,6 +17,7 @@ from transfer_surgery._sharding import check_not_sharded
 from transfer_surgery.files.gates_file import insert_modules, plan_for, state_key
 from transfer_surgery.files.model_file import build_model, load_weights, make_model, spec_in
 from transfer_surgery.files.model_spec import ModelSpec
+from transfer_surgery.files.precision import FIELD, precision_of_buffers
 from transfer_surgery.files.safetensors_file import read, write
 from transfer_surgery.files.unit_config import (
     Config,
@@ -99,7 +100,8 @@ def save_baked(
         baked = bake(copied(model, shared), harden)
     report = None if fold is None else fold_targets(baked, fold)
     tensors = {plain_path(key): value for key, value in baked.state_dict().items()}
-    write(Path(file), "baked", {"made_by": made_by.to_dict(), "sites": sites}, tensors)
+    about = {FIELD: precision_of_buffers(baked), "sites": sites}
+    write(Path(file), "baked", {"made_by": made_by.to_dict(), **about}, tensors)
     return report
 
 
@@ -174,7 +176,7 @@ def _build_baked(
     insert_modules(model, plan, plain)
     _drop_folded(model, tensors)
     drop_folded_sites(model)
-    load_weights(model, tensors, file, take_precision=True)
+    load_weights(model, tensors, file, about)
     return model
 
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from transfer_surgery._arguments import check_arguments
 from transfer_surgery.files.gates_file import insert_gates, units_of
 from transfer_surgery.files.model_spec import ModelSpec, UnknownModelError
+from transfer_surgery.files.precision import FIELD, precision_of_buffers, take_precision
 from transfer_surgery.files.safetensors_file import read, write
 from transfer_surgery.files.unit_config import configs_of, plain_path, sites_and_tensors, unwrap
 from transfer_surgery.units import check_gates_not_flattened
@@ -56,7 +57,8 @@ def save_model(
     check_gates_not_flattened(units_of(model))
     spec = spec_in(file, read(file, "model")[0]) if made_by is None else made_by
     tensors = {plain_path(key): value for key, value in model.state_dict().items()}
-    write(file, "model", {"made_by": spec.to_dict(), "sites": configs_of(model)}, tensors)
+    about = {FIELD: precision_of_buffers(model), "sites": configs_of(model)}
+    write(file, "model", {"made_by": spec.to_dict(), **about}, tensors)
 
 
 def load_model(file: str | os.PathLike[str]) -> nn.Module:
@@ -87,7 +89,7 @@ def build_model(
     """The converted model of a file whose content was read; see `load_model`."""
     sites, gates, weights = sites_and_tensors(file, about, tensors)
     model = make_model(file, spec)
-    load_weights(model, weights, file, take_precision=True)
+    load_weights(model, weights, file, about)
     return insert_gates(model, file, sites, gates, spec.example_input(model))
 
 
@@ -116,7 +118,10 @@ def spec_in(file: Path, about: Mapping[str, Any]) -> ModelSpec:
 
 
 def load_weights(
-    model: nn.Module, tensors: Mapping[str, Tensor], file: Path, *, take_precision: bool = False
+    model: nn.Module,
+    tensors: Mapping[str, Tensor],
+    file: Path,
+    about: Mapping[str, Any] | None = None,
 ) -> None:
     """Load a state dict strictly; floating-point numbers may have another precision.
 
@@ -124,7 +129,8 @@ def load_weights(
         model: the model.
         tensors: the state dict.
         file: where it comes from, for messages.
-        take_precision: whether the model gets the precision of the state dict, or keeps its own.
+        about: what the file says about its tensors: the model gets their precision; None: it keeps
+            its own.
 
     Raises:
         ValueError: the message names what is missing, unknown, or of another shape or kind.
@@ -144,10 +150,8 @@ def load_weights(
             f"{file} does not fit this {type(model).__name__} ({len(wrong)} of {len(state)} "
             f"tensors): it was saved from another model, or one with other arguments.\n  {shown}"
         )
-    if take_precision:
-        for key, value in model.state_dict(keep_vars=True).items():
-            if value.is_floating_point():
-                value.data = value.data.to(tensors[key].dtype)
+    if about is not None:
+        take_precision(model, tensors, about, file)
     try:
         model.load_state_dict(tensors)
     except RuntimeError as error:  # sparse ones, or ones without values

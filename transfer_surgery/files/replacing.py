@@ -57,7 +57,7 @@ def replace_file(file: Path, write: Callable[[Path], object]) -> None:
 
     Raises:
         OSError: the file cannot be written, as on a full disk, or one that goes beside it exists
-            already while the file does not. All is then as it was, and there are no new folders.
+            already while the file is not there or empty. All is then as it was, and there are no new folders.
     """
     made: list[Path] = []
     try:
@@ -67,13 +67,18 @@ def replace_file(file: Path, write: Callable[[Path], object]) -> None:
         with tempfile.TemporaryDirectory(prefix=".", dir=file.parent) as folder:
             write(Path(folder, file.name))
             # A file beside it, whose name is longer, comes first: the file itself refers to it.
-            for written in sorted(Path(folder).iterdir(), reverse=True):
-                place = file.with_name(written.name)
-                if place.exists() and not file.exists():
-                    raise FileExistsError(
-                        f"{place} goes beside it and exists. It is not replaced: choose another "
-                        "file."
-                    )
+            places = {
+                file.with_name(written.name): written
+                for written in sorted(Path(folder).iterdir(), reverse=True)
+            }
+            if not (file.exists() and file.stat().st_size):  # else they are the old file's
+                for place in places.keys() - {file}:
+                    if place.exists():
+                        raise FileExistsError(
+                            f"{place} goes beside it and exists. It is not replaced: choose "
+                            "another file."
+                        )
+            for place, written in places.items():
                 _replace(place, written)
         _sync(file.parent, os.O_RDONLY)  # the new name is on the disk only once its folder is
     except Exception as error:  # torch and safetensors have errors of their own for a full disk

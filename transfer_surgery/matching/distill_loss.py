@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from transfer_surgery._running import kl_divergence, log_probabilities
+from transfer_surgery._tensors import map_tensors
 from transfer_surgery.matching.output_errors import OutputErrors, output_tensors, paired_tensors
 
 Loss = Callable[[Any, Any], Tensor]
@@ -73,6 +74,13 @@ def _number_of(loss: Loss, now: Any, wanted: Any) -> Tensor:
         raise TypeError(
             f"the function given as loss= returns a {type(found).__name__}{shape}: let it return a "
             "tensor with one floating-point number, such as a mean."
+        )
+    learns: list[bool] = []
+    map_tensors(lambda x: learns.append(x.requires_grad), now)
+    if torch.is_grad_enabled() and any(learns) and not found.requires_grad:
+        raise TypeError(
+            "the number that the function given as loss= returns has no gradient: compute it from "
+            "the first output by operations of torch, without item(), numpy or detach()."
         )
     return found.reshape(())
 

@@ -173,6 +173,7 @@ def distill(
         graphs: AbstractContextManager[Any] = nullcontext()
 
         def backward(batch: Any, wanted: Any) -> Tensor:
+            optimizer.zero_grad()
             with polynomials_bounded(units), graphs:
                 found = compare(call_model(model, map_tensors(copied, batch)), wanted)
                 inside = ours.error(theirs) + _RANGE_WEIGHT * ranges.penalty()
@@ -185,11 +186,10 @@ def distill(
                 batch = varied(to_device_of(model, batch), strength, _VARIED)
                 optimizer.param_groups[0]["lr"] = lr * _rate(step / steps)
                 wanted = teach(teacher, batch)
-                optimizer.zero_grad()
                 try:
                     found = backward(batch, wanted)
-                except RuntimeError:
-                    if step > 1:
+                except RuntimeError as error:
+                    if step > 1 or isinstance(error, torch.OutOfMemoryError):
                         raise
                     # Forces, say, whose graph the network keeps in training mode alone.
                     graphs = GraphsKept()

@@ -43,12 +43,8 @@ class OnePass:
     Attributes:
         networks: both networks.
         paths: of the sites that are fitted.
-        weights: as in `match_targets`.
+        weights, max_bytes, logits, progress, offset: as in `match_targets`.
         refit: whether layers are refitted, too.
-        max_bytes: as in `match_targets`.
-        logits: as in `match_targets`.
-        progress: as in `match_targets`.
-        offset: as in `match_targets`.
         refitted: gets the layers behind a site, with the reason where one was left alone.
         held: bytes that the waiting forward passes held at most, by the look at the first batch.
         waited: number of batches whose forward passes waited.
@@ -85,7 +81,8 @@ class OnePass:
         behind = order[first:]
         self.refitted |= {m: left[m] for m in behind if m in left}
         calls = {m: seen.calls[m] for m in behind if m not in left}
-        norms = {m: norm for m, norm in seen.norms.items() if not _is_frozen(norm)}
+        trained = {n for n in seen.norms.values() if all(p.requires_grad for p in n.parameters())}
+        norms = {m: norm for m, norm in seen.norms.items() if norm in trained}
         fits = {
             m: LayerFit(m, offset=m in norms) for m in calls if not isinstance(m, GatedActivation)
         }
@@ -107,7 +104,7 @@ class OnePass:
             tell(len(calls), "")
         # List what the first batch did not come to.
         return rows + [
-            replace(_row(self.paths[unit], unit), values=0 if unit in missed else None)
+            replace(_row(self.paths[unit], unit), values=0 if on_any_rank(unit in missed) else None)
             for unit in unseen
         ]
 
@@ -221,10 +218,6 @@ def _refit(both: SideBySide, layer: nn.Module, fit: LayerFit, norm: nn.Module | 
         assert isinstance(mean, Tensor)
         both.assign(norm, {"running_mean": mean - found.pop("bias")})
     both.assign(layer, found)
-
-
-def _is_frozen(norm: nn.Module) -> bool:
-    return not all(parameter.requires_grad for parameter in norm.parameters())
 
 
 def _row(

@@ -97,9 +97,10 @@ def _is_held_elsewhere(model: nn.Module) -> bool:
     ]
     places = Counter(map(id, parts))
     listed = Counter(map(id, modules))
-    # Each is held by its places, by both lists, by the loop, and by the call.
+    # Each is held by its places and by both lists. Python counts the loop and the call, or does not.
+    (usual,) = (sys.getrefcount(one) - 1 for one in [object()])
     return any(
-        sys.getrefcount(part) > 2 * places[id(part)] + listed[id(part)] + 2
+        sys.getrefcount(part) > 2 * places[id(part)] + listed[id(part)] + usual
         for part in parts
         if not isinstance(part, GatedActivation)
     )

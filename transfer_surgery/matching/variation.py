@@ -5,8 +5,8 @@ the mean and the deviation of each element over the batch, an example ``x`` beco
 
     mean + r * (x + u * (x' - x) - mean) + n * deviation * noise
 
-where ``u``, ``r`` and ``n`` are drawn for each example. Each channel of images is stretched and
-shifted once more, as under another light. What is the same in all examples stays.
+where ``u``, ``r`` and ``n`` are drawn for each example. Each channel of images, which is axis 1, is
+stretched and shifted once more, as under another light. What is the same in all examples stays.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ def varied(batch: Any, strength: float, share: float = 1.0) -> Any:
             each = most.expand(rows, x.shape[1], *[1] * (x.dim() - 2))
             shift = deviation.mean(tuple(range(1, x.dim() - 1)), keepdim=True)
             mixed = mixed * (1 + _LIGHT * each * (2 * torch.rand_like(each) - 1))
-            mixed = mixed + _LIGHT * each * shift * torch.randn_like(each)
+            mixed = mixed + _LIGHT * each * shift * torch.randn_like(each) * (deviation > 0)
         return mean + mixed
 
     return map_tensors(vary, batch)

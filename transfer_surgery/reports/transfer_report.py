@@ -143,7 +143,7 @@ def report(model: nn.Module | Mapping[str, GatedActivation], *, by: str = "site"
     found = gated_activations(model) if isinstance(model, nn.Module) else model.items()
     units = list(found)
     if not units:
-        raise ValueError("there are no units in the mapping, and so nothing to report.")
+        raise ValueError("the mapping has no units: give the units of a converted model.")
     with torch.no_grad():
         statistics = [_statistics(unit) for _, unit in units]
         # A model may be spread over several devices: gather on one of them first.

@@ -53,7 +53,7 @@ class ActivationExpression(RunningExpression):
         if (inputs := self._fixed_inputs(call)) is not None:
             return End(self.function, self.position, inputs)
         if call.written is None:
-            raise NoRouteError("it is in a module of this package")
+            raise NoRouteError("it is called in the code of transfer_surgery itself")
         name = call.written.name
         carrier = self._carrier_of(lambda value: registered_name(without_partials(value)) == name)
         position, is_method = Position.of(carrier), self._is_method(carrier)

@@ -5,8 +5,8 @@ from __future__ import annotations
 import contextlib
 import functools
 import warnings
-from collections.abc import Callable, Sequence
-from types import FunctionType, MethodType, SimpleNamespace
+from collections.abc import Callable, Mapping, Sequence
+from types import BuiltinMethodType, FunctionType, MethodType, SimpleNamespace
 from typing import Any
 
 import torch
@@ -16,6 +16,7 @@ from transfer_surgery.activations import (
     Activation,
     argument_names,
     get_activation,
+    recognise,
     registered_name,
 )
 from transfer_surgery.sites.copies import UneditableError, copy_in_wrappers, find_functions
@@ -106,11 +107,11 @@ def make_choice(
             setattr(kept, names[function][1], copy)
         return names[function]
 
-    def choose(value: Any, *given: Any) -> Any:
-        if not torch.compiler.is_compiling() and isinstance(
-            getattr(value, "__self__", None), Tensor
-        ):
-            value = functools.partial(getattr(Tensor, value.__name__), value.__self__)
+    def choose(value: Any, /, *given: Any) -> Any:
+        if isinstance(value, BuiltinMethodType) and not torch.compiler.is_compiling():
+            method = getattr(Tensor, value.__name__, None)
+            if isinstance(value.__self__, Tensor) and method is not None:
+                value = functools.partial(method, value.__self__)
         if isinstance(value, functools.partial):
             return functools.partial(choose(value.func, *given), *value.args, **value.keywords)
         function: Any = value
@@ -118,7 +119,7 @@ def make_choice(
         if isinstance(value, MethodType):
             function, first = value.__func__, (value.__self__,)
         elif not isinstance(value, FunctionType):
-            function, first = type(value).__call__, (value,)
+            function, first = getattr(type(value), "__call__", None), (value,)  # noqa: B004
         if isinstance(function, FunctionType) and function is not nn.Module.__call__:
             number, copy = 0, None
             if not torch.compiler.is_compiling():
@@ -130,7 +131,7 @@ def make_choice(
                 return functools.partial(copy, *first, **given[number])
         return functools.partial(call, value, given[len(swaps) :])
 
-    def call(value: Any, units: Any, *args: Any, **kwargs: Any) -> Any:
+    def call(value: Any, units: Any, /, *args: Any, **kwargs: Any) -> Any:
         is_users = isinstance(value, nn.Module) or getattr(value, "__closure__", None)
         name, known = (None, ()) if is_users else _read(value)
         how = "" if name in (None, "clamp") else "in a branch that did not run"
@@ -145,8 +146,10 @@ def make_choice(
                 given.pop("inplace", None)
                 inputs = tuple(given.pop(one, None) for one in ("input", *default.operands))
                 named = {}
-                if tuple((dict(default.parameters) | given).items()) != what.parameters:
-                    how = "with other settings than"
+                if not _are_equal(dict(default.parameters) | given, what.parameters):
+                    # Other settings may mean no activation, as a clamp at one bound does.
+                    if not torch.compiler.is_compiling() and recognise(value, args, kwargs):
+                        how = "with other settings than"
                     continue
             else:
                 continue
@@ -168,6 +171,14 @@ def make_choice(
 def _read(function: Any) -> tuple[str | None, tuple[str, ...]]:
     """The activation that a torch function may mean, and the names of its arguments."""
     return registered_name(function), ("input", *argument_names(function))
+
+
+def _are_equal(given: Mapping[str, Any], wanted: Sequence[tuple[str, Any]]) -> bool:
+    """Whether settings are those of an activation, which are no tensors."""
+    return len(given) == len(wanted) and all(
+        not isinstance(given.get(name), Tensor) and name in given and given[name] == value
+        for name, value in wanted
+    )
 
 
 def missed(value: Any, text: str, stacklevel: int = 2) -> Any:

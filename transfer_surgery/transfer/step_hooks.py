@@ -142,7 +142,7 @@ class StepHooks:
         if any(id(unit) not in known for unit in present):
             raise RuntimeError(
                 "the model was converted again since this optimizer was wrapped, and its new gates "
-                "would never move: make a new optimizer and call wrap_optimizer on it."
+                "would never move. Make a new optimizer and call wrap_optimizer on it."
             )
         self.there = now
         if not present:
@@ -156,8 +156,8 @@ class StepHooks:
             warnings.warn(
                 f"the gates at {', '.join(out[:3])}{', ...' if len(out) > 3 else ''} have been "
                 "taken out of their network since this optimizer was wrapped. If the network was "
-                "converted again, make a new optimizer and call wrap_optimizer on it: the new "
-                "gates would never move.",
+                "converted again, make a new optimizer and call wrap_optimizer on it; otherwise "
+                "the new gates never move.",
                 stacklevel=user_stacklevel(),
             )
 
