@@ -1,4 +1,4 @@
-"""The precision of a model in a file: that of its tensors, and of the buffers that it leaves out."""
+"""The precision of a model in a file: of its tensors, and of the buffers that it leaves out."""
 
 from __future__ import annotations
 

@@ -57,7 +57,8 @@ def replace_file(file: Path, write: Callable[[Path], object]) -> None:
 
     Raises:
         OSError: the file cannot be written, as on a full disk, or one that goes beside it exists
-            already while the file is not there or empty. All is then as it was, and there are no new folders.
+            already while the file is not there or empty. All is then as it was, and there are no
+            new folders.
     """
     made: list[Path] = []
     try:

@@ -97,7 +97,7 @@ def _is_held_elsewhere(model: nn.Module) -> bool:
     ]
     places = Counter(map(id, parts))
     listed = Counter(map(id, modules))
-    # Each is held by its places and by both lists. Python counts the loop and the call, or does not.
+    # Each is held by its places and by both lists; some Pythons count the loop and the call.
     (usual,) = (sys.getrefcount(one) - 1 for one in [object()])
     return any(
         sys.getrefcount(part) > 2 * places[id(part)] + listed[id(part)] + usual
