@@ -102,11 +102,17 @@ class Overwriting(nn.Module):
         self.activation = activation
 
     def forward(self, input: Tensor) -> Tensor:
-        return input.copy_(self.activation(input.clone()))
+        return input.copy_(self.activation(_copied(input)))
 
 
 class OverwritingOfOperands(Overwriting):
     """The same at a site that passes further tensors."""
 
     def forward(self, input: Tensor, *operands: Tensor) -> Tensor:
-        return input.copy_(self.activation(input.clone(), *operands))
+        return input.copy_(self.activation(_copied(input), *operands))
+
+
+def _copied(x: Tensor) -> Tensor:
+    # As `copy_with_strides` of the unit, without a decision that no tracer could follow: what is
+    # overwritten is not expanded.
+    return x.new_empty_strided(x.size(), x.stride()).copy_(x)

@@ -15,6 +15,7 @@ from transfer_surgery.units.gates import Gate
 from transfer_surgery.units.granularity import Granularity, PerLayer
 from transfer_surgery.units.kernels import gated
 from transfer_surgery.units.recompute import with_remakes
+from transfer_surgery.units.strided_copy import copy_with_strides
 
 
 class GatedActivation(nn.Module):
@@ -138,7 +139,8 @@ class GatedActivation(nn.Module):
         self._check_size(x)
         copied = self.overwrites_input or self.input_changes
         z = self.gate(x.shape[0] if x.dim() else 1)
-        y = self._gated(x.clone() if copied else x, operands[: len(self.source.operands)], z)
+        given = copy_with_strides(x) if copied else x
+        y = self._gated(given, operands[: len(self.source.operands)], z)
         return x.copy_(y) if self.overwrites_input else y
 
     def _gated(self, x: Tensor, operands: tuple[Tensor, ...], z: Tensor) -> Tensor:
