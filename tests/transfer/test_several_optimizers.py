@@ -97,7 +97,7 @@ def test_a_model_that_was_converted_again_needs_a_new_optimizer(how: dict[str, A
     optimizer = wrap_optimizer(SGD(model.parameters(), lr=0.1), model, **how)
     revert(model)
     convert(model, "snake", example_input=X)
-    with pytest.raises(RuntimeError, match=r"converted again .* make a new optimizer and call"):
+    with pytest.raises(RuntimeError, match=r"converted again .* Make a new optimizer and call"):
         optimizer.step()
     again = wrap_optimizer(SGD(model.parameters(), lr=0.1), model, transfer=SCHEDULE)
     for step in range(10):
