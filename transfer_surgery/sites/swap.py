@@ -132,7 +132,10 @@ def make_choice(
         return functools.partial(call, value, given[len(swaps) :])
 
     def call(value: Any, units: Any, /, *args: Any, **kwargs: Any) -> Any:
-        is_users = isinstance(value, nn.Module) or getattr(value, "__closure__", None)
+        # Not by __closure__: torch.compile can call no function whose cells were looked at.
+        is_users = isinstance(value, nn.Module) or (
+            isinstance(value, FunctionType) and value.__code__.co_freevars
+        )
         name, known = (None, ()) if is_users else _read(value)
         how = "" if name in (None, "clamp") else "in a branch that did not run"
         for (what, several), default, unit in zip(ends, defaults, units, strict=True):
