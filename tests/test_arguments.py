@@ -13,7 +13,7 @@ from torch import nn
 
 import transfer_surgery
 from transfer_surgery import HardConcrete, ModelSpec, PerChannel, TransferSchedule
-from transfer_surgery._arguments import check_arguments
+from transfer_surgery._messages import check_arguments
 from transfer_surgery.units import GateSettings, as_patterns
 
 # `structural_risk` is called at each step, and `get_activation` says which names it knows.

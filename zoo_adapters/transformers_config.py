@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from transfer_surgery._stacklevel import user_stacklevel
+from transfer_surgery._messages import user_stacklevel
 
 
 def follow_activations(model: nn.Module) -> None:

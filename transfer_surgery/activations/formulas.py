@@ -9,7 +9,7 @@ import ast
 import functools
 from typing import Any, NamedTuple
 
-from transfer_surgery._arguments import check_arguments
+from transfer_surgery._messages import check_arguments
 from transfer_surgery.activations.expressions import SYMBOLS, names_in, parse, parts_of
 from transfer_surgery.activations.recognition import is_same
 from transfer_surgery.activations.registry import Activation, get_activation

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from transfer_surgery._arguments import check_arguments
+from transfer_surgery._messages import check_arguments
 from transfer_surgery.activations.expressions import function_of, names_in, parse
 
 Value = Callable[..., Tensor]

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from transfer_surgery._arguments import check_arguments
+from transfer_surgery._messages import check_arguments
 from transfer_surgery._running import copied
 from transfer_surgery._sharding import check_not_sharded
 from transfer_surgery.files.gates_file import insert_modules, plan_for, state_key

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 from torch.utils import _pytree as pytree
 
-from transfer_surgery._arguments import check_arguments
+from transfer_surgery._messages import check_arguments
 from transfer_surgery._running import prediction_mode, to_device_of
 from transfer_surgery.files.polynomial_graph import check_polynomial
 from transfer_surgery.files.replacing import check_replaceable, replace_file

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from transfer_surgery._arguments import check_arguments
+from transfer_surgery._messages import check_arguments
 from transfer_surgery._sharding import shard_like
 from transfer_surgery.files.safetensors_file import read, write
 from transfer_surgery.files.unit_config import (

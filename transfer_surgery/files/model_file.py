@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from transfer_surgery._arguments import check_arguments
+from transfer_surgery._messages import check_arguments
 from transfer_surgery.files.gates_file import insert_gates, units_of
 from transfer_surgery.files.model_spec import ModelSpec, UnknownModelError
 from transfer_surgery.files.precision import FIELD, precision_of_buffers, take_precision

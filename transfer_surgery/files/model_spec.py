@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from transfer_surgery._arguments import check_arguments
+from transfer_surgery._messages import check_arguments
 from transfer_surgery.sites import find_example_input
 
 _MOST = 2**28  # numbers in one example; a file may claim any number

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from transfer_surgery._arguments import check_arguments
+from transfer_surgery._messages import check_arguments
 from transfer_surgery.files.replacing import check_replaceable, replace_file
 from transfer_surgery.surgery import check_no_gates
 from transfer_surgery.units import FittedActivation, Polynomial

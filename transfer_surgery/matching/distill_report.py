@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterable, Mapping
 
-from transfer_surgery._stacklevel import user_stacklevel
+from transfer_surgery._messages import user_stacklevel
 
 SMALL = 0.01
 """A relative squared error, or a divergence, that is as good as none."""

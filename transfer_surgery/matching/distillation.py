@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from transfer_surgery._arguments import check_arguments
+from transfer_surgery._messages import check_arguments
 from transfer_surgery._running import call_model, to_device_of
 from transfer_surgery._tensors import map_tensors
 from transfer_surgery.matching.distill_loss import Loss, loss_function

@@ -14,7 +14,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from transfer_surgery._arguments import check_arguments
+from transfer_surgery._messages import check_arguments
 from transfer_surgery._running import as_batches, prediction_mode
 from transfer_surgery._sharding import check_not_sharded
 from transfer_surgery.matching.match_report import MatchReport, warn_of_poor_fits

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from transfer_surgery._stacklevel import user_stacklevel
+from transfer_surgery._messages import user_stacklevel
 from transfer_surgery._table import Column, Table
 from transfer_surgery.matching.output_errors import error_cell
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import nn
 
-from transfer_surgery._arguments import check_arguments
+from transfer_surgery._messages import check_arguments
 from transfer_surgery._running import as_batches, prediction_mode
 from transfer_surgery._sharding import check_not_sharded
 from transfer_surgery._table import Column, Table

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from transfer_surgery._arguments import check_arguments
+from transfer_surgery._messages import check_arguments
 from transfer_surgery._sharding import check_not_sharded
 from transfer_surgery.matching.relu_budget import choose_kept
 from transfer_surgery.transfer import move_to_ends, project

@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from transfer_surgery._arguments import check_arguments
+from transfer_surgery._messages import check_arguments
 from transfer_surgery._running import as_batches, copied
 from transfer_surgery.activations import Activation, activation_module, get_target
 from transfer_surgery.matching.distill_loss import Loss, loss_function

@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import nn
 
-from transfer_surgery._arguments import check_arguments
+from transfer_surgery._messages import check_arguments
 from transfer_surgery.sites.caller import check_edits
 from transfer_surgery.sites.examine import observe
 from transfer_surgery.sites.observation import Observation

@@ -8,7 +8,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from transfer_surgery._arguments import check_arguments
+from transfer_surgery._messages import check_arguments
 from transfer_surgery._sharding import check_not_sharded
 from transfer_surgery.activations import activation_module
 from transfer_surgery.sites import describe_baked

@@ -9,9 +9,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from transfer_surgery._arguments import check_arguments
+from transfer_surgery._messages import check_arguments, user_stacklevel
 from transfer_surgery._sharding import check_not_sharded
-from transfer_surgery._stacklevel import user_stacklevel
 from transfer_surgery.activations import Activation, get_target
 from transfer_surgery.sites import Plan, find_activations, prepare_recipes, stages_of
 from transfer_surgery.surgery.checks import check_model, check_plan

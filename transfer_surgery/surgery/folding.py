@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from transfer_surgery._arguments import check_arguments
+from transfer_surgery._messages import check_arguments
 from transfer_surgery._running import call_model, predict, prediction_mode, to_device_of
 from transfer_surgery.surgery.baked_modules import (
     IgnoringOperands,

@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import Tensor
 
-from transfer_surgery._stacklevel import user_stacklevel
+from transfer_surgery._messages import user_stacklevel
 from transfer_surgery.transfer.projection import project
 from transfer_surgery.transfer.risk import add_risk_gradient, risk_of
 from transfer_surgery.transfer.schedule import TransferSchedule, groups_in_order, split_in_order

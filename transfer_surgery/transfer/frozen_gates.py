@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from transfer_surgery._messages import user_stacklevel
 from transfer_surgery._sharding import gathered
-from transfer_surgery._stacklevel import user_stacklevel
 from transfer_surgery.units import GatedActivation
 
 _WINDOW = 200

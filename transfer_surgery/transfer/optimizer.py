@@ -14,7 +14,7 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from transfer_surgery._arguments import check_arguments
+from transfer_surgery._messages import check_arguments
 from transfer_surgery.transfer.checks import check_optimizer, check_settings, check_training
 from transfer_surgery.transfer.controllers import Projection, Risk
 from transfer_surgery.transfer.param_groups import PAUSED, add_gates_to_optimizer, gates_group

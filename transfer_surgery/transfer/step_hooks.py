@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from transfer_surgery._messages import user_stacklevel
 from transfer_surgery._sharding import any_rank, is_fsdp, local, reshard
-from transfer_surgery._stacklevel import user_stacklevel
 from transfer_surgery.transfer.controllers import Projection, Risk
 from transfer_surgery.transfer.frozen_gates import FrozenWatch
 from transfer_surgery.transfer.nonfinite import FiniteWatch

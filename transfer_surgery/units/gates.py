@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from transfer_surgery._arguments import check_arguments
+from transfer_surgery._messages import check_arguments
 from transfer_surgery._sharding import gathered
 from transfer_surgery.units.float32 import Float32Module
 from transfer_surgery.units.kernels import values_readable

@@ -14,7 +14,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-from transfer_surgery._stacklevel import user_stacklevel
+from transfer_surgery._messages import user_stacklevel
 from transfer_surgery.units.kernels import is_transformed
 
 _REMEMBERED = 4096

@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
-from transfer_surgery._arguments import check_arguments
+from transfer_surgery._messages import check_arguments
 
 
 @dataclass(frozen=True)

@@ -1,14 +1,19 @@
-"""An argument of a wrong type is an error that names it, before anything is done with it."""
+"""What the caller of a public function is told: which argument is wrong, and the line of a warning.
+
+An argument of a wrong type is an error that names it, before anything is done with it.
+"""
 
 from __future__ import annotations
 
 import functools
 import reprlib
+import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from numbers import Integral, Real
 from types import NoneType, UnionType
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
+_NOT_THE_USERS = ("torch", "transfer_surgery", "zoo_adapters")
 _CLASSES: dict[Any, Any] = {float: Real, int: Integral, None: NoneType}
 
 
@@ -74,3 +79,19 @@ def _fits(value: Any, hint: Any) -> bool:
         return hint is Any or isinstance(value, _CLASSES.get(hint, origin or hint))
     except TypeError:  # no class, but a TypeVar for example
         return True
+
+
+def user_stacklevel() -> int:
+    """The ``stacklevel`` of ``warnings.warn`` that points outside of torch and of this library.
+
+    It is not a constant: schedulers, compilers and decorators add frames around a step. From Python
+    3.12 on ``skip_file_prefixes`` does this.
+    """
+    level, frame = 1, sys._getframe(1)
+    while frame.f_back is not None and _package(frame.f_globals) in _NOT_THE_USERS:
+        level, frame = level + 1, frame.f_back
+    return level
+
+
+def _package(names: dict[str, object]) -> str:
+    return str(names.get("__name__", "")).partition(".")[0]
