@@ -113,7 +113,8 @@ class SumFollower(TorchFunctionMode):
             summand = self._at_sum(chain, other)
             result = _step(func, args, kwargs, place)(summand)
             # A sum in place is also there for who holds the tensor that it is written into.
-            return chain.summand.copy_(result) if result is summand else result
+            in_place = result is summand and summand is not chain.summand
+            return chain.summand.copy_(result) if in_place else result
         result = func(*args, **kwargs)
         if isinstance(result, Tensor) and result is not chain.summand:
             chain.steps.append(_step(func, args, kwargs, place))

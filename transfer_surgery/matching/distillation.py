@@ -21,7 +21,14 @@ from transfer_surgery.matching.distill_report import (
     warn_of_no_gain,
     warn_of_overflow,
 )
-from transfer_surgery.matching.held_out import Asked, Examination, copied, hold_out, repeated, teach
+from transfer_surgery.matching.held_out import (
+    Asked,
+    Examination,
+    detached_copy,
+    hold_out,
+    repeated,
+    teach,
+)
 from transfer_surgery.matching.layer_outputs import LayerOutputs, layers_to_compare
 from transfer_surgery.matching.polynomial_range import FittedRanges, polynomials_bounded
 from transfer_surgery.matching.progress import Shown, progress_line
@@ -102,9 +109,8 @@ def distill(
             linear layers and convolutions; an empty list: none.
         variation: how much half of the floating inputs are mixed with others of their batch,
             stretched, and made noisy: from 0 to 1. Channels of images (four axes or more) also get
-            another light each. It is halved until the teacher's outputs look as
-            those for the given inputs. Use 0 where there are many inputs, or where you augment
-            them.
+            another light each. It is halved until the teacher's outputs look as those for the given
+            inputs. Use 0 where there are many inputs, or where you augment them.
         progress: whether to show a line with the remaining time, or a function that gets each
             ``Progress``.
 
@@ -175,7 +181,7 @@ def distill(
         def backward(batch: Any, wanted: Any) -> Tensor:
             optimizer.zero_grad()
             with polynomials_bounded(units), graphs:
-                found = compare(call_model(model, map_tensors(copied, batch)), wanted)
+                found = compare(call_model(model, map_tensors(detached_copy, batch)), wanted)
                 inside = ours.error(theirs) + _RANGE_WEIGHT * ranges.penalty()
                 found = found + weight * inside.to(found)
                 found.backward()  # type: ignore[no-untyped-call]

@@ -78,11 +78,11 @@ def teach(network: nn.Module, batch: Any) -> Any:
     since some networks write into them.
     """
     with torch.enable_grad():
-        output = call_model(network, map_tensors(copied, batch))
+        output = call_model(network, map_tensors(detached_copy, batch))
     return map_tensors(Tensor.detach, output)
 
 
-def copied(tensor: Tensor) -> Tensor:
+def detached_copy(tensor: Tensor) -> Tensor:
     """A copy that does not know where it comes from."""
     return tensor.detach().clone()
 
@@ -142,7 +142,7 @@ class Examination:
             self._model.eval()
             for asked in (*self._given, *self._further):
                 with torch.enable_grad():
-                    now = call_model(self._model, map_tensors(copied, asked.batch))
+                    now = call_model(self._model, map_tensors(detached_copy, asked.batch))
                 loss = self._loss(now, asked.output).detach().item()
                 losses.append(loss if math.isfinite(loss) else math.inf)
                 if len(losses) <= len(self._given):
