@@ -34,7 +34,7 @@ from cifar_resnet import trained_resnet
 from transfer_surgery import GatedActivation, distill
 from transfer_surgery.cli.finetuning.images import MemoryLoader, Unlabelled, load_cifar10
 from transfer_surgery.cli.finetuning.training import Machine, predict
-from transfer_surgery.matching import distillation
+from transfer_surgery.matching.distilling import distillation
 from transfer_surgery.units.kernels import formula
 
 HELD_OUT = 1_000

@@ -22,7 +22,7 @@ from transfer_surgery import (
     wrap_optimizer,
 )
 from transfer_surgery.cli.finetuning.images import ImageData, Unlabelled
-from transfer_surgery.matching.distill_loss import softened_divergence
+from transfer_surgery.matching.distilling.distill_loss import softened_divergence
 
 STAGES = ("layer1", "layer2", "layer3")
 

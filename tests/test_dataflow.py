@@ -2,7 +2,7 @@
 
 from torch import nn
 
-from transfer_surgery.matching.refit_rules import layers_to_refit
+from transfer_surgery.matching.refit.refit_rules import layers_to_refit
 from transfer_surgery.surgery import sharing_parameters
 
 

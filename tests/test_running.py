@@ -13,8 +13,8 @@ from torch import nn
 from transfer_surgery import convert, distill, match_targets, sensitivity, swap_targets
 from transfer_surgery._running import log_probabilities, logits_of
 from transfer_surgery._tensors import map_tensors
-from transfer_surgery.matching.site_gradients import site_calls
-from transfer_surgery.matching.two_networks import TwoNetworks
+from transfer_surgery.matching.two_networks.site_gradients import site_calls
+from transfer_surgery.matching.two_networks.two_networks import TwoNetworks
 
 
 @pytest.mark.parametrize(

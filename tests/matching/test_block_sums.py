@@ -10,7 +10,7 @@ from torch import nn
 
 from tests.matching.test_one_pass import refitted
 from transfer_surgery import convert, match_targets, swap_targets
-from transfer_surgery.matching.probe import probe
+from transfer_surgery.matching.two_networks.probe import probe
 
 WIDTH, BATCH = 6, 200
 

@@ -10,7 +10,7 @@ from torch import nn
 
 from tests.helpers.same_bits import assert_same_bits
 from transfer_surgery import DistillWarning, convert, distill, match_targets, swap_targets
-from transfer_surgery.matching.held_out import Examination
+from transfer_surgery.matching.distilling.held_out import Examination
 from transfer_surgery.units import gated_activations
 
 

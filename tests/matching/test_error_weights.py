@@ -8,10 +8,10 @@ from torch import nn
 from transfer_surgery import convert, match_targets, swap_targets
 from transfer_surgery._running import prediction_mode
 from transfer_surgery.matching import samples
-from transfer_surgery.matching.site_gradients import site_calls
-from transfer_surgery.matching.target_families import Sinusoid
-from transfer_surgery.matching.target_fit import Inputs, TargetFit
-from transfer_surgery.matching.two_networks import TwoNetworks
+from transfer_surgery.matching.fitting.target_families import Sinusoid
+from transfer_surgery.matching.fitting.target_fit import Inputs, TargetFit
+from transfer_surgery.matching.two_networks.site_gradients import site_calls
+from transfer_surgery.matching.two_networks.two_networks import TwoNetworks
 from transfer_surgery.units import gated_activations
 
 

@@ -19,7 +19,7 @@ from transfer_surgery import (
     wrap_optimizer,
 )
 from transfer_surgery.matching import samples
-from transfer_surgery.matching.target_fit import TargetFit
+from transfer_surgery.matching.fitting.target_fit import TargetFit
 from transfer_surgery.units import gated_activations
 
 

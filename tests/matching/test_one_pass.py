@@ -11,9 +11,9 @@ from torch import nn
 from tests.helpers.same_bits import assert_same_bits
 from transfer_surgery import convert, match_targets, sensitivity, swap_targets
 from transfer_surgery.matching import samples
-from transfer_surgery.matching.layer_refit import RIDGES
+from transfer_surgery.matching.fitting.target_families import FREQUENCIES
 from transfer_surgery.matching.one_pass import RIDGE
-from transfer_surgery.matching.target_families import FREQUENCIES
+from transfer_surgery.matching.refit.layer_refit import RIDGES
 
 
 def network(depth: int = 3, width: int = 6) -> tuple[nn.Sequential, torch.Tensor]:

@@ -11,8 +11,8 @@ from torch.nn.utils import parametrizations, prune
 
 from transfer_surgery import convert, match_targets
 from transfer_surgery._running import prediction_mode
-from transfer_surgery.matching.layer_refit import RIDGES, LayerFit
-from transfer_surgery.matching.refit_rules import layers_to_refit
+from transfer_surgery.matching.refit.layer_refit import RIDGES, LayerFit
+from transfer_surgery.matching.refit.refit_rules import layers_to_refit
 
 
 def add(fit: LayerFit, x: torch.Tensor, wanted: torch.Tensor) -> None:
@@ -35,7 +35,7 @@ def add(fit: LayerFit, x: torch.Tensor, wanted: torch.Tensor) -> None:
     ],
 )
 def test_refitted_weights_are_those_of_independent_least_squares(layer, shape, wide, monkeypatch):
-    monkeypatch.setattr("transfer_surgery.matching.layer_refit._MATRIX", 0 if wide else 2**20)
+    monkeypatch.setattr("transfer_surgery.matching.refit.layer_refit._MATRIX", 0 if wide else 2**20)
     x = torch.randn(40, *shape)
     changed = torch.sin(x) + 0.3 * x + 0.2
     wanted = layer(x).detach()

@@ -8,8 +8,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from transfer_surgery import bake, convert, match_targets, report, swap_targets
-from transfer_surgery.matching import relu_budget
-from transfer_surgery.matching.relu_budget import choose_kept
+from transfer_surgery.matching.swapping import relu_budget
+from transfer_surgery.matching.swapping.relu_budget import choose_kept
 from transfer_surgery.units import gated_activations
 
 X = torch.randn(400, 2, 6, 6, generator=torch.Generator().manual_seed(1))

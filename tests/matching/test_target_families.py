@@ -10,8 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from transfer_surgery import get_activation
-from transfer_surgery.matching.target_families import Sinusoid, family_of
-from transfer_surgery.matching.target_fit import Inputs, TargetFit
+from transfer_surgery.matching.fitting.target_families import Sinusoid, family_of
+from transfer_surgery.matching.fitting.target_fit import Inputs, TargetFit
 from transfer_surgery.units import fitted_value
 
 GRID = (0.4, 0.6, 0.8, 1.0, 1.3)

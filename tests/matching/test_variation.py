@@ -3,8 +3,8 @@
 import torch
 from torch import nn
 
-from transfer_surgery.matching.held_out import Asked, hold_out, teach
-from transfer_surgery.matching.variation import bearable_variation, varied
+from transfer_surgery.matching.distilling.held_out import Asked, hold_out, teach
+from transfer_surgery.matching.distilling.variation import bearable_variation, varied
 
 
 def test_what_is_the_same_in_all_examples_and_masks_and_integers_stay():

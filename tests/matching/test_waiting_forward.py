@@ -13,8 +13,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.helpers.same_bits import assert_same_bits
 from transfer_surgery import convert, match_targets
-from transfer_surgery.matching.thread_state import ThreadState
-from transfer_surgery.matching.waiting_forward import WaitingForward
+from transfer_surgery.matching.two_networks.thread_state import ThreadState
+from transfer_surgery.matching.two_networks.waiting_forward import WaitingForward
 
 
 class Functions(TorchFunctionMode):

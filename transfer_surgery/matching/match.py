@@ -17,11 +17,11 @@ from torch.nn.parallel import DistributedDataParallel
 from transfer_surgery._messages import check_arguments
 from transfer_surgery._running import as_batches, prediction_mode
 from transfer_surgery._sharding import check_not_sharded
+from transfer_surgery.matching.fitting.target_families import Searched, family_of
 from transfer_surgery.matching.match_report import MatchReport, warn_of_poor_fits
 from transfer_surgery.matching.one_pass import OnePass
 from transfer_surgery.matching.progress import Shown
-from transfer_surgery.matching.target_families import Searched, family_of
-from transfer_surgery.matching.two_networks import TwoNetworks
+from transfer_surgery.matching.two_networks.two_networks import TwoNetworks
 from transfer_surgery.units import GatedActivation, select_units
 
 

@@ -10,13 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from transfer_surgery._running import device_of, hooked
-from transfer_surgery.matching.fitted_range import share_outside
-from transfer_surgery.matching.forward_state import ForwardState
-from transfer_surgery.matching.layer_refit import LayerFit
+from transfer_surgery.matching.fitting.fitted_range import share_outside
+from transfer_surgery.matching.fitting.target_families import family_of
+from transfer_surgery.matching.fitting.target_fit import Inputs, Solution, TargetFit
 from transfer_surgery.matching.match_report import MatchRow
-from transfer_surgery.matching.memory import batches_that_wait
 from transfer_surgery.matching.output_check import OutputCheck
-from transfer_surgery.matching.probe import Probe, probe
 from transfer_surgery.matching.progress import Shown, progress_line
 from transfer_surgery.matching.ranks import (
     check_the_same,
@@ -24,12 +22,14 @@ from transfer_surgery.matching.ranks import (
     number_of_ranks,
     on_any_rank,
 )
-from transfer_surgery.matching.refit_rules import layers_to_refit
+from transfer_surgery.matching.refit.layer_refit import LayerFit
+from transfer_surgery.matching.refit.refit_rules import layers_to_refit
 from transfer_surgery.matching.samples import Samples
-from transfer_surgery.matching.side_by_side import SideBySide
-from transfer_surgery.matching.target_families import family_of
-from transfer_surgery.matching.target_fit import Inputs, Solution, TargetFit
-from transfer_surgery.matching.two_networks import TwoNetworks
+from transfer_surgery.matching.two_networks.forward_state import ForwardState
+from transfer_surgery.matching.two_networks.memory import batches_that_wait
+from transfer_surgery.matching.two_networks.probe import Probe, probe
+from transfer_surgery.matching.two_networks.side_by_side import SideBySide
+from transfer_surgery.matching.two_networks.two_networks import TwoNetworks
 from transfer_surgery.units import GatedActivation
 
 RIDGE = 1e-4

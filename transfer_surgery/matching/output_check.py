@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
 
-from transfer_surgery.matching.forward_state import ForwardState
 from transfer_surgery.matching.output_errors import OutputChange, output_tensors
-from transfer_surgery.matching.two_networks import TwoNetworks
+from transfer_surgery.matching.two_networks.forward_state import ForwardState
+from transfer_surgery.matching.two_networks.two_networks import TwoNetworks
 from transfer_surgery.units import GatedActivation
 
 _PASSES = 0.5  # forward passes of all batches: so much time all checks take together

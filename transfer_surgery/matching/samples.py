@@ -10,14 +10,14 @@ import torch
 from torch import Tensor, nn
 
 from transfer_surgery._tensors import map_tensors
-from transfer_surgery.matching.calls import Call
-from transfer_surgery.matching.layer_refit import LayerFit
+from transfer_surgery.matching.fitting.sample import Positions, ends_of_groups, sampled_groups
 from transfer_surgery.matching.ranks import over_ranks
-from transfer_surgery.matching.sample import Positions, ends_of_groups, sampled_groups
-from transfer_surgery.matching.side_by_side import SideBySide
-from transfer_surgery.matching.site_gradients import site_calls
-from transfer_surgery.matching.sum_map import SumMap
-from transfer_surgery.matching.two_networks import TwoNetworks
+from transfer_surgery.matching.refit.layer_refit import LayerFit
+from transfer_surgery.matching.refit.sum_map import SumMap
+from transfer_surgery.matching.two_networks.calls import Call
+from transfer_surgery.matching.two_networks.side_by_side import SideBySide
+from transfer_surgery.matching.two_networks.site_gradients import site_calls
+from transfer_surgery.matching.two_networks.two_networks import TwoNetworks
 from transfer_surgery.units import GatedActivation
 
 VALUES = 2**13

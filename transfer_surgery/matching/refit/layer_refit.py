@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from transfer_surgery.matching.linear_maps import LinearMap
-from transfer_surgery.matching.normal_equations import NormalEquations, solve_few_rows
+from transfer_surgery.matching.fitting.normal_equations import NormalEquations, solve_few_rows
+from transfer_surgery.matching.refit.linear_maps import LinearMap
 
 RIDGES = (1e-2, 1e-1, 1.0)
 """What may pull refitted weights to the original ones, as a share of the inputs' mean square."""

@@ -11,9 +11,9 @@ from collections import Counter
 
 from torch import nn
 
-from transfer_surgery.matching.layer_refit import LayerFit
-from transfer_surgery.matching.linear_maps import LAYERS
 from transfer_surgery.matching.ranks import number_of_ranks
+from transfer_surgery.matching.refit.layer_refit import LayerFit
+from transfer_surgery.matching.refit.linear_maps import LAYERS
 from transfer_surgery.surgery import sharing_parameters, why_not_plain
 from transfer_surgery.units import GatedActivation
 

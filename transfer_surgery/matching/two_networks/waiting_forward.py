@@ -6,7 +6,7 @@ import threading
 from collections.abc import Callable
 from typing import Any
 
-from transfer_surgery.matching.thread_state import ThreadState
+from transfer_surgery.matching.two_networks.thread_state import ThreadState
 
 
 class WaitingForward:

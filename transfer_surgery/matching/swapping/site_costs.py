@@ -14,9 +14,9 @@ from transfer_surgery._messages import check_arguments
 from transfer_surgery._running import as_batches, prediction_mode
 from transfer_surgery._sharding import check_not_sharded
 from transfer_surgery._table import Column, Table
-from transfer_surgery.matching.forward_state import ForwardState
 from transfer_surgery.matching.output_errors import OutputChange, error_cell
-from transfer_surgery.matching.two_networks import TwoNetworks
+from transfer_surgery.matching.two_networks.forward_state import ForwardState
+from transfer_surgery.matching.two_networks.two_networks import TwoNetworks
 from transfer_surgery.units import select_units
 
 

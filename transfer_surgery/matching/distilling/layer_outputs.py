@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from transfer_surgery._running import hooked, logits_of
-from transfer_surgery.matching.linear_maps import LAYERS
+from transfer_surgery.matching.refit.linear_maps import LAYERS
 
 
 def layers_to_compare(

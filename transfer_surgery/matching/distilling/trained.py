@@ -12,7 +12,7 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from transfer_surgery._running import modes_kept
-from transfer_surgery.matching.polynomial_range import polynomials
+from transfer_surgery.matching.distilling.polynomial_range import polynomials
 from transfer_surgery.units import GatedActivation
 
 TRAINED = ("all", "targets")

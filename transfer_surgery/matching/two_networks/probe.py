@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from transfer_surgery._dataflow import OutsideReads, norms_behind
-from transfer_surgery.matching.block_sums import SumSearch
+from transfer_surgery.matching.two_networks.block_sums import SumSearch
 
 
 @dataclass(frozen=True)

@@ -12,9 +12,9 @@ from torch import nn
 
 from transfer_surgery._running import copied
 from transfer_surgery.matching.match_report import MatchWarning
-from transfer_surgery.matching.site_costs import sensitivity
-from transfer_surgery.matching.stage_comparison import StageComparison
-from transfer_surgery.matching.swap import swap_targets
+from transfer_surgery.matching.swapping.site_costs import sensitivity
+from transfer_surgery.matching.swapping.stage_comparison import StageComparison
+from transfer_surgery.matching.swapping.swap import swap_targets
 from transfer_surgery.units import gated_activations
 
 _COST_BATCHES = 2  # that tell what each site costs: it takes a run per site and batch

@@ -16,12 +16,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from transfer_surgery.matching.block_sums import Chain, SumFollower
-from transfer_surgery.matching.calls import Call, Look, Sum
-from transfer_surgery.matching.forward_state import ForwardState
-from transfer_surgery.matching.thread_state import ThreadState
-from transfer_surgery.matching.two_networks import GateOfTwo, TwoNetworks
-from transfer_surgery.matching.waiting_forward import WaitingForward
+from transfer_surgery.matching.two_networks.block_sums import Chain, SumFollower
+from transfer_surgery.matching.two_networks.calls import Call, Look, Sum
+from transfer_surgery.matching.two_networks.forward_state import ForwardState
+from transfer_surgery.matching.two_networks.thread_state import ThreadState
+from transfer_surgery.matching.two_networks.two_networks import GateOfTwo, TwoNetworks
+from transfer_surgery.matching.two_networks.waiting_forward import WaitingForward
 from transfer_surgery.units import Gate, GatedActivation
 
 

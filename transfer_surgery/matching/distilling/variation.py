@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from transfer_surgery._tensors import map_tensors
-from transfer_surgery.matching.held_out import Asked, teach
+from transfer_surgery.matching.distilling.held_out import Asked, teach
 from transfer_surgery.matching.output_errors import OutputErrors
 
 _RANGE = 0.7  # r is at most so far from 1

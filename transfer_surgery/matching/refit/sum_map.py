@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from transfer_surgery.matching.block_sums import Chain
-from transfer_surgery.matching.linear_maps import LinearMap
-from transfer_surgery.matching.sample import Positions
+from transfer_surgery.matching.fitting.sample import Positions
+from transfer_surgery.matching.refit.linear_maps import LinearMap
+from transfer_surgery.matching.two_networks.block_sums import Chain
 
 _DIGITS = 2**12  # numbers below it stay whole numbers in float32, also with a factor
 _TOLERANCE = 1e-2  # of what the steps make of real outputs

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from transfer_surgery._running import hooked
-from transfer_surgery.matching.held_out import Examination
+from transfer_surgery.matching.distilling.held_out import Examination
 from transfer_surgery.units import GatedActivation, TargetParameters
 
 _NAMED = 5

@@ -10,7 +10,7 @@ from torch import nn
 
 from transfer_surgery._messages import check_arguments
 from transfer_surgery._sharding import check_not_sharded
-from transfer_surgery.matching.relu_budget import choose_kept
+from transfer_surgery.matching.swapping.relu_budget import choose_kept
 from transfer_surgery.transfer import move_to_ends, project
 from transfer_surgery.units import select_units
 

@@ -18,7 +18,7 @@ from torch import Tensor
 from transfer_surgery.activations import Activation, degree_of
 
 if TYPE_CHECKING:
-    from transfer_surgery.matching.target_fit import Inputs
+    from transfer_surgery.matching.fitting.target_fit import Inputs
 
 FREQUENCIES = (0.2, 0.3, 0.4, 0.5, 0.6, 0.8, 1.0, 1.3)
 """Frequencies of sinusoids to try: ``w`` times the standard deviation of the input."""

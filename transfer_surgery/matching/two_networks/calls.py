@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
-from transfer_surgery.matching.block_sums import Chain
+from transfer_surgery.matching.two_networks.block_sums import Chain
 
 
 class Sum(NamedTuple):

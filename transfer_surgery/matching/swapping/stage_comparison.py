@@ -22,8 +22,8 @@ from transfer_surgery._running import (
 )
 from transfer_surgery.matching.output_check import example_count
 from transfer_surgery.matching.output_errors import OutputChange
-from transfer_surgery.matching.swap_report import SwapStage
-from transfer_surgery.matching.two_networks import TwoNetworks
+from transfer_surgery.matching.swapping.swap_report import SwapStage
+from transfer_surgery.matching.two_networks.two_networks import TwoNetworks
 
 
 class StageComparison:

@@ -16,14 +16,14 @@ from torch import Tensor, nn
 from transfer_surgery._messages import check_arguments
 from transfer_surgery._running import as_batches, copied
 from transfer_surgery.activations import Activation, activation_module, get_target
-from transfer_surgery.matching.distill_loss import Loss, loss_function
-from transfer_surgery.matching.distillation import check_settings, distill
+from transfer_surgery.matching.distilling.distill_loss import Loss, loss_function
+from transfer_surgery.matching.distilling.distillation import check_settings, distill
 from transfer_surgery.matching.match import match_targets
 from transfer_surgery.matching.progress import Shown
-from transfer_surgery.matching.source_budget import SourceBudget
-from transfer_surgery.matching.stage_comparison import StageComparison
-from transfer_surgery.matching.swap import swap_targets
-from transfer_surgery.matching.swap_report import SwapReport, why_numbers_stay
+from transfer_surgery.matching.swapping.source_budget import SourceBudget
+from transfer_surgery.matching.swapping.stage_comparison import StageComparison
+from transfer_surgery.matching.swapping.swap import swap_targets
+from transfer_surgery.matching.swapping.swap_report import SwapReport, why_numbers_stay
 from transfer_surgery.sites import Plan, find_activations
 from transfer_surgery.surgery import (
     FoldReport,

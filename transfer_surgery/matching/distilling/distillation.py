@@ -13,15 +13,15 @@ from torch import Tensor, nn
 from transfer_surgery._messages import check_arguments
 from transfer_surgery._running import call_model, to_device_of
 from transfer_surgery._tensors import map_tensors
-from transfer_surgery.matching.distill_loss import Loss, loss_function
-from transfer_surgery.matching.distill_report import (
+from transfer_surgery.matching.distilling.distill_loss import Loss, loss_function
+from transfer_surgery.matching.distilling.distill_report import (
     SMALL,
     DistillReport,
     overflow_remains,
     warn_of_no_gain,
     warn_of_overflow,
 )
-from transfer_surgery.matching.held_out import (
+from transfer_surgery.matching.distilling.held_out import (
     Asked,
     Examination,
     detached_copy,
@@ -29,16 +29,16 @@ from transfer_surgery.matching.held_out import (
     repeated,
     teach,
 )
-from transfer_surgery.matching.layer_outputs import LayerOutputs, layers_to_compare
-from transfer_surgery.matching.polynomial_range import FittedRanges, polynomials_bounded
-from transfer_surgery.matching.progress import Shown, progress_line
-from transfer_surgery.matching.trained import (
+from transfer_surgery.matching.distilling.layer_outputs import LayerOutputs, layers_to_compare
+from transfer_surgery.matching.distilling.polynomial_range import FittedRanges, polynomials_bounded
+from transfer_surgery.matching.distilling.trained import (
     TRAINED,
     GraphsKept,
     ready_to_learn,
     trained_parameters,
 )
-from transfer_surgery.matching.variation import bearable_variation, varied
+from transfer_surgery.matching.distilling.variation import bearable_variation, varied
+from transfer_surgery.matching.progress import Shown, progress_line
 from transfer_surgery.units import gated_activations
 
 _KL_WEIGHT = 4.0  # of the layers' errors beside a divergence, as in the study of ResNets

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from transfer_surgery._running import as_batches, prediction_mode
-from transfer_surgery.matching.site_gradients import site_calls
-from transfer_surgery.matching.two_networks import TwoNetworks
+from transfer_surgery.matching.two_networks.site_gradients import site_calls
+from transfer_surgery.matching.two_networks.two_networks import TwoNetworks
 from transfer_surgery.units import GatedActivation, fitted_value
 
 

@@ -9,9 +9,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from transfer_surgery.matching.normal_equations import NormalEquations
+from transfer_surgery.matching.fitting.normal_equations import NormalEquations
+from transfer_surgery.matching.fitting.target_families import Candidate, Family
 from transfer_surgery.matching.ranks import over_ranks
-from transfer_surgery.matching.target_families import Candidate, Family
 
 _CHUNK = 2**17
 """Elements of a feature that are worked on at a time, so that all made of them is in the cache."""

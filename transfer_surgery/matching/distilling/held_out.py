@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from transfer_surgery._running import call_model, modes_kept
 from transfer_surgery._tensors import map_tensors
-from transfer_surgery.matching.distill_loss import Loss
+from transfer_surgery.matching.distilling.distill_loss import Loss
 from transfer_surgery.matching.output_errors import OutputErrors
 
 _SHARE = 8  # of so many batches of a list one is held out

@@ -1,0 +1,1 @@
+"""`distill`: the original network teaches the converted one, without labels."""

@@ -1,0 +1,1 @@
+"""New weights of the layers behind swapped sites, by least squares."""
