@@ -26,6 +26,7 @@ from transfer_surgery import (
     pause_transfer,
     resume_transfer,
     structural_risk,
+    swap_targets,
     wrap_optimizer,
 )
 from transfer_surgery.units import gated_activations
@@ -117,6 +118,27 @@ def test_a_schedule_that_begins_anew_on_transferred_gates_says_so_once() -> None
             with pytest.warns(TransferRestartedWarning, match=message):
                 plain(other, again, False, 0)
         plain(other, again, False, 1)
+
+
+@pytest.mark.parametrize("kind", ["hard_concrete", "line"])
+def test_a_swap_that_the_schedule_undoes_is_reported_and_can_be_kept(kind: str) -> None:
+    model = gated_mlp(kind, width=20)
+    schedule = TransferSchedule(10, start=0, order="front_to_back")
+    optimizer = wrap_optimizer(SGD(model.parameters(), lr=0.1), model, transfer=schedule)
+    plain(model, optimizer, False, 0)
+    swap_targets(model, include="3")  # the site whose turn comes last
+    with pytest.warns(TransferRestartedWarning, match=r"gates at 3, .* step 2, .* for good, "):
+        plain(model, optimizer, False, 0)
+    assert (model[3].gate.predict() == 1).all()
+    if kind == "hard_concrete":
+        model[3].log_alpha.requires_grad_(False)
+        swap_targets(model, include="3")
+    for step in range(7):  # pytest makes a warning an error
+        plain(model, optimizer, False, step)
+        if kind == "hard_concrete":
+            assert (model[3].gate.predict() == 0).all()
+    swap_targets(model)  # at the end nothing is undone
+    optimizer.step()
 
 
 @pytest.mark.parametrize("scheduler", [False, True])

@@ -7,6 +7,7 @@ from transfer_surgery.transfer.param_groups import STEP
 from transfer_surgery.transfer.projection import move_to_ends, project
 from transfer_surgery.transfer.risk import structural_risk
 from transfer_surgery.transfer.schedule import TransferSchedule
+from transfer_surgery.transfer.wrapped_optimizers import tell_schedules
 
 __all__ = [
     "STEP",
@@ -19,5 +20,6 @@ __all__ = [
     "project",
     "resume_transfer",
     "structural_risk",
+    "tell_schedules",
     "wrap_optimizer",
 ]

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from transfer_surgery._messages import user_stacklevel
@@ -89,6 +90,8 @@ class Projection:
         self.begun = False
         self.end_reported = False
         self.last: list[float] = []
+        self.swapped: set[GatedActivation] = set()
+        """Units whose gates `swap_targets` moved since the last step."""
 
     def follow(self, step: int, skipped: Tensor | None) -> None:
         """Move the gates to the budget of a step.
@@ -102,7 +105,11 @@ class Projection:
             if not self.begun:
                 self._warn_if_restarted(step, self.schedule.fraction * progress)
                 self.begun = True
+            swapped = {unit: unit.gate.predict() for unit in self.swapped}
             self._project(progress, skipped)
+            if swapped and not (skipped is not None and bool(skipped)):
+                self.swapped.clear()
+                self._warn_if_undone(step, swapped)
         if step > self.schedule.total_steps and not self.end_reported:
             self.end_reported = True
             self._warn_of_the_end(step)
@@ -133,6 +140,22 @@ class Projection:
                 "continue an earlier training, load its optimizer's state after wrap_optimizer: "
                 "the state holds the number of the step. To keep those gates where they are, set "
                 "requires_grad=False on their log_alpha.",
+                TransferRestartedWarning,
+                stacklevel=user_stacklevel(),
+            )
+
+    def _warn_if_undone(self, step: int, swapped: Mapping[GatedActivation, Tensor]) -> None:
+        """Warn where a step moved gates that `swap_targets` had moved before it."""
+        moved = [u for u, before in swapped.items() if not torch.equal(u.gate.predict(), before)]
+        if moved:
+            paths = sorted(unit.path for unit in moved)
+            warnings.warn(
+                f"swap_targets moved the gates at {', '.join(paths[:3])}"
+                f"{', ...' if len(paths) > 3 else ''}, and the TransferSchedule of the optimizer "
+                f"has moved them to what it asks for at step {step}, which is "
+                f"{1 - self.schedule.budget(step):.0%} of the gates transferred. To swap them for good, set requires_grad=False on their "
+                "log_alpha and call swap_targets again; gates without a log_alpha need a new "
+                "optimizer, wrapped without transfer=.",
                 TransferRestartedWarning,
                 stacklevel=user_stacklevel(),
             )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+from collections.abc import Iterable
 from weakref import WeakKeyDictionary
 
 from torch.optim import Optimizer
@@ -53,3 +54,11 @@ def earlier_hooks(optimizer: Optimizer, sites: dict[str, GatedActivation]) -> li
                 "trains."
             )
     return [hooks for _, hooks in moving()]
+
+
+def tell_schedules(units: Iterable[GatedActivation]) -> None:
+    """Let schedules know that these gates were moved at once: a step that undoes it will warn."""
+    told = set(units)
+    for hooks in WRAPPED.values():
+        if hooks.projection is not None and not hooks.is_retired:
+            hooks.projection.swapped |= told.intersection(hooks.units.values())

@@ -11,7 +11,7 @@ from torch import nn
 from transfer_surgery._messages import check_arguments
 from transfer_surgery._sharding import check_not_sharded
 from transfer_surgery.matching.swapping.relu_budget import choose_kept
-from transfer_surgery.transfer import move_to_ends, project
+from transfer_surgery.transfer import move_to_ends, project, tell_schedules
 from transfer_surgery.units import select_units
 
 
@@ -27,7 +27,8 @@ def swap_targets(
     """Transfer gates at once; a `TransferSchedule` moves them gradually instead.
 
     With plain targets this breaks a trained network. After `match_targets` it is the start of
-    distillation or training.
+    distillation or training. In the middle of a `TransferSchedule` the next step of the optimizer
+    moves the gates to the schedule's budget again, and warns.
 
     Args:
         model: a converted model.
@@ -71,10 +72,12 @@ def swap_targets(
             )
         for unit, kept in choose_kept(model, units, batches, keep).items():
             move_to_ends(unit.gate, kept.to(unit.log_alpha.device))
+        tell_schedules(units.values())
         return model
     for unit in units.values():
         if unit.gate.learned:
             project([unit.gate], 1.0)
         else:
             unit.gate.progress.fill_(1.0)
+    tell_schedules(units.values())
     return model
