@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 from torch.utils.hooks import RemovableHandle
 
+from transfer_surgery._randomness import RandomnessKept
 from transfer_surgery._tensors import map_tensors
 
 
@@ -68,12 +69,12 @@ def kl_divergence(now: Tensor, wanted: Tensor) -> Tensor:
 
 @contextmanager
 def prediction_mode(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode without gradients; then every module is in the mode in which it was.
+    """Evaluation mode without gradients; then modes and random streams are as they were.
 
     Tensors that are made are ordinary ones also in `torch.inference_mode`, and compiled modules run
     as written: compiled code may leave out hooks.
     """
-    with modes_kept(model):
+    with modes_kept(model), RandomnessKept():
         model.eval()
         with torch.compiler.set_stance("force_eager"), torch.inference_mode(False), torch.no_grad():
             yield

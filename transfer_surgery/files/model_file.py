@@ -10,6 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from transfer_surgery._messages import check_arguments
+from transfer_surgery._randomness import RandomnessKept
 from transfer_surgery.files.gates_file import insert_gates, units_of
 from transfer_surgery.files.model_spec import ModelSpec, UnknownModelError
 from transfer_surgery.files.precision import FIELD, precision_of_buffers, take_precision
@@ -94,13 +95,14 @@ def build_model(
 
 
 def make_model(file: Path, spec: ModelSpec) -> nn.Module:
-    """The model before its conversion.
+    """The model before its conversion. Its random weights are written over: they draw no numbers.
 
     Raises:
         ValueError: there is no such code any more, or it fails on the arguments in the file.
     """
     try:
-        return spec.build()
+        with RandomnessKept():
+            return spec.build()
     except (UnknownModelError, RuntimeError) as error:
         raise ValueError(f"{file}: {error}") from error
 

@@ -91,8 +91,9 @@ def _inputs(model: nn.Module, unit: GatedActivation, batches: Iterable[Any]) -> 
     def keep(unit: nn.Module, args: tuple[Any, ...]) -> None:
         seen.append(args[0].detach().float().flatten().cpu().clone())
 
+    found = as_batches(batches, model)
     with hooked(unit.register_forward_pre_hook(keep)), prediction_mode(model):
-        for batch in as_batches(batches, model):
+        for batch in found:
             predict(model, batch)
     values = torch.cat(seen) if seen else torch.zeros(0)
     values = values[:: math.ceil(len(values) / 20_000) or 1].sort().values

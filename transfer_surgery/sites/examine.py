@@ -63,7 +63,7 @@ def _run(model: nn.Module, arguments: Any, mode: str) -> Observation | Exception
         try:
             probe = probe_copy(model, fake, hooks).train(mode == "train")
             args, kwargs = fake_arguments(arguments, fake, double)
-            with undisturbed(fake is not None):
+            with undisturbed():
                 return Observer(probe).run(args, kwargs, fake, gradients)
         except Uncopyable:
             raise

@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import copy
 import logging
-import random
 import warnings
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping
@@ -25,6 +24,7 @@ from torch.nn.modules import module as torch_module
 from torch.nn.utils.rnn import PackedSequence
 from torch.utils import _pytree as pytree
 
+from transfer_surgery._randomness import RandomnessKept
 from transfer_surgery.sites.copies import copy_function
 
 _HOOKS = {name for name, value in vars(nn.Module()).items() if isinstance(value, OrderedDict)}
@@ -199,27 +199,16 @@ def trying() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def undisturbed(is_fake: bool = True) -> Iterator[None]:
-    """Examine in silence: random streams stay, global hooks and warnings wait for real runs.
-
-    Args:
-        is_fake: whether all tensors are fake; torch's random generators then are not used.
-    """
-    state = random.getstate()
+def undisturbed() -> Iterator[None]:
+    """Examine in silence: random streams stay, global hooks and warnings wait for real runs."""
     hooks = {name: getattr(torch_module, name) for name in _GLOBAL_HOOKS}
     held = {name: table.copy() for name, table in hooks.items() if table}
     try:
         for name in held:
             hooks[name].clear()
-        devices = range(torch.cuda.device_count())
-        with (
-            trying(),
-            contextlib.nullcontext() if is_fake else torch.random.fork_rng(devices=devices),
-            warnings.catch_warnings(),
-        ):
+        with trying(), RandomnessKept(), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield
     finally:
         for name, table in held.items():
             hooks[name].update(table)
-        random.setstate(state)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from transfer_surgery._messages import check_arguments
+from transfer_surgery._randomness import RandomnessKept
 from transfer_surgery._running import call_model, to_device_of
 from transfer_surgery._tensors import map_tensors
 from transfer_surgery.matching.distilling.distill_loss import Loss, loss_function
@@ -156,7 +157,7 @@ def distill(
     batches, looked_at = hold_out(batches)
     looked_at = [to_device_of(model, batch) for batch in looked_at]
 
-    with ready_to_learn(model, teacher, trained):
+    with ready_to_learn(model, teacher, trained), RandomnessKept() as kept:
         # Ask the teacher about the held-out batches.
         given = [Asked(batch, teach(teacher, batch)) for batch in looked_at]
         weight = _KL_WEIGHT if loss == "kl" else 1.0
@@ -188,7 +189,7 @@ def distill(
             return found.detach()
 
         with ours.watched(), theirs.watched(), ranges.watched(), show as tell:
-            for step, batch in enumerate(repeated(batches, steps), 1):
+            for step, batch in enumerate(kept.outside(repeated(batches, steps)), 1):
                 batch = varied(to_device_of(model, batch), strength, _VARIED)
                 optimizer.param_groups[0]["lr"] = lr * _rate(step / steps)
                 wanted = teach(teacher, batch)

@@ -6,17 +6,18 @@ afterwards the model is to be as it was.
 
 from __future__ import annotations
 
-import random
-import sys
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
+from itertools import starmap
 from types import FunctionType, MethodType, ModuleType
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+
+from transfer_surgery._randomness import random_streams
 
 _MISSING = object()
 _MOST = 200_000  # objects that are looked at
@@ -58,7 +59,7 @@ class ForwardState:
     def watch(self) -> Iterator[None]:
         """Find out what a forward pass changes; then put it back, also after an error."""
         before = [(found, _copy(found)) for found in _reachable(self._model)]
-        streams = [(stream, stream.read()) for stream in _random_streams()]
+        streams = [(stream, stream.read()) for stream in starmap(_Place, random_streams())]
         try:
             yield
         finally:
@@ -82,16 +83,6 @@ class ForwardState:
     def _write(self, values: list[Any]) -> None:
         for place, value in zip(self._places, values, strict=True):
             place.write(value)
-
-
-def _random_streams() -> Iterator[_Place]:
-    yield _Place(torch.get_rng_state, torch.set_rng_state)
-    yield _Place(random.getstate, random.setstate)
-    if "numpy" in sys.modules:
-        numpy = sys.modules["numpy"].random
-        yield _Place(numpy.get_state, numpy.set_state)
-    if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
-        yield _Place(torch.cuda.get_rng_state_all, torch.cuda.set_rng_state_all)
 
 
 def _reachable(model: nn.Module) -> Iterator[Any]:
