@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from torch.backends import cuda, cudnn, mha
 
 import transfer_surgery as ts
-from transfer_surgery.units import compiler_error
 from transfer_surgery.reports import plot_activation, plot_gates
+from transfer_surgery.units import compiler_error
 
 X = torch.randn(64, 4, generator=torch.Generator().manual_seed(1))
 

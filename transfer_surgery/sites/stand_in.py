@@ -17,7 +17,6 @@ from contextvars import ContextVar
 from types import CellType, FunctionType, MethodType
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.modules import module as torch_module

@@ -153,9 +153,10 @@ class Projection:
                 f"swap_targets moved the gates at {', '.join(paths[:3])}"
                 f"{', ...' if len(paths) > 3 else ''}, and the TransferSchedule of the optimizer "
                 f"has moved them to what it asks for at step {step}, which is "
-                f"{1 - self.schedule.budget(step):.0%} of the gates transferred. To swap them for good, set requires_grad=False on their "
-                "log_alpha and call swap_targets again; gates without a log_alpha need a new "
-                "optimizer, wrapped without transfer=.",
+                f"{1 - self.schedule.budget(step):.0%} of the gates transferred. To swap them for "
+                "good, set requires_grad=False on their log_alpha and call swap_targets again; "
+                "gates without a log_alpha need a new optimizer that is wrapped without "
+                "transfer=.",
                 TransferRestartedWarning,
                 stacklevel=user_stacklevel(),
             )
