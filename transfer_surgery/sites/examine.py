@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import traceback
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils import _pytree as pytree
 
 from transfer_surgery.sites.frames import is_users
 from transfer_surgery.sites.observation import Observation
 from transfer_surgery.sites.observer import Observer
 from transfer_surgery.sites.stand_in import Uncopyable, fake_arguments, probe_copy, undisturbed
+from transfer_surgery.sites.unwatched import Unwatched
 
 
 def observe(
@@ -59,18 +63,53 @@ def _run(model: nn.Module, arguments: Any, mode: str) -> Observation | Exception
     error: Exception | None = None
     yes_no, no_yes = (True, False), (False, True)
     for hooks, gradients, is_fake, double in itertools.product(no_yes, no_yes, yes_no, yes_no):
-        fake = FakeTensorMode(allow_non_fake_inputs=True) if is_fake else None
+        look = partial(_look, model, arguments, mode, hooks, double)
         try:
-            probe = probe_copy(model, fake, hooks).train(mode == "train")
-            args, kwargs = fake_arguments(arguments, fake, double)
-            with undisturbed():
-                return Observer(probe).run(args, kwargs, fake, gradients)
+            found = look(is_fake, gradients)
+            if found.unwatched.has_strangers:
+                found.unwatched = _unwatched(look, is_fake)
+            return found
         except Uncopyable:
             raise
         except Exception as failed:
             error = failed
     assert error is not None
     return error
+
+
+def _look(
+    model: nn.Module,
+    arguments: Any,
+    mode: str,
+    hooks: bool,
+    double: bool,
+    is_fake: bool,
+    gradients: bool,
+    reads_graph: bool = False,
+) -> Observation:
+    """Examine one mode in one way; see `_run`."""
+    fake = FakeTensorMode(allow_non_fake_inputs=True) if is_fake else None
+    probe = probe_copy(model, fake, hooks).train(mode == "train")
+    args, kwargs = fake_arguments(arguments, fake, double)
+    if reads_graph:
+        for parameter in filter(Tensor.is_floating_point, probe.parameters()):
+            parameter.requires_grad_()
+        args, kwargs = pytree.tree_map_only(Tensor, _with_gradient, (args, kwargs))
+    with undisturbed():
+        return Observer(probe, reads_graph).run(args, kwargs, fake, gradients)
+
+
+def _with_gradient(x: Tensor) -> Tensor:
+    """No leaf, which could not be written to."""
+    return x.requires_grad_().clone() if x.is_floating_point() else x
+
+
+def _unwatched(look: Callable[..., Observation], is_fake: bool) -> Unwatched:
+    """What ran unseen where values came from nowhere; it takes another run, with gradients."""
+    for again in (is_fake, False):  # fake tensors are not made for several threads at a time
+        with contextlib.suppress(Exception):
+            return look(again, gradients=True, reads_graph=True).unwatched
+    return Unwatched()
 
 
 def _first_line(error: Exception) -> str:

@@ -7,6 +7,7 @@ caller. Nothing of the model is touched and, on fake tensors, nothing is compute
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
@@ -21,7 +22,8 @@ from transfer_surgery.sites.route import Expression, Route
 from transfer_surgery.sites.site import CallerCode, Site
 from transfer_surgery.sites.source import Function
 from transfer_surgery.sites.stand_in import example_arguments
-from transfer_surgery.sites.unseen import unseen_calls
+from transfer_surgery.sites.unseen import unseen_calls, written_calls
+from transfer_surgery.sites.unwatched import Names
 from transfer_surgery.sites.ways import assign_ways, check_intercepted
 from transfer_surgery.sites.zoo import adapt_sites, find_example_input
 
@@ -73,7 +75,8 @@ def _plan(model: nn.Module, observations: dict[str, Observation], failures: list
                 fields["reason"] = f"in training it is another activation ({event.source})"
     walked = set[str]().union(*(one.walked for one in observations.values()))
     assign_ways(model, merged, walked)
-    calls = _caller_codes(observations, merged)
+    seen = _seen_expressions(observations, merged)
+    calls = _caller_codes(observations, merged, seen)
     sites = [
         Site(
             caller=caller,
@@ -87,6 +90,7 @@ def _plan(model: nn.Module, observations: dict[str, Observation], failures: list
     sites = check_intercepted(model, check_edits(model, adapt_sites(model, sites), calls))
     scripted = sorted(set[str]().union(*(one.scripted for one in observations.values())))
     notes = [f"{what or 'the model'} is TorchScript: not examined" for what in scripted]
+    notes += _unwatched(model, observations, seen)
     notes += [
         f"{site.path}: intercepted, because {site.why}"
         for site in sites
@@ -95,16 +99,38 @@ def _plan(model: nn.Module, observations: dict[str, Observation], failures: list
     return Plan(tuple(sites), tuple(failures), tuple(notes), calls)
 
 
-def _caller_codes(
+def _unwatched(
+    model: nn.Module, observations: dict[str, Observation], seen: set[Expression]
+) -> list[str]:
+    """A note on each activation that ran unseen, with the calls that it may be."""
+    counts = Counter[Names]()
+    for observation in observations.values():
+        counts |= observation.unwatched.counts
+    return [
+        f"{' or '.join(names)} ran {count}x where nobody can look, in another thread, TorchScript "
+        f"or compiled code: not converted{written_calls(model, names, seen)}"
+        for names, count in counts.items()
+    ]
+
+
+def _seen_expressions(
     observations: dict[str, Observation], merged: dict[tuple[str, Any], dict[str, Any]]
-) -> dict[str, CallerCode]:
+) -> set[Expression]:
     seen = set[Expression]().union(*(one.expressions for one in observations.values()))
+    routes = (f["route"] for f in merged.values())
+    steps = (step for one in routes if isinstance(one, Route) for step in one.steps)
+    return seen.union(Expression(step.function, step.position) for step in steps)
+
+
+def _caller_codes(
+    observations: dict[str, Observation],
+    merged: dict[tuple[str, Any], dict[str, Any]],
+    seen: set[Expression],
+) -> dict[str, CallerCode]:
     functions: dict[str, set[Function]] = {}
     for (caller, _), f in merged.items():
         if isinstance(f["route"], Route):
-            steps = f["route"].steps
-            seen |= {Expression(step.function, step.position) for step in steps}
-            functions.setdefault(caller, set()).update(step.function for step in steps)
+            functions.setdefault(caller, set()).update(s.function for s in f["route"].steps)
     unseen = {caller: unseen_calls(several, seen) for caller, several in functions.items()}
     callers = dict.fromkeys(caller for one in observations.values() for caller in one.keys)
     return {

@@ -15,6 +15,7 @@ from transfer_surgery.sites.plain import is_plain
 from transfer_surgery.sites.route import Expression, Route
 from transfer_surgery.sites.site import ActivationChild
 from transfer_surgery.sites.tensor_facts import NOT_LIVE, SQUASHING, is_live, origin_of
+from transfer_surgery.sites.unwatched import Unwatched
 
 
 @dataclass
@@ -81,6 +82,7 @@ class Observation:
     """What is TorchScript, where nothing can be seen."""
     walked: set[str] = field(default_factory=set)
     """Callers whose code looks at the table of their children."""
+    unwatched: Unwatched = field(default_factory=Unwatched)
 
     def sites(self) -> list[Event]:
         """The sites in the order of their first calls; callers are complete in another order."""

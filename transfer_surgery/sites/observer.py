@@ -24,14 +24,15 @@ from transfer_surgery.activations import (
     name_of,
 )
 from transfer_surgery.sites.by_hand import BY_HAND, ByHand, is_by_hand, note_soft_cap
-from transfer_surgery.sites.call_location import locate
+from transfer_surgery.sites.call_location import CallKey, locate
 from transfer_surgery.sites.children import Children
 from transfer_surgery.sites.frames import call_frames
 from transfer_surgery.sites.in_place import InPlace
 from transfer_surgery.sites.listed import LISTED_NAMES, listed_call, why_listed
 from transfer_surgery.sites.observation import Event, Frame, Observation
-from transfer_surgery.sites.place import OUTSIDE, UNREGISTERED, place_of
+from transfer_surgery.sites.place import IN_THREAD, OUTSIDE, UNREGISTERED, place_of
 from transfer_surgery.sites.site import ActivationChild
+from transfer_surgery.sites.stacks import Stacks
 from transfer_surgery.sites.tensor_facts import (
     channel_axis,
     follow,
@@ -39,36 +40,43 @@ from transfer_surgery.sites.tensor_facts import (
     is_reduction,
     is_zero,
     mark_constant,
+    mark_live,
     role_of,
     why_not,
 )
 from transfer_surgery.sites.trace import Called, find_route, names_below
 from transfer_surgery.sites.unseen import scripted_functions
+from transfer_surgery.sites.unwatched import Unwatched
 
 
 class Observer(TorchFunctionMode):
-    """Runs a probe and records its activation calls."""
+    """Runs a probe and records its activation calls.
 
-    def __init__(self, probe: nn.Module) -> None:
+    Args:
+        probe: the stand-in of a model.
+        reads_graph: whether to find out what runs unseen, by the graph of a run with gradients.
+    """
+
+    def __init__(self, probe: nn.Module, reads_graph: bool = False) -> None:
         super().__init__()
-        self.probe, self.observation = probe, Observation()
+        self.probe, self.observation = probe, Observation(unwatched=Unwatched(reads_graph))
         self._around = Frame("", probe, None, (), (), {}, is_around=True)
-        self._stack: list[Frame] = []
+        self._stacks = Stacks()
         self._order, self._tracker = itertools.count(), Tracker()
         self._in_place, self._by_hand = InPlace(), ByHand()
         self._paths = {id(module): path for path, module in probe.named_modules()}
         for module in list(probe.modules()):
             if type(vars(module).get("_modules")) is dict:
                 vars(module)["_modules"] = Children(module._modules, partial(self._walk, module))
-            for tensor in pytree.tree_leaves(vars(module)):  # also those it keeps in plain lists
-                if isinstance(tensor, Tensor):
-                    mark_constant(tensor)
+            for tensor in _tensors(vars(module)):  # also those it keeps in plain lists
+                mark_constant(tensor)
             if isinstance(module, torch.jit.ScriptModule):
                 self.observation.scripted.add(self._paths[id(module)])
             else:
                 module.register_forward_pre_hook(self._enter, with_kwargs=True)
                 # Hooks of the model's own run outside of forward: before, and after this one.
-                module.register_forward_hook(self._leave, prepend=True)
+                # What fails is left too: the code around it may go on.
+                module.register_forward_hook(self._leave, prepend=True, always_call=True)
 
     def run(
         self,
@@ -77,8 +85,11 @@ class Observer(TorchFunctionMode):
         fake: FakeTensorMode | None,
         gradients: bool,
     ) -> Observation:
+        for x in _tensors((args, kwargs)):
+            mark_live(x)
         with torch.set_grad_enabled(gradients), fake or contextlib.nullcontext(), self:
             output = self.probe(*args, **kwargs)
+        self.observation.unwatched.note_given(_tensors(output))
         self.observation.add(self._around)
         self._in_place.note_reads(output)
         self.observation.settle_roles(output)
@@ -86,37 +97,45 @@ class Observer(TorchFunctionMode):
 
     def _enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         called_from, called_by = [*locate(), ((), None)][1]
-        if self._stack:
-            self._stack[-1].children += 1
+        if self._stacks.here:
+            self._stacks.here[-1].children += 1
         path = self._paths.get(id(module))
         if path is None:
             return  # a copy that the forward makes
         for name in scripted_functions(module):
             self.observation.scripted.add(f"{path or 'the model'} calls {name}, which")
-        self._stack.append(Frame(path, module, called_by, called_from, args, kwargs))
+        if self._stacks.is_new_thread:
+            self.__enter__()  # type: ignore[no-untyped-call]  # modes are of one thread
+        self._stacks.here.append(Frame(path, module, called_by, called_from, args, kwargs))
 
     def _walk(self, module: nn.Module) -> None:
-        if self._stack and self._stack[-1].module is module:
-            self.observation.walked.add(self._stack[-1].path)
+        if self._stacks.here and self._stacks.here[-1].module is module:
+            self.observation.walked.add(self._stacks.here[-1].path)
 
     def _leave(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         if id(module) not in self._paths:
             return
-        frame = self._stack.pop()
+        frame = self._stacks.here.pop()
+        if self._stacks.is_new_thread:
+            self.__exit__(None, None, None)  # type: ignore[no-untyped-call]
         event = frame.only_activation(output)
-        if self._stack and event is not None and self._is_untouched(event):
+        if self._stacks.callers and event is not None and self._is_untouched(event):
             self._count_as_call(frame, event)
         else:
             self.observation.add(frame)
 
     def _count_as_call(self, frame: Frame, event: Event) -> None:
         """A module that is an activation and nothing else counts as a call of its caller."""
-        caller = self._stack[-1]
+        caller = self._stacks.callers[-1]
         event.caller, event.module, event.kind = caller.path, frame.path, "module"
         self._trace(event, caller.module, (frame.module, names_below(caller.path, frame.path)))
-        if frame.called_by is not caller.module:
+        if not self._stacks.here:
+            event.route, event.why, event.file, event.line = None, IN_THREAD, "", 0
+        elif frame.called_by is not caller.module:
             event.route, event.why = None, UNREGISTERED
-        if event.source.name in LISTED_NAMES:
+        if not self._stacks.here:
+            event.key = CallKey(((frame.path, 0, 0, 0, 0),), 0)
+        elif event.source.name in LISTED_NAMES:
             event.key = caller.draw_listed_key(frame.called_from)
         else:
             event.key = caller.draw_key(frame.called_from, len(frame.keys))
@@ -127,14 +146,16 @@ class Observer(TorchFunctionMode):
         self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
         kwargs = kwargs or {}
+        inputs = _tensors((args, kwargs))
+        self.observation.unwatched.note_given(inputs)
         call, record, match = self._read(func, args, kwargs)
         if call is not None and call.inplace:
             # out of place, so that the input and the output can be told apart
             out = call.activation(call.input, *call.operands)
         else:
             out = func(*args, **kwargs)
-        inputs = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
-        outputs = [leaf for leaf in pytree.tree_leaves(out) if isinstance(leaf, Tensor)]
+        outputs = _tensors(out)
+        self.observation.unwatched.note_made(outputs, call and call.activation.name)
         self._in_place.note_writes(func, inputs)
         for x in inputs:
             known = self._tracker.known(x)
@@ -182,7 +203,7 @@ class Observer(TorchFunctionMode):
         return call if call and isinstance(call.input, Tensor) else None, record, None
 
     def _frame(self) -> Frame:
-        return self._stack[-1] if self._stack else self._around
+        return self._stacks.here[-1] if self._stacks.here else self._around
 
     def _note_by_hand(self, func: Callable[..., Any], record: Record, out: Any) -> None:
         """List a formula that is no known activation; it takes the place of its beginnings."""
@@ -248,3 +269,7 @@ class Observer(TorchFunctionMode):
         """Whether the result of an activation has not been changed in place since."""
         record = self._tracker.known(event.output)
         return event.source.name in LISTED_NAMES or (record is not None and record.event is event)
+
+
+def _tensors(tree: Any) -> list[Tensor]:
+    return [leaf for leaf in pytree.tree_leaves(tree) if isinstance(leaf, Tensor)]

@@ -16,6 +16,7 @@ UNREGISTERED = (
     "the module that calls it is not registered in the model; keep it in an nn.ModuleList or "
     "nn.ModuleDict"
 )
+IN_THREAD = "a thread that forward starts begins with it; let the thread call a module around it"
 
 
 class Place(NamedTuple):

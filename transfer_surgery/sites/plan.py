@@ -12,6 +12,12 @@ from transfer_surgery.activations import Activation, get_activation
 from transfer_surgery.sites.site import ROLES, CallerCode, Site
 from transfer_surgery.units import select
 
+_NO_CALLS = (
+    "The forward pass called no known activation. @register_activation(name) makes yours known by "
+    "its values; with calls=, also a function of another library; register_formula(name, text) one "
+    "with learned tensors."
+)
+
 
 @dataclass(frozen=True, repr=False)
 class Plan(Table[Site]):
@@ -119,11 +125,7 @@ class Plan(Table[Site]):
 
     def _why_nothing(self, roles: tuple[str, ...]) -> str:
         if not self.rows:
-            return (
-                "The forward pass called no known activation. @register_activation(name) makes "
-                "yours known by its values; with calls=, also a function of another library; "
-                "register_formula(name, text) one with learned tensors."
-            )
+            return "\n".join([*self.notes, _NO_CALLS])
         return f"Asked for roles={roles}; the sites found are:\n{self}"
 
 

@@ -13,7 +13,6 @@ import logging
 import warnings
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping
-from contextvars import ContextVar
 from types import CellType, FunctionType, MethodType
 from typing import Any
 
@@ -30,9 +29,10 @@ _HOOKS = {name for name, value in vars(nn.Module()).items() if isinstance(value,
 _GLOBAL_HOOKS = ("_global_forward_hooks", "_global_forward_pre_hooks")
 
 
-_examining: ContextVar[bool] = ContextVar("examining", default=False)
-# Fake tensors log what fails on them, with a traceback; here failing is one of several tries.
-logging.getLogger("torch._subclasses.fake_tensor").addFilter(lambda _: not _examining.get())
+_tries: list[None] = []
+# Fake tensors log what fails on them, with a traceback; here failing is one of several tries. The
+# model may run in threads of its own, hence nothing that belongs to one thread.
+logging.getLogger("torch._subclasses.fake_tensor").addFilter(lambda _: not _tries)
 
 
 class Uncopyable(TypeError):  # noqa: N818 - a quality of the model
@@ -190,11 +190,11 @@ def is_packed(value: Any) -> bool:
 @contextlib.contextmanager
 def trying() -> Iterator[None]:
     """What fails on fake tensors in here is not logged: it is one of several tries, or raised."""
-    token = _examining.set(True)
+    _tries.append(None)
     try:
         yield
     finally:
-        _examining.reset(token)
+        _tries.pop()
 
 
 @contextlib.contextmanager

@@ -46,6 +46,11 @@ def mark_live(tensor: Tensor) -> None:
     tensor._ts_live, tensor._ts_zero = True, False  # type: ignore[attr-defined]
 
 
+def is_known(x: Tensor) -> bool:
+    """Whether a tensor was given to the model, or made by a call that was seen."""
+    return hasattr(x, "_ts_live")
+
+
 def is_live(x: Tensor) -> bool:
     """Whether a tensor depends on the model's input; a tensor of unknown origin is an input."""
     return getattr(x, "_ts_live", True)

@@ -6,6 +6,7 @@ import ast
 import itertools
 import sys
 from collections.abc import Collection, Iterable, Mapping
+from pathlib import Path
 from types import FunctionType
 from typing import Any
 
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from transfer_surgery.activations import registered_name
-from transfer_surgery.sites.frames import code_of
+from transfer_surgery.sites.frames import code_of, is_users
 from transfer_surgery.sites.route import Expression
 from transfer_surgery.sites.source import (
     Function,
@@ -46,6 +47,22 @@ def unseen_calls(
     return tuple(found)
 
 
+def written_calls(model: nn.Module, names: Collection[str], seen: Collection[Expression]) -> str:
+    """Where the files of a model's classes have calls of activations that were not seen to run."""
+    classes = dict.fromkeys(cls for m in model.modules() for cls in type(m).__mro__)
+    spaces = [vars(sys.modules.get(cls.__module__, cls)) for cls in classes]
+    values = [value for space in (*spaces, *map(vars, classes)) for value in space.values()]
+    found = {getattr(value, "__func__", value) for value in values if callable(value)}
+    places = set[str]()
+    for function in found:
+        if isinstance(function, FunctionType) and is_users(function.__code__.co_filename):
+            for expression, name in _calls_in(function, seen):
+                if name in names:
+                    file = Path(function.__code__.co_filename).name
+                    places.add(f"{file}:{expression.position.line}")
+    return f" (see {', '.join(sorted(places))})" if places else ""
+
+
 def scripted_functions(module: nn.Module) -> list[str]:
     """TorchScript functions under a name that a module's code uses: nothing sees their calls."""
     forward = getattr(type(module), "forward", None)
@@ -56,11 +73,17 @@ def scripted_functions(module: nn.Module) -> list[str]:
 
 def shows_activation(function: FunctionType) -> bool:
     """Whether the source of a function shows an activation call."""
+    return bool(_calls_in(function, ()))
+
+
+def _calls_in(
+    function: FunctionType, seen: Collection[Expression]
+) -> tuple[tuple[Expression, str], ...]:
     try:
         read = read_function(function.__code__, function.__globals__.get("__name__", ""))
     except NoSourceError:
-        return False
-    return bool(unseen_calls([read], ()))
+        return ()
+    return unseen_calls([read], seen)
 
 
 def _own_argument(function: Function) -> str | None:

@@ -11,7 +11,7 @@ from torch import fx, nn
 
 from transfer_surgery.sites.frames import code_of, is_torch, names_in
 from transfer_surgery.sites.graph import GraphRoute
-from transfer_surgery.sites.place import UNREGISTERED
+from transfer_surgery.sites.place import IN_THREAD, UNREGISTERED
 from transfer_surgery.sites.route import Route
 from transfer_surgery.sites.site import Site
 from transfer_surgery.sites.trace import IN_FUNCTION
@@ -48,7 +48,7 @@ def assign_ways(
         f["path"] = _free_name(model, caller, base, {g.get("path") for g in merged.values()})
         # Copies of graphs keep what is in the graph, and calls of others are not intercepted.
         is_graph = isinstance(model.get_submodule(caller), fx.GraphModule)
-        if f["route"] is None and (is_graph or f["why"] in (UNREGISTERED, IN_FUNCTION)):
+        if f["route"] is None and (is_graph or f["why"] in (IN_THREAD, UNREGISTERED, IN_FUNCTION)):
             f["reason"] = f["reason"] or f["why"]
 
 

@@ -1,0 +1,173 @@
+"""Forwards with threads: modules in them are converted; other activations there are reported."""
+
+import inspect
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from tests.helpers.promises import X, units
+from tests.helpers.same_run import assert_same_runs, converted
+from transfer_surgery import convert, find_activations
+
+
+class Layers(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.one, self.two, self.act = nn.Linear(4, 4), nn.Linear(4, 4), nn.GELU()
+
+    def branch(self, x):
+        return F.relu(self.one(x)).layer_norm()
+
+
+class InAPool(Layers):
+    def branch(self, x):
+        return F.relu(self.one(x))
+
+    def forward(self, x):
+        with ThreadPoolExecutor(2) as pool:
+            one, other = pool.map(self.branch, (x, 2 * x))
+        return F.silu(self.two(one + other))
+
+
+class InAThread(Layers):
+    def branch(self, x, out):
+        out.append(self.one(x).relu())
+
+    def forward(self, x):
+        out = []
+        thread = threading.Thread(target=self.branch, args=(x, out))
+        thread.start()
+        thread.join()
+        return F.silu(self.two(out[0]))
+
+
+class LooksAtValues(InAPool):
+    def forward(self, x):
+        return x if float(x.sum()) > 1e9 else super().forward(x)
+
+
+class WithoutGradients(InAPool):
+    @torch.no_grad()
+    def forward(self, x):
+        return super().forward(x)
+
+
+THREADS = (InAPool, InAThread, LooksAtValues, WithoutGradients)
+
+
+@pytest.mark.parametrize("cls", THREADS, ids=lambda cls: cls.__name__)
+def test_an_activation_in_another_thread_is_reported_with_its_line(cls):
+    plan = find_activations(cls(), X)
+    assert [site.path for site in plan] == ["silu_0"]
+    (note,) = plan.unexamined
+    line = inspect.getsourcelines(cls.branch)[1] + 1
+    assert note.startswith(f"relu ran {1 if cls is InAThread else 2}x")
+    assert f"test_unwatched.py:{line})" in note
+
+
+def test_a_model_whose_activations_all_run_unseen_is_refused_with_the_reason():
+    class Net(InAPool):
+        def forward(self, x):
+            with ThreadPoolExecutor(1) as pool:
+                return self.two(pool.submit(self.branch, x).result())
+
+    with pytest.raises(ValueError, match="relu ran 1x where nobody can look"):
+        convert(Net(), example_input=X)
+
+
+class Block(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layer, self.act = nn.Linear(4, 4), nn.GELU()
+
+    def forward(self, x):
+        return F.elu(self.layer(x)) + self.act(x)
+
+
+def test_modules_that_other_threads_call_are_converted():
+    class Net(Layers):
+        def __init__(self):
+            super().__init__()
+            self.blocks = nn.ModuleList([Block(), Block()])
+
+        def forward(self, x):
+            with ThreadPoolExecutor(2) as pool:
+                one, other = pool.map(lambda block: block(x), self.blocks)
+                last = pool.submit(self.act, self.two(one + other)).result()
+            return F.silu(last)
+
+    model = Net()
+    assert_same_runs(model, converted(model, X), X)
+    twin = convert(model, example_input=X)
+    paths = [f"blocks.{i}.{name}" for i in (0, 1) for name in ("elu_0", "act")]
+    assert set(units(twin)) == {*paths, "act", "silu_0"}
+
+
+def test_a_module_that_fails_and_is_caught_leaves_the_finder_where_it_was():
+    class Fails(Block):
+        def forward(self, x):
+            super().forward(x)
+            raise KeyError
+
+    class Net(Layers):
+        def __init__(self):
+            super().__init__()
+            self.fails = Fails()
+
+        def forward(self, x):
+            try:
+                self.fails(x)
+            except KeyError:
+                x = F.silu(self.one(x))
+            return self.two(x)
+
+    model = Net()
+    plan = find_activations(model, X)
+    assert [(s.path, s.caller, s.reason) for s in plan] == [
+        ("fails.elu_0", "fails", None),
+        ("fails.act", "fails", None),
+        ("silu_0", "", None),
+    ]
+    assert_same_runs(model, converted(model, X), X)
+
+
+CONSTANT = torch.ones(4)
+
+
+class Honest(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return torch.relu(x)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return gradient
+
+
+class Strange(Layers):
+    """Values that nobody has seen being made, but not by an unseen activation."""
+
+    def norm(self, x):
+        return F.layer_norm(self.one(x).softmax(-1), (4,)).logsumexp(-1, keepdim=True)
+
+    def slope(self, x):
+        with torch.enable_grad():
+            x = x.detach().requires_grad_()
+            return torch.autograd.grad(F.silu(x).sum(), x, create_graph=True)[0]
+
+    def forward(self, x):
+        x = x * CONSTANT + torch.vmap(torch.tanh)(self.one(x))
+        with ThreadPoolExecutor(1) as pool:
+            x = x + pool.submit(self.norm, x).result()
+        return self.two(self.slope(Honest.apply(x)) + F.mish(x) * SimpleNamespace(x=x).x)
+
+
+def test_nothing_is_reported_that_was_seen_or_is_no_activation():
+    plan = find_activations(Strange(), X)
+    assert sorted(str(site.source) for site in plan) == ["mish", "relu", "silu", "tanh"]
+    assert not any("nobody can look" in note for note in plan.unexamined)
