@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -140,6 +141,20 @@ def to_device_of(model: nn.Module, batch: Any) -> Any:
 def device_of(model: nn.Module) -> torch.device:
     """Where a model's parameters are, by the first of them."""
     return next(model.parameters(), torch.zeros(())).device
+
+
+def check_learns(model: nn.Module) -> None:
+    """Raise where no gradients can pass a model.
+
+    Raises:
+        ValueError: a tensor was made in `torch.inference_mode`.
+    """
+    for name, tensor in itertools.chain(model.named_parameters(), model.named_buffers()):
+        if tensor.is_inference():
+            raise ValueError(
+                f"{name} was made in torch.inference_mode, so that no gradients can pass it: go on "
+                "with copy.deepcopy(model), which you call outside of inference_mode."
+            )
 
 
 def arguments_of(batch: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:

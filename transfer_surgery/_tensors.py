@@ -8,6 +8,7 @@ from dataclasses import fields, is_dataclass
 from types import ModuleType
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 
@@ -22,7 +23,6 @@ def map_tensors(function: Callable[[Tensor], Any], value: Any) -> Any:
         value: a tensor, a tree of them, or objects that hold some, such as graphs.
 
     Examples:
-        >>> import torch
         >>> from types import SimpleNamespace
         >>> graph = SimpleNamespace(x=torch.ones(2), edges=[(0, 1)])
         >>> map_tensors(lambda x: 2 * x, {"graphs": [graph]})["graphs"][0].x, graph.x
@@ -37,6 +37,12 @@ def attributes_of(value: Any) -> dict[str, Any]:
     if is_dataclass(value):
         attributes |= {f.name: getattr(value, f.name) for f in fields(value)}
     return attributes
+
+
+def overwrite(tensor: Tensor, value: Tensor) -> None:
+    """Give a tensor other values, also one that was made in `torch.inference_mode`."""
+    with torch.inference_mode(tensor.is_inference()), torch.no_grad():
+        tensor.copy_(value)
 
 
 class _Mapping:

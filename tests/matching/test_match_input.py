@@ -1,13 +1,24 @@
 """What match_targets and its like are called with, and in which state of torch."""
 
 import copy
+import warnings
 
 import pytest
 import torch
 from torch import nn
 
 from tests.helpers.same_bits import assert_same_bits
-from transfer_surgery import MatchWarning, convert, match_targets, sensitivity, swap_targets
+from transfer_surgery import (
+    MatchWarning,
+    bake,
+    convert,
+    distill,
+    fold_targets,
+    match_targets,
+    sensitivity,
+    swap_activations,
+    swap_targets,
+)
 
 
 def network() -> nn.Sequential:
@@ -83,6 +94,44 @@ def test_what_was_made_in_inference_mode_is_as_it_was_afterwards():
         model = Counts()
     match_targets(convert(model, example_input=X), [X], refit=True)
     assert model.count == 0
+
+
+def made(inference):
+    torch.manual_seed(0)
+    with torch.inference_mode(inference):
+        layers = [nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 8, bias=False), nn.BatchNorm1d(8)]
+        return nn.Sequential(*layers, nn.GELU(), nn.Linear(8, 3)).eval()
+
+
+def swapped(inference):
+    model = convert(made(inference), "sin", example_input=X)
+    match_targets(model, [X], refit=True)
+    return swap_targets(model)
+
+
+def test_a_network_made_in_inference_mode_is_refitted_and_folded_as_any_other():
+    expected, model = swapped(False), swapped(True)
+    assert_same_bits(expected, model)
+    for network_ in (expected, model):
+        fold_targets(bake(network_), X)
+    assert_same_bits(expected, model)
+
+
+@pytest.mark.parametrize(
+    ("make", "learn"),
+    [
+        (swapped, lambda model: distill(model, network(), [X], steps=1)),
+        (swapped, lambda model: swap_targets(model, keep=0.5, batches=[X])),
+        (swapped, lambda model: match_targets(model, [X], weights="gradient")),
+        (made, lambda model: swap_activations(model, "sin", X.split(64), distill_steps=1)),
+    ],
+)
+def test_what_needs_gradients_names_a_way_out_of_inference_mode_that_works(make, learn):
+    model = make(True)
+    with pytest.raises(ValueError, match=r"^0\.weight was made in .* copy\.deepcopy\(model\)"):
+        learn(model)
+    with warnings.catch_warnings(action="ignore"):  # one step is not enough
+        learn(copy.deepcopy(model))
 
 
 @pytest.mark.parametrize("in_place", [False, True])

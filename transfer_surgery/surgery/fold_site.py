@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from transfer_surgery._tensors import overwrite
 from transfer_surgery.surgery.fold_neighbours import CONVOLUTIONS, Neighbours
 from transfer_surgery.surgery.fold_report import FoldRow
 from transfer_surgery.units import FittedActivation
@@ -25,7 +26,7 @@ class Changes:
         if value is None:
             module._parameters[name] = None
         elif old is not None:
-            old.copy_(value.reshape(old.shape))
+            overwrite(old, value.reshape(old.shape))
         else:
             module._parameters[name] = nn.Parameter(value.to(module.weight))
         return old is None
@@ -34,7 +35,7 @@ class Changes:
         """Put back what was changed from the given place on."""
         for module, name, parameter, value in reversed(self.before[begin:]):
             if parameter is not None and value is not None:
-                parameter.copy_(value)
+                overwrite(parameter, value)
             module._parameters[name] = parameter
         del self.before[begin:]
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from transfer_surgery._messages import check_arguments
 from transfer_surgery._randomness import RandomnessKept
-from transfer_surgery._running import call_model, to_device_of
+from transfer_surgery._running import call_model, check_learns, to_device_of
 from transfer_surgery._tensors import map_tensors
 from transfer_surgery.matching.distilling.distill_loss import Loss, loss_function
 from transfer_surgery.matching.distilling.distill_report import (
@@ -145,6 +145,7 @@ def distill(
     if train not in TRAINED:
         raise ValueError(f"train={train!r}: use 'all' or 'targets'.")
     check_settings(steps, temperature, lr, variation)
+    check_learns(model)
     units = [unit for _, unit in gated_activations(model)]
     if all(bool((unit.gate.predict() == 1).all()) for unit in units):
         raise ValueError(

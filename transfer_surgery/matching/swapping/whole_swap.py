@@ -11,10 +11,11 @@ from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from transfer_surgery._messages import check_arguments
-from transfer_surgery._running import as_batches, copied
+from transfer_surgery._running import as_batches, check_learns, copied
 from transfer_surgery.activations import Activation, activation_module, get_target
 from transfer_surgery.matching.distilling.distill_loss import Loss, loss_function
 from transfer_surgery.matching.distilling.distillation import check_settings, distill
@@ -125,6 +126,8 @@ def swap_activations(
     check_arguments(swap_activations, locals())
     # Refuse what cannot work before anything is changed or long computed.
     check_model(model)
+    if distill_steps or keep is not None:
+        check_learns(model)
     target = get_target(target)
     budget = SourceBudget(keep, keep_sites, keep_points)
     if distill_steps < 0:
@@ -228,5 +231,7 @@ def _undone_on_errors(model: nn.Module, original: nn.Module) -> Iterator[None]:
     try:
         yield
     except BaseException:
-        revert(model).load_state_dict(original.state_dict())
+        reverted = revert(model)
+        with torch.inference_mode():  # it can write into what was made there, too
+            reverted.load_state_dict(original.state_dict())
         raise

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from transfer_surgery._randomness import random_streams
+from transfer_surgery._tensors import overwrite
 
 _MISSING = object()
 _MOST = 200_000  # objects that are looked at
@@ -134,7 +135,7 @@ def _changes(found: Any, old: Any) -> Iterator[tuple[_Place, Any]]:
             yield _Place(found.get_state, found.set_state), old
     elif isinstance(found, Tensor):
         if not torch.equal(found, old):
-            yield _Place(found.detach().clone, partial(_overwrite, found)), old
+            yield _Place(found.detach().clone, partial(overwrite, found)), old
     elif isinstance(found, dict):
         for key in list(dict.fromkeys([*old, *found])):
             if found.get(key, _MISSING) is not old.get(key, _MISSING):
@@ -149,12 +150,6 @@ def _differ(new: Any, old: Any) -> bool:
     if isinstance(new, tuple | list):
         return any(_differ(a, b) for a, b in zip(new, old, strict=True))
     return bool((new != old).any()) if hasattr(new, "any") else bool(new != old)
-
-
-@torch.no_grad()
-def _overwrite(tensor: Tensor, value: Tensor) -> None:
-    with torch.inference_mode(tensor.is_inference()):
-        tensor.copy_(value)
 
 
 def _put(container: dict[Any, Any], key: Any, value: Any) -> None:

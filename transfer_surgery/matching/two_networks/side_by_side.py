@@ -111,7 +111,7 @@ class SideBySide:
         for name, value in values.items():
             tensor = getattr(module, name)
             self._before.append((module, name, tensor.data))
-            tensor.data = value.to(tensor)
+            _set_data(tensor, value.to(tensor))
 
     def restore(self) -> None:
         """Give the modules their original weights back."""
@@ -123,7 +123,7 @@ class SideBySide:
         for index, (module, name, value) in enumerate(self._before):
             tensor = getattr(module, name)
             self._before[index] = (module, name, tensor.data)
-            tensor.data = value
+            _set_data(tensor, value)
 
     # ---- what the sides do
 
@@ -190,6 +190,12 @@ class SideBySide:
         values = [chain.start, *given] if side.original else given
         side.stop(chain.layer, values, Sum(chain, other))
         return chain.summand if side.original else chain.renewed()
+
+
+def _set_data(tensor: Tensor, value: Tensor) -> None:
+    """What was made in inference mode takes only values that were made in it."""
+    with torch.inference_mode(tensor.is_inference()):
+        tensor.data = value if value.is_inference() == tensor.is_inference() else value.clone()
 
 
 class _Side:

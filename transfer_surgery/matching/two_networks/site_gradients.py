@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from transfer_surgery._running import hooked
+from transfer_surgery._running import check_learns, hooked
 from transfer_surgery.matching.two_networks.two_networks import TwoNetworks
 from transfer_surgery.units import GatedActivation
 
@@ -40,6 +40,7 @@ def site_calls(
     Returns:
         For each unit its calls, in order; none where it does not run.
     """
+    check_learns(networks.model)
     calls: list[tuple[GatedActivation, Tensor, Tensor]] = []
     outputs: list[Tensor] = []
     inputs: dict[nn.Module, Tensor] = {}
