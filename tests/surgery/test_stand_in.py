@@ -1,16 +1,23 @@
 """A unit answers for the module it stands for: its call, attributes, hooks, and what it saves."""
 
+import copy
+
 import pytest
+import torch
 from torch import nn
 
 from tests.helpers.promises import X, assert_every_promise, units
-from transfer_surgery import bake, convert
+from transfer_surgery import bake, convert, revert
 
 
 class Slope(nn.LeakyReLU):
     @property
     def angle(self):
         return self.negative_slope / 2
+
+    @property
+    def broken(self):
+        raise RuntimeError("this model has not been trained yet")
 
     def twice(self):
         return 2 * self.negative_slope
@@ -30,6 +37,37 @@ class Asking(nn.Module):
 
 def test_a_unit_is_called_and_asked_as_the_module_was_also_when_baked():
     assert_every_promise(Asking(), X)
+
+
+class Annealed(nn.Module):
+    """Sets its activation anew in each forward, as schedules of slopes do."""
+
+    def __init__(self, shared):
+        super().__init__()
+        self.linear, self.act, self.shared, self.ran = nn.Linear(4, 4), Slope(0.1), shared, 0
+
+    def forward(self, x):
+        self.ran += 1
+        self.act.negative_slope = 0.1 * self.ran
+        x = self.act(self.linear(x))
+        return self.act(self.linear(x)) if self.shared else x
+
+
+@pytest.mark.parametrize("shared", [False, True], ids=["child", "edited"])
+def test_a_module_that_is_set_anew_after_the_conversion_runs_as_it_is_set(shared):
+    model = Annealed(shared).eval()
+    original = copy.deepcopy(model)
+    convert(model, example_input=X)
+    assert torch.equal(model(X), original(X))
+    with pytest.warns(RuntimeWarning, match="negative_slope is not what it was.*without gates"):
+        assert torch.equal(model(X), original(X))
+    copied = copy.deepcopy(model)
+    with pytest.warns(RuntimeWarning, match="negative_slope"):
+        assert torch.equal(copied(X), original(X))
+    revert(model)
+    assert model.act.negative_slope == 0.2
+    original.ran = 2
+    assert torch.equal(model(X), original(X))
 
 
 class Writing(nn.Module):

@@ -69,6 +69,7 @@ def bake(model: nn.Module, harden: bool = False) -> nn.Module:
     baked: dict[nn.Module, nn.Module] = {}
     originals: dict[nn.Module, tuple[nn.Module, ...]] = {}
     for path, unit in gated_activations(model):
+        unit.follow_settings()
         originals[unit] = unit.replaced
         baked[unit] = plain_module(unit, final_gates(path, unit, harden))
     for gated_unit, module in baked.items():

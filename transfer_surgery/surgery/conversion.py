@@ -153,10 +153,11 @@ def revert(model: nn.Module) -> nn.Module:
     """
     check_arguments(revert, locals())
     check_not_sharded(model)
-    originals: dict[nn.Module, nn.Module] = {
+    originals: dict[GatedActivation, nn.Module] = {
         unit: unit.replaced[0] for _, unit in gated_activations(model) if unit.replaced
     }
     for unit, original in originals.items():
+        unit.follow_settings()
         original.train(unit.training)
         original._is_full_backward_hook = unit._is_full_backward_hook
     swap_children(model, originals)

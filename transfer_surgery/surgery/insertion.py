@@ -72,8 +72,13 @@ def insert_units(
             unit.train(original.training)
             share_hooks(original, unit, shared=calls[original] > 1)
             answer_for(original, unit)
+            if isinstance(unit, GatedActivation):
+                unit.remember_settings(original)
         elif site.module is not None and site.way != "intercept":  # it is not called any more
-            share_hooks(model.get_submodule(site.module), unit, shared=True)
+            module = model.get_submodule(site.module)
+            share_hooks(module, unit, shared=True)
+            if isinstance(unit, GatedActivation):
+                unit.remember_settings(module)
         places.append((holder, name, unit, original))
     # Assign. A module with one caller is that site under each of its names.
     everywhere = {old: unit for _, _, unit, old in places if old is not None and calls[old] == 1}
@@ -151,12 +156,16 @@ def share_hooks(old: nn.Module, new: nn.Module, shared: bool = False) -> None:
 def answer_for(old: nn.Module, new: nn.Module) -> None:
     """Give ``new`` what the module whose place it takes can be asked for, such as its slope.
 
-    Methods remain those of the old module; of properties it is the value at this time.
+    Methods remain those of the old module; of properties it is the value at this time, if any.
     """
     public = {name for name in dir(type(old)) if not name.startswith("_")}
     for name in sorted((vars(old).keys() | public) - _MODULE_STATE):
-        if not hasattr(new, name) and hasattr(old, name):
+        if hasattr(new, name):
+            continue
+        try:
             vars(new)[name] = getattr(old, name)
+        except Exception:  # a property of the user's, which may raise anything
+            continue
 
 
 def restore_caller(caller: nn.Module) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from functools import partial
 from typing import Any
 
@@ -9,6 +10,7 @@ import torch
 import torch.fx
 from torch import Tensor, nn
 
+from transfer_surgery._messages import user_stacklevel
 from transfer_surgery.activations import Activation, degree_of, get_target
 from transfer_surgery.units.fitted_target import TargetParameters
 from transfer_surgery.units.gates import Gate
@@ -85,6 +87,41 @@ class GatedActivation(nn.Module):
         """Whether `bake` or `revert` has taken it out of its network."""
         # The module that this unit stands in for, in a tuple: it is not a child of the unit.
         self.replaced: tuple[nn.Module, ...] = ()
+        # The module that the network called, in a tuple too, and its settings at the conversion.
+        self._called: tuple[nn.Module, ...] = ()
+        self._settings: tuple[tuple[str, Any], ...] = ()
+
+    def remember_settings(self, module: nn.Module) -> None:
+        """Take note of what an activation module is set to, such as a negative slope.
+
+        Args:
+            module: what the network called. If the unit has taken its place, it has been given its
+                attributes already.
+        """
+        self._called = (module,)
+        self._settings = tuple(
+            (name, value)
+            for name, value in vars(module).items()
+            if isinstance(value, bool | int | float | str | None)
+            and not name.startswith("_")
+            and name not in ("training", "inplace")
+            and not (self.replaced and _differ(getattr(self, name), value))
+        )
+
+    def follow_settings(self) -> str | None:
+        """Set the network's module to what was written to the unit that is in its place.
+
+        Returns:
+            A setting of that module that is another than at the conversion, if there is one.
+        """
+        changed = None
+        for name, value in self._settings:
+            (module,) = self._called
+            if self.replaced and _differ(getattr(self, name), value):
+                setattr(module, name, getattr(self, name))
+            if _differ(getattr(module, name, value), value):
+                changed = name
+        return changed
 
     def add_fitted_target(self) -> TargetParameters:
         """Make the target ``a * target(w*x + c) + b``, with parameters of the unit.
@@ -136,12 +173,26 @@ class GatedActivation(nn.Module):
         if isinstance(x, torch.fx.Proxy):  # a unit is one node of a graph, as torch's modules are
             path = x.tracer.path_of_module(self)
             return x.tracer.create_proxy("call_module", path, (x, *operands), {})
+        if (name := self.follow_settings()) is not None:
+            return self._call_module(name, x, operands)
         self._check_size(x)
         copied = self.overwrites_input or self.input_changes
         z = self.gate(x.shape[0] if x.dim() else 1)
         given = copy_with_strides(x) if copied else x
         y = self._gated(given, operands[: len(self.source.operands)], z)
         return x.copy_(y) if self.overwrites_input else y
+
+    def _call_module(self, name: str, x: Tensor, operands: tuple[Tensor, ...]) -> Tensor:
+        """The network's own module, whose settings are those of another activation now."""
+        if not torch.compiler.is_compiling():
+            warnings.warn(
+                f"{self.path}: {name} is not what it was when the model was converted. The module "
+                "runs as it is set now, without gates. Revert, and convert with this setting.",
+                RuntimeWarning,
+                stacklevel=user_stacklevel(),
+            )
+        result: Tensor = self._called[0](x, *operands)
+        return result
 
     def _gated(self, x: Tensor, operands: tuple[Tensor, ...], z: Tensor) -> Tensor:
         function = partial(
@@ -189,3 +240,7 @@ class GatedActivation(nn.Module):
     def extra_repr(self) -> str:
         target = str(self.target) if self.fitted is None else f"a * {self.target}(w*x + c) + b"
         return f"{self.source} -> {target}, {self.granularity}"
+
+
+def _differ(one: Any, other: Any) -> bool:
+    return one is not other and (isinstance(one, Tensor) or bool(one != other))
