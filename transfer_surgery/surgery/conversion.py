@@ -153,13 +153,13 @@ def revert(model: nn.Module) -> nn.Module:
     """
     check_arguments(revert, locals())
     check_not_sharded(model)
-    originals: dict[GatedActivation, nn.Module] = {
-        unit: unit.replaced[0] for _, unit in gated_activations(model) if unit.replaced
-    }
-    for unit, original in originals.items():
-        unit.follow_settings()
-        original.train(unit.training)
-        original._is_full_backward_hook = unit._is_full_backward_hook
+    originals: dict[nn.Module, nn.Module] = {}
+    for _, unit in gated_activations(model):
+        if unit.replaced:
+            unit.follow_settings()
+            originals[unit] = unit.replaced[0]
+            originals[unit].train(unit.training)
+            originals[unit]._is_full_backward_hook = unit._is_full_backward_hook
     swap_children(model, originals)
     for module in list(model.modules()):
         restore_caller(module)
