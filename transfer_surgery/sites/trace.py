@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from types import CodeType, FrameType, FunctionType
 from typing import Any, NamedTuple
 
-from torch import fx, nn
+from torch import Tensor, fx, nn
 
 from transfer_surgery.activations import Call, Match
 from transfer_surgery.sites.activation_expression import ActivationExpression
@@ -17,6 +17,7 @@ from transfer_surgery.sites.evaluate import Evaluator
 from transfer_surgery.sites.expression import is_super, running_position
 from transfer_surgery.sites.frames import (
     CHECKPOINT,
+    code_of,
     find_own_function,
     is_torch,
     leads_to,
@@ -32,6 +33,7 @@ from transfer_surgery.sites.source import (
     is_inside,
     read_function,
 )
+from transfer_surgery.sites.tensor_facts import is_known, is_live
 
 Called = Call | tuple[nn.Module, tuple[str, ...] | None]
 """An activation call; or an activation module, and the names that lead to it from the caller, None
@@ -96,65 +98,85 @@ def _find_in_source(
     expression = None
     try:
         hops: list[Hop] = []
-        start = 0
+        start, outer = 0, frames[0].f_code
         while True:
-            outer = frames[start].f_code
-            function = _read(frames[start])
+            function = _read(outer, frames[start])
             # Comprehensions and functions written inside of this one are edited with it, but where
             # the same code runs again, as in a recursion, that is another call.
             later = range(start + 1, len(frames))
             stop = next((i for i in later if frames[i].f_code is outer), len(frames))
             last = max(i for i in range(start, stop) if is_inside(frames[i].f_code, outer))
             rest = frames[last + 1 :]
-            if rest and rest[0].f_code.co_flags & inspect.CO_GENERATOR:
-                hop, callee = _find_creation(function, frames[start : last + 1], rest[0].f_code)
-                hops, start = [*hops, hop], last + 1
-                _note(callee, rest[0])
-                continue
-            place = ActivationExpression(function, frames[last], caller)
-            if last == len(frames) - 1:
-                expression = Expression(function, place.position)
-                return Route(tuple(hops), place.end(called, match), again), expression
-            hop, following, callee = place.hop(rest)
+            found = _find_maker(function, frames[start : last + 1], rest)
+            if found is None:
+                place = ActivationExpression(function, frames[last], caller)
+                if not rest:
+                    expression = Expression(function, place.position)
+                    return Route(tuple(hops), place.end(called, match), again), expression
+                found = place.hop(rest)
+            hop, following, callee = found
             hops, start = [*hops, hop], last + 1 + following
-            _note(callee, frames[start])
+            code, outer = code_of(callee), frames[start].f_code
+            outer = code if code is not None and is_inside(outer, code) else outer
+            if isinstance(callee, FunctionType):  # it may have no name by which to find it again
+                SEEN[_read(outer, frames[start])] = callee
     except (NoSourceError, NoRouteError) as error:
         unknown = NoRouteError(str(error))
         unknown.expression = expression
         raise unknown from error
 
 
-def _find_creation(
-    function: Function, frames: Sequence[FrameType], generator: CodeType
-) -> tuple[Hop, Any]:
-    """The call that made a generator that now runs, and the generator function.
+def _find_maker(
+    function: Function, frames: Sequence[FrameType], rest: Sequence[FrameType]
+) -> tuple[Hop, int, Any] | None:
+    """The call that made a generator or a closure which now runs.
 
     Args:
         function: the function that has made it.
         frames: the frames of that function and of comprehensions in it.
-        generator: the code of the generator.
+        rest: the frames of what it calls.
+
+    Returns:
+        The call, which of the further frames is that of what it made, and the function that it
+        calls; None where none of them was made so.
 
     Raises:
-        NoRouteError: there is no such call in the function, or there are several.
+        NoRouteError: it is a generator, and there is no such call, or there are several.
     """
-    value = Evaluator(function, frames[0]).value
+    is_generator = bool(rest and rest[0].f_code.co_flags & inspect.CO_GENERATOR)
+    at = 0 if is_generator else next((i for i, f in enumerate(rest) if _is_new_closure(f)), None)
+    if at is None:
+        return None
+    made, value = rest[at].f_code, Evaluator(function, frames[0]).value
     nodes = itertools.chain.from_iterable(expressions_of(function).values())
-    calls = [n for n in nodes if isinstance(n, ast.Call) and leads_to(value(n.func), generator)]
+    makes = leads_to if is_generator else _holds
+    calls = [n for n in nodes if isinstance(n, ast.Call) and makes(value(n.func), made)]
     if len(calls) > 1:  # of several the one that is running: ``sum(generator(x))``
         running = running_position(frames[-1])
         calls = [call for call in calls if running.contains(Position.of(call))]
     if len(calls) != 1:
-        raise NoRouteError(f"{function.qualname} does not show where {generator.co_name} begins")
+        if not is_generator:
+            return None
+        raise NoRouteError(f"{function.qualname} does not show where {made.co_name} begins")
     func = calls[0].func
     bound = is_super(func)
-    return Hop(function, Position.of(calls[0] if bound else func), bound), value(func)
+    return Hop(function, Position.of(calls[0] if bound else func), bound), at, value(func)
 
 
-def _read(frame: FrameType) -> Function:
-    return read_function(frame.f_code, frame.f_globals.get("__name__", ""))
+def _is_new_closure(frame: FrameType) -> bool:
+    """Whether a frame runs a closure that this forward has made: it holds what that computes.
+
+    torch.compile cannot copy such a closure; what makes it can be copied.
+    """
+    cells = (frame.f_locals.get(name) for name in frame.f_code.co_freevars)
+    return any(isinstance(x, Tensor) and is_known(x) and is_live(x) for x in cells)
 
 
-def _note(callee: Any, frame: FrameType) -> None:
-    """Remember the function that a frame runs: it may have no name by which to find it again."""
-    if isinstance(callee, FunctionType):
-        SEEN[_read(frame)] = callee
+def _holds(value: Any, made: CodeType) -> bool:
+    """Whether code was written inside of a function."""
+    code = code_of(value)
+    return code is not None and code is not made and is_inside(made, code)
+
+
+def _read(code: CodeType, frame: FrameType) -> Function:
+    return read_function(code, frame.f_globals.get("__name__", ""))
