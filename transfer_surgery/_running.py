@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import copy
-import itertools
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
-from typing import Any
+import inspect
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from typing import Any, TypeVar
 from weakref import ref
 
 import torch
@@ -17,6 +17,8 @@ from torch.utils.hooks import RemovableHandle
 
 from transfer_surgery._randomness import RandomnessKept
 from transfer_surgery._tensors import map_tensors
+
+T = TypeVar("T")
 
 
 def logits_of(output: Any) -> Tensor:
@@ -143,20 +145,6 @@ def device_of(model: nn.Module) -> torch.device:
     return next(model.parameters(), torch.zeros(())).device
 
 
-def check_learns(model: nn.Module) -> None:
-    """Raise where no gradients can pass a model.
-
-    Raises:
-        ValueError: a tensor was made in `torch.inference_mode`.
-    """
-    for name, tensor in itertools.chain(model.named_parameters(), model.named_buffers()):
-        if tensor.is_inference():
-            raise ValueError(
-                f"{name} was made in torch.inference_mode, so that no gradients can pass it: go on "
-                "with copy.deepcopy(model), which you call outside of inference_mode."
-            )
-
-
 def arguments_of(batch: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Arguments and keyword arguments of the call for a batch.
 
@@ -173,21 +161,68 @@ def call_model(model: nn.Module, batch: Any) -> Any:
     return model(*arguments, **keywords)
 
 
+def with_gradients_if_needed(use: Callable[[bool], T]) -> tuple[T, bool]:
+    """Call something that runs a network; if it fails, once more with gradients.
+
+    Some networks need them for their output, as a potential for its forces.
+
+    Args:
+        use: is told whether gradients are to be recorded.
+
+    Returns:
+        What it returns, and whether it needed gradients.
+    """
+    try:
+        return use(False), False
+    except Exception:
+        with suppress(Exception):
+            return use(True), True
+        raise
+
+
 def predict(model: nn.Module, batch: Any) -> tuple[Any, bool]:
     """The output without gradients; with them where the network needs some for its output.
 
     Returns:
-        The output, and whether it needed gradients, as a potential does for its forces.
+        The output, and whether it needed gradients.
+    """
+
+    def run(gradients: bool) -> Any:
+        with torch.set_grad_enabled(gradients):
+            return call_model(model, batch)
+
+    return with_gradients_if_needed(run)
+
+
+@contextmanager
+def explained(model: nn.Module, name: str, batch: Any) -> Iterator[None]:
+    """Say which batch it is that a model does not run on.
+
+    Raises:
+        ValueError: the model raises something on the batch, which is the cause.
     """
     try:
-        with torch.no_grad():
-            return call_model(model, batch), False
-    except Exception as first:
-        try:
-            with torch.enable_grad():
-                return call_model(model, batch), True
-        except Exception:
-            raise first from None
+        yield
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:
+        has: list[str] = []
+        map_tensors(lambda x: has.append(f"{str(x.dtype)[6:]} {tuple(x.shape)}"), batch)
+        keys = f", with the keys {', '.join(batch)}" if isinstance(batch, Mapping) else ""
+        raise ValueError(
+            f"{type(model).__name__} does not run on {name}{keys}: {', '.join(has)} "
+            f"({type(error).__name__}: {str(error).strip().partition(chr(10))[0]}). It takes "
+            f"{_signature(model)}, and its parameters are "
+            f"{str(next(model.parameters(), torch.zeros(())).dtype)[6:]}. Give batches that "
+            "model(...) runs on in evaluation mode."
+        ) from error
+
+
+def _signature(model: nn.Module) -> str:
+    """The names and defaults of a model's arguments."""
+    arguments = inspect.signature(model.forward).parameters.values()
+    empty = inspect.Parameter.empty
+    return f"({', '.join(str(one.replace(annotation=empty)) for one in arguments)})"
 
 
 def copied(model: nn.Module, shared: Iterable[Tensor] = ()) -> nn.Module:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 from collections.abc import Callable, Mapping
 from dataclasses import fields, is_dataclass
 from types import ModuleType
@@ -43,6 +44,20 @@ def overwrite(tensor: Tensor, value: Tensor) -> None:
     """Give a tensor other values, also one that was made in `torch.inference_mode`."""
     with torch.inference_mode(tensor.is_inference()), torch.no_grad():
         tensor.copy_(value)
+
+
+def check_learns(model: nn.Module) -> None:
+    """Raise where no gradients can pass a model.
+
+    Raises:
+        ValueError: a tensor was made in `torch.inference_mode`.
+    """
+    for name, tensor in itertools.chain(model.named_parameters(), model.named_buffers()):
+        if tensor.is_inference():
+            raise ValueError(
+                f"{name} was made in torch.inference_mode, so that no gradients can pass it: go on "
+                "with copy.deepcopy(model), which you call outside of inference_mode."
+            )
 
 
 class _Mapping:

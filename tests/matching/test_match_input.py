@@ -19,6 +19,7 @@ from transfer_surgery import (
     swap_activations,
     swap_targets,
 )
+from transfer_surgery.reports import plot_activation
 
 
 def network() -> nn.Sequential:
@@ -59,6 +60,48 @@ def test_sites_are_not_compared_by_outputs_that_are_not_finite():
 def test_batches_that_cannot_be_used_are_named(batches, complaint):
     with pytest.raises(ValueError, match=complaint):
         match_targets(network(), batches)
+
+
+@pytest.mark.parametrize(
+    ("batch", "found"),
+    [
+        (X[:, :3], r"float32 \(256, 3\) \(RuntimeError: .*256x3 and 4x8"),
+        (X.double(), r"float64 \(256, 4\) \(RuntimeError: .* dtype"),
+        ({"pixels": X}, r"with the keys pixels: float32 \(256, 4\) \(TypeError: .*'pixels'"),
+    ],
+)
+@pytest.mark.parametrize(
+    ("use", "name"),
+    [
+        (lambda model, batches: match_targets(model, batches), r"batches\[1\]"),
+        (lambda model, batches: swap_targets(model, keep=0.5, batches=batches), r"batches\[1\]"),
+        (lambda model, batches: sensitivity(model, batches), r"batches\[1\]"),
+        (
+            lambda model, batches: distill(swap_targets(model), network(), batches, steps=1),
+            "held-out batch 1",
+        ),
+        (
+            lambda model, batches: distill(
+                swap_targets(model), network(), [*batches, *6 * [X]], steps=9
+            ),
+            "the batch of step 2",
+        ),
+        (
+            lambda _, batches: swap_activations(made(False), "sin", [X], held_out=batches),
+            "held-out batch 1",
+        ),
+        (
+            lambda model, batches: fold_targets(bake(swap_targets(model)), batches[1]),
+            "the example input",
+        ),
+        (lambda model, batches: plot_activation(model, "1", batches=batches), r"batches\[1\]"),
+    ],
+)
+def test_a_batch_that_the_model_does_not_take_is_named(use, name, batch, found):
+    message = rf"^Sequential does not run on {name}.*{found}.* takes \(input\), .* are float32\."
+    with pytest.raises(ValueError, match=message) as caught:
+        use(network(), [X, batch])
+    assert isinstance(caught.value.__cause__, RuntimeError | TypeError)
 
 
 def test_a_handful_of_examples_draws_a_warning():

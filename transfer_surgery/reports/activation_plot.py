@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from transfer_surgery._running import as_batches, hooked, predict, prediction_mode
+from transfer_surgery._running import as_batches, explained, hooked, predict, prediction_mode
 from transfer_surgery.reports.axes import COLOURS, new_axes, shades
 from transfer_surgery.units import GatedActivation, Numbers, fitted_value, gated_activations
 
@@ -93,8 +93,9 @@ def _inputs(model: nn.Module, unit: GatedActivation, batches: Iterable[Any]) -> 
 
     found = as_batches(batches, model)
     with hooked(unit.register_forward_pre_hook(keep)), prediction_mode(model):
-        for batch in found:
-            predict(model, batch)
+        for number, batch in enumerate(found):
+            with explained(model, f"batches[{number}]", batch):
+                predict(model, batch)
     values = torch.cat(seen) if seen else torch.zeros(0)
     values = values[:: math.ceil(len(values) / 20_000) or 1].sort().values
     cut = len(values) // 1000

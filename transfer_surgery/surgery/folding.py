@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from transfer_surgery._messages import check_arguments
-from transfer_surgery._running import call_model, predict, prediction_mode, to_device_of
+from transfer_surgery._running import call_model, explained, predict, prediction_mode, to_device_of
 from transfer_surgery.surgery.baked_modules import (
     IgnoringOperands,
     MixedActivation,
@@ -83,7 +83,8 @@ def fold_targets(model: nn.Module, example_input: Any) -> FoldReport:
     sites = _sites(model)
     count = sum(p.numel() for p in model.parameters())
     with prediction_mode(model):
-        expected, needs_gradients = predict(model, batch)
+        with explained(model, "the example input", batch):
+            expected, needs_gradients = predict(model, batch)
 
         def run() -> Any:
             with torch.set_grad_enabled(needs_gradients):

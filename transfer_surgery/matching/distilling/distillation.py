@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from transfer_surgery._messages import check_arguments
 from transfer_surgery._randomness import RandomnessKept
-from transfer_surgery._running import call_model, check_learns, to_device_of
-from transfer_surgery._tensors import map_tensors
+from transfer_surgery._running import call_model, to_device_of
+from transfer_surgery._tensors import check_learns, map_tensors
 from transfer_surgery.matching.distilling.distill_loss import Loss, loss_function
 from transfer_surgery.matching.distilling.distill_report import (
     SMALL,
@@ -160,7 +160,10 @@ def distill(
 
     with ready_to_learn(model, teacher, trained), RandomnessKept() as kept:
         # Ask the teacher about the held-out batches.
-        given = [Asked(batch, teach(teacher, batch)) for batch in looked_at]
+        given = [
+            Asked(batch, teach(teacher, batch, f"held-out batch {number}"))
+            for number, batch in enumerate(looked_at)
+        ]
         weight = _KL_WEIGHT if loss == "kl" else 1.0
         compare = loss_function(loss, [asked.output for asked in given], temperature)
         strength, further = bearable_variation(teacher, given, variation)
@@ -193,7 +196,7 @@ def distill(
             for step, batch in enumerate(kept.outside(repeated(batches, steps)), 1):
                 batch = varied(to_device_of(model, batch), strength, _VARIED)
                 optimizer.param_groups[0]["lr"] = lr * _rate(step / steps)
-                wanted = teach(teacher, batch)
+                wanted = teach(teacher, batch, f"the batch of step {step}")
                 try:
                     found = backward(batch, wanted)
                 except RuntimeError as error:

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from transfer_surgery._running import call_model, modes_kept
+from transfer_surgery._running import call_model, explained, modes_kept
 from transfer_surgery._tensors import map_tensors
 from transfer_surgery.matching.distilling.distill_loss import Loss
 from transfer_surgery.matching.output_errors import OutputErrors
@@ -71,13 +71,21 @@ class Asked(NamedTuple):
     output: Any
 
 
-def teach(network: nn.Module, batch: Any) -> Any:
+def teach(network: nn.Module, batch: Any, name: str) -> Any:
     """The output of the network that teaches, without its graph.
 
     Gradients are on, since some networks take some inside of their forward. The inputs are copies,
     since some networks write into them.
+
+    Args:
+        network: it.
+        batch: what it is called with.
+        name: of the batch, for an error.
+
+    Raises:
+        ValueError: the network does not run on the batch.
     """
-    with torch.enable_grad():
+    with torch.enable_grad(), explained(network, name, batch):
         output = call_model(network, map_tensors(detached_copy, batch))
     return map_tensors(Tensor.detach, output)
 

@@ -87,7 +87,7 @@ def bearable_variation(
         strength = most / 2**halved
         batches = [varied(asked.batch, strength) for asked in given]
         try:
-            further = [Asked(batch, teach(teacher, batch)) for batch in batches]
+            further = [Asked(batch, teach(teacher, batch, "a varied batch")) for batch in batches]
         except Exception:  # a forward that checks its inputs
             continue
         found = _deviations(further)

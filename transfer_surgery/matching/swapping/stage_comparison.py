@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from transfer_surgery._running import (
+    explained,
     hooked,
     log_probabilities,
     logits_of,
@@ -136,9 +137,11 @@ class StageComparison:
     def _run(self, network: nn.Module, use: Callable[[Any, Any], None]) -> None:
         networks = TwoNetworks(network, [], [])
         with prediction_mode(network):
-            for batch in self._batches:
+            for number, batch in enumerate(self._batches):
                 batch = to_device_of(network, batch)
-                use(batch, networks.with_gradients_if_needed(partial(networks.call, batch)))
+                with explained(network, f"held-out batch {number}", batch):
+                    output = networks.with_gradients_if_needed(partial(networks.call, batch))
+                use(batch, output)
 
 
 def _is_number(leaf: Any) -> bool:

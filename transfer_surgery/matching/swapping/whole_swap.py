@@ -15,7 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from transfer_surgery._messages import check_arguments
-from transfer_surgery._running import as_batches, check_learns, copied
+from transfer_surgery._running import as_batches, copied
+from transfer_surgery._tensors import check_learns
 from transfer_surgery.activations import Activation, activation_module, get_target
 from transfer_surgery.matching.distilling.distill_loss import Loss, loss_function
 from transfer_surgery.matching.distilling.distillation import check_settings, distill

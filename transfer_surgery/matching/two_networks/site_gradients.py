@@ -9,7 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from transfer_surgery._running import check_learns, hooked
+from transfer_surgery._running import hooked
+from transfer_surgery._tensors import check_learns
 from transfer_surgery.matching.two_networks.two_networks import TwoNetworks
 from transfer_surgery.units import GatedActivation
 

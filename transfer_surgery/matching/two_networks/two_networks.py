@@ -6,13 +6,19 @@ Nothing of the model is changed by a run.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from transfer_surgery._running import call_model, log_probabilities, logits_of
+from transfer_surgery._running import (
+    call_model,
+    explained,
+    log_probabilities,
+    logits_of,
+    with_gradients_if_needed,
+)
 from transfer_surgery._tensors import map_tensors
 from transfer_surgery.units import Gate, GatedActivation
 
@@ -72,7 +78,18 @@ class TwoNetworks:
             return self.call(batch)
 
     def call(self, batch: Any) -> Any:
-        """The output with the gates as they are, from a batch that stays as it is."""
+        """The output with the gates as they are, from a batch that stays as it is.
+
+        Raises:
+            ValueError: the model does not run on the batch.
+        """
+        number = next((i for i, known in enumerate(self.batches) if known is batch), None)
+        with (
+            nullcontext() if number is None else explained(self.model, f"batches[{number}]", batch)
+        ):
+            return self._call(batch)
+
+    def _call(self, batch: Any) -> Any:
         if self._may_overwrite:  # some networks write into their input
             batch = map_tensors(Tensor.clone, batch)
         with torch.set_grad_enabled(self._needs_gradients or torch.is_grad_enabled()):
@@ -84,21 +101,15 @@ class TwoNetworks:
         return output
 
     def with_gradients_if_needed(self, use: Callable[[], T]) -> T:
-        """Call something that runs the networks; if the first run fails, once more with gradients.
-
-        Some networks need them for their output, as a potential for its forces.
-        """
+        """Call something that runs the networks; with gradients if the first run fails without."""
         if self._has_run:
             return use()
-        try:
-            result = use()
-        except Exception as first:
-            self._needs_gradients = True
-            try:
-                result = use()
-            except Exception:
-                self._needs_gradients = False
-                raise first from None
+
+        def run(gradients: bool) -> T:
+            self._needs_gradients = gradients
+            return use()
+
+        result, _ = with_gradients_if_needed(run)
         self._has_run = True
         return result
 
