@@ -192,10 +192,11 @@ def prepare(recipe: Recipe, teacher: nn.Module, batches: list[Tensor]) -> nn.Mod
     weights = None if recipe.weights == "none" else recipe.weights
     if recipe.keep:
         if recipe.start != "plain":
-            match_targets(model, batches, weights=weights)
-        swap_targets(model, keep=recipe.keep, batches=batches)
+            match_targets(model, batches, weights=weights, logits=True)
+        swap_targets(model, keep=recipe.keep, batches=batches, logits=True)
     if recipe.start != "plain":
-        match_targets(model, batches, refit=recipe.start == "refitted", weights=weights)
+        refit = recipe.start == "refitted"
+        match_targets(model, batches, refit=refit, weights=weights, logits=True)
     if recipe.transfer == "hard" and not recipe.keep:
         swap_targets(model)
     return model

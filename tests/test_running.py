@@ -120,7 +120,7 @@ def test_a_single_logit_has_fisher_information():
     torch.manual_seed(0)
     model = convert(binary(), "sin", example_input=torch.zeros(1, 3)).eval()
     unit, x = model[1], torch.randn(20, 3)
-    (call,) = site_calls(TwoNetworks(model, [unit], [x]), [unit], x, seed=0)[unit]
+    (call,) = site_calls(TwoNetworks(model, [unit], [x]), [unit], x, seed=0, logits=True)[unit]
     slopes = call.squared_gradient
     p = model(x).sigmoid().detach()
     # d log p(label) / d logit is 1 - p where the label is yes, -p where it is no.

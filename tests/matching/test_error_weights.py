@@ -63,7 +63,7 @@ def test_gradients_are_those_of_a_drawn_label(frozen):
     model.requires_grad_(not frozen)
     (unit,) = (unit for _, unit in gated_activations(model))
     with prediction_mode(model):
-        (call,) = site_calls(TwoNetworks(model, [unit], [x]), [unit], x, seed=0)[unit]
+        (call,) = site_calls(TwoNetworks(model, [unit], [x]), [unit], x, seed=0, logits=True)[unit]
     found = call.squared_gradient
     with torch.no_grad():
         p = model(x).softmax(1)
@@ -74,6 +74,51 @@ def test_gradients_are_those_of_a_drawn_label(frozen):
     assert drawn.any(0).all()
     assert drawn.any(1).sum() > 1  # not always the same label
     assert all(p.grad is None for p in model.parameters())
+
+
+class Boxes(nn.Module):
+    """Two outputs in units that have nothing to do with each other."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.act = nn.Linear(4, 6), nn.ReLU()
+        self.boxes, self.score = nn.Linear(6, 4), nn.Linear(6, 1)
+
+    def forward(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
+        h = self.act(self.stem(x))
+        return {"boxes": 640 * self.boxes(h), "score": self.score(h).sigmoid()}
+
+
+def test_outputs_that_are_no_logits_are_weighed_by_their_relative_errors():
+    torch.manual_seed(0)
+    x = torch.randn(64, 4)
+    model = convert(Boxes().eval(), "sin", example_input=x)
+    networks = TwoNetworks(model, [model.act], [x])
+    with prediction_mode(model):
+        draws = [
+            site_calls(networks, [model.act], x, seed, logits=False)[model.act][0].squared_gradient
+            for seed in range(300)
+        ]
+    with torch.no_grad():
+        boxes, score = model(x).values()
+    # The slopes of each output in closed form, over its variance and the number of its elements.
+    variance = (boxes - boxes.mean(0)).square().mean()
+    expected = (640 * model.boxes.weight).square().sum(0) / (4 * variance)
+    slope = (score * (1 - score)) * model.score.weight
+    expected = expected + slope.square() / score.var(correction=0)
+    torch.testing.assert_close(torch.stack(draws).mean(0), expected.detach(), rtol=0.35, atol=1e-3)
+    assert match_targets(model, [x], weights="gradient").rows[0].r2 > 0.8
+    swap_targets(model, keep=0.5, batches=[x])
+
+
+def test_outputs_without_a_gradient_cannot_weigh_errors():
+    class Detached(Boxes):
+        def forward(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
+            return {"boxes": super().forward(x)["boxes"].detach()}
+
+    x = torch.randn(64, 4)
+    with pytest.raises(ValueError, match="no gradient comes from the outputs"):
+        match_targets(convert(Detached(), example_input=x), [x], weights="gradient")
 
 
 def test_channels_that_nobody_reads_do_not_shape_a_shared_target():

@@ -68,7 +68,9 @@ def test_those_are_kept_whose_swap_costs_most_per_neuron():
             loss = F.kl_div(found, wanted, log_target=True, reduction="batchmean")
             costs.append(loss.item() / (unit.neurons / unit.gate.count))
     order = torch.tensor(costs).argsort(descending=True).tolist()
-    swap_targets(model, keep=80, batches=[X] * 8)  # several draws of labels for each input
+    swap_targets(
+        model, keep=80, batches=[X] * 8, logits=True
+    )  # several draws of labels for each input
     kept = {i for i, z in enumerate(gates(model).tolist()) if z == 1}
     best = set(order[: len(kept)])
     assert len(kept & best) >= len(kept) - 1
@@ -81,8 +83,8 @@ def test_gates_of_few_neurons_come_before_one_of_many_that_costs_more_in_all(mon
     units = dict(gated_activations(model))  # gates of 16 and of 4 neurons
     costs = [torch.full((8,), 3.0), torch.full((6,), 1.0)]
     of_units = dict(zip(units.values(), costs, strict=True))
-    monkeypatch.setattr(relu_budget, "_costs", lambda networks: of_units)
-    first, second = choose_kept(model, units, [X], 24).values()
+    monkeypatch.setattr(relu_budget, "_costs", lambda *_: of_units)
+    first, second = choose_kept(model, units, [X], 24, True).values()
     assert not first.any()
     assert second.all()
 
@@ -146,7 +148,7 @@ def test_units_that_do_not_run_cost_nothing():
     model.add_module("idle", copy.deepcopy(model[1]))
     model.forward = lambda x: nn.Sequential(*list(model)[:-1])(x)
     units = dict(gated_activations(model))
-    masks = choose_kept(model, units, [X], 0.5)
+    masks = choose_kept(model, units, [X], 0.5, True)
     assert masks[units["1"]].any()
     assert not masks[units["idle"]].any()
 
@@ -155,5 +157,5 @@ def test_all_sites_are_weighed_in_one_run_per_batch():
     model, runs = network(), []
     model[-1].register_forward_hook(lambda *_: runs.append(1))
     units = dict(gated_activations(model))
-    choose_kept(model, units, X.split(200), 0.5)
+    choose_kept(model, units, X.split(200), 0.5, True)
     assert len(runs) == 2

@@ -56,11 +56,10 @@ def match_targets(
         include: sites to match: patterns as in `convert` (a predicate gets the unit); None: all.
         exclude: sites to leave as they are, in the same forms.
         weights: how much an error at a site counts. None: all errors count the same.
-            ``"gradient"``: by the squared gradient of the original network's log-likelihood, with
-            labels drawn from its answers, as in second-order quantisation; it takes a backward pass
-            per batch. On an image classifier this was worse than None. It is here for
-            networks with rare outputs: a detector of rare events lost most of them by
-            ``refit=True`` and kept them with gradient weights.
+            ``"gradient"``: by what they do to the outputs, as in second-order quantisation: to the
+            KL divergence of logits (``logits=True``), else to the relative squared errors of all
+            outputs. It takes a backward pass per batch. On an image classifier this was worse than
+            None: measure before you use it.
         refit: also refit each linear layer and convolution behind a site, by least squares, so that
             its outputs stay close to those of the original network. Layers whose weight is not a
             plain trainable parameter that they alone read are left alone; the report names them.
@@ -76,7 +75,8 @@ def match_targets(
             at a site; None: half of the memory that is free. Batches beyond it are run again for
             each site, so that their time grows with the square of the depth.
         logits: whether the model returns logits of classes, so that the report can have their KL
-            divergence, too. Outputs that are named ``logits`` are read so in any case.
+            divergence, too, by which ``weights="gradient"`` then goes. Outputs that are named
+            ``logits`` are read so in any case.
         progress: whether to show a line with the remaining time, or a function that gets each
             ``Progress``.
 

@@ -88,7 +88,7 @@ class OnePass:
         }
         samples = Samples(self.networks, calls, fits)
         if self.weights == "gradient":
-            samples.weigh()
+            samples.weigh(self.logits)
         check = OutputCheck(self.networks, state, seen.output, len(self.paths), self.logits)
         number, device = len(self.networks.batches), device_of(self.networks.model)
         self.waited = batches_that_wait(number, seen.held, device, self.max_bytes)

@@ -76,12 +76,17 @@ class Samples:
         """The modules in the order of their calls."""
         return list(self._calls)
 
-    def weigh(self) -> None:
-        """Sample the squared gradients of the original network's answers at each site's output."""
+    def weigh(self, logits: bool) -> None:
+        """Sample the squared gradients of the original network's outputs at each site's output.
+
+        Args:
+            logits: whether the outputs are logits of classes.
+        """
         units = [unit for unit in self._calls if isinstance(unit, GatedActivation)]
         self._sites_held = max(len(units), 1)  # one forward pass gives the weights of all
         for index, batch in enumerate(self._networks.batches):
-            for unit, calls in site_calls(self._networks, units, batch, seed=index).items():
+            found = site_calls(self._networks, units, batch, index, logits)
+            for unit, calls in found.items():
                 for number, call in enumerate(calls):
                     key = Call(unit, index, number, [])
                     self._weights[key[:3]] = self._groups(key, _with_floor(call.squared_gradient))

@@ -23,6 +23,7 @@ def choose_kept(
     units: Mapping[str, GatedActivation],
     batches: Iterable[Any],
     keep: int | float,
+    logits: bool,
 ) -> dict[GatedActivation, Tensor]:
     """For each unit a mask over its gates, which is True for gates that keep their source.
 
@@ -31,6 +32,7 @@ def choose_kept(
         units: the units whose gates are in question, by path.
         batches: inputs without labels, as for `match_targets`.
         keep: how many neurons keep their source at most: a number (int) or a share (float).
+        logits: whether the model returns logits of classes.
 
     Raises:
         ValueError: the budget is out of its range, or there are no batches.
@@ -44,7 +46,7 @@ def choose_kept(
         )
     networks = TwoNetworks(model, list(units.values()), as_batches(batches, model))
     with prediction_mode(model):
-        costs = _costs(networks)
+        costs = _costs(networks, logits)
     # Keep gate after gate, from the most costly neuron down, while the budget lasts.
     sizes = {unit: unit.neurons // unit.gate.count for unit in units.values()}
     each = torch.cat([(cost / sizes[unit]).cpu() for unit, cost in costs.items()])
@@ -58,11 +60,11 @@ def choose_kept(
     return {unit: part.view(unit.gate.shape) for unit, part in zip(sizes, parts, strict=True)}
 
 
-def _costs(networks: TwoNetworks) -> dict[GatedActivation, Tensor]:
+def _costs(networks: TwoNetworks, logits: bool) -> dict[GatedActivation, Tensor]:
     """The cost of each gate of each unit, summed over its elements and the examples."""
     total = {unit: torch.zeros(unit.gate.count, dtype=torch.float64) for unit in networks.units}
     for index, batch in enumerate(networks.batches):
-        for unit, calls in site_calls(networks, networks.units, batch, seed=index).items():
+        for unit, calls in site_calls(networks, networks.units, batch, index, logits).items():
             for x, y, squared_gradient in calls:
                 numbers = None if unit.fitted is None else unit.fitted.expand(x)
                 error = fitted_value(x, unit.target, numbers).double() - y

@@ -79,7 +79,7 @@ class SourceBudget:
             ValueError: nothing would be swapped, or no number of sites holds the accuracy.
         """
         if self.neurons is not None:
-            swap_targets(model, keep=self.neurons, batches=batches)
+            swap_targets(model, keep=self.neurons, batches=batches, logits=logits)
             if all(bool((unit.gate.predict() == 1).all()) for _, unit in gated_activations(model)):
                 raise ValueError(
                     f"keep={self.neurons} keeps every neuron; nothing would be swapped."

@@ -23,6 +23,7 @@ def swap_targets(
     exclude: Any = None,
     keep: int | float | None = None,
     batches: Iterable[Any] | None = None,
+    logits: bool = False,
 ) -> nn.Module:
     """Transfer gates at once; a `TransferSchedule` moves them gradually instead.
 
@@ -35,11 +36,14 @@ def swap_targets(
         include: sites to swap: patterns as in `convert` (a predicate gets the unit); None: all.
         exclude: sites to leave as they are, in the same forms.
         keep: how many neurons of these sites keep their source at most: a number (int) or a share
-            (float). The gates whose swap would increase the loss most per neuron are kept, which is
-            estimated from squared gradients; ``report(model).total.source_neurons`` counts their
+            (float). The gates whose swap would change the outputs most per neuron are kept, which
+            is estimated from squared gradients; ``report(model).total.source_neurons`` counts their
             neurons. One gate per neuron gives the finest choice, one per channel a faster network.
             Call `match_targets` once more afterwards: it fits the others around those that stay.
         batches: inputs without labels, as for `match_targets`; needed with ``keep``.
+        logits: whether the model returns logits of classes, so that ``keep`` goes by their KL
+            divergence; else by the relative squared errors of all outputs. Outputs that are named
+            ``logits`` are read so in any case.
 
     Returns:
         The same model object.
@@ -70,7 +74,7 @@ def swap_targets(
                 f"{scheduled[0]}: gates of the kind {kind!r} move all at once; convert "
                 "with gate='hard_concrete' to keep some of them."
             )
-        for unit, kept in choose_kept(model, units, batches, keep).items():
+        for unit, kept in choose_kept(model, units, batches, keep, logits).items():
             move_to_ends(unit.gate, kept.to(unit.log_alpha.device))
         tell_schedules(units.values())
         return model

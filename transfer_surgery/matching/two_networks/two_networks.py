@@ -12,13 +12,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from transfer_surgery._running import (
-    call_model,
-    explained,
-    log_probabilities,
-    logits_of,
-    with_gradients_if_needed,
-)
+from transfer_surgery._running import call_model, explained, with_gradients_if_needed
 from transfer_surgery._tensors import map_tensors
 from transfer_surgery.units import Gate, GatedActivation
 
@@ -112,11 +106,6 @@ class TwoNetworks:
         result, _ = with_gradients_if_needed(run)
         self._has_run = True
         return result
-
-    def log_probabilities(self, batch: Any, *network: Any) -> Tensor:
-        """The output of `run` read as logits: one row of logarithms of probabilities per answer."""
-        output = self.with_gradients_if_needed(lambda: self.run(batch, *network))
-        return log_probabilities(logits_of(output))
 
 
 class HeldGate(nn.Module):
