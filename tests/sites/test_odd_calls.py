@@ -87,7 +87,63 @@ class InFunction(Layers):
         return F.gelu(self.one(x)) + Swish.apply(self.two(x))
 
 
+class ANestedTensor(Layers):
+    def forward(self, x):
+        h = F.gelu(self.one(x))
+        nested = torch.nested.as_nested_tensor([h[:1], h[1:]])
+        return torch.nested.to_padded_tensor(F.relu(nested), 0.0)
+
+
+class Block(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(4, 4)
+
+    def forward(self, x):
+        return F.elu(self.layer(x))
+
+
+TABLE = {Block: 2.0}
+
+
+class OfBlocks(Layers):
+    def __init__(self):
+        super().__init__()
+        self.block = Block()
+
+
+class ComparesClasses(OfBlocks):
+    def forward(self, x):
+        return F.gelu(self.block(x) * (2.0 if type(self.block) is Block else 1.0))
+
+
+class LooksClassesUp(OfBlocks):
+    def scale(self, module):
+        return TABLE.get(module.__class__, 1.0)
+
+    def forward(self, x):
+        return F.gelu(self.block(x) * self.scale(self.block))
+
+
+class AsksForItsOwn(Block):
+    def forward(self, x):
+        return super(self.__class__, self).forward(x)
+
+
+class Child(Layers):
+    def __init__(self):
+        super().__init__()
+        self.block = AsksForItsOwn()
+
+    def forward(self, x):
+        return F.gelu(self.block(x))
+
+
 LEFT = {
+    ANestedTensor: ("relu", "its input is a nested tensor"),
+    ComparesClasses: ("elu", "ComparesClasses.forward asks for the class"),
+    LooksClassesUp: ("elu", "LooksClassesUp.scale asks for the class"),
+    Child: ("elu", "AsksForItsOwn.forward asks for the class"),
     WritesElsewhere: ("tanh", "it writes its result into out="),
     InASlice: ("relu", "the module that calls it is not registered"),
     ByMode: ("elu", r"in training it is another activation (relu)"),
@@ -132,3 +188,51 @@ def test_a_forward_without_the_module_is_intercepted(cls):
     before = twin.eval()(X)
     units(twin)["relu_0"].log_alpha.data.fill_(-8.0)
     assert not torch.equal(twin(X), before)
+
+
+class MakesItsLike(Layers):
+    """A new module of its class is one that nobody has converted."""
+
+    def forward(self, x, deep=True):
+        if not deep:
+            return F.gelu(self.two(x))
+        with torch.random.fork_rng():
+            like = type(self)()
+        like.load_state_dict({"one.bias": self.one.bias}, strict=False)
+        return F.gelu(self.two(x)) + like(x, False).detach()
+
+
+def test_the_class_of_a_converted_module_makes_plain_ones():
+    model = MakesItsLike()
+    twin = converted(model, X)
+    like = type(twin)()
+    assert type(like) is MakesItsLike
+    assert not units(like)
+    assert_same_runs(model, twin, X)
+    (unit,) = units(twin).values()
+    before = twin.eval()(X)
+    unit.log_alpha.data.fill_(-8.0)
+    assert not torch.equal(twin(X), before)
+
+
+class KeywordHooks(Layers):
+    def __init__(self):
+        super().__init__()
+        self.one.register_forward_pre_hook(KeywordHooks.before, with_kwargs=True)
+        self.one.register_forward_hook(KeywordHooks.after, with_kwargs=True)
+
+    @staticmethod
+    def before(module, args, kwargs):
+        return args, {"input": 2 * kwargs["input"]}
+
+    @staticmethod
+    def after(module, args, kwargs, output):
+        return output + kwargs["input"]
+
+    def forward(self, x):
+        return F.gelu(self.one(input=x))
+
+
+def test_hooks_that_take_keywords_are_examined_with_them():
+    model = KeywordHooks()
+    assert_same_runs(model, converted(model, X), X)

@@ -8,6 +8,7 @@ can be pickled and deep-copied; those with the same recipe share the class.
 from __future__ import annotations
 
 import abc
+import functools
 import inspect
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -80,7 +81,14 @@ def _make_class(base: type[nn.Module], recipe: Recipe) -> type[nn.Module]:
         plain = (base if value is type(self) else value for value in (function, *args))
         return _rebuild, (recipe, *plain), *rest
 
+    @functools.wraps(base.__init__)
+    def construct(self: nn.Module, *args: Any, **kwargs: Any) -> None:
+        """``type(module)(...)`` makes a module that nobody has converted."""
+        object.__setattr__(self, "__class__", base)
+        self.__init__(*args, **kwargs)  # type: ignore[misc]
+
     members |= {
+        "__init__": construct,
         "_transfer_surgery_recipe": recipe,
         "__reduce_ex__": reduce,
         "__prepare_scriptable__": _refuse_script,

@@ -228,8 +228,8 @@ class Observer(TorchFunctionMode):
         """Write down an activation call; one that is only `listed` has the reason already."""
         x, frame = call.input, self._frame()
         place = place_of(frame, self._paths)
-        if place.reason == OUTSIDE:
-            listed = OUTSIDE
+        if place.reason in (OUTSIDE, UNREGISTERED):
+            listed = place.reason
         draw = frame.draw_key if listed is None else frame.draw_listed_key
         kind = "method" if getattr(Tensor, func.__name__, None) is func else "function"
         kind = "formula" if match else "module" if place.called else kind
@@ -238,7 +238,7 @@ class Observer(TorchFunctionMode):
             key=draw(place.location),
             source=call.activation,
             kind=kind,
-            shape=tuple(x.shape),
+            shape=() if x.is_nested else tuple(x.shape),
             channel_axis=channel_axis(x),
             inplace=call.inplace,
             role=role_of(call.activation, x),

@@ -82,8 +82,11 @@ def probe_copy(model: nn.Module, fake: FakeTensorMode | None, all_hooks: bool = 
         for name in _HOOKS:  # of modules with a __deepcopy__ of their own
             object.__setattr__(module, name, OrderedDict())
     for module, name, kept in hooks:
-        table = getattr(memo[id(module)], name)
-        table.update({key: _refer_to_copies(hook, memo) for key, hook in kept.items()})
+        held = vars(memo[id(module)])
+        held[name].update({key: _refer_to_copies(hook, memo) for key, hook in kept.items()})
+        for table in (f"{name}_with_kwargs", f"{name}_always_called"):
+            flags = vars(module).get(table, {})
+            held.get(table, {}).update({key: flags[key] for key in kept & flags.keys()})
     return probe
 
 

@@ -60,6 +60,8 @@ def why_not(x: Tensor) -> str | None:
     """Why an activation of x has no gates; None where it may."""
     if not is_live(x):
         return NOT_LIVE
+    if x.is_nested:
+        return "its input is a nested tensor"
     return None if x.is_floating_point() else f"its input is {x.dtype}"
 
 
@@ -138,6 +140,8 @@ def origin_of(x: Tensor) -> Any:
 
 def _axis_of(name: str, inputs: list[Tensor], out: Tensor, text: str) -> int | None:
     """Where the channels of a result are; None where that cannot be told."""
+    if out.is_nested or any(x.is_nested for x in inputs):
+        return None  # it has no shape
     if name in _CHANNELS_FIRST:
         return 1
     if name in _CHANNELS_LAST:

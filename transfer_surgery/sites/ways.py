@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import fx, nn
 
+from transfer_surgery.sites.asked_classes import asked_classes
 from transfer_surgery.sites.frames import code_of, is_torch, names_in
 from transfer_surgery.sites.graph import GraphRoute
 from transfer_surgery.sites.place import IN_THREAD, UNREGISTERED
@@ -27,6 +28,7 @@ def assign_ways(
     for (caller, key), f in merged.items():
         if f["module"] is not None:
             callers.setdefault(f["module"], []).append((caller, key))
+    asked = asked_classes(model)
     for (caller, key), f in merged.items():
         sites = callers.get(f["module"], [])
         own = [site for site in sites if site[0] == caller]
@@ -46,6 +48,9 @@ def assign_ways(
             f["route"], f["why"] = None, "its code walks over its children"
         f["way"] = _WAYS[type(f["route"])]
         f["path"] = _free_name(model, caller, base, {g.get("path") for g in merged.values()})
+        asker = asked.get(type(model.get_submodule(caller)))
+        if asker is not None and f["way"] != "fx":
+            f["reason"] = f["reason"] or f"{asker} asks for the class, which conversion changes"
         # Copies of graphs keep what is in the graph, and calls of others are not intercepted.
         is_graph = isinstance(model.get_submodule(caller), fx.GraphModule)
         if f["route"] is None and (is_graph or f["why"] in (IN_THREAD, UNREGISTERED, IN_FUNCTION)):
