@@ -237,6 +237,8 @@ def test_gates_can_be_sampled_on_fake_tensors_and_under_vmap():
 
     stacked = torch.zeros(5, 3)
     assert torch.vmap(sample, randomness="different")(stacked).shape == (5, 3)
+    with pytest.raises(RuntimeError, match=r'drawn at random in .* give it randomness="different"'):
+        torch.vmap(sample)(stacked)
 
 
 class _Sampler(nn.Module):

@@ -35,11 +35,23 @@ def draw_uniform(gate: nn.Module, like: Tensor, shape: tuple[int, ...]) -> Tenso
         like: a tensor on the device to draw on; a wrapped one means that nobody looks at states.
         shape: of the noise.
 
+    Raises:
+        RuntimeError: `torch.vmap` was not told how to draw.
+
     Warns:
         RecomputedGatesWarning: the backward pass draws in a state that no forward pass had.
     """
     _check_state(gate, like)
-    eps = torch.rand(shape, dtype=torch.float32, device=like.device)
+    try:
+        eps = torch.rand(shape, dtype=torch.float32, device=like.device)
+    except RuntimeError as error:
+        if "vmap" not in str(error):
+            raise
+        raise RuntimeError(
+            "gates are drawn at random in training mode, and torch.vmap draws nothing unless it is "
+            'told how: give it randomness="different", which draws them anew for each example, or '
+            '"same"; or call model.eval().'
+        ) from error
     return eps.clamp(2.0**-25, 1 - 2.0**-24)
 
 
