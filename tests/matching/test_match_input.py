@@ -111,6 +111,25 @@ def test_a_handful_of_examples_draws_a_warning():
     assert [row.values for row in match_targets(network(), X.split(64))] == [256, 256]
 
 
+class Named(nn.Module):
+    """Gives its activation the input by name."""
+
+    def __init__(self):
+        super().__init__()
+        self.body, self.act, self.head = nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3)
+
+    def forward(self, x):
+        return self.head(self.act(input=self.body(x)))
+
+
+def test_activations_that_get_their_input_by_name_are_seen_as_others_are():
+    model = convert(Named(), "polynomial(degree=2)", example_input=X)
+    match_targets(model, [X], weights="gradient", refit=True)
+    swap_targets(model, keep=0.5, batches=[X])
+    distill(model, Named(), [X], steps=20, lr=0.01)
+    assert plot_activation(model, "act", [X]).get_lines()
+
+
 def test_in_inference_mode_the_targets_can_be_trained_later():
     model = network()
     with torch.inference_mode():

@@ -11,7 +11,13 @@ from torch import Tensor, nn
 
 from transfer_surgery._running import as_batches, explained, hooked, predict, prediction_mode
 from transfer_surgery.reports.axes import COLOURS, new_axes, shades
-from transfer_surgery.units import GatedActivation, Numbers, fitted_value, gated_activations
+from transfer_surgery.units import (
+    GatedActivation,
+    Numbers,
+    fitted_value,
+    gated_activations,
+    watch_inputs,
+)
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -88,11 +94,11 @@ def _inputs(model: nn.Module, unit: GatedActivation, batches: Iterable[Any]) -> 
     """Up to 20,000 inputs of a unit, without the outermost 0.2 percent."""
     seen: list[Tensor] = []
 
-    def keep(unit: nn.Module, args: tuple[Any, ...]) -> None:
-        seen.append(args[0].detach().float().flatten().cpu().clone())
+    def keep(unit: nn.Module, x: Tensor) -> None:
+        seen.append(x.detach().float().flatten().cpu().clone())
 
     found = as_batches(batches, model)
-    with hooked(unit.register_forward_pre_hook(keep)), prediction_mode(model):
+    with hooked(watch_inputs(unit, keep)), prediction_mode(model):
         for number, batch in enumerate(found):
             with explained(model, f"batches[{number}]", batch):
                 predict(model, batch)

@@ -38,6 +38,7 @@ from transfer_surgery.units.selection import (
     is_selected,
     matches_glob,
     select,
+    watch_inputs,
     select_units,
     stage_of,
 )
@@ -90,5 +91,6 @@ __all__ = [
     "registered_gates",
     "select",
     "select_units",
+    "watch_inputs",
     "stage_of",
 ]

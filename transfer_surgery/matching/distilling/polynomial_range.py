@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from transfer_surgery._running import hooked
 from transfer_surgery.matching.distilling.held_out import Examination
-from transfer_surgery.units import GatedActivation, TargetParameters
+from transfer_surgery.units import GatedActivation, TargetParameters, watch_inputs
 
 _NAMED = 5
 
@@ -50,15 +50,13 @@ class FittedRanges:
     def watched(self) -> Iterator[None]:
         """While this lasts, the last inputs are looked at."""
 
-        def look(unit: nn.Module, args: tuple[Any, ...]) -> None:
-            assert isinstance(unit, GatedActivation)
-            x = args[0]
+        def look(unit: GatedActivation, x: Tensor) -> None:
             _, w, c, *_ = self._polynomials[unit].expand(x)
             z = unit.granularity.expand(unit.gate.predict().detach(), x)
             # The range is from -1 to 1.
             self._last[unit.path] = torch.where(z == 1, 0.0, (w * x + c).abs() - 1.0).clamp_min(0.0)
 
-        with hooked(*(unit.register_forward_pre_hook(look) for unit in self._polynomials)):
+        with hooked(*(watch_inputs(unit, look) for unit in self._polynomials)):
             yield
         self._last.clear()
 

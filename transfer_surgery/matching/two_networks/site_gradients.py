@@ -18,7 +18,7 @@ from transfer_surgery.matching.output_errors import (
     output_tensors,
 )
 from transfer_surgery.matching.two_networks.two_networks import TwoNetworks
-from transfer_surgery.units import GatedActivation
+from transfer_surgery.units import GatedActivation, watch_inputs
 
 
 class SiteCall(NamedTuple):
@@ -58,14 +58,14 @@ def site_calls(
     inputs: dict[nn.Module, Tensor] = {}
 
     # Copies: what comes behind a site may write into its tensors.
-    def before(unit: nn.Module, args: tuple[Any, ...]) -> None:
-        inputs[unit] = args[0].detach().clone()
+    def before(unit: nn.Module, x: Tensor) -> None:
+        inputs[unit] = x.detach().clone()
 
     def after(unit: Any, args: tuple[Any, ...], output: Tensor) -> None:
         outputs.append(output if output.requires_grad else output.requires_grad_())
         calls.append((unit, inputs.pop(unit), output.detach().clone()))
 
-    handles = [unit.register_forward_pre_hook(before) for unit in units]
+    handles = [watch_inputs(unit, before) for unit in units]
     handles += [unit.register_forward_hook(after) for unit in units]
     with hooked(*handles), torch.enable_grad():
         answer = networks.with_gradients_if_needed(lambda: networks.run(batch))
