@@ -133,6 +133,27 @@ def test_a_file_is_opened_once(load: Any, file: Path, monkeypatch: pytest.Monkey
 # --- how models are made -------------------------------------------------------------------------
 
 
+def test_a_file_may_have_dataclasses_and_import_what_lies_beside_it(tmp_path: Path) -> None:
+    (tmp_path / "widths_beside.py").write_text("WIDTH = 3\n")
+    (tmp_path / "copy.py").write_text(  # named like a module that is loaded
+        "from __future__ import annotations\n"
+        "from dataclasses import dataclass\n"
+        "from torch import nn\n"
+        "@dataclass\n"
+        "class Config:\n"
+        "    inputs: int = 4\n"
+        "def net():\n"
+        "    from widths_beside import WIDTH\n"
+        "    return nn.Linear(Config().inputs, WIDTH)\n"
+    )
+    before = list(sys.path)
+    model = ModelSpec(f"{tmp_path}/copy.py:net").build()
+    assert isinstance(model, nn.Linear)
+    assert model.weight.shape == (3, 4)
+    assert sys.path == before
+    assert sys.modules["copy"] is copy
+
+
 def test_a_name_without_prefix_is_timm_s_then_torchvision_s() -> None:
     assert type(ModelSpec("resnet18").build()).__module__ == "timm.models.resnet"
     torchvision = ModelSpec("squeezenet1_0", {"num_classes": 7}).build()

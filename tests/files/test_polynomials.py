@@ -17,6 +17,7 @@ from transfer_surgery import (
     save_polynomials,
     swap_targets,
 )
+from transfer_surgery.units import FittedActivation
 
 X = torch.randn(64, 3, 8, 8, generator=torch.Generator().manual_seed(0))
 
@@ -106,3 +107,6 @@ def test_only_fitted_polynomials_and_files_of_them_are_written(tmp_path):
     file.write_text("")
     save_polynomials(model, file)
     save_polynomials(model, file)
+    next(m for m in model.modules() if isinstance(m, FittedActivation)).w.data[0] = 0
+    with pytest.raises(ValueError, match="^2: a coefficient, or an end of the range, is not fin"):
+        save_polynomials(model, file)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import importlib.util
 import math
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
@@ -73,7 +74,8 @@ class ModelSpec:
                     f"{self.name} is a file, and a zoo's weights are for its own models. Load the "
                     "weights in the function, or give a checkpoint."
                 )
-            return self._call(_function(Path(zoo), name))
+            with _importable(Path(zoo)):
+                return self._call(_function(Path(zoo), name))
         makers = {"timm": _make_timm, "torchvision": _make_torchvision}
         if zoo not in ("", *makers):
             raise UnknownModelError(
@@ -136,14 +138,36 @@ def _explained(name: str) -> Iterator[None]:
         raise RuntimeError(message) from error
 
 
+@contextmanager
+def _importable(file: Path) -> Iterator[None]:
+    """Let a file import what lies beside it, as a program may."""
+    folder = str(file.resolve().parent)
+    sys.path.insert(0, folder)
+    try:
+        yield
+    finally:
+        sys.path.remove(folder)
+
+
 def _function(file: Path, name: str) -> Callable[..., Any]:
     """A function, or a class, of a Python file."""
-    spec = importlib.util.spec_from_file_location(file.stem, file)
+    file = file.absolute()
+    # Dataclasses and pickle look for a module by its name, which may be that of another one.
+    other = sys.modules.get(file.stem)
+    known_as = (
+        file.stem if other is None or getattr(other, "__file__", None) == str(file) else str(file)
+    )
+    spec = importlib.util.spec_from_file_location(known_as, file)
     if spec is None or spec.loader is None or not file.is_file():
         raise UnknownModelError(f"there is no file {file}.")
     module = importlib.util.module_from_spec(spec)
-    with _explained(str(file)):
-        spec.loader.exec_module(module)
+    sys.modules[known_as] = module
+    try:
+        with _explained(str(file)):
+            spec.loader.exec_module(module)
+    except BaseException:
+        del sys.modules[known_as]
+        raise
     if not callable(getattr(module, name, None)):
         known = [key for key, value in vars(module).items() if callable(value)]
         raise UnknownModelError(f"{file} has no function {name!r}.{_close(name, known)}")

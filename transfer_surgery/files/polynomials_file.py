@@ -37,8 +37,8 @@ def save_polynomials(model: nn.Module, path: str | os.PathLike[str]) -> None:
             there is replaced only if it is empty or was written by this function.
 
     Raises:
-        ValueError: the model still has gates, has no fitted polynomials, or the file exists and is
-            something else.
+        ValueError: the model still has gates, has no fitted polynomials or one whose numbers are
+            not finite, or the file exists and is something else.
 
     Examples:
         >>> import tempfile
@@ -73,6 +73,12 @@ def save_polynomials(model: nn.Module, path: str | os.PathLike[str]) -> None:
             "the model has no fitted polynomials: convert it with target='polynomial(degree=2)', "
             "and call match_targets, swap_targets and bake."
         )
+    for name, site in sites.items():
+        if not all(torch.tensor(site[key]).isfinite().all() for key in ("coefficients", "range")):
+            raise ValueError(
+                f"{name}: a coefficient, or an end of the range, is not finite, which JSON does "
+                "not have: call match_targets again before bake."
+            )
     text = json.dumps({"kind": _KIND, "version": 1, "sites": sites}, indent=1)
     replace_file(path, lambda new: new.write_text(text + "\n"))
 
