@@ -183,6 +183,7 @@ def test_options_of_convert_reach_the_gates_and_files_are_not_replaced() -> None
     assert "run: 1 sites, 1 gates, gelu -> snake(a=0.5)" in printed
     assert "run exists already" in invoke(*convert, fails=2)
     Path("run.training.pt").touch()
+    assert "is the state of a training" in invoke(*convert[:-1], "run.pt", fails=2)
     invoke(*convert, "--force")
     assert not Path("run.training.pt").exists()
     Path("other.training.pt").write_text("of another program")

@@ -134,6 +134,7 @@ def test_what_is_no_converted_model_is_refused(tmp_path: Path) -> None:
         ("mnist", ["--input-size", "3x32x32"], "Known data: digits, cifar10, or a folder"),
         ("digits", ["--input-size", "3x32x32"], "takes 3 channels, the data has 1: convert it"),
         ("digits", DIGITS, "convert it with --set num_classes=10"),
+        ("digits", [*DIGITS, "--set", "num_classes=0", "--set", "global_pool=''"], "classifiers"),
     ],
 )
 def test_data_that_does_not_fit_is_said_before_training(

@@ -97,6 +97,11 @@ def convert(
         settings = gate_settings({"name": gate} | ({} if noise is None else {"noise": noise}))
     with run_errors():
         check_state_not_lost(output)
+    if state_of(output).exists() and not force:  # of run.pt, say, where this is run.safetensors
+        raise typer.BadParameter(
+            f"{state_of(output)} is the state of a training: choose another file, or --force."
+        )
+    with run_errors():
         torch.manual_seed(seed)
         network = build(spec, weights, pretrained)
         found = find_activations(network, spec.example_input(network))

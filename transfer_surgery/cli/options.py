@@ -109,6 +109,7 @@ def model_spec(name: str, assignments: list[str] | None, input_size: str | None)
         key, equals, value = text.partition("=")
         if not equals or not key.isidentifier():
             raise typer.BadParameter(f"{text!r}: write NAME=VALUE, such as num_classes=10.")
+        value = {"true": "True", "false": "False"}.get(value, value)  # strings would both be true
         try:
             arguments[key] = ast.literal_eval(value)
         except (ValueError, SyntaxError):

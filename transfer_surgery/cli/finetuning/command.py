@@ -157,7 +157,14 @@ def _load_images(
             f"--set in_chans={x.shape[1]}, and --input-size {x.shape[1]}xHxW where that was given."
         )
     with torch.no_grad():
-        outputs = machine.place(model).eval()(x).shape[-1]
+        found = machine.place(model).eval()(x)
+    if not isinstance(found, torch.Tensor) or found.dim() != 2:
+        raise ValueError(
+            f"the model returns {getattr(found, 'shape', type(found).__name__)} for two images, "
+            "and this command trains classifiers, which return (images, classes). Train others in "
+            "Python, with wrap_optimizer."
+        )
+    outputs = found.shape[1]
     if outputs != loaders.classes:
         raise ValueError(
             f"the model has {outputs} outputs, the data {loaders.classes} classes: convert it with "

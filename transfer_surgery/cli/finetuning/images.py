@@ -144,12 +144,12 @@ def load_folder(
     options: dict[str, Any] = {
         "batch_size": min(batch_size, len(train)),
         "num_workers": min(8, os.cpu_count() or 1),
-        "persistent_workers": True,
         "pin_memory": device.type == "cuda",
     }
     return ImageData(
         DataLoader(train, shuffle=True, drop_last=True, **options),
-        DataLoader(test, **options),
+        # The others start anew for each epoch, with seeds of the random state that a checkpoint has.
+        DataLoader(test, persistent_workers=True, **options),
         classes=len(train.classes),
     )
 
