@@ -108,5 +108,5 @@ def test_only_fitted_polynomials_and_files_of_them_are_written(tmp_path):
     save_polynomials(model, file)
     save_polynomials(model, file)
     next(m for m in model.modules() if isinstance(m, FittedActivation)).w.data[0] = 0
-    with pytest.raises(ValueError, match="^2: a coefficient, or an end of the range, is not fin"):
+    with pytest.raises(ValueError, match=r"^2: a coefficient, or an end of the range, is not fin"):
         save_polynomials(model, file)

@@ -38,9 +38,9 @@ from transfer_surgery.units.selection import (
     is_selected,
     matches_glob,
     select,
-    watch_inputs,
     select_units,
     stage_of,
+    watch_inputs,
 )
 from transfer_surgery.units.settings import (
     Bernoulli,
@@ -91,6 +91,6 @@ __all__ = [
     "registered_gates",
     "select",
     "select_units",
-    "watch_inputs",
     "stage_of",
+    "watch_inputs",
 ]

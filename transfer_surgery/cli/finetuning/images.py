@@ -148,7 +148,7 @@ def load_folder(
     }
     return ImageData(
         DataLoader(train, shuffle=True, drop_last=True, **options),
-        # The others start anew for each epoch, with seeds of the random state that a checkpoint has.
+        # Those of training start anew for each epoch: a checkpoint has the state that seeds them.
         DataLoader(test, persistent_workers=True, **options),
         classes=len(train.classes),
     )
