@@ -68,9 +68,8 @@ def save_baked(
 
     Raises:
         ImportError: safetensors is not installed.
-        ValueError: the model is not converted or cannot be baked, `fold` has no tensors, or the
+        ValueError: the model is not converted or cannot be baked, it does not run on `fold`, or the
             file exists and holds something else.
-        RuntimeError: the model does not run on `fold`, or folding would change its outputs.
         TypeError: the model is sharded by FSDP2; the message says what to do.
 
     Examples:

@@ -16,7 +16,7 @@ from transfer_surgery.units import GatedActivation, TargetParameters, watch_inpu
 _NAMED = 5
 
 
-def polynomials(units: Sequence[GatedActivation]) -> dict[nn.Module, TargetParameters]:
+def polynomials(units: Sequence[GatedActivation]) -> dict[GatedActivation, TargetParameters]:
     """The units whose fitted targets are polynomials, and the parameters of these."""
     found = {unit: unit.fitted for unit in units if unit.fitted is not None}
     return {unit: fitted for unit, fitted in found.items() if fitted.k is not None}
