@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from transfer_surgery._running import hooked
 from transfer_surgery.matching.distilling.held_out import Examination
