@@ -1,5 +1,6 @@
 """Forwards with threads: modules in them are converted; other activations there are reported."""
 
+import dataclasses
 import inspect
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -136,7 +137,47 @@ def test_a_module_that_fails_and_is_caught_leaves_the_finder_where_it_was():
     assert_same_runs(model, converted(model, X), X)
 
 
+def test_a_hook_that_fails_before_a_module_and_is_caught_leaves_the_finder_where_it_was():
+    class Checked(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.register_forward_pre_hook(self.check)
+
+        def check(self, module, args):
+            raise KeyError
+
+        def forward(self, x):
+            return x
+
+    class Net(Layers):
+        def __init__(self):
+            super().__init__()
+            self.checked = Checked()
+
+        def forward(self, x):
+            try:
+                self.checked(x)
+            except KeyError:
+                x = F.silu(self.one(x))
+            return self.two(x)
+
+    assert [(site.path, site.caller) for site in find_activations(Net(), X)] == [("silu_0", "")]
+
+
 CONSTANT = torch.ones(4)
+
+
+@dataclasses.dataclass
+class Scale:
+    """Callable and, as it can be compared, not hashable."""
+
+    by: float
+
+    def __call__(self, x):
+        return self.by * x
+
+
+TWICE = Scale(2.0)
 
 
 class Honest(torch.autograd.Function):

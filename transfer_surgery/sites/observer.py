@@ -113,8 +113,8 @@ class Observer(TorchFunctionMode):
             self.observation.walked.add(self._stacks.here[-1].path)
 
     def _leave(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        if id(module) not in self._paths:
-            return
+        if not self._stacks.here or self._stacks.here[-1].module is not module:
+            return  # a copy that the forward makes, or a hook before `_enter` has failed
         frame = self._stacks.here.pop()
         if self._stacks.is_new_thread:
             self.__exit__(None, None, None)  # type: ignore[no-untyped-call]

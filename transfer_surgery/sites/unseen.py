@@ -7,7 +7,7 @@ import itertools
 import sys
 from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
-from types import FunctionType
+from types import FunctionType, MethodType
 from typing import Any
 
 import torch
@@ -52,15 +52,22 @@ def written_calls(model: nn.Module, names: Collection[str], seen: Collection[Exp
     classes = dict.fromkeys(cls for m in model.modules() for cls in type(m).__mro__)
     spaces = [vars(sys.modules.get(cls.__module__, cls)) for cls in classes]
     values = [value for space in (*spaces, *map(vars, classes)) for value in space.values()]
-    found = {getattr(value, "__func__", value) for value in values if callable(value)}
+    functions = map(_function_of, values)
+    found = dict.fromkeys(one for one in functions if isinstance(one, FunctionType))
     places = set[str]()
     for function in found:
-        if isinstance(function, FunctionType) and is_users(function.__code__.co_filename):
+        if is_users(function.__code__.co_filename):
             for expression, name in _calls_in(function, seen):
                 if name in names:
                     file = Path(function.__code__.co_filename).name
                     places.add(f"{file}:{expression.position.line}")
     return f" (see {', '.join(sorted(places))})" if places else ""
+
+
+def _function_of(value: Any) -> Any:
+    """The function in a method; other values, which may not even be hashable, as they are."""
+    is_method = isinstance(value, (MethodType, classmethod, staticmethod))
+    return value.__func__ if is_method else value
 
 
 def scripted_functions(module: nn.Module) -> list[str]:
