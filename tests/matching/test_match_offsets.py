@@ -7,7 +7,15 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from transfer_surgery import bake, convert, fold_targets, match_targets, swap_targets
+from transfer_surgery import (
+    bake,
+    convert,
+    fold_targets,
+    load_gates,
+    match_targets,
+    save_gates,
+    swap_targets,
+)
 from transfer_surgery.units import FittedActivation, gated_activations
 
 
@@ -68,6 +76,22 @@ def test_an_amplitude_without_offset_is_the_least_squares_one():
     match_targets(model, [x])
     assert fitted.b.requires_grad
     assert fitted.b != 0
+
+
+@pytest.mark.parametrize("offset", [False, True])
+def test_files_know_whether_the_offset_is_trained(offset, tmp_path):
+    def make():
+        return convert(nn.Sequential(nn.SiLU()), "relu", example_input=torch.zeros(2, 4))
+
+    model = make()
+    match_targets(model, [torch.randn(256, 4)], offset=offset)
+    save_gates(model, tmp_path / "gates")
+    fresh, matched = nn.Sequential(nn.SiLU()), make()
+    match_targets(matched, [torch.randn(256, 4)], offset=not offset)
+    for other in (fresh, matched):
+        load_gates(other, tmp_path / "gates", torch.zeros(2, 4))
+        trained = {name for name, p in other[0].fitted.named_parameters() if p.requires_grad}
+        assert trained == {"a", "w", "c"} | ({"b"} if offset else set())
 
 
 def test_a_target_that_needs_its_offset_says_so():

@@ -115,6 +115,9 @@ def load_gates(
         return insert_gates(model, file, sites, gates, example_input)
     check_sites(file, inner, sites, configs_of(inner))
     fill_units(file, units, gates)
+    for path, unit in units.items():
+        if unit.fitted is not None:
+            unit.fitted.offset = bool(sites[path]["offset"])
     return model
 
 

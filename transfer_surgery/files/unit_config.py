@@ -30,8 +30,8 @@ _WRAPPERS = {
     "OptimizedModule": "_orig_mod",
 }
 _WRAPPED = {"_orig_mod", "_checkpoint_wrapped_module"}
-# These depend on the size of the example, are for reports only, or say how the gates started.
-_NOT_COMPARED = {"neurons", "position", "stage", "init", "found"}
+# These depend on the size of the example, are for reports only, or say how numbers are trained.
+_NOT_COMPARED = {"neurons", "position", "stage", "init", "found", "offset"}
 _SHOWN = 20
 
 
@@ -188,7 +188,7 @@ def build_unit(file: Path, path: str, config: Config, site: Site | None = None) 
             call=config["call"] and tuple(map(int, config["call"])),
         )
         if config["fitted"]:
-            unit.add_fitted_target()
+            unit.add_fitted_target().offset = bool(config["offset"])
         # This is the schema: what the unit does not give back is unknown, or of a wrong type.
         again = unit.config()
         for name in {**config, **again}:

@@ -133,7 +133,7 @@ def match_targets(
         raise
     for unit in units.values():
         if unit.fitted is not None:
-            unit.fitted.b.requires_grad_(offset and unit.fitted.a.requires_grad)
+            unit.fitted.offset = offset
     reasons = {p: fit.refitted[m] for p, m in model.named_modules() if m in fit.refitted}
     paths = tuple(path for path, reason in reasons.items() if reason is None)
     left = {path: reason for path, reason in reasons.items() if reason is not None}

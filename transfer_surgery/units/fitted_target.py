@@ -55,6 +55,15 @@ class TargetParameters(Float32Module):
             starts = start_coefficients(degree)
             self.k = nn.Parameter(torch.stack([torch.full(tuple(shape), k) for k in starts]))
 
+    @property
+    def offset(self) -> bool:
+        """Whether ``b`` is trained as the others are; else it stays where it is."""
+        return self.b.requires_grad or not self.a.requires_grad
+
+    @offset.setter
+    def offset(self, wanted: bool) -> None:
+        self.b.requires_grad_(wanted and self.a.requires_grad)
+
     def whole(self) -> Numbers:
         """``(a, w, c, b, *k)`` in float32, gathered where FSDP2 shards them."""
         numbers = tuple(gathered(p).float() for p in (self.a, self.w, self.c, self.b))

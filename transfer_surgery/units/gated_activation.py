@@ -153,6 +153,7 @@ class GatedActivation(nn.Module):
             "stage": self.stage,
             "call": self.call and list(self.call),
             "fitted": self.fitted is not None,
+            "offset": self.fitted is None or self.fitted.offset,
         }
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
