@@ -24,6 +24,7 @@ from torch.utils import _pytree as pytree
 
 from transfer_surgery._randomness import RandomnessKept
 from transfer_surgery.sites.copies import copy_function
+from transfer_surgery.sites.frames import code_of, is_torch
 
 _HOOKS = {name for name, value in vars(nn.Module()).items() if isinstance(value, OrderedDict)}
 _GLOBAL_HOOKS = ("_global_forward_hooks", "_global_forward_pre_hooks")
@@ -68,7 +69,7 @@ def probe_copy(model: nn.Module, fake: FakeTensorMode | None, all_hooks: bool = 
             elif isinstance(tensor, Tensor) and not tensor.is_leaf:  # as old weight_norm keeps
                 memo[id(tensor)] = tensor.detach().clone()
     try:
-        probe = copy.deepcopy(model, memo)
+        probe = _deep_copy(model, memo)
     except Exception as error:
         raise Uncopyable(
             f"{type(model).__name__} cannot be deep-copied ({error}), so it cannot be examined "
@@ -88,6 +89,43 @@ def probe_copy(model: nn.Module, fake: FakeTensorMode | None, all_hooks: bool = 
             flags = vars(module).get(table, {})
             held.get(table, {}).update({key: flags[key] for key in kept & flags.keys()})
     return probe
+
+
+def _deep_copy(model: nn.Module, memo: dict[int, Any]) -> nn.Module:
+    """Copy a model, which then shares nothing with the copy; `memo` tells the copy of each module.
+
+    A ``__deepcopy__`` of the user's may return the module itself, or one with the same tables or
+    tensors. Such modules are copied without it.
+    """
+    start, held = dict(memo), _held_by(model)
+    probe = copy.deepcopy(model, memo)
+    if not held & _held_by(probe):
+        return probe
+    memo.clear()
+    memo.update(start)
+    own = [module for module in model.modules() if _has_own_copy(type(module))]
+    memo.update({id(module): type(module).__new__(type(module)) for module in own})
+    for module in own:
+        vars(memo[id(module)]).update(copy.deepcopy(vars(module), memo))
+    probe = copy.deepcopy(model, memo)
+    if not set(model.modules()).isdisjoint(probe.modules()):
+        raise TypeError("its copy has modules in common with it")
+    return probe
+
+
+def _held_by(model: nn.Module) -> set[int]:
+    """The modules, tables and tensors of a model, by their identity."""
+    found = set[int]()
+    for module in model.modules():
+        tables = (module._modules, module._parameters, module._buffers)
+        found.update(map(id, (module, *tables)))
+        found.update(id(x) for table in tables[1:] for x in table.values() if x is not None)
+    return found
+
+
+def _has_own_copy(cls: type[nn.Module]) -> bool:
+    code = code_of(getattr(cls, "__deepcopy__", None))
+    return code is not None and not is_torch(code)
 
 
 def _is_own(hook: Any, own: set[tuple[str, str]], packages: set[str]) -> bool:
