@@ -1,6 +1,7 @@
 """TransferCallback in transformers' Trainer, and Accelerate, against the same plain loop."""
 
 import copy
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -81,7 +82,8 @@ def trainer_of(model, folder, *callbacks, trainer=Trainer, **arguments):
         "use_cpu": True,
     }
     settings = TrainingArguments(folder, **defaults | arguments)
-    return trainer(model, settings, train_dataset=Sentences(), callbacks=list(callbacks))
+    data = {"train_dataset": Sentences(), "eval_dataset": Sentences()}
+    return trainer(model, settings, callbacks=list(callbacks), **data)
 
 
 def linear_decay(optimizer, steps):
@@ -104,6 +106,20 @@ def plain_loop(model, schedule, accumulate=1, divide=True):
             scheduler.step()
             optimizer.zero_grad()
     return model
+
+
+class _FirstIsBest(TrainerCallback):
+    def on_evaluate(self, args, state, control, metrics, **kwargs):
+        metrics["eval_loss"] = state.epoch
+
+
+@pytest.mark.parametrize("best", [False, True])
+def test_a_best_model_from_before_the_transfer_is_reported(best, tmp_path):
+    options = {"eval_strategy": "epoch", "save_strategy": "epoch", "load_best_model_at_end": best}
+    trainer = trainer_of(bert(), tmp_path, _FirstIsBest(), TransferCallback(), **options)
+    message = "checkpoint-8, in which 33% of the gates are transferred, and 100% were at"
+    with pytest.warns(UserWarning, match=message) if best else nullcontext():
+        trainer.train()
 
 
 def test_the_trainers_training_is_that_of_the_plain_loop_bit_for_bit(tmp_path):
