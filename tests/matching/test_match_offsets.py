@@ -65,11 +65,27 @@ def test_without_offsets_every_relu_is_a_plain_one_after_folding():
     assert squared_error(model) < 0.2 * squared_error(plain)
 
 
-def test_an_amplitude_without_offset_is_the_least_squares_one():
+def test_a_layer_behind_makes_up_for_the_offset_that_a_fit_leaves_out():
+    errors = {}
+    for offset in (True, False):
+        torch.manual_seed(0)
+        model, x = nn.Sequential(nn.Linear(4, 16), nn.SiLU(), nn.Linear(16, 3)), torch.randn(512, 4)
+        wanted = model(x).detach()
+        convert(model, "relu", example_input=x)
+        report = match_targets(model, [x], refit=True, offset=offset)
+        swap_targets(model)
+        errors[offset] = (model(x) - wanted).square().mean().item()
+        assert report.rows[0].r2 > 0.9
+    assert model[1].fitted.b.count_nonzero() == 0
+    assert errors[False] == pytest.approx(errors[True], rel=0.05)
+
+
+@pytest.mark.parametrize("refit", [False, True])  # there is no layer behind
+def test_an_amplitude_without_offset_is_the_least_squares_one(refit):
     torch.manual_seed(0)
     x = torch.randn(4096, 1)
     model = convert(nn.Sequential(nn.SiLU()), "relu", example_input=x, granularity="layer")
-    match_targets(model, [x], offset=False)
+    match_targets(model, [x], refit=refit, offset=False)
     fitted = model[0].fitted
     y, shape = F.silu(x), F.relu(fitted.w * x + fitted.c).detach()
     assert fitted.a.item() == pytest.approx(((shape * y).sum() / (shape**2).sum()).item(), rel=1e-3)

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.nn.utils import parametrizations, prune
 
-from transfer_surgery import convert, match_targets
+from transfer_surgery import convert, match_targets, swap_targets
 from transfer_surgery._running import prediction_mode
 from transfer_surgery.matching.refit.layer_refit import RIDGES, LayerFit
 from transfer_surgery.matching.refit.refit_rules import layers_to_refit
@@ -98,9 +98,6 @@ def test_few_noisy_rows_are_pulled_to_the_old_weights_more_than_many(rows, batch
 
 
 def test_only_plain_trainable_weights_are_refitted_and_the_others_are_named():
-    class Subclass(nn.Linear):
-        pass
-
     frozen, half_frozen, hooked, of_a_teacher = (nn.Linear(2, 2) for _ in range(4))
     frozen.requires_grad_(False)
     half_frozen.bias.requires_grad_(False)
@@ -116,7 +113,6 @@ def test_only_plain_trainable_weights_are_refitted_and_the_others_are_named():
         nn.Conv2d(2, 2, 3, groups=2, padding="same", padding_mode="reflect"): None,
         nn.Conv1d(2, 2, 3): None,
         nn.ConvTranspose3d(2, 2, 3): None,
-        Subclass(2, 2): f"is of the class {__name__}.{Subclass.__qualname__}",
         half_frozen: "is frozen",
         nn.Linear(2, 2, device="meta"): "is offloaded",
         hooked: "has hooks",
@@ -130,6 +126,44 @@ def test_only_plain_trainable_weights_are_refitted_and_the_others_are_named():
     assert layers == [layer for layer, reason in expected.items() if reason is None]
     assert left == {layer: reason for layer, reason in expected.items() if reason}
     assert teacher[0] is of_a_teacher  # as long as the teacher lives
+
+
+class Cast(nn.Linear):
+    """As timm's own, which helps with mixed precision."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return F.linear(x, self.weight.to(x.dtype), self.bias.to(x.dtype))
+
+
+class Standardised(nn.Linear):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return F.linear(x, F.normalize(self.weight), self.bias)
+
+
+class Caching(nn.Linear):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if not hasattr(self, "kept"):
+            self.kept = self.weight.detach().clone()
+        return F.linear(x, self.kept, self.bias)
+
+
+@pytest.mark.parametrize("kind", [nn.Linear, Cast, Standardised, Caching])
+def test_a_subclass_is_refitted_where_it_computes_what_torchs_class_does(kind):
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), kind(8, 3)), torch.randn(256, 4)
+    wanted, last = model(x).detach(), model[2].weight.detach().clone()
+    report = match_targets(convert(model, "sin", example_input=x), [x], refit=True)
+    swap_targets(model)
+    if kind in (nn.Linear, Cast):
+        assert report.refitted == ("2",)
+        normal = torch.cat([model[1](model[0](x)), torch.ones(256, 1)], 1).double()
+        best = normal @ torch.linalg.lstsq(normal, wanted.double()).solution
+        error = (model(x) - wanted).square().mean()
+        assert error < 1.2 * (best - wanted).square().mean()
+    else:
+        name = f"{__name__}.{kind.__qualname__}"
+        assert report.left == {"2": f"is of the class {name}, which computes something else"}
+        assert torch.equal(model[2].weight, last)
 
 
 def test_all_objects_are_looked_through_only_where_something_else_holds_a_part(monkeypatch):

@@ -62,7 +62,8 @@ def match_targets(
             None: measure before you use it.
         refit: also refit each linear layer and convolution behind a site, by least squares, so that
             its outputs stay close to those of the original network. Layers whose weight is not a
-            plain trainable parameter that they alone read are left alone; the report names them.
+            plain trainable parameter that they alone read, and those of subclasses that compute
+            something else than torch's layers, are left alone; the report names them.
             The new weights suit the targets and not the sources: as long as gates are at the
             source, **the outputs are wrong, and swap_targets(model) has to be the next call**. The
             report says so. (Or swap first: a swapped network can be matched and refitted, too.)
@@ -70,7 +71,8 @@ def match_targets(
             no amplitude negative. Then `fold_targets` turns a ReLU behind a layer into an
             ``nn.ReLU`` without any number, also where zeros are padded or several layers read it.
             int8 code needs that: an offset that stays costs it more time than ReLU saves. Use it
-            with ``refit=True``, where the layers behind make up for the missing offset.
+            with ``refit=True``: then the offset is fitted and left out, and the layers behind make
+            up for it. The R2 of the report is that with the offset.
         max_bytes: what the forward passes of both networks may hold while they wait for each other
             at a site; None: half of the memory that is free. Batches beyond it are run again for
             each site, so that their time grows with the square of the depth.

@@ -23,7 +23,7 @@ from transfer_surgery.matching.ranks import (
     on_any_rank,
 )
 from transfer_surgery.matching.refit.layer_refit import LayerFit
-from transfer_surgery.matching.refit.refit_rules import layers_to_refit
+from transfer_surgery.matching.refit.refit_rules import layers_to_refit, subclasses_judged
 from transfer_surgery.matching.samples import Samples
 from transfer_surgery.matching.two_networks.forward_state import ForwardState
 from transfer_surgery.matching.two_networks.memory import batches_that_wait
@@ -113,7 +113,7 @@ class OnePass:
     ) -> Probe:
         networks, first = self.networks, self.networks.batches[0]
         modules = [*networks.units, *layers, *left]
-        with state.watch():
+        with state.watch(), subclasses_judged(layers, left):
             return probe(networks.model, modules, layers, lambda: networks.run(first))
 
     def _fit_all(
@@ -131,7 +131,8 @@ class OnePass:
             for number, module in enumerate(samples.modules):
                 tell(number, paths[number])
                 if isinstance(module, GatedActivation):
-                    found = _fit_site(module, samples, both, self.offset)
+                    made_up = any(other in fits for other in samples.modules[number + 1 :])
+                    found = _fit_site(module, samples, both, self.offset, made_up)
                     if found is None:  # the network that changes takes another way
                         both.passed(module)
                         yield _row(self.paths[module], module)
@@ -176,7 +177,7 @@ class SiteFit(NamedTuple):
 
 
 def _fit_site(
-    unit: GatedActivation, samples: Samples, both: SideBySide, offset: bool
+    unit: GatedActivation, samples: Samples, both: SideBySide, offset: bool, made_up: bool
 ) -> SiteFit | None:
     """The least squares of one site; None where no batch comes to it."""
     inputs = Inputs()
@@ -189,7 +190,7 @@ def _fit_site(
     if not pairs:
         return None
     inputs.add_over_ranks()
-    fit = TargetFit(family_of(unit.target), inputs, RIDGE, offset)
+    fit = TargetFit(family_of(unit.target), inputs, RIDGE, offset, made_up)
     with failing_together():
         for pair in pairs:
             fit.add(pair.now, pair.wanted, pair.weights)

@@ -23,6 +23,12 @@ if TYPE_CHECKING:
 FREQUENCIES = (0.2, 0.3, 0.4, 0.5, 0.6, 0.8, 1.0, 1.3)
 """Frequencies of sinusoids to try: ``w`` times the standard deviation of the input."""
 
+SHIFTS = (0.0, -1.0, -0.5, 0.5, 1.0)
+"""Shifts of other targets to try, in deviations of the input."""
+
+BENDS = tuple(sorted((n / 10 for n in (*range(-6, 7), -15, -10, -8, 8, 10, 15)), key=abs))
+"""The same for those that bend in one point, as ReLU."""
+
 _LEAST_BEND = 5e-3
 """Least second coefficient of a parabola as a share of the first, for input of unit variance."""
 
@@ -173,7 +179,8 @@ class Searched:
     """Any target: amplitude and offset in closed form, frequency and phase from a grid.
 
     The grid contains the target as it is (``w = 1, c = 0``), wider and narrower ones, and ones for
-    input of unit variance.
+    input of unit variance. A target such as ReLU, with ``f(2*x) = 2*f(x)``, needs no other `w`: it
+    has more places for its bend instead.
     """
 
     periodic: ClassVar[bool] = False
@@ -183,9 +190,11 @@ class Searched:
 
     def candidates(self, inputs: Inputs) -> Iterator[Candidate]:
         mean, std = inputs.mean, inputs.std
-        scales = [factor * std for factor in (1.0, 0.5, 2.0)]
+        scales, shifts = [factor * std for factor in (1.0, 0.5, 2.0)], SHIFTS
         scales += [torch.full_like(std, factor) for factor in (0.5, 1.0, 2.0)]
-        for w, shift in product(scales, (0.0, -1.0, -0.5, 0.5, 1.0)):
+        if _is_homogeneous(self.target):
+            scales, shifts = scales[:1], BENDS
+        for w, shift in product(scales, shifts):
             # w * (u + mean / std) is a multiple of x itself, moved by a share of its deviation.
             yield Candidate(w, w * (mean / std + shift))
 
@@ -198,3 +207,8 @@ class Searched:
     def parameters(self, solution: Tensor, candidate: Candidate) -> tuple[Tensor, ...]:
         a, b = solution.unbind(1)
         return a, candidate.w, candidate.c, b
+
+
+def _is_homogeneous(target: Activation) -> bool:
+    x = torch.linspace(-4, 4, 33)
+    return torch.allclose(target(2 * x), 2 * target(x), atol=1e-6)

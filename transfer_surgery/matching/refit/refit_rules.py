@@ -8,14 +8,22 @@ from __future__ import annotations
 import gc
 import sys
 from collections import Counter
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
 
+import torch
 from torch import nn
+from torch.utils._python_dispatch import _disable_current_modes
 
+from transfer_surgery._running import hooked
 from transfer_surgery.matching.ranks import number_of_ranks
 from transfer_surgery.matching.refit.layer_refit import LayerFit
 from transfer_surgery.matching.refit.linear_maps import LAYERS
 from transfer_surgery.surgery import sharing_parameters, why_not_plain
 from transfer_surgery.units import GatedActivation
+
+_TOLERANCE = 1e-4  # of the largest output
 
 
 def layers_to_refit(model: nn.Module) -> tuple[list[nn.Module], dict[nn.Module, str]]:
@@ -42,11 +50,48 @@ def _why_not(module: nn.Module) -> str | None:
     """What about a layer itself forbids to change its weights, in a few words."""
     if reason := why_not_plain(module):
         return reason
-    if type(module) not in LAYERS:
-        return f"is of the class {type(module).__module__}.{type(module).__qualname__}"
     if number_of_ranks() > 1 and LayerFit(module).is_wide:
         return "has too many inputs to be refitted by several ranks together"
     return None
+
+
+@contextmanager
+def subclasses_judged(layers: Iterable[nn.Module], left: dict[nn.Module, str]) -> Iterator[None]:
+    """While the model runs in this, layers of subclasses are compared with torch's own class.
+
+    Args:
+        layers: those that can be refitted.
+        left: gets the layers among them that compute something else, with the reason.
+    """
+
+    def judge(layer: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        if not _computes_as_torch(layer, args, kwargs):
+            name = f"{type(layer).__module__}.{type(layer).__qualname__}"
+            left[layer] = f"is of the class {name}, which computes something else"
+
+    others = [layer for layer in layers if type(layer) not in LAYERS]
+    with hooked(*(layer.register_forward_hook(judge, with_kwargs=True) for layer in others)):
+        yield
+
+
+def _computes_as_torch(layer: nn.Module, args: Any, kwargs: Any) -> bool:
+    """Whether a call gives what torch's class gives, with other weights, too.
+
+    timm's linear layer does; a convolution that standardises or caches its weights does not.
+    """
+    own: Any = next(kind for kind in type(layer).__mro__ if kind in LAYERS)
+    before = [(p, p.data) for p in layer.parameters(recurse=False)]
+    with _disable_current_modes(), torch._C.DisableTorchFunction(), torch.no_grad():
+        try:
+            for p, values in before:
+                p.data = -2 * values
+            found, wanted = layer.forward(*args, **kwargs), own.forward(layer, *args, **kwargs)
+            return bool((found - wanted).abs().max() <= _TOLERANCE * wanted.abs().max())
+        except Exception:  # it takes or gives something else
+            return False
+        finally:
+            for p, values in before:
+                p.data = values
 
 
 def _in_other_networks(model: nn.Module) -> set[nn.Module]:
