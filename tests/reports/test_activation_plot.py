@@ -77,6 +77,8 @@ def test_what_cannot_be_drawn_is_said():
         plot_activation(model, "act", [X])
     with pytest.raises(ValueError, match="prelu"):
         plot_activation(model, "3", [X])
+    with pytest.raises(ValueError, match=r"^1: NaN or infinity comes in there"):
+        plot_activation(model, "1", [X * torch.nan])
     with pytest.raises(ValueError, match="no log_alpha"):
         plot_gates(network(gate="line"))
     model.add_module("idle", network()[1])

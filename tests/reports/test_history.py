@@ -50,7 +50,22 @@ def test_steps_count_from_zero_and_go_on_from_the_last():
     assert [r.step for r in history.records] == [0, 1, 10, 11, 12]
 
 
-@pytest.mark.parametrize("step", [7, 3])
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"gate/total": 1.0}, "^gate/total: names"),
+        ({"loss": None}, r"^loss=None is not one number"),
+        ({"loss": torch.ones(2)}, r"^loss=tensor\(.* is not one number"),
+    ],
+)
+def test_values_that_a_record_cannot_hold_are_named_before_it_is_made(values, message):
+    history = History(model_of(1))
+    with pytest.raises(ValueError, match=message):
+        history.record(**values)
+    assert len(history) == 0
+
+
+@pytest.mark.parametrize("step", [7, 3, float("nan")])
 def test_steps_must_increase(step):
     history = History(model_of(1))
     history.record(7)

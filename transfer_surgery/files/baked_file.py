@@ -114,7 +114,8 @@ def load_baked(file: str | os.PathLike[str]) -> nn.Module:
         file: a file of `save_baked` or of the command.
 
     Returns:
-        The network as `bake` left it, and `fold_targets` where it was folded, on the CPU.
+        The network as `bake` left it, and `fold_targets` where it was folded, on the CPU. As any
+        network that has just been made it is in training mode: call ``eval()`` to predict.
 
     Raises:
         ImportError: safetensors, or the zoo that makes the model, is not installed.

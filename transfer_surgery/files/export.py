@@ -191,5 +191,6 @@ def _explained(model: nn.Module) -> Iterator[None]:
             f"torch cannot export this {type(model).__name__} for batches of any size "
             f"({type(error).__name__}: {first}). Where torch.export.export(model, (x,), "
             "dynamic_shapes=({0: Dim.DYNAMIC},)) fails for the original model too, its own code "
-            "is the reason."
+            "is the reason. Where an input that is no batch has as many rows as there are "
+            "examples, give an example_input with another number of examples."
         ) from error

@@ -71,7 +71,8 @@ def load_model(file: str | os.PathLike[str]) -> nn.Module:
         file: a file of `save_model` or of the command.
 
     Returns:
-        The model, converted, with its gates and weights, in their precision, on the CPU.
+        The model, converted, with its gates and weights, in their precision, on the CPU. As any
+        model that has just been made it is in training mode, and nothing of it is frozen.
 
     Raises:
         ImportError: safetensors, or the zoo that makes the model, is not installed.

@@ -64,6 +64,8 @@ def plot_activation(
     inputs = _inputs(model, unit, batches)
     if not inputs.numel():
         raise ValueError(f"{path}: the unit does not run on these batches.")
+    if not bool(inputs.isfinite().all()):
+        raise ValueError(f"{path}: NaN or infinity comes in there. Look for it in the batches.")
     ax = ax or new_axes(_INCHES)
     counts = ax.twinx()
     counts.hist(inputs.numpy(), bins=80, color="0.88")

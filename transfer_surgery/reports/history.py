@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, SupportsFloat
@@ -93,8 +94,8 @@ class History:
             The report from which the record was made.
 
         Raises:
-            ValueError: the step is not greater than the last one, or the model's sites have
-                changed since the history began.
+            ValueError: the step is not greater than the last one, a value is not one number or has
+                a name of `flat`, or the model's sites have changed since the history began.
             RuntimeError: the history was loaded or copied without its model.
         """
         if self.model is None:
@@ -104,15 +105,15 @@ class History:
         last = self.records[-1].step if self.records else -1
         if step is None:
             step = last + 1
-        if self.records and step <= last:
+        if not math.isfinite(step) or (self.records and step <= last):
             raise ValueError(f"step {step} was recorded after step {last}: steps must increase.")
+        numbers = {name: _number(name, value) for name, value in values.items()}
         now = report(self.model)
         if tuple(row.path for row in now) != self.paths:
             raise ValueError(
                 "the model's gated activations are not those that this history began with "
                 f"({len(now)} sites, before {len(self.paths)}): create a new History(model)."
             )
-        numbers = {name: _number(value) for name, value in values.items()}
         self.records.append(Record(step, now, numbers))
         return now
 
@@ -199,6 +200,13 @@ class History:
         return plot_history(self, ax)
 
 
-def _number(value: SupportsFloat) -> float:
+def _number(name: str, value: SupportsFloat) -> float:
     """A plain number, also where a loss still requires a gradient."""
-    return float(value.detach() if isinstance(value, Tensor) else value)
+    if name.startswith(("transfer/", "gate/")):
+        raise ValueError(
+            f"{name}: names with transfer/ and gate/ are those of gates; choose another."
+        )
+    try:
+        return float(value.detach() if isinstance(value, Tensor) else value)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ValueError(f"{name}={value!r} is not one number ({error}).") from error
