@@ -23,7 +23,7 @@ from transfer_surgery import (
     recompute_activations,
     swap_targets,
 )
-from transfer_surgery.surgery.insertion import swap_children
+from transfer_surgery.sites import swap_children
 from transfer_surgery.units import gated_activations
 
 PHASES = {"all gates 1": (20.0, 0.0), "mixed gates": (0.0, 1.0), "all gates 0": (-20.0, 0.0)}

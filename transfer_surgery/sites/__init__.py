@@ -3,6 +3,7 @@
 from transfer_surgery.sites.caller import Recipe, extend_class, prepare_recipes, rewritten_class
 from transfer_surgery.sites.find import find_activations
 from transfer_surgery.sites.graph import GraphRoute, edit_graph, restore_graph
+from transfer_surgery.sites.holders import swap_children
 from transfer_surgery.sites.plan import Plan
 from transfer_surgery.sites.site import Site
 from transfer_surgery.sites.stand_in import (
@@ -32,6 +33,7 @@ __all__ = [
     "restore_graph",
     "rewritten_class",
     "stages_of",
+    "swap_children",
     "trying",
     "undisturbed",
 ]

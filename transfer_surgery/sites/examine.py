@@ -54,16 +54,17 @@ def observe(
 def _run(model: nn.Module, arguments: Any, mode: str) -> Observation | Exception:
     """Examine one mode: on fake tensors, or for real where values steer the model.
 
-    Without gradients and hooks of others where the model does not need them, and with a single
-    example as two.
+    Without gradients and hooks of others where the model does not need them, with a single example
+    as two, and with other objects in the place of activation modules, unless it compares them.
 
     Returns:
         What was seen, or why the model does not run on its own example.
     """
     error: Exception | None = None
     yes_no, no_yes = (True, False), (False, True)
-    for hooks, gradients, is_fake, double in itertools.product(no_yes, no_yes, yes_no, yes_no):
-        look = partial(_look, model, arguments, mode, hooks, double)
+    tries = itertools.product(yes_no, no_yes, no_yes, yes_no, yes_no)
+    for has_twins, hooks, gradients, is_fake, double in tries:
+        look = partial(_look, model, arguments, mode, hooks, double, has_twins)
         try:
             found = look(is_fake, gradients)
             if found.unwatched.has_strangers:
@@ -83,6 +84,7 @@ def _look(
     mode: str,
     hooks: bool,
     double: bool,
+    has_twins: bool,
     is_fake: bool,
     gradients: bool,
     reads_graph: bool = False,
@@ -96,7 +98,7 @@ def _look(
             parameter.requires_grad_()
         args, kwargs = pytree.tree_map_only(Tensor, _with_gradient, (args, kwargs))
     with undisturbed():
-        return Observer(probe, reads_graph).run(args, kwargs, fake, gradients)
+        return Observer(probe, reads_graph, has_twins).run(args, kwargs, fake, gradients)
 
 
 def _with_gradient(x: Tensor) -> Tensor:

@@ -74,7 +74,8 @@ def _plan(model: nn.Module, observations: dict[str, Observation], failures: list
             if event.source != fields["source"]:
                 fields["reason"] = f"in training it is another activation ({event.source})"
     walked = set[str]().union(*(one.walked for one in observations.values()))
-    assign_ways(model, merged, walked)
+    irreplaceable = set[str]().union(*(one.irreplaceable for one in observations.values()))
+    assign_ways(model, merged, walked, irreplaceable)
     seen = _seen_expressions(observations, merged)
     calls = _caller_codes(observations, merged, seen)
     sites = [

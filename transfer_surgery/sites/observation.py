@@ -82,6 +82,8 @@ class Observation:
     """What is TorchScript, where nothing can be seen."""
     walked: set[str] = field(default_factory=set)
     """Callers whose code looks at the table of their children."""
+    irreplaceable: set[str] = field(default_factory=set)
+    """Activation modules that the code reaches in places where a unit cannot be put."""
     unwatched: Unwatched = field(default_factory=Unwatched)
 
     def sites(self) -> list[Event]:

@@ -27,6 +27,7 @@ from transfer_surgery.sites.by_hand import BY_HAND, ByHand, is_by_hand, note_sof
 from transfer_surgery.sites.call_location import CallKey, locate
 from transfer_surgery.sites.children import Children
 from transfer_surgery.sites.frames import call_frames
+from transfer_surgery.sites.holders import swap_for_twins
 from transfer_surgery.sites.in_place import InPlace
 from transfer_surgery.sites.listed import LISTED_NAMES, listed_call, why_listed
 from transfer_surgery.sites.observation import Event, Frame, Observation
@@ -55,16 +56,20 @@ class Observer(TorchFunctionMode):
     Args:
         probe: the stand-in of a model.
         reads_graph: whether to find out what runs unseen, by the graph of a run with gradients.
+        has_twins: whether to replace activation modules, to see whether the replacements run.
     """
 
-    def __init__(self, probe: nn.Module, reads_graph: bool = False) -> None:
+    def __init__(self, probe: nn.Module, reads_graph: bool = False, has_twins: bool = True) -> None:
         super().__init__()
         self.probe, self.observation = probe, Observation(unwatched=Unwatched(reads_graph))
         self._around = Frame("", probe, None, (), (), {}, is_around=True)
         self._stacks = Stacks()
         self._order, self._tracker = itertools.count(), Tracker()
         self._in_place, self._by_hand = InPlace(), ByHand()
+        self._twins = swap_for_twins(probe) if has_twins else None
         self._paths = {id(module): path for path, module in probe.named_modules()}
+        for module, twin in (self._twins or {}).items():
+            self._paths[id(module)] = self._paths[id(twin)]
         for module in list(probe.modules()):
             if type(vars(module).get("_modules")) is dict:
                 vars(module)["_modules"] = Children(module._modules, partial(self._walk, module))
@@ -128,6 +133,8 @@ class Observer(TorchFunctionMode):
         """A module that is an activation and nothing else counts as a call of its caller."""
         caller = self._stacks.callers[-1]
         event.caller, event.module, event.kind = caller.path, frame.path, "module"
+        if self._twins is None or frame.module in self._twins:
+            self.observation.irreplaceable.add(frame.path)
         self._trace(event, caller.module, (frame.module, names_below(caller.path, frame.path)))
         if not self._stacks.here:
             event.route, event.why, event.file, event.line = None, IN_THREAD, "", 0

@@ -21,9 +21,19 @@ _WAYS = {Route: "edit", GraphRoute: "fx", type(None): "intercept"}
 
 
 def assign_ways(
-    model: nn.Module, merged: dict[tuple[str, Any], dict[str, Any]], walked: set[str]
+    model: nn.Module,
+    merged: dict[tuple[str, Any], dict[str, Any]],
+    walked: set[str],
+    irreplaceable: set[str],
 ) -> None:
-    """Decide how each site is redirected and where its unit will live."""
+    """Decide how each site is redirected and where its unit will live.
+
+    Args:
+        model: the model.
+        merged: what is known of each site; its way is added.
+        walked: the callers whose code walks over their children.
+        irreplaceable: the modules in whose place a unit would not always run.
+    """
     callers: dict[str, list[tuple[str, Any]]] = {}
     for (caller, key), f in merged.items():
         if f["module"] is not None:
@@ -38,7 +48,11 @@ def assign_ways(
             names = _registered_names(model, caller, f["module"])
             private = len(own) == len(names) and (len(own) == 1 or _runs_in_order(model, caller))
             alone = len(sites) == 1
-            if (alone or private) and not _asks_for_type(model, caller, f["module"]):
+            if (
+                (alone or private)
+                and f["module"] not in irreplaceable
+                and not _asks_for_type(model, caller, f["module"])
+            ):
                 own_path = _join(caller, names[own.index((caller, key))]) if private else ""
                 f["way"], f["path"] = "child", f["module"] if alone else own_path
                 f["why"], f["route"] = None, None

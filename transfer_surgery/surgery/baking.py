@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transfer_surgery._messages import check_arguments
 from transfer_surgery._sharding import check_not_sharded
 from transfer_surgery.activations import activation_module
-from transfer_surgery.sites import describe_baked
+from transfer_surgery.sites import describe_baked, swap_children
 from transfer_surgery.surgery.baked_modules import (
     IgnoringOperands,
     MixedActivation,
@@ -20,7 +20,7 @@ from transfer_surgery.surgery.baked_modules import (
     OverwritingOfOperands,
 )
 from transfer_surgery.surgery.checks import check_no_offload
-from transfer_surgery.surgery.insertion import answer_for, share_hooks, swap_children
+from transfer_surgery.surgery.insertion import answer_for, share_hooks
 from transfer_surgery.units import (
     FittedActivation,
     GatedActivation,

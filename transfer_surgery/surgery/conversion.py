@@ -12,10 +12,16 @@ from torch import nn
 from transfer_surgery._messages import check_arguments, user_stacklevel
 from transfer_surgery._sharding import check_not_sharded
 from transfer_surgery.activations import Activation, get_target
-from transfer_surgery.sites import Plan, find_activations, prepare_recipes, stages_of
+from transfer_surgery.sites import (
+    Plan,
+    find_activations,
+    prepare_recipes,
+    stages_of,
+    swap_children,
+)
 from transfer_surgery.surgery.checks import check_model, check_plan
 from transfer_surgery.surgery.encoder_fast_path import reopen_fused_paths
-from transfer_surgery.surgery.insertion import insert_units, restore_caller, swap_children
+from transfer_surgery.surgery.insertion import insert_units, restore_caller
 from transfer_surgery.units import (
     GatedActivation,
     GateSettings,

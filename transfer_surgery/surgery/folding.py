@@ -16,6 +16,7 @@ from torch.utils._pytree import tree_leaves
 
 from transfer_surgery._messages import check_arguments
 from transfer_surgery._running import call_model, explained, predict, prediction_mode, to_device_of
+from transfer_surgery.sites import swap_children
 from transfer_surgery.surgery.baked_modules import (
     IgnoringOperands,
     MixedActivation,
@@ -25,7 +26,7 @@ from transfer_surgery.surgery.checks import check_no_gates, check_no_offload
 from transfer_surgery.surgery.fold_neighbours import Neighbours, find_neighbours
 from transfer_surgery.surgery.fold_report import FoldReport, FoldRow
 from transfer_surgery.surgery.fold_site import Changes, fold_site, left_at
-from transfer_surgery.surgery.insertion import share_hooks, swap_children
+from transfer_surgery.surgery.insertion import share_hooks
 from transfer_surgery.units import FittedActivation
 
 

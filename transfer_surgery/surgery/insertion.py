@@ -19,6 +19,7 @@ from transfer_surgery.sites import (
     extend_class,
     restore_graph,
     rewritten_class,
+    swap_children,
 )
 from transfer_surgery.surgery.encoder_fast_path import close_fused_paths
 from transfer_surgery.units import GatedActivation
@@ -104,39 +105,6 @@ def _count_callers(model: nn.Module, plan: Plan) -> Counter[nn.Module]:
     for code in plan.calls.values():
         seen.update({model.get_submodule(path) for path in code.modules})
     return sites | seen
-
-
-def swap_children(model: nn.Module, swaps: Mapping[nn.Module, nn.Module]) -> None:
-    """Put each new module wherever the old one is: registered, or in an attribute of a module."""
-    seen: set[int] = set()
-    for old in swaps:
-        if isinstance(old, GatedActivation):
-            old.is_out = True
-    for module in list(model.modules()):
-        if isinstance(module, GatedActivation):
-            continue  # it keeps the module that it stands in for
-        for name, child in module._modules.items():
-            if child is not None and child in swaps:
-                module._modules[name] = swaps[child]
-        for name in vars(module).keys() - _MODULE_STATE:
-            vars(module)[name] = _swap_inside(vars(module)[name], swaps, seen)
-
-
-def _swap_inside(value: Any, swaps: Mapping[nn.Module, nn.Module], seen: set[int]) -> Any:
-    """Swap modules in plain lists, tuples and dicts; lists and dicts stay the same objects."""
-    if isinstance(value, nn.Module):
-        return swaps.get(value, value)
-    if type(value) not in (list, tuple, dict) or id(value) in seen:
-        return value
-    seen.add(id(value))  # containers may contain themselves
-    if isinstance(value, list):
-        value[:] = [_swap_inside(item, swaps, seen) for item in value]
-    elif isinstance(value, dict):
-        value.update({key: _swap_inside(item, swaps, seen) for key, item in value.items()})
-    else:
-        items = tuple(_swap_inside(item, swaps, seen) for item in value)
-        return value if all(a is b for a, b in zip(items, value, strict=True)) else items
-    return value
 
 
 def share_hooks(old: nn.Module, new: nn.Module, shared: bool = False) -> None:
