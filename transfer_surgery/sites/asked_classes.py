@@ -33,7 +33,10 @@ def _reachable(classes: list[type[nn.Module]]) -> Iterator[tuple[type[nn.Module]
     for cls in classes:
         for base in cls.__mro__:
             for name, value in vars(base).items():
-                function = getattr(value, "fget", getattr(value, "__func__", value))
+                # Not getattr with a default: an object of the user's may raise anything.
+                if isinstance(value, (classmethod, staticmethod)):
+                    value = value.__func__
+                function = value.fget if isinstance(value, property) else value
                 if isinstance(function, FunctionType) and not is_torch(function.__code__):
                     methods[name].append((cls, function))
     names = ["forward", "__call__"]
