@@ -145,6 +145,16 @@ def test_data_that_does_not_fit_is_said_before_training(
     assert [path.name for path in Path().iterdir()] == ["run"]
 
 
+def test_a_model_of_other_inputs_than_images_is_refused(tmp_path: Path) -> None:
+    make = tmp_path / "nets.py"
+    make.write_text(
+        "from torch import nn\ndef net(): return nn.Sequential(nn.Linear(4, 3), nn.ReLU())"
+    )
+    invoke("convert", f"{make}:net", "--input-size", "4", "-o", "run")
+    message = invoke("finetune", "run", "--data", "digits", fails=1)
+    assert "the model takes (4,), and this command trains on images" in message
+
+
 @pytest.mark.parametrize(
     ("option", "value", "message"),
     [

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -38,14 +38,18 @@ def build(spec: ModelSpec, weights: Path | None, pretrained: bool) -> nn.Module:
     """
     model = spec.build(pretrained)
     if weights is not None:
-        load_weights(model, read_weights(weights), weights)
+        load_weights(model, read_weights(weights, model.state_dict()), weights)
     elif not pretrained:
         say("The weights are random: neither --weights nor --pretrained was given.")
     return model
 
 
-def read_weights(file: Path) -> dict[str, Tensor]:
+def read_weights(file: Path, own: Collection[str]) -> dict[str, Tensor]:
     """The state dict in a ``.safetensors`` file or one of `torch.save`; no code in it is run.
+
+    Args:
+        file: the file.
+        own: the names that the model has, which stay as they are.
 
     Raises:
         ImportError: safetensors is needed and not installed.
@@ -53,7 +57,7 @@ def read_weights(file: Path) -> dict[str, Tensor]:
         ValueError: the file is damaged, or holds no tensors by name.
     """
     if file.suffix == ".safetensors":
-        return _state(read_tensors(file)[1], file)
+        return _state(read_tensors(file)[1], file, own)
     check_is_file(file)
     try:
         # timm's train.py keeps its arguments beside the weights; a Namespace runs no code
@@ -67,13 +71,16 @@ def read_weights(file: Path) -> dict[str, Tensor]:
             f"{file} cannot be read as a checkpoint of tensors alone ({why}). Save "
             "model.state_dict()."
         ) from error
-    return _state(held, file)
+    return _state(held, file, own)
 
 
-def _state(held: Any, file: Path) -> dict[str, Tensor]:
+def _state(held: Any, file: Path, own: Collection[str]) -> dict[str, Tensor]:
     if isinstance(held, Mapping):
         inner = next((held[key] for key in _KEYS if isinstance(held.get(key), Mapping)), held)
-        state = {_PREFIXES.sub("", str(key)): value for key, value in inner.items()}
+        state = {
+            str(key) if key in own else _PREFIXES.sub("", str(key)): value
+            for key, value in inner.items()
+        }
         if all(str(key).startswith("module.") for key in inner if key != _AVERAGED):
             state.pop(_AVERAGED, None)
         if state and all(isinstance(value, Tensor) for value in state.values()):

@@ -145,7 +145,13 @@ def _load_images(
     Raises:
         ValueError: they have another number of channels or classes.
     """
-    size = tuple(spec.example_input(model).shape[1:])
+    example = spec.example_input(model)
+    if not isinstance(example, torch.Tensor) or example.dim() != 4:
+        shape = (
+            tuple(example.shape[1:]) if isinstance(example, torch.Tensor) else "no single tensor"
+        )
+        raise ValueError(f"the model takes {shape}, and this command trains on images: CxHxW.")
+    size = tuple(example.shape[1:])
     config = _timm().data.resolve_data_config({"input_size": size}, model=model)
     loaders = load_images(
         data, batch_size=batch_size, device=machine.device, size=size[-1], config=config
