@@ -1,5 +1,7 @@
 """An edited forward that runs otherwise than at the conversion says so, and runs as written."""
 
+import contextlib
+import copy
 import warnings
 
 import pytest
@@ -47,6 +49,39 @@ def test_a_setting_that_changes_is_followed_with_a_warning():
     with pytest.warns(RuntimeWarning, match="leaky_relu .* with other settings than when"):
         after = model(X)
     assert torch.equal(after, revert(model)(X))
+
+
+class Written(Parts):
+    """A swish by hand whose slope rises, as written in four ways."""
+
+    def __init__(self, how):
+        super().__init__()
+        self.how, self.slope = how, 1
+
+    def forward(self, x):
+        h = self.linear(x)
+        if self.how == "expression":
+            return h * torch.sigmoid(h * (2 * self.slope))
+        if self.how == "in place":
+            h *= torch.sigmoid(self.slope * h)
+            return h
+        if self.how == "several statements":
+            gate = torch.sigmoid(self.slope * h)
+            return h * gate
+        parts = [part * torch.sigmoid(self.slope * part) for part in (h, 2 * h)]
+        return self.linear(sum(parts))
+
+
+@pytest.mark.parametrize("how", ["expression", "in place", "several statements", "loop"])
+def test_a_number_in_a_formula_that_changes_is_followed_with_a_warning(how):
+    original = Written(how).eval()
+    model = convert(copy.deepcopy(original), example_input=X)
+    for slope in (1, 3):
+        model.slope = original.slope = slope
+        with pytest.warns(RuntimeWarning) if slope == 3 else contextlib.nullcontext() as found:
+            after = model(X)
+        assert found is None or "Written calls" in str(found[0].message)
+        assert torch.equal(torch.stack([*after]), torch.stack([*original(X)]))
 
 
 def test_another_activation_in_the_place_of_one_runs_with_a_warning():

@@ -236,3 +236,46 @@ class KeywordHooks(Layers):
 def test_hooks_that_take_keywords_are_examined_with_them():
     model = KeywordHooks()
     assert_same_runs(model, converted(model, X), X)
+
+
+class KeepsWhatIsOverwritten(Layers):
+    def __init__(self):
+        super().__init__()
+        self.act = nn.ReLU(inplace=True)
+
+    def forward(self, x):
+        self.kept = self.one(x)
+        return self.two(self.act(self.kept))
+
+
+class LooksAtWhatIsOverwritten(Layers):
+    def forward(self, x):
+        self.kept = self.one(x)
+        F.relu_(self.kept)
+        if bool((self.kept < 0).any()):
+            raise ValueError("not a ReLU")
+        return self.two(self.kept)
+
+
+@pytest.mark.parametrize("cls", [KeepsWhatIsOverwritten, LooksAtWhatIsOverwritten])
+def test_what_is_overwritten_in_place_is_seen_by_whoever_looks_at_it(cls):
+    original = cls().eval()
+    model = converted(original, X)
+    assert torch.equal(model(X), original(X))
+    assert torch.equal(model.kept, original.kept)
+
+
+SLOPE = 0.1
+
+
+class OfGlobal(nn.Module):
+    def forward(self, x):
+        return F.leaky_relu(x, SLOPE)
+
+
+def test_a_module_that_computes_with_a_global_number_follows_it(monkeypatch):
+    original = nn.Sequential(nn.Linear(4, 4), OfGlobal()).eval()
+    model = converted(original, X)
+    monkeypatch.setitem(globals(), "SLOPE", 0.7)
+    with pytest.warns(RuntimeWarning, match="leaky_relu .* with other settings"):
+        assert torch.equal(model(X), original(X))

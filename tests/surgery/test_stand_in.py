@@ -1,6 +1,7 @@
 """A unit answers for the module it stands for: its call, attributes, hooks, and what it saves."""
 
 import copy
+import warnings
 
 import pytest
 import torch
@@ -68,6 +69,26 @@ def test_a_module_that_is_set_anew_after_the_conversion_runs_as_it_is_set(shared
     assert model.act.negative_slope == 0.2
     original.ran = 2
     assert torch.equal(model(X), original(X))
+
+
+def test_a_setting_is_followed_wherever_it_is_written_and_back_again():
+    unit, module = nn.Sequential(Slope(0.1)), Slope(0.1)
+    original = unit[0]
+    hooked = []
+    convert(unit, example_input=X)
+    unit[0].register_forward_hook(lambda *_: hooked.append(1))
+    for change in (
+        lambda act, same: setattr(act, "negative_slope", 0.5),
+        lambda act, same: setattr(act, "negative_slope", 0.1),
+        lambda act, same: setattr(same, "negative_slope", 0.3),  # the object that the user has kept
+        lambda act, same: setattr(act, "index", 7),  # nothing that the module computes with
+    ):
+        change(unit[0], original)
+        change(module, module)
+        with warnings.catch_warnings(action="ignore"):
+            assert torch.equal(unit(X), module(X))
+        assert unit[0].negative_slope == original.negative_slope == module.negative_slope
+    assert len(hooked) == 4
 
 
 class Writing(nn.Module):

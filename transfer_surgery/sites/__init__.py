@@ -2,6 +2,7 @@
 
 from transfer_surgery.sites.caller import Recipe, extend_class, prepare_recipes, rewritten_class
 from transfer_surgery.sites.find import find_activations
+from transfer_surgery.sites.frames import names_read
 from transfer_surgery.sites.graph import GraphRoute, edit_graph, restore_graph
 from transfer_surgery.sites.holders import swap_children
 from transfer_surgery.sites.plan import Plan
@@ -28,6 +29,7 @@ __all__ = [
     "fake_arguments",
     "find_activations",
     "find_example_input",
+    "names_read",
     "prepare_recipes",
     "probe_copy",
     "restore_graph",

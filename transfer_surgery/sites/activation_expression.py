@@ -128,7 +128,8 @@ class ActivationExpression(RunningExpression):
         inner = {id(record.value) for _, record in match.inner}
         named: dict[int, ast.expr] = {}
         others: list[ast.expr] = []
-        self._read_formula(self.node, named, others)
+        numbers = dict[Position, float]()
+        self._read_formula(self.node, named, others, numbers)
         if inner & named.keys():
             raise NoRouteError("the formula is written in several statements")
         positions = []
@@ -141,10 +142,17 @@ class ActivationExpression(RunningExpression):
                 raise NoRouteError("the input of the formula has no name")
         if others:
             raise NoRouteError("the formula has a part that may do more than give a number")
-        return End(self.function, self.position, tuple(positions))
+        given = tuple(numbers.items())
+        return End(self.function, self.position, tuple(positions), numbers=given)
 
-    def _read_formula(self, node: Any, named: dict[int, ast.expr], others: list[ast.expr]) -> None:
-        """Collect what a formula's expression is made of: named tensors, and other expressions."""
+    def _read_formula(
+        self,
+        node: Any,
+        named: dict[int, ast.expr],
+        others: list[ast.expr],
+        numbers: dict[Position, float],
+    ) -> None:
+        """Collect what a formula is made of: named tensors, numbers, and other expressions."""
         match node:
             case ast.BinOp():
                 parts = [node.left, node.right]
@@ -155,7 +163,7 @@ class ActivationExpression(RunningExpression):
             case ast.AugAssign(target=ast.Name()):
                 parts = [node.target, node.value]
             case ast.Call() if self._is_part(node):
-                parts = self._arguments(node)
+                parts = [*self._arguments(node), *(k.value for k in node.keywords)]
             case _:
                 raise NoRouteError(f"line {self.position.line} does not show the formula")
         for part in parts:
@@ -163,9 +171,11 @@ class ActivationExpression(RunningExpression):
             if isinstance(value, Tensor):
                 named.setdefault(id(value), part)
             elif value is UNKNOWN and self._is_part(part):
-                self._read_formula(part, named, others)
+                self._read_formula(part, named, others, numbers)
             elif value is UNKNOWN:
                 others.append(part)
+            elif isinstance(value, int | float) and not isinstance(part, ast.Constant):
+                numbers[Position.of(part)] = value
 
     def _is_part(self, node: Any) -> bool:
         """Whether an expression is an operation of a formula."""

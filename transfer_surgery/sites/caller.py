@@ -177,7 +177,7 @@ def make_recipe(sites: Sequence[Site], calls: CallerCode, chosen: set[str]) -> R
 
 
 def _written_source(site: Site) -> Activation | None:
-    return None if "variant" in dict(site.source.parameters) else site.source
+    return None if site.source.operands else site.source
 
 
 def same_place(sites: Iterable[Site]) -> list[list[Site]]:

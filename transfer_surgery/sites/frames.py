@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import itertools
 import os
 import sys
 from pathlib import Path
@@ -72,6 +73,15 @@ def names_in(code: CodeType) -> set[str]:
     words = {one for one in code.co_consts if isinstance(one, str)}
     inner = (names_in(one) for one in code.co_consts if isinstance(one, CodeType))
     return words.union(code.co_names, *inner)
+
+
+def names_read(module: nn.Module) -> set[str]:
+    """The names in the code by which a module computes; training flags are not among them."""
+    own = itertools.takewhile(lambda cls: cls is not nn.Module, type(module).__mro__)
+    methods = {name: value for cls in own for name, value in vars(cls).items()}
+    codes = [code_of(m) for n, m in methods.items() if n not in ("__init__", "extra_repr")]
+    found = set[str]().union(*(names_in(code) for code in codes if code is not None))
+    return found - {"training", "inplace"}
 
 
 def is_users(file: str) -> bool:

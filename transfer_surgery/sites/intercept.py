@@ -29,7 +29,7 @@ class Entry(NamedTuple):
 
     Attributes:
         is_module: whether it calls a module.
-        source: the activation that the unit has been made for; None: a formula.
+        source: the activation that the unit has been made for; None: a formula of several tensors.
     """
 
     key: CallKey

@@ -96,7 +96,7 @@ class Observer(TorchFunctionMode):
             output = self.probe(*args, **kwargs)
         self.observation.unwatched.note_given(_tensors(output))
         self.observation.add(self._around)
-        self._in_place.note_reads(output)
+        self._in_place.note_reads((output, [vars(module) for module in self.probe.modules()]))
         self.observation.settle_roles(output)
         return self.observation
 
@@ -159,6 +159,7 @@ class Observer(TorchFunctionMode):
         if call is not None and call.inplace:
             # out of place, so that the input and the output can be told apart
             out = call.activation(call.input, *call.operands)
+            call.input.data.copy_(out)  # the code may look at it
         else:
             out = func(*args, **kwargs)
         outputs = _tensors(out)

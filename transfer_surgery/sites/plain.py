@@ -24,6 +24,7 @@ from transfer_surgery.sites.source import NoSourceError, read_function, tree_of
 
 _PACKAGE = str(Path(__file__).parents[1])
 _SETTINGS = (bool, int, float, str, type(None))
+_CONSTANT = ("math", "numpy", "torch")
 
 
 def is_plain(module: nn.Module) -> bool:
@@ -158,14 +159,17 @@ class _Reader:
             case ast.Constant():
                 return node.value
             case ast.Name() if node.id not in self.tensors | self.settings:
-                return self.space.get(node.id, UNKNOWN)
+                value = self.space.get(node.id, UNKNOWN)
+                return UNKNOWN if isinstance(value, _SETTINGS) else value  # it may be set anew
             case ast.Attribute() if node.attr != "training":
                 holder = self._value(node.value)
-                known = (ModuleType, type)
                 held = inspect.getattr_static(type(holder), node.attr, None)
                 if isinstance(held, property) or not (
-                    holder is self.module or isinstance(holder, known)
+                    holder is self.module or isinstance(holder, ModuleType | type)
                 ):
                     return UNKNOWN
-                return getattr(holder, node.attr, UNKNOWN)
+                value = getattr(holder, node.attr, UNKNOWN)
+                # What the module is set to is followed. What others hold may be set anew.
+                stays = holder is self.module or getattr(holder, "__name__", "") in _CONSTANT
+                return value if stays or not isinstance(value, _SETTINGS) else UNKNOWN
         return UNKNOWN

@@ -59,6 +59,7 @@ class End:
             is the expression that gives what is called, and this is what that has to be: an
             activation of torch, or the names that lead from the caller to a module.
         is_method: whether it gives a method of a tensor.
+        numbers: in a formula the expressions that gave a number, and the number.
     """
 
     function: Function
@@ -66,6 +67,7 @@ class End:
     inputs: tuple[Position, ...] | None
     expected: Activation | tuple[str, ...] | None = None
     is_method: bool = False
+    numbers: tuple[tuple[Position, float], ...] = ()
 
 
 @dataclass(frozen=True)

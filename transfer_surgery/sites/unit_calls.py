@@ -32,7 +32,13 @@ def call_unit(
         return node
     if not way.several:
         call = _given_inputs(unit, node, end, edited_at)
-        return ast.Assign([node.target], call) if isinstance(node, ast.AugAssign) else call
+        if isinstance(node, ast.AugAssign):
+            assert isinstance(node.target, ast.Name)  # as all formulas are that are read
+            target = ast.copy_location(read(node.target.id), node)
+            value = ast.copy_location(ast.BinOp(target, node.op, node.value), node)
+            call = _if_as_before(scope, value, way.units[0], call, end, edited_at)
+            return ast.Assign([node.target], call)
+        return _if_as_before(scope, node, way.units[0], call, end, edited_at)
     if isinstance(node, ast.AugAssign):
         raise UneditableError("an augmented assignment stands for several units")
     result = node
@@ -43,7 +49,28 @@ def call_unit(
     named = ast.NamedExpr(ast.Name(_UNIT, ast.Store()), turn)
     test = ast.Compare(named, [ast.IsNot()], [ast.Constant(None)])
     call = _given_inputs(read(_UNIT), node, end, edited_at)
+    call = _if_as_before(scope, node, way.units[0], call, end, edited_at)
     return ast.IfExp(test, call, ast.copy_location(result, node))
+
+
+def _if_as_before(
+    scope: Scope,
+    node: Any,
+    unit: str | None,
+    call: ast.expr,
+    end: End,
+    edited_at: Callable[[Position], ast.expr],
+) -> ast.expr:
+    """The call of a unit while the numbers of a formula are those of the conversion."""
+    if not end.numbers:
+        return call
+    tests: list[ast.expr] = [
+        ast.Compare(edited_at(position), [ast.Eq()], [ast.Constant(number)])
+        for position, number in end.numbers
+    ]
+    test = tests[0] if len(tests) == 1 else ast.BoolOp(ast.And(), tests)
+    missed = scope.missed(node, str(unit).rpartition("_")[0], "with other settings than")
+    return ast.IfExp(test, call, ast.copy_location(missed, node))
 
 
 def _given_inputs(

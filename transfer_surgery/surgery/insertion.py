@@ -17,6 +17,7 @@ from transfer_surgery.sites import (
     Recipe,
     edit_graph,
     extend_class,
+    names_read,
     restore_graph,
     rewritten_class,
     swap_children,
@@ -74,12 +75,12 @@ def insert_units(
             share_hooks(original, unit, shared=calls[original] > 1)
             answer_for(original, unit)
             if isinstance(unit, GatedActivation):
-                unit.remember_settings(original)
+                unit.remember_settings(original, names_read(original))
         elif site.module is not None and site.way != "intercept":  # it is not called any more
             module = model.get_submodule(site.module)
             share_hooks(module, unit, shared=True)
             if isinstance(unit, GatedActivation):
-                unit.remember_settings(module)
+                unit.remember_settings(module, names_read(module))
         places.append((holder, name, unit, original))
     # Assign. A module with one caller is that site under each of its names.
     everywhere = {old: unit for _, _, unit, old in places if old is not None and calls[old] == 1}

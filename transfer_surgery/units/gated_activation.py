@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
 import warnings
+from collections.abc import Iterable
 from functools import partial
 from typing import Any
 
@@ -87,39 +89,48 @@ class GatedActivation(nn.Module):
         """Whether `bake` or `revert` has taken it out of its network."""
         # The module that this unit stands in for, in a tuple: it is not a child of the unit.
         self.replaced: tuple[nn.Module, ...] = ()
-        # The module that the network called, in a tuple too, and its settings at the conversion.
+        # The module that the network called, in a tuple too, with its settings at the conversion
+        # and as they were last seen.
         self._called: tuple[nn.Module, ...] = ()
-        self._settings: tuple[tuple[str, Any], ...] = ()
+        self._settings: dict[str, Any] = {}
+        self._latest: dict[str, Any] = {}
 
-    def remember_settings(self, module: nn.Module) -> None:
+    def remember_settings(self, module: nn.Module, names: Iterable[str]) -> None:
         """Take note of what an activation module is set to, such as a negative slope.
 
         Args:
             module: what the network called. If the unit has taken its place, it has been given its
                 attributes already.
+            names: what the code of that module reads.
         """
+        values = {name: inspect.getattr_static(module, name, module) for name in sorted(names)}
         self._called = (module,)
-        self._settings = tuple(
-            (name, value)
-            for name, value in vars(module).items()
+        self._settings = {
+            name: value
+            for name, value in values.items()
             if isinstance(value, bool | int | float | str | None)
-            and not name.startswith("_")
-            and name not in ("training", "inplace")
-            and not (self.replaced and _differ(getattr(self, name), value))
-        )
+            and not (self.replaced and _differ(getattr(self, name, value), value))
+        }
+        self._latest = dict(self._settings)
 
     def follow_settings(self) -> str | None:
-        """Set the network's module to what was written to the unit that is in its place.
+        """Keep this unit and the network's module set alike, wherever a setting was written to.
 
         Returns:
-            A setting of that module that is another than at the conversion, if there is one.
+            A setting that is another than at the conversion, if there is one.
         """
         changed = None
-        for name, value in self._settings:
+        for name, value in self._settings.items():
             (module,) = self._called
-            if self.replaced and _differ(getattr(self, name), value):
-                setattr(module, name, getattr(self, name))
-            if _differ(getattr(module, name, value), value):
+            now, latest = getattr(module, name, value), self._latest[name]
+            if self.replaced and _differ(now, mine := getattr(self, name, now)):
+                if _differ(mine, latest):
+                    now = mine
+                    setattr(module, name, now)
+                setattr(self, name, now)
+            if _differ(now, latest):
+                self._latest[name] = now
+            if _differ(now, value):
                 changed = name
         return changed
 
@@ -184,15 +195,9 @@ class GatedActivation(nn.Module):
         return x.copy_(y) if self.overwrites_input else y
 
     def _call_module(self, name: str, x: Tensor, operands: tuple[Tensor, ...]) -> Tensor:
-        """The network's own module, whose settings are those of another activation now."""
-        if not torch.compiler.is_compiling():
-            warnings.warn(
-                f"{self.path}: {name} is not what it was when the model was converted. The module "
-                "runs as it is set now, without gates. Revert, and convert with this setting.",
-                RuntimeWarning,
-                stacklevel=user_stacklevel(),
-            )
-        result: Tensor = self._called[0](x, *operands)
+        """What the network's own module computes, as it is set now. Its hooks are the unit's."""
+        _warn_of_setting(self.path, name)
+        result: Tensor = self._called[0].forward(x, *operands)
         return result
 
     def _gated(self, x: Tensor, operands: tuple[Tensor, ...], z: Tensor) -> Tensor:
@@ -241,6 +246,17 @@ class GatedActivation(nn.Module):
     def extra_repr(self) -> str:
         target = str(self.target) if self.fitted is None else f"a * {self.target}(w*x + c) + b"
         return f"{self.source} -> {target}, {self.granularity}"
+
+
+# So that it runs while torch.compile reads the code.
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _warn_of_setting(path: str, name: str) -> None:
+    warnings.warn(
+        f"{path}: {name} is not what it was when the model was converted. The module runs as it is "
+        "set now, without gates. Revert, and convert with this setting.",
+        RuntimeWarning,
+        stacklevel=user_stacklevel(),
+    )
 
 
 def _differ(one: Any, other: Any) -> bool:
