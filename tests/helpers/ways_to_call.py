@@ -1,5 +1,6 @@
 """Each way in which a forward can call an activation, as a network of its own."""
 
+import copy
 import functools
 import math
 
@@ -295,8 +296,15 @@ class Counting(Parts):
         return F.leaky_relu(self.linear(x), self.slope()) - 0.1
 
 
+class CopyOfAChild(Parts):
+    """A copy that the forward makes has the hooks of the examination."""
+
+    def forward(self, x):
+        return F.relu(copy.deepcopy(self.linear)(x)) - 0.1
+
+
 NETWORKS = (Helper, Method, Private, Fixed, Property, Function, Super, Checkpoint, Decorated)
 NETWORKS += (Frozen, Body, Steps, Lines, Shadowed, OwnNames, Recursive, ForeignDecorator)
 NETWORKS += (TwiceDecorated, Defaults, Formula, Generators, Settings, OfTheClass, AsksForType)
 NETWORKS += (Counting,)
-NOT_COMPILED = (OwnCheckpoint,)
+NOT_COMPILED = (OwnCheckpoint, CopyOfAChild)

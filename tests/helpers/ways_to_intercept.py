@@ -1,6 +1,5 @@
 """Ways to call an activation that the source does not show: the call is redirected as it runs."""
 
-import copy
 import functools
 
 import torch
@@ -41,11 +40,4 @@ class SameDecoratorBelow(SameDecorator):
         return super().forward(self.linear(x)) - 0.1
 
 
-class CopyOfAChild(Parts):
-    """A copy that the forward makes has the hooks of the examination."""
-
-    def forward(self, x):
-        return F.relu(copy.deepcopy(self.linear)(x)) - 0.1
-
-
-INTERCEPTED = (Walrus, SameDecoratorBelow, Dispatched, CopyOfAChild)
+INTERCEPTED = (Walrus, SameDecoratorBelow, Dispatched)

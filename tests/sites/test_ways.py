@@ -5,9 +5,12 @@ from collections import OrderedDict, deque, namedtuple
 from types import SimpleNamespace
 
 import pytest
+import torch
+import torch.nn.functional as F
 from torch import nn
 
 from tests.helpers.promises import X, assert_every_promise
+from tests.helpers.same_run import assert_same_runs, converted
 from transfer_surgery import find_activations
 
 Held = namedtuple("Held", "act")
@@ -85,3 +88,70 @@ def test_a_module_in_a_container_that_is_not_registered_is_listed():
     model = Holder(lambda act: [nn.Sequential(act)], lambda held: held[0])
     (site,) = find_activations(model, X)
     assert "not registered" in site.reason
+
+
+class Inner(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.act, self.linear = nn.ReLU(), nn.Linear(4, 4)
+
+    def forward(self, x):
+        return F.silu(self.act(self.linear(x)) - 0.1)
+
+
+class Walker(nn.Module):
+    """Its outputs depend on all parameters below it, and maybe on the number of modules."""
+
+    def __init__(self, counts=False):
+        super().__init__()
+        self.act, self.inner, self.counts = nn.Tanh(), Inner(), counts
+
+    def forward(self, x):
+        x = x.to(next(self.parameters()).dtype)
+        norm = sum(p.square().sum() for p in self.parameters())
+        if self.counts:
+            norm = norm / len(list(self.modules()))
+        return self.act(self.inner(x)) * norm - 0.1
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_forward_that_walks_over_parameters_and_modules_does_not_see_the_gates(dtype):
+    model = Walker().to(dtype)
+    ways = {site.path: site.way for site in find_activations(model, X)}
+    assert ways == {"inner.act": "child", "inner.silu_0": "edit", "act": "child"}
+    assert_every_promise(model, X)
+    assert len([name for name, _ in model.named_parameters() if "log_alpha" in name]) == 3
+
+
+def test_a_forward_that_counts_modules_does_not_see_the_gates():
+    model = Walker(counts=True)
+    assert_same_runs(model, converted(model, X), X)
+
+
+class CallsChildren(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.inner = Inner()
+
+    def forward(self, x):
+        for child in self.inner.children():
+            x = child(x) + 0.1
+        return self.inner(x)
+
+
+def test_no_unit_is_put_among_children_that_others_walk_over():
+    model = CallsChildren()
+    plan = find_activations(model, X)
+    assert "walks over" in plan["inner.silu_0"].reason
+    assert_every_promise(model, X, copies=())
+
+
+class SwitchesModes(Inner):
+    def forward(self, x):
+        self.train(self.training)
+        return super().forward(x)
+
+
+def test_a_forward_that_sets_its_training_flag_walks_over_nothing():
+    assert {site.way for site in find_activations(SwitchesModes(), X)} == {"child", "edit"}
+    assert not find_activations(SwitchesModes(), X).walkers

@@ -2,8 +2,19 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator
+from types import CodeType, FrameType
 from typing import Any
+
+from torch import nn
+
+from transfer_surgery.sites.frames import is_users
+
+NAMED_MODULES = nn.Module.named_modules.__code__
+"""What lists the modules below one, and their parameters and buffers."""
+CHANGES = {one.__code__ for one in (nn.Module.train, nn.Module.apply, nn.Module._apply)}
+"""What changes all modules below one, units too."""
 
 
 class Children(dict[str, Any]):
@@ -32,3 +43,17 @@ class Children(dict[str, Any]):
     def items(self) -> Any:
         self._note()
         return super().items()
+
+
+def reading_code() -> CodeType:
+    """The code that reads a table now: the user's, or what it has called of torch, if that tells.
+
+    Others of torch's methods, such as ``children``, only pass the table on.
+    """
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None and not is_users(frame.f_code.co_filename):
+        if frame.f_code in CHANGES or frame.f_code is NAMED_MODULES:
+            return frame.f_code
+        frame = frame.f_back
+    assert frame is not None
+    return frame.f_code

@@ -73,9 +73,7 @@ def _plan(model: nn.Module, observations: dict[str, Observation], failures: list
             fields["reason"] = fields["reason"] or event.reason
             if event.source != fields["source"]:
                 fields["reason"] = f"in training it is another activation ({event.source})"
-    walked = set[str]().union(*(one.walked for one in observations.values()))
-    irreplaceable = set[str]().union(*(one.irreplaceable for one in observations.values()))
-    assign_ways(model, merged, walked, irreplaceable)
+    assign_ways(model, merged, list(observations.values()))
     seen = _seen_expressions(observations, merged)
     calls = _caller_codes(observations, merged, seen)
     sites = [
@@ -97,7 +95,8 @@ def _plan(model: nn.Module, observations: dict[str, Observation], failures: list
         for site in sites
         if site.way == "intercept" and site.reason is None
     ]
-    return Plan(tuple(sites), tuple(failures), tuple(notes), calls)
+    walkers = frozenset[str]().union(*(one.walkers for one in observations.values()))
+    return Plan(tuple(sites), tuple(failures), tuple(notes), calls, walkers)
 
 
 def _unwatched(

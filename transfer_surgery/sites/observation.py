@@ -82,6 +82,10 @@ class Observation:
     """What is TorchScript, where nothing can be seen."""
     walked: set[str] = field(default_factory=set)
     """Callers whose code looks at the table of their children."""
+    walked_from_outside: set[str] = field(default_factory=set)
+    """Callers at whose children the code of another module looks."""
+    walkers: set[str] = field(default_factory=set)
+    """Classes whose code walks over modules or parameters below it."""
     irreplaceable: set[str] = field(default_factory=set)
     """Activation modules that the code reaches in places where a unit cannot be put."""
     unwatched: Unwatched = field(default_factory=Unwatched)
@@ -159,7 +163,9 @@ class Frame:
     def only_activation(self, output: Any) -> Event | None:
         """The activation of its input that is all that the module did; None where there is more."""
         events = [event for event in self.events if not event.is_part]
-        if len(events) != 1 or self.children or any(True for _ in self.module.children()):
+        # Not by `children()`, which would be noted as the network's own walk.
+        held = any(child is not None for child in dict.values(self.module._modules))
+        if len(events) != 1 or self.children or held:
             return None
         inputs, event = (*self.args, *self.kwargs.values()), events[0]
         stateless = not self.module._parameters and not self.module._buffers

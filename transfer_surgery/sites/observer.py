@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import itertools
 from collections.abc import Callable
 from functools import partial
@@ -25,8 +26,8 @@ from transfer_surgery.activations import (
 )
 from transfer_surgery.sites.by_hand import BY_HAND, ByHand, is_by_hand, note_soft_cap
 from transfer_surgery.sites.call_location import CallKey, locate
-from transfer_surgery.sites.children import Children
-from transfer_surgery.sites.frames import call_frames
+from transfer_surgery.sites.children import CHANGES, NAMED_MODULES, Children, reading_code
+from transfer_surgery.sites.frames import call_frames, is_users
 from transfer_surgery.sites.holders import swap_for_twins
 from transfer_surgery.sites.in_place import InPlace
 from transfer_surgery.sites.listed import LISTED_NAMES, listed_call, why_listed
@@ -48,6 +49,7 @@ from transfer_surgery.sites.tensor_facts import (
 from transfer_surgery.sites.trace import Called, find_route, names_below
 from transfer_surgery.sites.unseen import scripted_functions
 from transfer_surgery.sites.unwatched import Unwatched
+from transfer_surgery.units import class_name
 
 
 class Observer(TorchFunctionMode):
@@ -114,8 +116,17 @@ class Observer(TorchFunctionMode):
         self._stacks.here.append(Frame(path, module, called_by, called_from, args, kwargs))
 
     def _walk(self, module: nn.Module) -> None:
-        if self._stacks.here and self._stacks.here[-1].module is module:
-            self.observation.walked.add(self._stacks.here[-1].path)
+        """Note that something reads the table of a module's children."""
+        reader = reading_code()
+        if not self._stacks.here or reader in CHANGES or reader.co_filename == copy.__file__:
+            return
+        running = self._stacks.here[-1]
+        if reader is NAMED_MODULES:
+            self.observation.walkers.add(class_name(running.module))
+        if running.module is module:
+            self.observation.walked.add(running.path)
+        elif is_users(reader.co_filename):
+            self.observation.walked_from_outside.add(self._paths[id(module)])
 
     def _leave(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         if not self._stacks.here or self._stacks.here[-1].module is not module:

@@ -28,6 +28,7 @@ class Plan(Table[Site]):
         failures: for each training mode in which the model did not run, a sentence that says why.
         unexamined: what could not be examined, and which calls are intercepted, with the reasons.
         calls: for each caller, what was seen in its code.
+        walkers: the classes whose forward walks over the modules or parameters below it.
     """
 
     columns = (
@@ -45,6 +46,7 @@ class Plan(Table[Site]):
     failures: tuple[str, ...] = ()
     unexamined: tuple[str, ...] = ()
     calls: Mapping[str, CallerCode] = field(default_factory=dict)
+    walkers: frozenset[str] = frozenset()
 
     @property
     def notes(self) -> tuple[str, ...]:

@@ -12,28 +12,34 @@ from torch import fx, nn
 from transfer_surgery.sites.asked_classes import asked_classes
 from transfer_surgery.sites.frames import code_of, is_torch, names_in
 from transfer_surgery.sites.graph import GraphRoute
+from transfer_surgery.sites.observation import Observation
 from transfer_surgery.sites.place import IN_THREAD, UNREGISTERED
 from transfer_surgery.sites.route import Route
 from transfer_surgery.sites.site import Site
 from transfer_surgery.sites.trace import IN_FUNCTION
 
+_WALKED = (
+    "code around its caller walks over the caller's children, and would find the unit; walk over "
+    "named_modules() there"
+)
 _WAYS = {Route: "edit", GraphRoute: "fx", type(None): "intercept"}
 
 
 def assign_ways(
     model: nn.Module,
     merged: dict[tuple[str, Any], dict[str, Any]],
-    walked: set[str],
-    irreplaceable: set[str],
+    observations: Sequence[Observation],
 ) -> None:
     """Decide how each site is redirected and where its unit will live.
 
     Args:
         model: the model.
         merged: what is known of each site; its way is added.
-        walked: the callers whose code walks over their children.
-        irreplaceable: the modules in whose place a unit would not always run.
+        observations: what was seen in each training mode.
     """
+    walked = set[str]().union(*(one.walked for one in observations))
+    walked_from_outside = set[str]().union(*(one.walked_from_outside for one in observations))
+    irreplaceable = set[str]().union(*(one.irreplaceable for one in observations))
     callers: dict[str, list[tuple[str, Any]]] = {}
     for (caller, key), f in merged.items():
         if f["module"] is not None:
@@ -58,6 +64,8 @@ def assign_ways(
                 f["why"], f["route"] = None, None
                 continue
             base = names[0] if names else f["module"].rpartition(".")[2]
+        if caller in walked_from_outside:
+            f["reason"] = f["reason"] or _WALKED
         if caller in walked and f["route"] is not None:
             f["route"], f["why"] = None, "its code walks over its children"
         f["way"] = _WAYS[type(f["route"])]

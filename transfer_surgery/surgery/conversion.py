@@ -133,6 +133,8 @@ def convert(
             )
             for position, (site, g) in enumerate(zip(chosen, granularities, strict=True))
         }
+    for unit in units.values():
+        unit.hidden_from = whole.walkers
     # Edit the code that calls them, then put both in.
     recipes = prepare_recipes(model, whole, paths)
     insert_units(model, whole, units, recipes)

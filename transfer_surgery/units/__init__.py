@@ -50,6 +50,7 @@ from transfer_surgery.units.settings import (
     Line,
     SampledSettings,
 )
+from transfer_surgery.units.walkers import class_name
 
 __all__ = [
     "VARIABLE",
@@ -75,6 +76,7 @@ __all__ = [
     "align",
     "as_patterns",
     "check_gates_not_flattened",
+    "class_name",
     "compiler_error",
     "fitted_value",
     "gate_settings",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from functools import partial
 from typing import Any
 
@@ -20,6 +20,7 @@ from transfer_surgery.units.granularity import Granularity, PerLayer
 from transfer_surgery.units.kernels import gated
 from transfer_surgery.units.recompute import with_remakes
 from transfer_surgery.units.strided_copy import copy_with_strides
+from transfer_surgery.units.walkers import runs_in
 
 
 class GatedActivation(nn.Module):
@@ -89,6 +90,8 @@ class GatedActivation(nn.Module):
         """Whether `bake` or `revert` has taken it out of its network."""
         # The module that this unit stands in for, in a tuple: it is not a child of the unit.
         self.replaced: tuple[nn.Module, ...] = ()
+        self.hidden_from = frozenset[str]()
+        """Classes whose forward walks over modules or parameters: it does not see the gates."""
         # The module that the network called, in a tuple too, with its settings at the conversion
         # and as they were last seen.
         self._called: tuple[nn.Module, ...] = ()
@@ -146,6 +149,17 @@ class GatedActivation(nn.Module):
             device = next(self.gate.parameters(), torch.zeros(())).device
             self.fitted = parameters.to(device)
         return self.fitted
+
+    def named_modules(
+        self, memo: set[nn.Module] | None = None, prefix: str = "", remove_duplicate: bool = True
+    ) -> Iterator[tuple[str, nn.Module]]:
+        """As of any module; but forwards of the network's own find only what they had."""
+        if not (self.hidden_from and runs_in(self.hidden_from)):
+            yield from super().named_modules(memo, prefix, remove_duplicate)
+        elif self.replaced and self not in (memo or ()):
+            if memo is not None and remove_duplicate:
+                memo.add(self)
+            yield prefix, self
 
     def config(self) -> dict[str, Any]:
         """What the unit is, as JSON can hold it: all that a file says about it but its values.
