@@ -155,3 +155,52 @@ class SwitchesModes(Inner):
 def test_a_forward_that_sets_its_training_flag_walks_over_nothing():
     assert {site.way for site in find_activations(SwitchesModes(), X)} == {"child", "edit"}
     assert not find_activations(SwitchesModes(), X).walkers
+
+
+class ByMode(nn.Module):
+    """What it does in training, `train`, is another thing than in evaluation."""
+
+    def __init__(self, evaluate, train):
+        super().__init__()
+        self.narrow, self.wide, self.cubic = nn.Linear(4, 6), nn.Linear(4, 8), nn.Conv1d(3, 6, 1)
+        self.evaluate, self.train_ = evaluate, train
+
+    def forward(self, x):
+        given = (self.train_ if self.training else self.evaluate)(self, x)
+        y = F.relu(given[0], inplace=given[1])
+        return y + given[0] if given[2] else y - 0.1
+
+
+def narrow(model, x):
+    return model.narrow(x), False, False
+
+
+@pytest.mark.parametrize(
+    ("evaluate", "train", "reason"),
+    [
+        (narrow, lambda model, x: (model.wide(x), False, False), "see 6 and 8 channels"),
+        (
+            lambda model, x: (model.cubic(x[:, :3, None]), False, False),
+            lambda model, x: (model.narrow(x), False, False),
+            "see 3 and 2 axes",
+        ),
+        (
+            lambda model, x: (model.narrow(x), True, True),
+            lambda model, x: (model.narrow(x), False, True),
+            "in training it is no in-place call",
+        ),
+    ],
+)
+def test_a_call_that_one_unit_cannot_serve_in_both_modes_is_listed(evaluate, train, reason):
+    (site,) = find_activations(ByMode(evaluate, train), X)
+    assert reason in site.reason
+
+
+def test_a_unit_works_in_place_only_where_both_modes_do():
+    model = ByMode(
+        lambda model, x: (model.narrow(x), True, False),
+        lambda model, x: (model.narrow(x), False, True),
+    )
+    (site,) = find_activations(model, X)
+    assert site.reason is None
+    assert_same_runs(model, converted(model, X), X)

@@ -16,7 +16,7 @@ from torch import nn
 from transfer_surgery._messages import check_arguments
 from transfer_surgery.sites.caller import check_edits
 from transfer_surgery.sites.examine import observe
-from transfer_surgery.sites.observation import Observation
+from transfer_surgery.sites.observation import Event, Observation
 from transfer_surgery.sites.plan import Plan
 from transfer_surgery.sites.route import Expression, Route
 from transfer_surgery.sites.site import CallerCode, Site
@@ -26,6 +26,9 @@ from transfer_surgery.sites.unseen import unseen_calls, written_calls
 from transfer_surgery.sites.unwatched import Names
 from transfer_surgery.sites.ways import assign_ways, check_intercepted
 from transfer_surgery.sites.zoo import adapt_sites, find_example_input
+
+_IN = {"eval": "in evaluation", "train": "in training"}
+_OTHER = {True: "an in-place call", False: "no in-place call"}
 
 
 def find_activations(
@@ -63,16 +66,22 @@ def find_activations(
 
 def _plan(model: nn.Module, observations: dict[str, Observation], failures: list[str]) -> Plan:
     merged: dict[tuple[str, Any], dict[str, Any]] = {}
+    firsts: dict[tuple[str, Any], Event] = {}
     for mode, observation in observations.items():
         for event in observation.sites():
+            first = firsts.setdefault((event.caller, event.key), event)
             fields = merged.setdefault((event.caller, event.key), event.fields() | {"modes": ()})
             fields["modes"] += (mode,)
             fields["calls"] = max(fields["calls"], event.calls)
             fields["overwrites_input"] |= event.overwrites_input
             fields["input_changes"] |= event.fields()["input_changes"]
-            fields["reason"] = fields["reason"] or event.reason
+            fields["reason"] = fields["reason"] or event.reason or first.clash(event)
+            if event.inplace != first.inplace:
+                fields["inplace"] = False
+                if fields["overwrites_input"]:
+                    fields["reason"] = f"{_IN[mode]} it is {_OTHER[event.inplace]}"
             if event.source != fields["source"]:
-                fields["reason"] = f"in training it is another activation ({event.source})"
+                fields["reason"] = f"{_IN[mode]} it is another activation ({event.source})"
     assign_ways(model, merged, list(observations.values()))
     seen = _seen_expressions(observations, merged)
     calls = _caller_codes(observations, merged, seen)

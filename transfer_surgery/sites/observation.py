@@ -61,6 +61,13 @@ class Event:
         alone = bool(self.readers) and self.readers <= self.absorbed
         return (alone or self.is_norm) and all(event.is_part for event in self.repeats)
 
+    def clash(self, other: Event) -> str | None:
+        """Why gates made for this call do not fit another one from the same place."""
+        if self.channel_axis > 0 and len(self.shape) != len(other.shape):
+            return f"its calls see {len(self.shape)} and {len(other.shape)} axes"
+        ours, theirs = ((*one.shape[self.channel_axis :], "no")[0] for one in (self, other))
+        return None if ours == theirs else f"its calls see {ours} and {theirs} channels"
+
     def fields(self) -> dict[str, Any]:
         """The part of a `Site` that an event knows."""
         names = ["source", "kind", "shape", "channel_axis", "inplace", "role", "reason", "module"]
@@ -128,9 +135,7 @@ class Observation:
         if seen.reason == NOT_LIVE:  # the first of a loop may start from a constant
             seen.reason = event.reason
         seen.overwrites_input |= event.overwrites_input
-        channels = seen.shape[seen.channel_axis :][:1], event.shape[event.channel_axis :][:1]
-        if channels[0] != channels[1]:
-            seen.reason = f"its calls see {channels[0][0]} and {channels[1][0]} channels"
+        seen.reason = seen.clash(event) or seen.reason
 
 
 @dataclass
