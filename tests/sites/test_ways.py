@@ -204,3 +204,93 @@ def test_a_unit_works_in_place_only_where_both_modes_do():
     (site,) = find_activations(model, X)
     assert site.reason is None
     assert_same_runs(model, converted(model, X), X)
+
+
+KINDS = (nn.ReLU, nn.GELU)
+
+
+def is_relu(act):
+    return isinstance(act, nn.ReLU)
+
+
+class ByHelper(Inner):
+    def asks(self):
+        return is_relu(self.act)
+
+    def forward(self, x):
+        return self.act(self.linear(x)) * (0.5 if self.asks() else 0.25) - 0.1
+
+
+class ByMatch(ByHelper):
+    def asks(self):
+        match self.act:
+            case nn.ReLU():
+                return True
+        return False
+
+
+class ByTable(ByHelper):
+    def asks(self):
+        return isinstance(self.act, KINDS)
+
+
+class ByName(ByHelper):
+    def asks(self):
+        return type(self.act).__name__ in ("ReLU", "GELU")
+
+
+class FromOutside(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.inner = Inner()
+
+    def forward(self, x):
+        return self.inner(x) * (0.5 if isinstance(self.inner.act, nn.ReLU) else 0.25) - 0.1
+
+
+class Named(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.path = "a path of its own"
+
+    def forward(self, x):
+        return F.relu(x)
+
+
+class AsksForAttribute(Inner):
+    def __init__(self):
+        super().__init__()
+        self.act = Named()
+
+    def forward(self, x):
+        return self.act(self.linear(x)) * len(self.act.path)
+
+
+class CountsVariables(Inner):
+    def forward(self, x):
+        for _ in range(2):
+            x = F.relu(self.linear(x)) + 0.1
+        return x * len(locals())
+
+
+@pytest.mark.parametrize(
+    "cls", [ByHelper, ByMatch, ByTable, ByName, FromOutside, AsksForAttribute, CountsVariables]
+)
+def test_what_a_forward_asks_for_has_the_same_answer_after_conversion(cls):
+    model = cls()
+    assert {site.way for site in find_activations(model, X) if site.reason is None} != {"child"}
+    assert_same_runs(model, converted(model, X), X)
+
+
+class BuildsWithClasses(Inner):
+    """It names the class of its activation, but asks for nothing."""
+
+    def build(self):
+        return nn.ReLU() if isinstance(self.linear, nn.ReLU) else None
+
+    def forward(self, x):
+        return super().forward(nn.functional.relu(x))
+
+
+def test_a_class_that_no_forward_asks_for_is_replaced():
+    assert find_activations(BuildsWithClasses(), X)["act"].way == "child"

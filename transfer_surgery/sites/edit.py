@@ -94,6 +94,10 @@ class _Edit:
         else:
             node.args.kwonlyargs += [ast.arg(name) for name in names]
             node.args.kw_defaults += [None for _ in names]
+        if _reads_variables(node) and (
+            self.scope.objects or not entry or any(way.several for way in ways)
+        ):
+            raise UneditableError(f"{self.function.qualname} looks at its own variables")
         self._compiled = compile_function(self.function, node, tuple(self.scope.objects))
         self._codes: dict[CodeType, CodeType] = {}
 
@@ -125,6 +129,19 @@ class _Edit:
                 )
             self._codes[original] = place_code(self._compiled, original)
         return self._codes[original]
+
+
+def _reads_variables(node: FunctionNode) -> bool:
+    """Whether a function may find the names that an edit adds, as ``locals()`` does."""
+    for one in ast.walk(node):
+        match one:
+            case ast.Call(func=ast.Name(id="locals" | "eval" | "exec")):
+                return True
+            case ast.Call(func=ast.Name(id="vars" | "dir"), args=[]):
+                return True
+            case ast.Attribute(attr="f_locals"):
+                return True
+    return False
 
 
 class _Editor(ast.NodeTransformer):

@@ -70,7 +70,8 @@ def without_partials(value: Any) -> Any:
 
 def names_in(code: CodeType) -> set[str]:
     """The names and words that code, and what is written inside of it, uses."""
-    words = {one for one in code.co_consts if isinstance(one, str)}
+    several = (one if isinstance(one, (tuple, frozenset)) else (one,) for one in code.co_consts)
+    words = {word for words in several for word in words if isinstance(word, str)}
     inner = (names_in(one) for one in code.co_consts if isinstance(one, CodeType))
     return words.union(code.co_names, *inner)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Sequence
 from dataclasses import replace
@@ -9,14 +10,16 @@ from typing import Any
 
 from torch import fx, nn
 
-from transfer_surgery.sites.asked_classes import asked_classes
-from transfer_surgery.sites.frames import code_of, is_torch, names_in
+from transfer_surgery.activations import get_activation
+from transfer_surgery.sites.asked_classes import asked_classes, asked_names
+from transfer_surgery.sites.frames import code_of, names_in
 from transfer_surgery.sites.graph import GraphRoute
 from transfer_surgery.sites.observation import Observation
 from transfer_surgery.sites.place import IN_THREAD, UNREGISTERED
 from transfer_surgery.sites.route import Route
 from transfer_surgery.sites.site import Site
 from transfer_surgery.sites.trace import IN_FUNCTION
+from transfer_surgery.units import GatedActivation, PerLayer, make_gate
 
 _WALKED = (
     "code around its caller walks over the caller's children, and would find the unit; walk over "
@@ -44,20 +47,24 @@ def assign_ways(
     for (caller, key), f in merged.items():
         if f["module"] is not None:
             callers.setdefault(f["module"], []).append((caller, key))
-    asked = asked_classes(model)
+    asking = asked_classes(model)
+    classes = (_class_names(model.get_submodule(path)) for path in callers)
+    asked = asked_names(model, set[str]().union(*classes))
     for (caller, key), f in merged.items():
         sites = callers.get(f["module"], [])
         own = [site for site in sites if site[0] == caller]
         if f["module"] is None:
             base = f["source"].name
         else:
+            module = model.get_submodule(f["module"])
             names = _registered_names(model, caller, f["module"])
             private = len(own) == len(names) and (len(own) == 1 or _runs_in_order(model, caller))
             alone = len(sites) == 1
             if (
                 (alone or private)
                 and f["module"] not in irreplaceable
-                and not _asks_for_type(model, caller, f["module"])
+                and asked.isdisjoint(_class_names(module))
+                and not _has_other_attributes(module)
             ):
                 own_path = _join(caller, names[own.index((caller, key))]) if private else ""
                 f["way"], f["path"] = "child", f["module"] if alone else own_path
@@ -70,7 +77,7 @@ def assign_ways(
             f["route"], f["why"] = None, "its code walks over its children"
         f["way"] = _WAYS[type(f["route"])]
         f["path"] = _free_name(model, caller, base, {g.get("path") for g in merged.values()})
-        asker = asked.get(type(model.get_submodule(caller)))
+        asker = asking.get(type(model.get_submodule(caller)))
         if asker is not None and f["way"] != "fx":
             f["reason"] = f["reason"] or f"{asker} asks for the class, which conversion changes"
         # Copies of graphs keep what is in the graph, and calls of others are not intercepted.
@@ -84,17 +91,22 @@ def _registered_names(model: nn.Module, caller: str, module: str) -> list[str]:
     return [n for n, child in model.get_submodule(caller)._modules.items() if child is target]
 
 
-def _asks_for_type(model: nn.Module, caller: str, module: str) -> bool:
-    """Whether a caller's methods name the class of a module, as in ``isinstance(m, nn.ReLU)``.
+def _class_names(module: nn.Module) -> set[str]:
+    return {cls.__name__ for cls in type(module).__mro__ if cls not in nn.Module.__mro__}
 
-    A unit cannot answer for ``type(m)``; the call of the module is then edited, and it stays.
-    """
-    bases = type(model.get_submodule(caller)).__mro__
-    held = (value for cls in bases for name, value in vars(cls).items() if name != "__init__")
-    codes = [code for code in map(code_of, held) if code is not None and not is_torch(code)]
-    classes = {cls.__name__ for cls in type(model.get_submodule(module)).__mro__[:-2]}
-    asks = {"isinstance", "type", "__class__"}
-    return any(names & classes and names & asks for names in map(names_in, codes))
+
+def _has_other_attributes(module: nn.Module) -> bool:
+    """Whether a module can be asked for something that means another thing in a unit."""
+    classes = (cls for cls in type(module).__mro__ if cls not in nn.Module.__mro__)
+    return not _names_of_units().isdisjoint(set().union(vars(module), *map(vars, classes)))
+
+
+@functools.cache
+def _names_of_units() -> frozenset[str]:
+    """The attributes that units have beside those of any module and of activation modules."""
+    relu, gate = get_activation("relu"), make_gate("line", (1,))
+    names = dir(GatedActivation(relu, relu, gate, granularity=PerLayer()))
+    return frozenset(names) - set(dir(nn.Module())) - {"inplace"}
 
 
 def _runs_in_order(model: nn.Module, caller: str) -> bool:
