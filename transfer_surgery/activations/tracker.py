@@ -38,11 +38,16 @@ class Record:
     label: str = ""
     operands: tuple[Any, ...] = ()
     event: Any = field(default=None, repr=False)
-    root: Record = field(init=False, repr=False)
+    _root: Record | None = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
         roots = {one.root for one in self.given}
-        self.root = roots.pop() if len(roots) == 1 else self
+        # Nothing refers to itself: the values go when the records do.
+        self._root = roots.pop() if len(roots) == 1 else None
+
+    @property
+    def root(self) -> Record:
+        return self._root or self
 
     @property
     def given(self) -> list[Record]:

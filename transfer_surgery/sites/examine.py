@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import itertools
 import traceback
+import weakref
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -18,6 +18,7 @@ from transfer_surgery.sites.frames import is_users
 from transfer_surgery.sites.observation import Observation
 from transfer_surgery.sites.observer import Observer
 from transfer_surgery.sites.stand_in import Uncopyable, fake_arguments, probe_copy, undisturbed
+from transfer_surgery.sites.surroundings import LeftBehindError, Surroundings
 from transfer_surgery.sites.unwatched import Unwatched
 
 
@@ -30,9 +31,10 @@ def observe(
         What was seen in each mode, and why the model does not run in the others.
     """
     observations: dict[str, Observation] = {}
+    surroundings = Surroundings(model)
     failures, error = [], None
     for mode in modes:
-        result = _run(model, arguments, mode)
+        result = _run(model, surroundings, arguments, mode)
         if isinstance(result, Observation):
             observations[mode] = result
         else:
@@ -51,7 +53,9 @@ def observe(
     return observations, failures
 
 
-def _run(model: nn.Module, arguments: Any, mode: str) -> Observation | Exception:
+def _run(
+    model: nn.Module, surroundings: Surroundings, arguments: Any, mode: str
+) -> Observation | Exception:
     """Examine one mode: on fake tensors, or for real where values steer the model.
 
     Without gradients and hooks of others where the model does not need them, with a single example
@@ -61,16 +65,19 @@ def _run(model: nn.Module, arguments: Any, mode: str) -> Observation | Exception
         What was seen, or why the model does not run on its own example.
     """
     error: Exception | None = None
+    left: list[weakref.ref[Any]] = []
+    examine = partial(_examine, surroundings, left, model, arguments, mode)
     yes_no, no_yes = (True, False), (False, True)
     tries = itertools.product(yes_no, no_yes, no_yes, yes_no, yes_no)
     for has_twins, hooks, gradients, is_fake, double in tries:
-        look = partial(_look, model, arguments, mode, hooks, double, has_twins)
+        look = partial(examine, hooks, double, has_twins)
+        error = None  # and with it what its frames hold
         try:
             found = look(is_fake, gradients)
             if found.unwatched.has_strangers:
                 found.unwatched = _unwatched(look, is_fake)
             return found
-        except Uncopyable:
+        except (Uncopyable, LeftBehindError):
             raise
         except Exception as failed:
             error = failed
@@ -78,7 +85,21 @@ def _run(model: nn.Module, arguments: Any, mode: str) -> Observation | Exception
     return error
 
 
+def _examine(
+    surroundings: Surroundings, left: list[weakref.ref[Any]], *how: Any, **more: Any
+) -> Observation:
+    """Examine one mode in one way, and leave nothing of the stand-in where others find it."""
+    try:
+        found = _look(left, *how, **more)
+    except Exception:
+        surroundings.put_back()  # what the error holds of the stand-in lives as long as it does
+        raise
+    surroundings.clean(left)
+    return found
+
+
 def _look(
+    left: list[weakref.ref[Any]],
     model: nn.Module,
     arguments: Any,
     mode: str,
@@ -89,7 +110,7 @@ def _look(
     gradients: bool,
     reads_graph: bool = False,
 ) -> Observation:
-    """Examine one mode in one way; see `_run`."""
+    """Examine one mode in one way, see `_run`; puts into `left` what should be gone afterwards."""
     fake = FakeTensorMode(allow_non_fake_inputs=True) if is_fake else None
     probe = probe_copy(model, fake, hooks).train(mode == "train")
     args, kwargs = fake_arguments(arguments, fake, double)
@@ -97,8 +118,15 @@ def _look(
         for parameter in filter(Tensor.is_floating_point, probe.parameters()):
             parameter.requires_grad_()
         args, kwargs = pytree.tree_map_only(Tensor, _with_gradient, (args, kwargs))
-    with undisturbed():
-        return Observer(probe, reads_graph, has_twins).run(args, kwargs, fake, gradients)
+    given = [x for x in pytree.tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
+    kept = (*probe.modules(), *probe.parameters(), *probe.buffers(), *given)
+    left += [weakref.ref(one) for one in kept]
+    observer = Observer(probe, reads_graph, has_twins)
+    try:
+        with undisturbed():
+            return observer.run(args, kwargs, fake, gradients)
+    finally:
+        left += observer.close()
 
 
 def _with_gradient(x: Tensor) -> Tensor:
@@ -109,8 +137,12 @@ def _with_gradient(x: Tensor) -> Tensor:
 def _unwatched(look: Callable[..., Observation], is_fake: bool) -> Unwatched:
     """What ran unseen where values came from nowhere; it takes another run, with gradients."""
     for again in (is_fake, False):  # fake tensors are not made for several threads at a time
-        with contextlib.suppress(Exception):
+        try:
             return look(again, gradients=True, reads_graph=True).unwatched
+        except LeftBehindError:
+            raise
+        except Exception:
+            continue
     return Unwatched()
 
 

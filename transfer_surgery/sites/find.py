@@ -48,6 +48,7 @@ def find_activations(
     Raises:
         ValueError: there is no example input, or the model does not run on it.
         TypeError: the model cannot be deep-copied.
+        RuntimeError: the model's code keeps a tensor of the stand-in where nothing can remove it.
 
     Examples:
         >>> import torch

@@ -68,6 +68,11 @@ class Event:
         ours, theirs = ((*one.shape[self.channel_axis :], "no")[0] for one in (self, other))
         return None if ours == theirs else f"its calls see {ours} and {theirs} channels"
 
+    def forget(self) -> None:
+        """Let go of tensors, when all that they tell is known."""
+        self.input = self.output = None
+        self.readers, self.absorbed = set(), set()
+
     def fields(self) -> dict[str, Any]:
         """The part of a `Site` that an event knows."""
         names = ["source", "kind", "shape", "channel_axis", "inplace", "role", "reason", "module"]
@@ -99,11 +104,11 @@ class Observation:
 
     def sites(self) -> list[Event]:
         """The sites in the order of their first calls; callers are complete in another order."""
-        events = (event for event in self.events.values() if not event.is_part)
-        return sorted(events, key=lambda event: event.order)
+        return sorted(self.events.values(), key=lambda event: event.order)
 
-    def settle_roles(self, output: Any) -> None:
+    def settle(self, output: Any) -> None:
         """What only the end of the run tells: which activations make the model's outputs."""
+        self.events = {key: one for key, one in self.events.items() if not one.is_part}
         leaves = [leaf for leaf in pytree.tree_leaves(output) if isinstance(leaf, Tensor)]
         leaves = [leaf for leaf in leaves if leaf.is_floating_point() and is_live(leaf)]
         returned, heads = {id(x) for x in leaves}, {id(origin_of(x)) for x in leaves}

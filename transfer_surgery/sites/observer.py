@@ -5,15 +5,17 @@ from __future__ import annotations
 import contextlib
 import copy
 import itertools
+import weakref
 from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
+from torch.utils.hooks import RemovableHandle
 
 from transfer_surgery.activations import (
     Activation,
@@ -38,6 +40,7 @@ from transfer_surgery.sites.stacks import Stacks
 from transfer_surgery.sites.tensor_facts import (
     channel_axis,
     follow,
+    is_known,
     is_live,
     is_reduction,
     is_zero,
@@ -69,6 +72,9 @@ class Observer(TorchFunctionMode):
         self._order, self._tracker = itertools.count(), Tracker()
         self._in_place, self._by_hand = InPlace(), ByHand()
         self._twins = swap_for_twins(probe) if has_twins else None
+        self._events: list[Event] = []
+        self._made: list[weakref.ref[Tensor]] = []
+        self._handles: list[RemovableHandle] = []
         self._paths = {id(module): path for path, module in probe.named_modules()}
         for module, twin in (self._twins or {}).items():
             self._paths[id(module)] = self._paths[id(twin)]
@@ -80,10 +86,11 @@ class Observer(TorchFunctionMode):
             if isinstance(module, torch.jit.ScriptModule):
                 self.observation.scripted.add(self._paths[id(module)])
             else:
-                module.register_forward_pre_hook(self._enter, with_kwargs=True)
+                enter = module.register_forward_pre_hook(self._enter, with_kwargs=True)
                 # Hooks of the model's own run outside of forward: before, and after this one.
                 # What fails is left too: the code around it may go on.
-                module.register_forward_hook(self._leave, prepend=True, always_call=True)
+                leave = module.register_forward_hook(self._leave, prepend=True, always_call=True)
+                self._handles += [enter, leave]
 
     def run(
         self,
@@ -99,8 +106,20 @@ class Observer(TorchFunctionMode):
         self.observation.unwatched.note_given(_tensors(output))
         self.observation.add(self._around)
         self._in_place.note_reads((output, [vars(module) for module in self.probe.modules()]))
-        self.observation.settle_roles(output)
+        self.observation.settle(output)
         return self.observation
+
+    def close(self) -> list[weakref.ref[Tensor]]:
+        """Let go of the probe and of all tensors; returns what tells which of those live on."""
+        for handle in self._handles:
+            handle.remove()
+        for module in self.probe.modules():
+            if type(vars(module).get("_modules")) is Children:
+                vars(module)["_modules"] = dict.copy(module._modules)
+        for event in self._events:
+            event.forget()
+        self.observation.unwatched.close()
+        return self._made
 
     def _enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         called_from, called_by = [*locate(), ((), None)][1]
@@ -174,6 +193,9 @@ class Observer(TorchFunctionMode):
         else:
             out = func(*args, **kwargs)
         outputs = _tensors(out)
+        made = [x for x in outputs if not any(x is one for one in inputs)]
+        made += [x for x in inputs if isinstance(x, FakeTensor) and not is_known(x)]  # in threads
+        self._made += map(weakref.ref, made)
         self.observation.unwatched.note_made(outputs, call and call.activation.name)
         self._in_place.note_writes(func, inputs)
         for x in inputs:
@@ -270,6 +292,7 @@ class Observer(TorchFunctionMode):
         if listed is not None:
             event.route = event.why = None
         frame.events.append(event)
+        self._events.append(event)
         self._in_place.note_event(event, x)
         return event
 

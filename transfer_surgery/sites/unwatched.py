@@ -57,6 +57,10 @@ class Unwatched:
                 if activation in names and names not in made:
                     self._without_node[names] += 1
 
+    def close(self) -> None:
+        """Let go of the graph, and so of its tensors."""
+        self._known.clear()
+
     def _new_names(self, tensor: Tensor) -> Counter[Names]:
         """The activations among the nodes that were not known before, which they are from now."""
         found, nodes = Counter[Names](), list[Node | None]()
