@@ -1,8 +1,9 @@
-"""The finder: run a stand-in of the model once per training mode and write down its activations.
+"""The finder: run a stand-in of the model in each training mode and write down its activations.
 
 A `TorchFunctionMode` sees every torch call, hooks keep the stack of modules. A module that does
 nothing but one activation (``nn.ReLU``, timm's own classes, anybody's) counts as a call of its
-caller. Nothing of the model is touched and, on fake tensors, nothing is computed.
+caller. Nothing of the model is touched. Fake tensors, with which no numbers are computed, come
+first; where the model does not run on them, it runs for real.
 """
 
 from __future__ import annotations
