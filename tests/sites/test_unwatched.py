@@ -58,7 +58,17 @@ class WithoutGradients(InAPool):
         return super().forward(x)
 
 
-THREADS = (InAPool, InAThread, LooksAtValues, WithoutGradients)
+class CountsInAFrozenParameter(InAPool):
+    def __init__(self):
+        super().__init__()
+        self.runs = nn.Parameter(torch.zeros(()), requires_grad=False)
+
+    def forward(self, x):
+        self.runs.add_(1)
+        return super().forward(x)
+
+
+THREADS = (InAPool, InAThread, LooksAtValues, WithoutGradients, CountsInAFrozenParameter)
 
 
 @pytest.mark.parametrize("cls", THREADS, ids=lambda cls: cls.__name__)
@@ -69,6 +79,18 @@ def test_an_activation_in_another_thread_is_reported_with_its_line(cls):
     line = inspect.getsourcelines(cls.branch)[1] + 1
     assert note.startswith(f"relu ran {1 if cls is InAThread else 2}x")
     assert f"test_unwatched.py:{line})" in note
+
+
+def test_a_branch_that_is_taken_where_values_cannot_be_read_is_not_the_one_that_is_examined():
+    class Net(Layers):
+        def forward(self, x):
+            try:
+                large = x.max().item() > 0
+            except Exception:
+                return torch.tanh(self.one(x))
+            return F.relu(self.one(x)) if large else x
+
+    assert [site.path for site in find_activations(Net(), X)] == ["relu_0"]
 
 
 def test_a_model_whose_activations_all_run_unseen_is_refused_with_the_reason():

@@ -109,6 +109,7 @@ def _look(
     is_fake: bool,
     gradients: bool,
     reads_graph: bool = False,
+    unfreezes: bool = False,
 ) -> Observation:
     """Examine one mode in one way, see `_run`; puts into `left` what should be gone afterwards."""
     fake = FakeTensorMode(allow_non_fake_inputs=True) if is_fake else None
@@ -116,7 +117,7 @@ def _look(
     args, kwargs = fake_arguments(arguments, fake, double)
     if reads_graph:
         for parameter in filter(Tensor.is_floating_point, probe.parameters()):
-            parameter.requires_grad_()
+            parameter.requires_grad_(unfreezes or parameter.requires_grad)
         args, kwargs = pytree.tree_map_only(Tensor, _with_gradient, (args, kwargs))
     given = [x for x in pytree.tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
     kept = (*probe.modules(), *probe.parameters(), *probe.buffers(), *given)
@@ -136,9 +137,11 @@ def _with_gradient(x: Tensor) -> Tensor:
 
 def _unwatched(look: Callable[..., Observation], is_fake: bool) -> Unwatched:
     """What ran unseen where values came from nowhere; it takes another run, with gradients."""
-    for again in (is_fake, False):  # fake tensors are not made for several threads at a time
+    # Fake tensors are not made for several threads at a time; what is frozen may be written to.
+    for again, unfreezes in itertools.product((is_fake, False), (True, False)):
         try:
-            return look(again, gradients=True, reads_graph=True).unwatched
+            found = look(again, gradients=True, reads_graph=True, unfreezes=unfreezes)
+            return found.unwatched
         except LeftBehindError:
             raise
         except Exception:

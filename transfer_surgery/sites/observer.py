@@ -72,6 +72,7 @@ class Observer(TorchFunctionMode):
         self._order, self._tracker = itertools.count(), Tracker()
         self._in_place, self._by_hand = InPlace(), ByHand()
         self._twins = swap_for_twins(probe) if has_twins else None
+        self._failed = ""
         self._events: list[Event] = []
         self._made: list[weakref.ref[Tensor]] = []
         self._handles: list[RemovableHandle] = []
@@ -103,6 +104,8 @@ class Observer(TorchFunctionMode):
             mark_live(x)
         with torch.set_grad_enabled(gradients), fake or contextlib.nullcontext(), self:
             output = self.probe(*args, **kwargs)
+        if fake is not None and self._failed:  # it was caught, and the code went another way
+            raise RuntimeError(self._failed)
         self.observation.unwatched.note_given(_tensors(output))
         self.observation.add(self._around)
         self._in_place.note_reads((output, [vars(module) for module in self.probe.modules()]))
@@ -191,7 +194,11 @@ class Observer(TorchFunctionMode):
             out = call.activation(call.input, *call.operands)
             call.input.data.copy_(out)  # the code may look at it
         else:
-            out = func(*args, **kwargs)
+            try:
+                out = func(*args, **kwargs)
+            except Exception as error:
+                self._failed = f"{name_of(func)} failed: {error}"
+                raise
         outputs = _tensors(out)
         made = [x for x in outputs if not any(x is one for one in inputs)]
         made += [x for x in inputs if isinstance(x, FakeTensor) and not is_known(x)]  # in threads
