@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import sys
 from collections.abc import Callable
+from numbers import Real
 from types import ModuleType
 from typing import Any, TypeGuard
 
@@ -174,8 +175,8 @@ class ActivationExpression(RunningExpression):
                 self._read_formula(part, named, others, numbers)
             elif value is UNKNOWN:
                 others.append(part)
-            elif isinstance(value, int | float) and not isinstance(part, ast.Constant):
-                numbers[Position.of(part)] = value
+            elif isinstance(value, Real) and not isinstance(part, ast.Constant):
+                numbers[Position.of(part)] = float(value)  # numpy's, too
 
     def _is_part(self, node: Any) -> bool:
         """Whether an expression is an operation of a formula."""
