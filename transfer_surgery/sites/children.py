@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator
-from types import CodeType, FrameType
+from types import CodeType
 from typing import Any
 
 from torch import nn
 
-from transfer_surgery.sites.frames import is_users
+from transfer_surgery.sites.frames import is_torch, is_users
 
 NAMED_MODULES = nn.Module.named_modules.__code__
 """What lists the modules below one, and their parameters and buffers."""
@@ -45,15 +45,17 @@ class Children(dict[str, Any]):
         return super().items()
 
 
-def reading_code() -> CodeType:
+def reading_code() -> CodeType | None:
     """The code that reads a table now: the user's, or what it has called of torch, if that tells.
 
-    Others of torch's methods, such as ``children``, only pass the table on.
+    Others of torch's methods, such as ``children``, only pass the table on. None stands for code of
+    the finder itself.
     """
-    frame: FrameType | None = sys._getframe(1)
-    while frame is not None and not is_users(frame.f_code.co_filename):
+    frame, found = sys._getframe(1), None
+    while not is_torch(frame.f_code) and not is_users(frame.f_code.co_filename) and frame.f_back:
+        frame = frame.f_back  # the table's own code
+    while is_torch(frame.f_code) and frame.f_back:
         if frame.f_code in CHANGES or frame.f_code is NAMED_MODULES:
-            return frame.f_code
+            found = found or frame.f_code
         frame = frame.f_back
-    assert frame is not None
-    return frame.f_code
+    return (found or frame.f_code) if is_users(frame.f_code.co_filename) else None

@@ -140,7 +140,9 @@ class Observer(TorchFunctionMode):
     def _walk(self, module: nn.Module) -> None:
         """Note that something reads the table of a module's children."""
         reader = reading_code()
-        if not self._stacks.here or reader in CHANGES or reader.co_filename == copy.__file__:
+        if reader is None or reader in CHANGES or reader.co_filename == copy.__file__:
+            return
+        if not self._stacks.here:
             return
         running = self._stacks.here[-1]
         if reader is NAMED_MODULES:
