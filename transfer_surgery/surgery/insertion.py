@@ -23,7 +23,7 @@ from transfer_surgery.sites import (
     swap_children,
 )
 from transfer_surgery.surgery.encoder_fast_path import close_fused_paths
-from transfer_surgery.units import GatedActivation
+from transfer_surgery.units import GatedActivation, ModuleSettings
 
 _MODULE_STATE = frozenset(vars(nn.Module()))
 _HOOKS = (
@@ -75,12 +75,12 @@ def insert_units(
             share_hooks(original, unit, shared=calls[original] > 1)
             answer_for(original, unit)
             if isinstance(unit, GatedActivation):
-                unit.remember_settings(original, names_read(original))
+                unit.settings = ModuleSettings(original, names_read(original), unit)
         elif site.module is not None and site.way != "intercept":  # it is not called any more
             module = model.get_submodule(site.module)
             share_hooks(module, unit, shared=True)
             if isinstance(unit, GatedActivation):
-                unit.remember_settings(module, names_read(module))
+                unit.settings = ModuleSettings(module, names_read(module), None)
         places.append((holder, name, unit, original))
     # Assign. A module with one caller is that site under each of its names.
     everywhere = {old: unit for _, _, unit, old in places if old is not None and calls[old] == 1}

@@ -29,6 +29,7 @@ from transfer_surgery.units.kernels import (
     gated,
     kernel_choice,
 )
+from transfer_surgery.units.module_settings import ModuleSettings
 from transfer_surgery.units.noise import RecomputedGatesWarning
 from transfer_surgery.units.recompute import recompute_activations
 from transfer_surgery.units.selection import (
@@ -64,6 +65,7 @@ __all__ = [
     "Granularity",
     "HardConcrete",
     "Line",
+    "ModuleSettings",
     "Numbers",
     "PerChannel",
     "PerLayer",

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import inspect
-import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
@@ -12,12 +10,12 @@ import torch
 import torch.fx
 from torch import Tensor, nn
 
-from transfer_surgery._messages import user_stacklevel
 from transfer_surgery.activations import Activation, degree_of, get_target
 from transfer_surgery.units.fitted_target import TargetParameters
 from transfer_surgery.units.gates import Gate
 from transfer_surgery.units.granularity import Granularity, PerLayer
 from transfer_surgery.units.kernels import gated
+from transfer_surgery.units.module_settings import ModuleSettings, warn_of_setting
 from transfer_surgery.units.recompute import with_remakes
 from transfer_surgery.units.strided_copy import copy_with_strides
 from transfer_surgery.units.walkers import runs_in
@@ -92,50 +90,14 @@ class GatedActivation(nn.Module):
         self.replaced: tuple[nn.Module, ...] = ()
         self.hidden_from = frozenset[str]()
         """Classes whose forward walks over modules or parameters: it does not see the gates."""
-        # The module that the network called, in a tuple too, with its settings at the conversion
-        # and as they were last seen.
-        self._called: tuple[nn.Module, ...] = ()
-        self._settings: dict[str, Any] = {}
-        self._latest: dict[str, Any] = {}
-
-    def remember_settings(self, module: nn.Module, names: Iterable[str]) -> None:
-        """Take note of what an activation module is set to, such as a negative slope.
-
-        Args:
-            module: what the network called. If the unit has taken its place, it has been given its
-                attributes already.
-            names: what the code of that module reads.
-        """
-        values = {name: inspect.getattr_static(module, name, module) for name in sorted(names)}
-        self._called = (module,)
-        self._settings = {
-            name: value
-            for name, value in values.items()
-            if isinstance(value, bool | int | float | str | None)
-            and not (self.replaced and _differ(getattr(self, name, value), value))
-        }
-        self._latest = dict(self._settings)
+        self.settings: ModuleSettings | None = None
+        """Those of the module that the network called."""
 
     def follow_settings(self) -> str | None:
-        """Keep this unit and the network's module set alike, wherever a setting was written to.
-
-        Returns:
-            A setting that is another than at the conversion, if there is one.
-        """
-        changed = None
-        for name, value in self._settings.items():
-            (module,) = self._called
-            now, latest = getattr(module, name, value), self._latest[name]
-            if self.replaced and _differ(now, mine := getattr(self, name, now)):
-                if _differ(mine, latest):
-                    now = mine
-                    setattr(module, name, now)
-                setattr(self, name, now)
-            if _differ(now, latest):
-                self._latest[name] = now
-            if _differ(now, value):
-                changed = name
-        return changed
+        """A setting of the network's module that is another than at the conversion, if any."""
+        if self.settings is None:
+            return None
+        return self.settings.follow(self if self.replaced else None)
 
     def add_fitted_target(self) -> TargetParameters:
         """Make the target ``a * target(w*x + c) + b``, with parameters of the unit.
@@ -199,20 +161,16 @@ class GatedActivation(nn.Module):
         if isinstance(x, torch.fx.Proxy):  # a unit is one node of a graph, as torch's modules are
             path = x.tracer.path_of_module(self)
             return x.tracer.create_proxy("call_module", path, (x, *operands), {})
-        if (name := self.follow_settings()) is not None:
-            return self._call_module(name, x, operands)
+        if self.settings is not None and (name := self.follow_settings()) is not None:
+            warn_of_setting(self.path, name)
+            result: Tensor = self.settings.module.forward(x, *operands)  # its hooks are the unit's
+            return result
         self._check_size(x)
         copied = self.overwrites_input or self.input_changes
         z = self.gate(x.shape[0] if x.dim() else 1)
         given = copy_with_strides(x) if copied else x
         y = self._gated(given, operands[: len(self.source.operands)], z)
         return x.copy_(y) if self.overwrites_input else y
-
-    def _call_module(self, name: str, x: Tensor, operands: tuple[Tensor, ...]) -> Tensor:
-        """What the network's own module computes, as it is set now. Its hooks are the unit's."""
-        _warn_of_setting(self.path, name)
-        result: Tensor = self._called[0].forward(x, *operands)
-        return result
 
     def _gated(self, x: Tensor, operands: tuple[Tensor, ...], z: Tensor) -> Tensor:
         function = partial(
@@ -260,18 +218,3 @@ class GatedActivation(nn.Module):
     def extra_repr(self) -> str:
         target = str(self.target) if self.fitted is None else f"a * {self.target}(w*x + c) + b"
         return f"{self.source} -> {target}, {self.granularity}"
-
-
-# So that it runs while torch.compile reads the code.
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
-def _warn_of_setting(path: str, name: str) -> None:
-    warnings.warn(
-        f"{path}: {name} is not what it was when the model was converted. The module runs as it is "
-        "set now, without gates. Revert, and convert with this setting.",
-        RuntimeWarning,
-        stacklevel=user_stacklevel(),
-    )
-
-
-def _differ(one: Any, other: Any) -> bool:
-    return one is not other and (isinstance(one, Tensor) or bool(one != other))
