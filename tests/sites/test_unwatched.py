@@ -58,6 +58,12 @@ class WithoutGradients(InAPool):
         return super().forward(x)
 
 
+class WithoutAGraph(InAPool):
+    @torch.no_grad()
+    def branch(self, x):
+        return super().branch(x)
+
+
 class CountsInAFrozenParameter(InAPool):
     def __init__(self):
         super().__init__()
@@ -79,6 +85,11 @@ def test_an_activation_in_another_thread_is_reported_with_its_line(cls):
     line = inspect.getsourcelines(cls.branch)[1] + 1
     assert note.startswith(f"relu ran {1 if cls is InAThread else 2}x")
     assert f"test_unwatched.py:{line})" in note
+
+
+def test_values_that_no_graph_tells_of_are_noted():
+    (note,) = find_activations(WithoutAGraph(), X).unexamined
+    assert note.startswith("some values came from code that nobody can watch")
 
 
 def test_a_branch_that_is_taken_where_values_cannot_be_read_is_not_the_one_that_is_examined():
@@ -233,4 +244,4 @@ class Strange(Layers):
 def test_nothing_is_reported_that_was_seen_or_is_no_activation():
     plan = find_activations(Strange(), X)
     assert sorted(str(site.source) for site in plan) == ["mish", "relu", "silu", "tanh"]
-    assert not any("nobody can look" in note for note in plan.unexamined)
+    assert not any("nobody can" in note for note in plan.unexamined)

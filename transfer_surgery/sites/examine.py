@@ -146,7 +146,9 @@ def _unwatched(look: Callable[..., Observation], is_fake: bool) -> Unwatched:
             raise
         except Exception:
             continue
-    return Unwatched()
+    unknown = Unwatched()
+    unknown.is_incomplete = True
+    return unknown
 
 
 def _first_line(error: Exception) -> str:

@@ -117,6 +117,8 @@ def _unwatched(
     counts = Counter[Names]()
     for observation in observations.values():
         counts |= observation.unwatched.counts
+    if not counts and any(one.unwatched.is_unknown for one in observations.values()):
+        return ["some values came from code that nobody can watch: activations there stay"]
     return [
         f"{' or '.join(names)} ran {count}x where nobody can look, in another thread, TorchScript "
         f"or compiled code: not converted{written_calls(model, names, seen)}"

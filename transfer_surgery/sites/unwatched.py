@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import weakref
 from collections import Counter, defaultdict
 from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch._C._functorch import is_functorch_wrapped_tensor
 from torch.autograd.graph import Node
 
 from transfer_surgery.activations import get_activation, registered_activations
@@ -28,10 +30,13 @@ class Unwatched:
 
     Attributes:
         has_strangers: whether there were tensors that no call has made that was seen.
+        is_incomplete: whether the run that reads the graph has failed.
     """
 
     def __init__(self, reads_graph: bool = False) -> None:
         self.has_strangers, self._reads_graph = False, reads_graph
+        self.is_incomplete = False
+        self._without_graph: list[weakref.ref[Tensor]] = []
         self._names = _names_of_nodes() if reads_graph else {}
         self._known = set[Any]()
         self._unseen, self._without_node = Counter[Names](), Counter[Names]()
@@ -41,11 +46,22 @@ class Unwatched:
         """How often each activation ran unseen."""
         return self._unseen - self._without_node
 
+    @property
+    def is_unknown(self) -> bool:
+        """Whether values came from code that even the graph does not tell of.
+
+        To be asked after the run: a tensor that then lives on is a constant from outside.
+        """
+        return self.is_incomplete or any(one() is None for one in self._without_graph)
+
     def note_given(self, tensors: Iterable[Tensor]) -> None:
         """Tensors come into what is seen: how they were made may not have been."""
         for x in tensors:
             self.has_strangers |= x.is_floating_point() and not is_known(x)
             if self._reads_graph:
+                is_plain = x.is_floating_point() and not is_functorch_wrapped_tensor(x)
+                if is_plain and not is_known(x) and not x.requires_grad:
+                    self._without_graph.append(weakref.ref(x))
                 self._unseen += self._new_names(x)
 
     def note_made(self, tensors: Iterable[Tensor], activation: str | None) -> None:
