@@ -37,6 +37,9 @@ def find_activations(
 ) -> Plan:
     """List every activation call of a model, which is not changed.
 
+    Its forward runs on a stand-in, once or more in each mode: what its code does outside of the
+    model, such as printing or counting, it does as often.
+
     Args:
         model: any module.
         example_input: a tensor, a tuple of positional or a dict of keyword arguments. Only shapes,
