@@ -171,3 +171,18 @@ def is_meant(function: Any, meant: Function) -> bool:
     # Functions inside of others, such as lambdas, may share a name.
     unchanged = "<" not in meant.qualname or is_unchanged(code, meant)
     return code.co_firstlineno == meant.first_line if unchanged is None else unchanged
+
+
+def copy_method(
+    meant: Function, base: type, name: str, edit: Callable[[FunctionType], FunctionType]
+) -> FunctionType:
+    """An edited copy of the method of this name that a class or its bases have.
+
+    Raises:
+        UneditableError: there is none, or several.
+    """
+    found = set(find_functions(meant, base, name))
+    copy = copy_in_wrappers(found.pop(), meant, edit) if len(found) == 1 else None
+    if copy is None:
+        raise UneditableError(f"{meant.qualname} cannot be found by its name")
+    return copy

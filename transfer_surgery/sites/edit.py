@@ -24,7 +24,7 @@ from transfer_surgery.sites.copies import (
     compile_function,
     copy_function,
     copy_in_wrappers,
-    find_functions,
+    copy_method,
     is_unchanged,
     place_code,
 )
@@ -209,7 +209,8 @@ class _Editor(ast.NodeTransformer):
         scope, is_property = self.scope, isinstance(node, ast.Attribute)
         edit, given = self._edit(numbers)
         name = mangle(node.attr if is_property else node.func.attr, scope.function)
-        copy = scope.refer("c", _copy_method(edit, scope.caller.base, name))
+        method = copy_method(edit.function, scope.caller.base, name, edit.apply_to)
+        copy = scope.refer("c", method)
         keywords = [ast.keyword(*one) for one in given.items()]
         if is_property:
             return ast.Call(copy, [node.value], keywords)
@@ -243,13 +244,3 @@ class _Editor(ast.NodeTransformer):
             copies.append(ast.Dict([*map(ast.Constant, given)], [*given.values()]))
         choice = make_choice(swaps, ends, text, may_vary=not is_fixed or len(numbers) > 1)
         return ast.Call(scope.refer("s", choice), [node, *copies, *units], [])
-
-
-def _copy_method(edit: _Edit, base: type, name: str) -> FunctionType:
-    found = set(find_functions(edit.function, base, name))
-    copy = None
-    if len(found) == 1:
-        copy = copy_in_wrappers(found.pop(), edit.function, edit.apply_to)
-    if copy is None:
-        raise UneditableError(f"{edit.function.qualname} cannot be found by its name")
-    return copy

@@ -14,10 +14,11 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils import _pytree as pytree
 
+from transfer_surgery.sites.arguments import fake_arguments
 from transfer_surgery.sites.frames import is_users
 from transfer_surgery.sites.observation import Observation
 from transfer_surgery.sites.observer import Observer
-from transfer_surgery.sites.stand_in import Uncopyable, fake_arguments, probe_copy, undisturbed
+from transfer_surgery.sites.stand_in import Uncopyable, probe_copy, undisturbed
 from transfer_surgery.sites.surroundings import LeftBehindError, Surroundings
 from transfer_surgery.sites.unwatched import Unwatched
 

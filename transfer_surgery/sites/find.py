@@ -15,6 +15,7 @@ from typing import Any
 from torch import nn
 
 from transfer_surgery._messages import check_arguments
+from transfer_surgery.sites.arguments import example_arguments
 from transfer_surgery.sites.caller import check_edits
 from transfer_surgery.sites.examine import observe
 from transfer_surgery.sites.observation import Event, Observation
@@ -22,7 +23,6 @@ from transfer_surgery.sites.plan import Plan
 from transfer_surgery.sites.route import Expression, Route
 from transfer_surgery.sites.site import CallerCode, Site
 from transfer_surgery.sites.source import Function
-from transfer_surgery.sites.stand_in import example_arguments
 from transfer_surgery.sites.unseen import unseen_calls, written_calls
 from transfer_surgery.sites.unwatched import Names
 from transfer_surgery.sites.ways import assign_ways, check_intercepted
