@@ -92,8 +92,9 @@ def _examine(
     """Examine one mode in one way, and leave nothing of the stand-in where others find it."""
     try:
         found = _look(left, *how, **more)
-    except Exception:
-        surroundings.put_back()  # what the error holds of the stand-in lives as long as it does
+    except Exception as error:
+        _clear_frames(error)
+        surroundings.clean(left, is_over=False)
         raise
     surroundings.clean(left)
     return found
@@ -150,6 +151,13 @@ def _unwatched(look: Callable[..., Observation], is_fake: bool) -> Unwatched:
     unknown = Unwatched()
     unknown.is_incomplete = True
     return unknown
+
+
+def _clear_frames(error: BaseException | None) -> None:
+    """Let the frames of an error, and of those before it, let go of what they hold."""
+    while error is not None:
+        traceback.clear_frames(error.__traceback__)
+        error = error.__cause__ or error.__context__
 
 
 def _first_line(error: Exception) -> str:

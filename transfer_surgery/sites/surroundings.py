@@ -54,11 +54,14 @@ class Surroundings:
                 with contextlib.suppress(Exception):  # whatever the user's objects raise
                     waiting += islice(self._note(one), _ELEMENTS)
 
-    def clean(self, left: Iterable[weakref.ref[Any]]) -> None:
-        """Put everything back as it was, where something of a stand-in has outlived it.
+    def clean(self, left: Iterable[weakref.ref[Any]], is_over: bool = True) -> None:
+        """Put everything back as it was, only where something of a stand-in has outlived it.
+
+        Other threads may write to the same objects meanwhile: what is as it should be stays.
 
         Args:
             left: what should be gone.
+            is_over: False where the run has failed, and its error may hold tensors.
 
         Raises:
             LeftBehindError: a tensor without values is kept where it cannot be found.
@@ -69,7 +72,7 @@ class Surroundings:
                 return
             step()
         fake = next((x for one in left if isinstance(x := one(), FakeTensor)), None)
-        if fake is not None:
+        if fake is not None and is_over:
             raise LeftBehindError(
                 "The forward has put a tensor without values, on which it was examined, into "
                 f"{_holder_of(fake)}, from where it cannot be removed. Empty that, and keep the "
