@@ -66,10 +66,12 @@ def test_inputs_are_varied_as_much_as_the_teacher_bears():
         (Explodes(), atoms, 0.0, 0.1),
         (nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2)), images, 0.5, 1.0),
     ):
-        strength, further = bearable_variation(teacher, [Asked(x, teach(teacher, x))], 1.0)
+        strength, further = bearable_variation(
+            teacher, [Asked(x, teach(teacher, x, "a batch"))], 1.0
+        )
         assert low <= strength <= high
         assert len(further) == (strength > 0)
-    assert bearable_variation(teacher, [Asked(x, teach(teacher, x))], 0.0) == (0.0, [])
+    assert bearable_variation(teacher, [Asked(x, teach(teacher, x, "a batch"))], 0.0) == (0.0, [])
 
 
 def test_an_eighth_of_a_list_is_held_out_and_of_a_loader_none():
