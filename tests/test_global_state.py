@@ -2,6 +2,7 @@
 
 import logging
 import random
+import threading
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -166,3 +167,25 @@ def test_what_the_user_draws_for_distill_is_drawn_from_the_users_numbers() -> No
     torch.manual_seed(5)
     plain()  # the teacher
     assert torch.equal(torch.cat(given), torch.cat([torch.randn(8, 4) for _ in range(4)]))
+
+
+DRAWN: list[float] = []
+
+
+class Beside(nn.Module):
+    """While it runs, another thread draws a random number."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        thread = threading.Thread(target=lambda: DRAWN.append(torch.rand(()).item()))
+        thread.start()
+        thread.join()
+        return torch.relu(x)
+
+
+def test_what_another_thread_draws_while_a_model_is_examined_does_not_come_again() -> None:
+    torch.manual_seed(0)
+    ts.convert(Beside(), example_input=X)
+    DRAWN.append(torch.rand(()).item())
+    torch.manual_seed(0)
+    assert len(DRAWN) > 1
+    assert [torch.rand(()).item() for _ in DRAWN] == DRAWN

@@ -14,22 +14,26 @@ Stream = tuple[Callable[[], Any], Callable[[Any], object]]
 """How the state of a stream is read and written."""
 
 
-def random_streams() -> list[Stream]:
-    """The streams of torch, Python and numpy that are in use."""
-    streams: list[Stream] = [
-        (torch.get_rng_state, torch.set_rng_state),
-        (random.getstate, random.setstate),
-    ]
+def random_streams(of_torch: bool = True) -> list[Stream]:
+    """The streams of Python, numpy and torch that are in use."""
+    streams: list[Stream] = [(random.getstate, random.setstate)]
     if "numpy" in sys.modules:
         numpy = sys.modules["numpy"].random
         streams.append((numpy.get_state, numpy.set_state))
-    if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+    if of_torch:
+        streams.append((torch.get_rng_state, torch.set_rng_state))
+    if of_torch and torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
         streams.append((torch.cuda.get_rng_state_all, torch.cuda.set_rng_state_all))
     return streams
 
 
 class RandomnessKept:
     """A context in which random numbers may be drawn; afterwards all streams are as before it.
+
+    Numbers that another thread draws meanwhile come again: keep it short, or leave torch out.
+
+    Args:
+        of_torch: False where torch draws nothing, as on fake tensors.
 
     Examples:
         >>> expected = torch.manual_seed(0).get_state()
@@ -39,8 +43,11 @@ class RandomnessKept:
         True
     """
 
+    def __init__(self, of_torch: bool = True) -> None:
+        self._of_torch = of_torch
+
     def __enter__(self) -> RandomnessKept:
-        self._streams = random_streams()
+        self._streams = random_streams(self._of_torch)
         self._before = self._read()
         return self
 

@@ -126,7 +126,7 @@ def _look(
     left += [weakref.ref(one) for one in kept]
     observer = Observer(probe, reads_graph, has_twins)
     try:
-        with undisturbed():
+        with undisturbed(is_fake):
             return observer.run(args, kwargs, fake, gradients)
     finally:
         left += observer.close()

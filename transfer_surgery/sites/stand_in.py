@@ -185,14 +185,18 @@ def trying() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def undisturbed() -> Iterator[None]:
-    """Examine in silence: random streams stay, global hooks and warnings wait for real runs."""
+def undisturbed(is_fake: bool = False) -> Iterator[None]:
+    """Examine in silence: random streams stay, global hooks and warnings wait for real runs.
+
+    Args:
+        is_fake: whether all tensors are fake; torch's random generators then are not used.
+    """
     hooks = {name: getattr(torch_module, name) for name in _GLOBAL_HOOKS}
     held = {name: table.copy() for name, table in hooks.items() if table}
     try:
         for name in held:
             hooks[name].clear()
-        with trying(), RandomnessKept(), warnings.catch_warnings():
+        with trying(), RandomnessKept(of_torch=not is_fake), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield
     finally:
