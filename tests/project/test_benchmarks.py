@@ -35,7 +35,8 @@ def test_an_everyday_swap_runs(swap: str, data_folder: Path, tmp_path: Path) -> 
     (found,) = everyday_table.read_results(tmp_path)
     assert [row.start for row in found.rows] == list(everyday_table.STARTS)
     if swap == "gelu-relu":
-        assert all(row.zeros > 0.2 and row.left == 0 for row in found.rows[1:])
+        # A matched ReLU has few zeros: docs/everyday.md.
+        assert all(row.zeros > 0.05 and row.left == 0 for row in found.rows[1:])
 
 
 @pytest.mark.parametrize(
