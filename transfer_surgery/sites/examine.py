@@ -95,6 +95,7 @@ def _examine(
     except Exception as error:
         _clear_frames(error)
         surroundings.clean(left, is_over=False)
+        left.clear()  # what lives on now is held by the error
         raise
     surroundings.clean(left)
     return found

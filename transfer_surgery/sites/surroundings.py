@@ -66,13 +66,14 @@ class Surroundings:
         Raises:
             LeftBehindError: a tensor without values is kept where it cannot be found.
         """
-        for step in (partial(gc.collect, 1), self.put_back, gc.collect):
+        steps = (partial(gc.collect, 1), self.put_back, gc.collect)
+        for step in steps if is_over else steps[:2]:
             left = [one for one in left if one() is not None]
             if not left:
                 return
             step()
         fake = next((x for one in left if isinstance(x := one(), FakeTensor)), None)
-        if fake is not None and is_over:
+        if is_over and fake is not None:
             raise LeftBehindError(
                 "The forward has put a tensor without values, on which it was examined, into "
                 f"{_holder_of(fake)}, from where it cannot be removed. Empty that, and keep the "
