@@ -55,9 +55,10 @@ class Surroundings:
                     waiting += islice(self._note(one), _ELEMENTS)
 
     def clean(self, left: Iterable[weakref.ref[Any]], is_over: bool = True) -> None:
-        """Put everything back as it was, only where something of a stand-in has outlived it.
+        """Put everything back as it was, where something of a stand-in has outlived it.
 
-        Other threads may write to the same objects meanwhile: what is as it should be stays.
+        What other threads wrote to the same objects meanwhile is lost then, so nothing is touched
+        without need. After a failed run there is need: its error holds the stand-in.
 
         Args:
             left: what should be gone.
