@@ -245,3 +245,38 @@ def test_nothing_is_reported_that_was_seen_or_is_no_activation():
     plan = find_activations(Strange(), X)
     assert sorted(str(site.source) for site in plan) == ["mish", "relu", "silu", "tanh"]
     assert not any("nobody can" in note for note in plan.unexamined)
+
+
+# torch.compile itself looks at the gradients of what a compiled function is given.
+gradients_are_looked_at = pytest.mark.filterwarnings("ignore:The .grad attribute")
+
+
+class Compiled(Layers):
+    def forward(self, x):
+        return F.silu(self.step(compiled(x)))
+
+    @torch.compile(backend="eager")
+    def step(self, x):
+        return F.elu(self.two(x)) - 0.1
+
+
+@torch.compile(backend="eager")
+def compiled(x):
+    return F.gelu(x) - 0.1
+
+
+@gradients_are_looked_at
+def test_functions_that_torch_compile_has_made_are_edited_as_they_were_written():
+    model = Compiled()
+    plan = find_activations(model, X)
+    assert {(site.path, site.way) for site in plan} == {
+        (f"{name}_0", "edit") for name in ("silu", "elu", "gelu")
+    }
+    assert plan.unexamined == ()
+    assert_same_runs(model, converted(model, X), X, runs=1)
+    twin = convert(model, example_input=X).eval()
+    before = twin(X)
+    for unit in units(twin).values():
+        unit.log_alpha.data.fill_(-8.0)
+        assert not torch.equal(twin(X), before)
+        unit.log_alpha.data.fill_(8.0)

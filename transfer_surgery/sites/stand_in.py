@@ -10,9 +10,11 @@ from __future__ import annotations
 import contextlib
 import copy
 import logging
+import sys
 import warnings
 from collections import OrderedDict
 from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from types import CellType, FunctionType, MethodType
 from typing import Any
 
@@ -184,6 +186,12 @@ def trying() -> Iterator[None]:
         _tries.pop()
 
 
+def _eager() -> AbstractContextManager[None]:
+    """Functions that torch.compile has made run as they were written, in this thread."""
+    dynamo = sys.modules.get("torch._dynamo.eval_frame")
+    return getattr(dynamo, "_use_eager_on_nested_compile", contextlib.nullcontext)()
+
+
 @contextlib.contextmanager
 def undisturbed(is_fake: bool = False) -> Iterator[None]:
     """Examine in silence: random streams stay, global hooks and warnings wait for real runs.
@@ -196,7 +204,7 @@ def undisturbed(is_fake: bool = False) -> Iterator[None]:
     try:
         for name in held:
             hooks[name].clear()
-        with trying(), RandomnessKept(of_torch=not is_fake), warnings.catch_warnings():
+        with trying(), _eager(), RandomnessKept(of_torch=not is_fake), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield
     finally:
