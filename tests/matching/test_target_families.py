@@ -150,7 +150,7 @@ def test_other_targets_are_searched_from_the_target_as_it_is():
     assert solution.residual.item() < (F.hardswish(x) - F.silu(x)).square().sum().item()
 
 
-@pytest.mark.parametrize("target", ["sin", "square", "snake", "relu", "polynomial(degree=4)"])
+@pytest.mark.parametrize("target", ["sin", "square", "snake", "relu", "polynomial(degree=4.0)"])
 def test_dead_and_constant_channels_are_met_exactly(target):
     x = torch.stack([-torch.rand(200) - 1, torch.full((200,), 2.0), torch.zeros(200)]).double()
     _, predicted = fit(target, x, x.relu(), ridge=1e-4)

@@ -206,6 +206,7 @@ def test_layers_may_be_called_by_keyword():
         ("relu", -1, "a, b"),
         ("relu6", 1, "a, b"),
         ("hardswish", 1, "a, b"),
+        ("polynomial", 1, "a, b"),
     ],
 )
 def test_a_positive_amplitude_goes_in_front_of_a_relu_with_several_readers(target, sign, left):

@@ -30,7 +30,7 @@ def degree_of(activation: Activation) -> int:
         >>> degree_of(get_activation("polynomial(degree=4)")), degree_of(get_activation("sin"))
         (4, 0)
     """
-    return dict(activation.parameters)["degree"] if activation.name == "polynomial" else 0
+    return int(dict(activation.parameters)["degree"]) if activation.name == "polynomial" else 0
 
 
 def horner(v: Tensor, coefficients: Sequence[Tensor]) -> Tensor:

@@ -75,6 +75,7 @@ def _can_go_in_front(site: FittedActivation) -> bool:
     if site.a is None or not bool((site.a >= 0).all()):
         return False
     x = torch.tensor([-1e3, -3.0, -1.0, -0.1, 0.0, 0.1, 1.0, 3.0, 1e3]).to(site.a)
+    x = x.reshape(-1, *[1] * (site.a.dim() + site.trailing))  # coefficients are one per gate
     y = site.activation(x.clone())
     # Powers of two are exact in every dtype.
     return all(torch.equal(site.activation(k * x), k * y) for k in (0.25, 2.0, 8.0))
