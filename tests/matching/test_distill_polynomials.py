@@ -8,6 +8,7 @@ from torch import nn
 
 from tests.helpers.same_bits import assert_same_bits
 from transfer_surgery import DistillWarning, convert, distill, match_targets, swap_targets
+from transfer_surgery.matching.distilling.polynomial_range import FittedRanges
 from transfer_surgery.units import gated_activations
 
 HELD_OUT = 64
@@ -44,14 +45,16 @@ def test_an_input_far_outside_of_the_fit_does_not_spoil_the_training_of_polynomi
     assert all(torch.equal(unit.fitted.w, w) for unit, w in zip(units, ends, strict=True))
 
 
-def test_a_start_that_overflows_is_trained_until_the_outputs_are_finite():
+@pytest.mark.parametrize("last", [HELD_OUT, HELD_OUT - 1])  # whether it has such an input itself
+def test_a_start_that_overflows_is_trained_until_the_outputs_are_finite(last):
     model, teacher, x = polynomials(3, 2, times=5)
+    batches = [*x.split(HELD_OUT) * 2, x[-last:]]
     assert model(x[-HELD_OUT:]).abs().max() > 0.5
     with pytest.warns(DistillWarning, match=r"overflow at the start, .* range .*: \d \("):
         found = distill(
             model,
             teacher,
-            x.split(HELD_OUT),
+            batches,
             steps=60,
             loss=small_or_infinite,
             variation=0.0,
@@ -89,3 +92,23 @@ def test_inputs_outside_of_the_range_are_punished():
         unit.bounded = False
     found = distill(model, teacher, x, steps=1, loss="mse", features=[], variation=0.0, lr=1e-12)
     assert found[0] == pytest.approx((error + 250 * outside).item(), rel=1e-4)
+
+
+def test_the_penalty_counts_all_calls_of_a_site_and_sites_of_parts_that_were_converted_alone():
+    torch.manual_seed(0)
+    block = nn.Sequential(nn.Linear(4, 4), nn.ReLU())
+    parts = [nn.Sequential(block, block), nn.Sequential(nn.Linear(4, 4), nn.ReLU())]
+    x, seen = torch.randn(256, 4), []
+    for part in parts:
+        match_targets(convert(part, "polynomial", example_input=x), [x])
+    model = swap_targets(nn.Sequential(*parts)).eval()
+    units = [unit for _, unit in gated_activations(model)]
+    for unit in units:
+        unit.register_forward_pre_hook(lambda unit, args: seen.append((unit, *args)))
+    ranges = FittedRanges(units)
+    with ranges.watched():
+        model(3 * x)
+        found = ranges.penalty()
+    assert [unit for unit, _ in seen] == [units[0], units[0], units[1]]
+    ways = [((u.fitted.w * x + u.fitted.c).abs() - 1).clamp_min(0).square().mean() for u, x in seen]
+    torch.testing.assert_close(found, (ways[0] + ways[1]) / 2 + ways[2])

@@ -185,14 +185,14 @@ def distill(
 
         def backward(batch: Any, wanted: Any) -> Tensor:
             optimizer.zero_grad()
-            with polynomials_bounded(units), graphs:
+            with polynomials_bounded(units), ranges.watched(), graphs:
                 found = compare(call_model(model, map_tensors(detached_copy, batch)), wanted)
                 inside = ours.error(theirs) + _RANGE_WEIGHT * ranges.penalty()
                 found = found + weight * inside.to(found)
                 found.backward()  # type: ignore[no-untyped-call]
             return found.detach()
 
-        with ours.watched(), theirs.watched(), ranges.watched(), show as tell:
+        with ours.watched(), theirs.watched(), show as tell:
             for step, batch in enumerate(kept.outside(repeated(batches, steps)), 1):
                 batch = varied(to_device_of(model, batch), strength, _VARIED)
                 optimizer.param_groups[0]["lr"] = lr * _rate(step / steps)

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 
 import torch
 from torch import Tensor
@@ -35,7 +35,7 @@ def polynomials_bounded(units: Sequence[GatedActivation]) -> Iterator[None]:
 
 
 class FittedRanges:
-    """How far inputs leave the range of the polynomials that they go to, while this is watched.
+    """How far inputs leave the range of the polynomials that they go to.
 
     Args:
         units: those of a network; others than polynomials are left out.
@@ -43,25 +43,31 @@ class FittedRanges:
 
     def __init__(self, units: Sequence[GatedActivation]) -> None:
         self._units, self._polynomials = units, polynomials(units)
-        self._last: dict[str, Tensor] = {}
+        self._squares: dict[GatedActivation, list[tuple[Tensor, int]]] = {}
 
     @contextmanager
     def watched(self) -> Iterator[None]:
-        """While this lasts, the last inputs are looked at."""
+        """While this lasts, `penalty` counts what the polynomials get."""
 
-        def look(unit: GatedActivation, x: Tensor) -> None:
-            _, w, c, *_ = self._polynomials[unit].expand(x)
-            z = unit.granularity.expand(unit.gate.predict().detach(), x)
-            # The range is from -1 to 1.
-            self._last[unit.path] = torch.where(z == 1, 0.0, (w * x + c).abs() - 1.0).clamp_min(0.0)
+        def count(unit: GatedActivation, x: Tensor) -> None:
+            way = self._way(unit, x)
+            self._squares.setdefault(unit, []).append((way.square().sum(), way.numel()))
 
-        with hooked(*(watch_inputs(unit, look) for unit in self._polynomials)):
-            yield
-        self._last.clear()
+        try:
+            with self._shown(count):
+                yield
+        finally:
+            self._squares.clear()
 
     def penalty(self) -> Tensor:
-        """The mean squared way from the range, in halves of it, summed over sites; else 0."""
-        found = [way.square().mean() for way in self._last.values()]
+        """The mean squared way from the range, in halves of it, summed over sites; else 0.
+
+        A site that is called several times has the mean over all of its calls.
+        """
+        found = []
+        for calls in self._squares.values():
+            squares, counts = zip(*calls, strict=True)
+            found.append(torch.stack(squares).sum() / max(sum(counts), 1))
         return torch.stack(found).sum() if found else torch.zeros(())
 
     def look_within_bounds(self, examination: Examination) -> tuple[float, str]:
@@ -73,13 +79,31 @@ class FittedRanges:
         Raises:
             ValueError: the outputs are not finite either, so that polynomials are not the cause.
         """
-        with polynomials_bounded(self._units), self.watched():
+        furthest: dict[str, float] = {}
+
+        def look(unit: GatedActivation, x: Tensor) -> None:
+            if x.numel():
+                way = self._way(unit, x).max().item()
+                furthest[unit.path] = max(furthest.get(unit.path, 0.0), way)
+
+        with polynomials_bounded(self._units), self._shown(look):
             loss = examination.loss()
-            ways = {path: way.max().item() for path, way in self._last.items()}
-        left = sorted((path for path in ways if ways[path] > 0), key=lambda path: -ways[path])
+        left = sorted((path for path in furthest if furthest[path] > 0), key=lambda p: -furthest[p])
         if loss == math.inf or not left:
             raise ValueError(
                 "the outputs for the held-out batches are not finite: look for NaN in the batches."
             )
         rest = ", ..." if len(left) > _NAMED else ""
-        return loss, ", ".join(f"{p} ({1 + ways[p]:.3g} times)" for p in left[:_NAMED]) + rest
+        return loss, ", ".join(f"{p} ({1 + furthest[p]:.3g} times)" for p in left[:_NAMED]) + rest
+
+    def _shown(
+        self, look: Callable[[GatedActivation, Tensor], object]
+    ) -> AbstractContextManager[None]:
+        return hooked(*(watch_inputs(unit, look) for unit in self._polynomials))
+
+    def _way(self, unit: GatedActivation, x: Tensor) -> Tensor:
+        """How far each input is outside of the range, in halves of it; 0 where the source stays."""
+        _, w, c, *_ = self._polynomials[unit].expand(x)
+        z = unit.granularity.expand(unit.gate.predict().detach(), x)
+        # The range is from -1 to 1.
+        return torch.where(z == 1, 0.0, (w * x + c).abs() - 1.0).clamp_min(0.0)
