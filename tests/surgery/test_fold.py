@@ -111,6 +111,15 @@ def test_a_channel_with_almost_no_amplitude_keeps_its_constant():
     assert (rest[[2, 3]] < 1e-6).all()
 
 
+def test_a_channel_without_amplitude_and_offset_leaves_no_number():
+    model = matched(images(nn.Conv2d(6, 6, 3, padding=1)), IMAGES, "relu6")
+    model[1].b.data.zero_()
+    model[1].a.data[3] = 0.0
+    assert folded(model, IMAGES) == [("0", "2", "")]
+    assert type(model[1]) is nn.ReLU6
+    assert not model[2].weight[:, 3].any()
+
+
 class Between(nn.Module):
     """An activation between two layers, and what else reads its tensors, layers and numbers."""
 

@@ -102,7 +102,8 @@ def _fold_behind(changes: Changes, site: FittedActivation, layer: Any) -> bool:
     a, b = _wide(site.a), _wide(site.b)
     padded = isinstance(layer, CONVOLUTIONS) and _is_padded(layer)
     # A gate whose amplitude is next to nothing computes a constant: b / a would be huge.
-    scale = torch.where(a.abs() > 1e-3 * b.abs(), a, 1.0) if padded else a
+    # Without an offset it may be 0, too, as that of a gate that does nothing.
+    scale = torch.where((a.abs() > 1e-3 * b.abs()) | (b == 0), a, 1.0) if padded else a
     weight = layer.weight.double()
     groups = layer.groups if isinstance(layer, CONVOLUTIONS) else 1
     by_group = weight.unflatten(0, (groups, -1))
@@ -117,9 +118,10 @@ def _fold_behind(changes: Changes, site: FittedActivation, layer: Any) -> bool:
     if not padded:
         shift = (by_group * per_input_channel(b)).flatten(2).sum(2).flatten()
         added = _write_bias(changes, layer, 1.0, shift)
-    changes.write(site, "b", None if not padded or not b.any() else b / scale)
+    stays = torch.where(b == 0, b, b / scale)
+    changes.write(site, "b", stays if padded and b.any() else None)
     changes.write(layer, "weight", (by_group * per_input_channel(scale)).flatten(0, 1))
-    rest = a / scale if padded else torch.ones_like(a)
+    rest = torch.where(scale == a, 1.0, a)
     changes.write(site, "a", None if bool((rest == 1).all()) else rest)
     return added
 
