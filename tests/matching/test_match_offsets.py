@@ -10,6 +10,7 @@ from torch import nn
 from transfer_surgery import (
     bake,
     convert,
+    distill,
     fold_targets,
     load_gates,
     match_targets,
@@ -78,6 +79,18 @@ def test_a_layer_behind_makes_up_for_the_offset_that_a_fit_leaves_out():
         assert report.rows[0].r2 > 0.9
     assert model[1].fitted.b.count_nonzero() == 0
     assert errors[False] == pytest.approx(errors[True], rel=0.05)
+
+
+def test_teaching_makes_no_amplitude_negative_where_there_is_no_offset():
+    torch.manual_seed(0)
+    teacher = nn.Sequential(nn.Linear(4, 16), nn.SiLU(), nn.Linear(16, 3))
+    x = torch.randn(256, 4)
+    model = convert(copy.deepcopy(teacher), "relu", example_input=x)
+    match_targets(model, [x], offset=False)
+    model[1].fitted.a.data.fill_(1e-3)
+    teacher[2].weight.data.neg_()  # what is taught is a negative amplitude
+    distill(swap_targets(model), teacher, x.split(64), steps=8, train="targets", features=[])
+    assert model[1].fitted.a.min() == 0
 
 
 @pytest.mark.parametrize("refit", [False, True])  # there is no layer behind

@@ -35,6 +35,7 @@ from transfer_surgery.matching.distilling.polynomial_range import FittedRanges, 
 from transfer_surgery.matching.distilling.trained import (
     TRAINED,
     GraphsKept,
+    hold_amplitudes,
     ready_to_learn,
     trained_parameters,
 )
@@ -208,6 +209,7 @@ def distill(
                 finite = nn.utils.clip_grad_norm_(trained, _CLIP).isfinite()
                 if finite:
                     optimizer.step()
+                    hold_amplitudes(units)
                 losses.append(found.item())
 
                 # Look at the held-out batches; go back where training has gone astray.

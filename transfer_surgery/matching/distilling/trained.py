@@ -77,6 +77,17 @@ def trained_parameters(
     return trained
 
 
+@torch.no_grad()
+def hold_amplitudes(units: Sequence[GatedActivation]) -> None:
+    """Let no amplitude of a target without an offset get below 0, as `match_targets` leaves them.
+
+    Layers around could not take a negative one everywhere, and the site would keep numbers.
+    """
+    for unit in units:
+        if unit.fitted is not None and not unit.fitted.offset:
+            unit.fitted.a.clamp_(min=0.0)
+
+
 class GraphsKept(TorchFunctionMode):
     """Gradients that a forward pass takes can be differentiated, as many can in training mode."""
 
