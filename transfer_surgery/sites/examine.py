@@ -6,6 +6,7 @@ import itertools
 import traceback
 import weakref
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -54,6 +55,29 @@ def observe(
     return observations, failures
 
 
+@dataclass(frozen=True)
+class Setup:
+    """How a stand-in is run; the defaults show most.
+
+    Attributes:
+        has_twins: whether other objects take the places of activation modules.
+        hooks: whether hooks that are no part of the model run, too.
+        gradients: whether gradients are recorded.
+        is_fake: whether tensors are fake: shapes without values.
+        double: whether a single example is run as two.
+        reads_graph: whether the graph of the gradients tells what runs unseen.
+        unfreezes: whether frozen parameters get gradients, too.
+    """
+
+    has_twins: bool = True
+    hooks: bool = False
+    gradients: bool = False
+    is_fake: bool = True
+    double: bool = True
+    reads_graph: bool = False
+    unfreezes: bool = False
+
+
 def _run(
     model: nn.Module, surroundings: Surroundings, arguments: Any, mode: str
 ) -> Observation | Exception:
@@ -66,17 +90,15 @@ def _run(
         What was seen, or why the model does not run on its own example.
     """
     error: Exception | None = None
-    left: list[weakref.ref[Any]] = []
-    examine = partial(_examine, surroundings, left, model, arguments, mode)
+    examine = partial(_examine, surroundings, model, arguments, mode)
     yes_no, no_yes = (True, False), (False, True)
     tries = itertools.product(yes_no, no_yes, no_yes, yes_no, yes_no)
-    for has_twins, hooks, gradients, is_fake, double in tries:
-        look = partial(examine, hooks, double, has_twins)
+    for setup in itertools.starmap(Setup, tries):
         error = None  # and with it what its frames hold
         try:
-            found = look(is_fake, gradients)
+            found = examine(setup)
             if found.unwatched.has_strangers:
-                found.unwatched = _unwatched(look, is_fake)
+                found.unwatched = _unwatched(examine, setup)
             return found
         except (Uncopyable, LeftBehindError):
             raise
@@ -87,48 +109,37 @@ def _run(
 
 
 def _examine(
-    surroundings: Surroundings, left: list[weakref.ref[Any]], *how: Any, **more: Any
+    surroundings: Surroundings, model: nn.Module, arguments: Any, mode: str, setup: Setup
 ) -> Observation:
     """Examine one mode in one way, and leave nothing of the stand-in where others find it."""
+    left: list[weakref.ref[Any]] = []  # what should be gone afterwards
     try:
-        found = _look(left, *how, **more)
+        found = _look(model, arguments, mode, setup, left)
     except Exception as error:
         _clear_frames(error)
         surroundings.clean(left, is_over=False)
-        left.clear()  # what lives on now is held by the error
         raise
     surroundings.clean(left)
     return found
 
 
 def _look(
-    left: list[weakref.ref[Any]],
-    model: nn.Module,
-    arguments: Any,
-    mode: str,
-    hooks: bool,
-    double: bool,
-    has_twins: bool,
-    is_fake: bool,
-    gradients: bool,
-    reads_graph: bool = False,
-    unfreezes: bool = False,
+    model: nn.Module, arguments: Any, mode: str, setup: Setup, left: list[weakref.ref[Any]]
 ) -> Observation:
-    """Examine one mode in one way, see `_run`; puts into `left` what should be gone afterwards."""
-    fake = FakeTensorMode(allow_non_fake_inputs=True) if is_fake else None
-    probe = probe_copy(model, fake, hooks).train(mode == "train")
-    args, kwargs = fake_arguments(arguments, fake, double)
-    if reads_graph:
+    fake = FakeTensorMode(allow_non_fake_inputs=True) if setup.is_fake else None
+    probe = probe_copy(model, fake, setup.hooks).train(mode == "train")
+    args, kwargs = fake_arguments(arguments, fake, setup.double)
+    if setup.reads_graph:
         for parameter in filter(Tensor.is_floating_point, probe.parameters()):
-            parameter.requires_grad_(unfreezes or parameter.requires_grad)
+            parameter.requires_grad_(setup.unfreezes or parameter.requires_grad)
         args, kwargs = pytree.tree_map_only(Tensor, _with_gradient, (args, kwargs))
     given = [x for x in pytree.tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
     kept = (*probe.modules(), *probe.parameters(), *probe.buffers(), *given)
     left += [weakref.ref(one) for one in kept]
-    observer = Observer(probe, reads_graph, has_twins)
+    observer = Observer(probe, setup.reads_graph, setup.has_twins)
     try:
-        with undisturbed(is_fake):
-            return observer.run(args, kwargs, fake, gradients)
+        with undisturbed(setup.is_fake):
+            return observer.run(args, kwargs, fake, setup.gradients)
     finally:
         left += observer.close()
 
@@ -138,13 +149,13 @@ def _with_gradient(x: Tensor) -> Tensor:
     return x.requires_grad_().clone() if x.is_floating_point() else x
 
 
-def _unwatched(look: Callable[..., Observation], is_fake: bool) -> Unwatched:
+def _unwatched(examine: Callable[[Setup], Observation], setup: Setup) -> Unwatched:
     """What ran unseen where values came from nowhere; it takes another run, with gradients."""
     # Fake tensors are not made for several threads at a time; what is frozen may be written to.
-    for again, unfreezes in itertools.product((is_fake, False), (True, False)):
+    setup = replace(setup, gradients=True, reads_graph=True)
+    for is_fake, unfreezes in itertools.product((setup.is_fake, False), (True, False)):
         try:
-            found = look(again, gradients=True, reads_graph=True, unfreezes=unfreezes)
-            return found.unwatched
+            return examine(replace(setup, is_fake=is_fake, unfreezes=unfreezes)).unwatched
         except LeftBehindError:
             raise
         except Exception:
