@@ -70,6 +70,25 @@ def test_value_and_gradients_of_a_polynomial_are_those_of_its_coefficients(degre
     assert torch.autograd.gradcheck(lambda x, *p: fitted_value(x, f, p), inputs)
 
 
+def test_training_with_labels_keeps_the_range_of_a_polynomial_whatever_it_goes_through(tmp_path):
+    x = torch.randn(64, 4, generator=torch.Generator().manual_seed(0))
+    model = nn.Sequential(nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 1))
+    match_targets(convert(model, "polynomial", example_input=x), [x])
+    swap_targets(model)
+    save_gates(model, tmp_path / "gates")
+    again = nn.Sequential(nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 1))
+    for trained in (model, load_gates(again, tmp_path / "gates", x), bake(copy.deepcopy(model))):
+        before = {name: p.clone() for name, p in trained[1].named_parameters()}
+        optimizer = torch.optim.AdamW(trained.parameters(), lr=0.1)
+        if hasattr(trained[1], "gate"):
+            wrap_optimizer(optimizer, trained, gamma=0.1)
+        for _ in range(2):
+            trained(x).sub(1).square().mean().backward()
+            optimizer.step()
+        kept = {name for name, p in trained[1].named_parameters() if torch.equal(p, before[name])}
+        assert {name.rpartition(".")[2] for name in kept} == {"w", "c"}
+
+
 @pytest.mark.filterwarnings("ignore:.torch.jit:FutureWarning")
 @pytest.mark.parametrize("granularity", ["layer", "channel", "neuron"])
 def test_a_polynomial_starts_as_it_is_and_keeps_its_coefficients_wherever_it_goes(

@@ -29,7 +29,8 @@ class TargetParameters(Float32Module):
         degree: of a polynomial, whose coefficients are ``k``, of the shape ``(degree, *shape)``; 0:
             the target is none.
 
-    They start at 1, 1, 0 and 0, the target as it is.
+    They start at 1, 1, 0 and 0, the target as it is. Those of a polynomial but ``w`` and ``c``, its
+    range, are trained.
 
     Examples:
         >>> from transfer_surgery import PerChannel
@@ -54,6 +55,9 @@ class TargetParameters(Float32Module):
         if degree:
             starts = start_coefficients(degree)
             self.k = nn.Parameter(torch.stack([torch.full(tuple(shape), k) for k in starts]))
+            # The range of the fit stays: w and c would only say in other words what k says.
+            self.w.requires_grad_(False)
+            self.c.requires_grad_(False)
 
     @property
     def offset(self) -> bool:

@@ -12,7 +12,6 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from transfer_surgery._running import modes_kept
-from transfer_surgery.matching.distilling.polynomial_range import polynomials
 from transfer_surgery.units import GatedActivation
 
 TRAINED = ("all", "targets")
@@ -69,8 +68,6 @@ def trained_parameters(
         chosen = [p for unit in units if unit.fitted is not None for p in unit.fitted.parameters()]
         chosen += [p for m in model.modules() if isinstance(m, _NORMS) for p in m.parameters()]
     fixed = {p for unit in units for p in unit.gate.parameters()}
-    # The range of a polynomial's fit stays: w and c would only say in other words what k says.
-    fixed |= {p for fitted in polynomials(units).values() for p in (fitted.w, fitted.c)}
     trained = [p for p in dict.fromkeys(chosen) if p.requires_grad and p not in fixed]
     if not trained:
         raise ValueError("there is nothing to train: run match_targets first, or use train='all'.")
