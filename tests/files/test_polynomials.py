@@ -31,6 +31,11 @@ def network(pool: type[nn.Module] = nn.AvgPool2d) -> nn.Sequential:
     ).eval()
 
 
+class Rounded(nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x.half().int().float()
+
+
 def polynomial(model: nn.Module, fold: bool = False, granularity: str = "channel") -> nn.Module:
     convert(model, "polynomial(degree=3)", example_input=X, granularity=granularity)
     match_targets(model, [X])
@@ -55,6 +60,7 @@ def test_the_activations_of_an_onnx_file_are_sums_and_products(fold, tmp_path):
         (lambda: polynomial(network(nn.MaxPool2d)), r"1 nodes .* \(MaxPool\)"),
         (network, r"3 nodes .* \(Relu\), .* \(Gelu\), .* \(Tanh\)"),
         (lambda: nn.Sequential(nn.Linear(8, 2), nn.LayerNorm(2)), r"\(LayerNormalization\)"),
+        (Rounded, r"1 nodes .* \(Cast\)"),
     ],
 )
 def test_a_graph_with_other_nodes_is_refused_and_nothing_is_written(make, named, tmp_path):
@@ -87,6 +93,19 @@ def test_numpy_computes_what_torch_does_from_the_coefficients(fold, granularity,
         np.testing.assert_allclose(found, y, rtol=0, atol=1e-12 * np.abs(y).max())
 
 
+def test_the_file_says_which_gates_keep_their_source(tmp_path):
+    model, x = nn.Sequential(nn.Linear(8, 6), nn.ReLU(), nn.Linear(6, 2)).eval(), X[:, 0, 0]
+    match_targets(convert(model, "polynomial", example_input=x), [x])
+    bake(swap_targets(model, keep=2, batches=[x])).double()
+    save_polynomials(model, tmp_path / "polynomials.json")
+    ((path, site),) = json.loads((tmp_path / "polynomials.json").read_text())["sites"].items()
+    assert (path, sum(site["gates"])) == ("1.target", 2)
+    h = model[0](x.double()).detach().numpy()
+    k, z = np.array(site["coefficients"]).T, np.array(site["gates"])
+    y = z * np.maximum(h, 0) + (1 - z) * (k[0] + k[1] * h + k[2] * h**2)
+    np.testing.assert_allclose(y, model[:2](x.double()).detach(), atol=1e-12)
+
+
 def test_the_range_is_that_of_the_inputs_of_the_fit(tmp_path):
     model = network()
     with torch.no_grad():
@@ -100,6 +119,11 @@ def test_only_fitted_polynomials_and_files_of_them_are_written(tmp_path):
     file = tmp_path / "polynomials.json"
     with pytest.raises(ValueError, match="no fitted polynomials: convert it"):
         save_polynomials(network(), file)
+    model = network()
+    convert(model, "polynomial", example_input=X)
+    match_targets(model, [X], include="2")
+    with pytest.raises(ValueError, match=r"^5: this polynomial was not fitted, so that"):
+        save_polynomials(bake(swap_targets(model)), file)
     model = polynomial(network())
     file.write_text('{"kind": "other"}')
     with pytest.raises(ValueError, match="no polynomials of this library"):

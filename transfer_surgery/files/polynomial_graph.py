@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 _LINEAR = {
-    *("Add", "AveragePool", "Cast", "Concat", "Expand", "Flatten", "Gather", "GlobalAveragePool"),
+    *("Add", "AveragePool", "Concat", "Expand", "Flatten", "Gather", "GlobalAveragePool"),
     *("Identity", "Neg", "Pad", "ReduceMean", "ReduceSum", "Reshape", "Slice", "Split", "Squeeze"),
     *("Sub", "Sum", "Tile", "Transpose", "Unsqueeze"),
 }
@@ -49,6 +49,8 @@ def _is_polynomial(node: Any, constant: set[Any]) -> bool:
         exponent = rest[0].const_value
         values = [] if exponent is None else exponent.numpy().flatten().tolist()
         return bool(values) and all(e >= 0 and e == int(e) for e in values)
+    if node.op_type == "Cast":  # one to whole numbers rounds
+        return bool(node.outputs[0].dtype.is_floating_point())
     if node.op_type == "BatchNormalization":
         return not _attribute(node, "training_mode")
     return node.op_type in _LINEAR | _PRODUCTS | {"Div"}

@@ -12,8 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from transfer_surgery._messages import check_arguments
+from transfer_surgery.activations import ActivationModule, degree_of
 from transfer_surgery.files.replacing import check_replaceable, replace_file
-from transfer_surgery.surgery import check_no_gates
+from transfer_surgery.surgery import MixedActivation, check_no_gates
 from transfer_surgery.units import FittedActivation, Polynomial
 
 _KIND = "transfer_surgery polynomials"
@@ -26,10 +27,13 @@ def save_polynomials(model: nn.Module, path: str | os.PathLike[str]) -> None:
 
     - ``"coefficients"``: those of ``1, x, x**2, ...``, where ``x`` is the input of the site, one
       list for each gate, as float64 numbers computed from the parameters.
-    - ``"range"``: the lowest and the highest input that each polynomial was fitted to. Beyond it a
-      polynomial says nothing about the function that it stands for.
+    - ``"range"``: the lowest and the highest input that each polynomial was fitted to; it is wider
+      where these hardly differ. Beyond it a polynomial says nothing about the function that it
+      stands for.
     - ``"shape"`` of the gates, such as ``[64]``, and ``"trailing"``, the number of axes of the
       input behind theirs, such as 2 for channels of images.
+    - ``"gates"``, only where a site keeps a part of its source: 0 for each gate whose polynomial
+      counts, 1 for each that keeps its source, between them the share of the source.
 
     Args:
         model: a model after `transfer_surgery.bake`, also after `fold_targets`; it is not changed.
@@ -37,8 +41,8 @@ def save_polynomials(model: nn.Module, path: str | os.PathLike[str]) -> None:
             there is replaced only if it is empty or was written by this function.
 
     Raises:
-        ValueError: the model still has gates, has no fitted polynomials or one whose numbers are
-            not finite, or the file exists and is something else.
+        ValueError: the model still has gates, has no fitted polynomials, or one that was not fitted
+            or whose numbers are not finite, or the file exists and is something else.
 
     Examples:
         >>> import tempfile
@@ -62,12 +66,19 @@ def save_polynomials(model: nn.Module, path: str | os.PathLike[str]) -> None:
         for module in model.modules()
         if isinstance(module, FittedActivation) and isinstance(module.activation, Polynomial)
     }
+    mixed = {m.target: m.z for m in model.modules() if isinstance(m, MixedActivation)}
     sites = {
-        name: _site(module)
+        name: _site(module, mixed.get(module))
         for name, module in model.named_modules()
         if (isinstance(module, Polynomial) and module not in inside)
         or (isinstance(module, FittedActivation) and module.activation in inside)
     }
+    for name, module in model.named_modules():
+        if isinstance(module, ActivationModule) and degree_of(module.activation):
+            raise ValueError(
+                f"{name}: this polynomial was not fitted, so that it has no range: call "
+                "match_targets with batches that come to it before bake."
+            )
     if not sites:
         raise ValueError(
             "the model has no fitted polynomials: convert it with target='polynomial(degree=2)', "
@@ -83,7 +94,7 @@ def save_polynomials(model: nn.Module, path: str | os.PathLike[str]) -> None:
     replace_file(path, lambda new: new.write_text(text + "\n"))
 
 
-def _site(module: nn.Module) -> dict[str, Any]:
+def _site(module: nn.Module, gates: Tensor | None) -> dict[str, Any]:
     numbers = {name: getattr(module, name, None) for name in "awcb"}
     polynomial = module.activation if isinstance(module, FittedActivation) else module
     assert isinstance(polynomial, Polynomial)
@@ -97,13 +108,14 @@ def _site(module: nn.Module) -> dict[str, Any]:
     coefficients = powers * a.flatten()[:, None]
     coefficients[:, 0] += b.flatten()
     ends = torch.stack([(-1 - c) / w, (1 - c) / w], -1).flatten(0, -2).sort(-1).values
-    return {
+    found = {
         "degree": degree,
         "shape": shape,
         "trailing": polynomial.trailing,
         "coefficients": coefficients.tolist(),
         "range": ends.tolist(),
     }
+    return found if gates is None else found | {"gates": gates.flatten().tolist()}
 
 
 def _powers_of_input(k: Sequence[Tensor], w: Tensor, c: Tensor) -> Tensor:

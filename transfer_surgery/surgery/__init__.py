@@ -1,5 +1,6 @@
 """Put units into a model, take them out, leave plain modules behind."""
 
+from transfer_surgery.surgery.baked_modules import MixedActivation
 from transfer_surgery.surgery.baking import bake, final_gates, outcome_of, plain_module
 from transfer_surgery.surgery.checks import check_model, check_no_gates
 from transfer_surgery.surgery.conversion import convert, revert
@@ -10,6 +11,7 @@ from transfer_surgery.surgery.plain_weights import sharing_parameters, why_not_p
 
 __all__ = [
     "FoldReport",
+    "MixedActivation",
     "bake",
     "check_model",
     "check_no_gates",
