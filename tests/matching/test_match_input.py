@@ -111,6 +111,26 @@ def test_a_handful_of_examples_draws_a_warning():
     assert [row.values for row in match_targets(network(), X.split(64))] == [256, 256]
 
 
+class Positive(nn.Sequential):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x[x[:, 0] > 0])
+
+
+def test_batches_of_which_nothing_comes_to_a_site_change_nothing():
+    torch.manual_seed(0)
+    x = torch.randn(128, 4)
+    none = x.clone()
+    none[:, 0] = -1
+    base = Positive(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 2))
+    found = []
+    for batches in ([x], [x, none], [none]):
+        model = convert(copy.deepcopy(base), "polynomial", example_input=x)
+        row = match_targets(model, batches, refit=True).rows[0]
+        found.append((row.r2 and round(row.r2, 6), row.range, row.values))
+    assert found[0] == found[1]
+    assert found[2] == (None, None, None)
+
+
 class Named(nn.Module):
     """Gives its activation the input by name."""
 

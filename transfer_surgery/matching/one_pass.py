@@ -182,7 +182,7 @@ def _fit_site(
     """The least squares of one site; None where no batch comes to it."""
     inputs = Inputs()
     with failing_together():
-        pairs = samples.site_pairs(unit, both)
+        pairs = [pair for pair in samples.site_pairs(unit, both) if pair.now.numel()]
         if not pairs and number_of_ranks() > 1:
             raise ValueError("the batches of a rank do not come to each site; give it more.")
         for pair in pairs:

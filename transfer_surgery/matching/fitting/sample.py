@@ -69,6 +69,9 @@ def ends_of_groups(x: Tensor, granularity: Granularity) -> Tensor:
         [[0.0, 3.0], [1.0, 4.0], [2.0, 5.0]]
     """
     axes = granularity.axes(x.dim())
+    if not x.numel():  # no token of the batch goes that way
+        ends = torch.tensor([torch.inf, -torch.inf], device=x.device)
+        return ends.expand(math.prod(granularity.gate_shape(x.shape)), 2)
     low = high = x.detach().movedim(axes, tuple(range(-len(axes), 0)))
     # Axis after axis, with the gates behind: of a channels_last tensor that is many times as fast.
     while low.dim() > len(axes):
