@@ -179,7 +179,7 @@ def test_options_of_convert_reach_the_gates_and_files_are_not_replaced() -> None
     options += ("--target", "snake(a=0.5)", "--noise", "none", "--source", "gelu")
     convert = ("convert", f"{NETS}:functional", *options, "-o", "run")
     printed = invoke(*convert)
-    assert "weights are random" in printed
+    assert f"The weights are those that {NETS}:functional makes: neither --weights" in printed
     assert "run: 1 sites, 1 gates, gelu -> snake(a=0.5)" in printed
     assert "run exists already" in invoke(*convert, fails=2)
     Path("run.training.pt").touch()
@@ -248,7 +248,7 @@ def test_what_cannot_be_done_ends_with_status_1(arguments: list[str], message: s
         ("weights.pth", b"hello", "weights.pth cannot be read as a checkpoint of tensors alone"),
         ("weights.safetensors", b"nothing", "is damaged, or is not a safetensors file"),
         ("weights.pth", {"lr": 0.1}, "holds a dict, which is not a state dict"),
-        ("weights.pth", [NETS], "cannot be read as a checkpoint of tensors alone"),
+        ("weights.pth", [NETS], "cannot be read as a checkpoint of tensors alone (it holds a path"),
         ("weights.pth", {"fc.weight": torch.zeros(3)}, "does not fit this VisionTransformer"),
     ],
 )

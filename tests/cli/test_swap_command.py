@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from timm.utils import CheckpointSaver, ModelEmaV3
 from torch import Tensor, nn
 from torchvision.transforms.functional import to_tensor
 
@@ -44,6 +45,12 @@ def yolo():
 def gray():
     layers = nn.Conv2d(1, 8, 3), nn.SiLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 2)
     return nn.Sequential(*layers)
+
+def prediction():
+    return make().half().requires_grad_(False)
+
+def yes_or_no():
+    return nn.Sequential(make(), nn.Linear(2, 1))
 
 def plain():
     return nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(8 * 14 * 14, 2))
@@ -92,9 +99,14 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
         optimizer.zero_grad()
         F.cross_entropy(model(x), y).backward()
         optimizer.step()
-    state = {"epoch": 3, "arch": "make", "args": Namespace(model="make", lr=0.1), "metric": 98.0}
-    state |= {"state_dict": make().state_dict(), "state_dict_ema": model.state_dict()}
-    torch.save(state, folder / "model_best.pth.tar")
+    saver = CheckpointSaver(
+        make(),
+        optimizer,
+        args=Namespace(model="make", lr=0.1),
+        model_ema=ModelEmaV3(model),
+        checkpoint_dir=str(folder),
+    )
+    saver.save_checkpoint(3, metric=98.0)
     return folder
 
 
@@ -175,9 +187,26 @@ def test_the_installed_command_prints_a_row_for_each_stage(tmp_path: Path) -> No
 
 # Random weights: a ReLU without an offset explains little of them.
 @pytest.mark.filterwarnings("ignore:less than 50% of the variance")
+def test_a_network_for_prediction_is_swapped_in_float32_and_takes_all_numbers() -> None:
+    found = json.loads(
+        in_process("swap", "nets.py:prediction", *SWAP[2:], "--calibration", 30, "--json").stdout
+    )
+    assert found["numbers"] == found["left"] == {}
+    network = load_baked("model.safetensors")
+    assert {p.dtype for p in network.parameters()} == {torch.float32}
+
+
+@pytest.mark.filterwarnings("ignore:less than 50% of the variance")
+def test_a_single_logit_answers_yes_or_no() -> None:
+    labels = ("--labels", "val", "--no-refit")
+    found = json.loads(in_process("swap", "nets.py:yes_or_no", *SWAP[2:], *labels, "--json").stdout)
+    assert 0 <= found["rows"][0]["accuracy"] <= 1
+
+
+@pytest.mark.filterwarnings("ignore:less than 50% of the variance")
 def test_one_shared_in_place_activation_becomes_a_module_of_torch_at_each_site() -> None:
     told = invoke("swap", "nets.py:yolo", *IMAGES, "-o", "yolo.safetensors")
-    assert "The weights are random" in told
+    assert "The weights are those that " in told
     network = load_baked("yolo.safetensors")
     assert [m for m in network.modules() if isinstance(m, nn.SiLU)] == []
     sites = [m for m in network.modules() if isinstance(m, nn.ReLU)]
@@ -209,7 +238,8 @@ def test_images_are_resized_as_in_the_validation_of_timm() -> None:
         pixels = torch.randint(256, (64, 64, 3), dtype=torch.uint8).numpy()
         Image.fromarray(pixels).save(f"large/{i}.jpg")
     options = ("--images", "large", "--crop-pct", 0.5, "--interpolation", "bilinear", "--offset")
-    said = invoke(*SWAP, *options)
+    said = invoke(*SWAP, *options, "--lr", 0.1)
+    assert "--lr: without effect" in said
     assert "6 images to fit to, 2 to compare on: 16x16 pixels, 0.5 of each cropped" in said
 
 
@@ -221,7 +251,7 @@ def test_images_to_learn_from_come_shuffled_shifted_and_mirrored_and_others_as_t
     pixels = torch.stack([to_tensor(Image.open(path)) for path in paths])
     torch.testing.assert_close(plain, (pixels - 0.5) / 0.25)
     torch.manual_seed(0)
-    learned = Images(paths, preprocessing, batch_size=4, training=True)
+    learned = Images(paths, preprocessing, batch_size=3, training=True)
     for batch in (torch.cat([*learned]) for _ in range(3)):
         assert batch.shape == plain.shape
         assert not torch.equal(batch, plain)
@@ -230,6 +260,18 @@ def test_images_to_learn_from_come_shuffled_shifted_and_mirrored_and_others_as_t
         windows = torch.cat([windows, windows.flip(-1)])
         for image in batch:
             assert (windows == image[:, 4:12, 4:12]).flatten(1).all(1).any()
+
+
+def test_in_teaching_no_batch_is_smaller_and_a_broken_image_is_left_out() -> None:
+    paths = find_images(Path("val"))[:7]
+    settings = {"mean": (0.5,), "std": (0.25,)}
+    preprocessing = Preprocessing.choose(make(), (3, 16, 16), settings, paths)
+    learned = Images(paths, preprocessing, batch_size=3, training=True)
+    assert [len(batch) for batch in learned] == [3, 3]
+    Path("broken.png").write_bytes(paths[0].read_bytes()[:200])
+    learned = Images([*paths[:2], Path("broken.png")], preprocessing, batch_size=3, training=True)
+    with pytest.warns(UserWarning, match=r"broken\.png cannot be read .* goes on without it"):
+        assert [len(batch) for batch in learned] == [2]
 
 
 # --- labels, and which images are used for what --------------------------------------------------
@@ -242,17 +284,19 @@ def test_labels_are_read_from_folders_and_from_a_file() -> None:
         ("light", 1),
     }
     lines = [f"{path.relative_to('train')},{label}\n" for path, label in folders.items()]
-    for heading in ("", "image,label\n"):
-        Path("labels.csv").write_text(heading + "".join(lines))
+    for heading in ("", "image,label\n", "\ufeff"):  # the last one as spreadsheets write it
+        Path("labels.csv").write_text(heading + "".join(lines), encoding="utf-8")
         assert read_labels(Path("labels.csv"), Path("train")) == folders
     said = in_process(*SWAP, "--labels", "labels.csv", "--json")
     assert json.loads(said.stdout)["examples"] == 16
 
 
-def test_a_link_to_a_folder_that_is_there_already_adds_no_images() -> None:
+def test_links_to_a_folder_that_is_there_and_hidden_folders_add_no_images() -> None:
     Path("photos").mkdir()
     Path("photos/plain").symlink_to(Path("train/dark").resolve())
     Path("photos/again").symlink_to(Path("photos").resolve())
+    Path("photos/.thumbnails").mkdir()
+    Path("photos/.thumbnails/0.png").write_bytes(Path("val/dark/0.png").read_bytes())
     names = sorted(path.name for path in Path("train/dark").iterdir())
     assert find_images(Path("photos")) == [Path("photos/plain", name) for name in names]
 
@@ -303,11 +347,14 @@ def _bad_folders() -> None:
         (["--mean", "0.5,0.5"], 1, "--mean has 2 numbers, and the model 3 channels"),
         (["--mean", "x"], 2, "--mean x: write numbers such as"),
         (["--std", "0"], 2, "--std 0: give numbers above 0"),
+        (["--mean", "124"], 2, "--mean 124: give numbers from 0 to 1, as pixels are here"),
         (["--crop-pct", "0"], 2, "--crop-pct 0.0: give a share above 0"),
+        (["--crop-pct", "87.5"], 2, "--crop-pct 87.5: give a share above 0, and 1 at most"),
         (["--interpolation", "cubic"], 2, "'cubic' is not one of 'nearest', 'bilinear', "),
         (["--target", "sine"], 2, "unknown activation 'sine'"),
         (["--source", "gelu"], 2, "matches none of the 2 sites"),
         (["--keep", "1.5"], 2, "write a number of neurons, or a share"),
+        (["--keep", "100000"], 1, "keep=100000: give a number of the "),
         (["--keep-sites", "2"], 1, "keep_sites=2: there are 2 sites to swap"),
         (["--keep", "3", "--keep-sites", "1"], 1, "give one of keep=, keep_sites= and keep_point"),
         (["--keep-points", "0.5"], 1, "keep_points= needs labels="),

@@ -40,7 +40,8 @@ def build(spec: ModelSpec, weights: Path | None, pretrained: bool) -> nn.Module:
     if weights is not None:
         load_weights(model, read_weights(weights, model.state_dict()), weights)
     elif not pretrained:
-        say("The weights are random: neither --weights nor --pretrained was given.")
+        own = f"those that {spec.name} makes" if ".py:" in spec.name else "random"
+        say(f"The weights are {own}: neither --weights nor --pretrained was given.")
     return model
 
 
@@ -66,7 +67,10 @@ def read_weights(file: Path, own: Collection[str]) -> dict[str, Tensor]:
     except OSError:
         raise
     except Exception as error:  # torch lets those of its readers through: KeyError, EOFError ...
-        why = re.split(r"\. |\n", str(error).strip())[0] or type(error).__name__
+        text = str(error).strip()
+        refused = re.search(r"GLOBAL (\S+) was not", text)  # in a page of advice
+        why = f"it holds a {refused[1]}" if refused else re.split(r"\. |\n", text)[0]
+        why = why or type(error).__name__
         raise ValueError(
             f"{file} cannot be read as a checkpoint of tensors alone ({why}). Save "
             "model.state_dict()."

@@ -8,9 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import typer
 from torch import Tensor, nn
 
-from transfer_surgery._running import logits_of
+from transfer_surgery._running import log_probabilities, logits_of
+from transfer_surgery.cli.printing import say
 from transfer_surgery.sites import Plan
 
 
@@ -43,15 +45,28 @@ def preprocessing_settings(
     """What the options say about how images become tensors; None: the model's own.
 
     Raises:
-        ValueError: one of them is not to be understood, or is 0 or less where that has no meaning.
+        ValueError: one of them is not to be understood, or no number that it can be.
     """
     deviations = numbers_of("--std", std)
     if not all(number > 0 for number in deviations or ()):
         raise ValueError(f"--std {std}: give numbers above 0.")
-    if crop_pct is not None and not crop_pct > 0:  # timm takes 0 for its default
-        raise ValueError(f"--crop-pct {crop_pct}: give a share above 0.")
+    if crop_pct is not None and not 0 < crop_pct <= 1:  # timm takes 0 for its default
+        raise ValueError(f"--crop-pct {crop_pct}: give a share above 0, and 1 at most.")
     means = numbers_of("--mean", mean)
+    if not all(0 <= number <= 1 for number in means or ()):
+        raise ValueError(
+            f"--mean {mean}: give numbers from 0 to 1, as pixels are here. Divide those of 8 bits "
+            "by 255, and the numbers of --std, too."
+        )
     return {"mean": means, "std": deviations, "crop_pct": crop_pct, "interpolation": interpolation}
+
+
+def tell_without_effect(context: typer.Context, names: Collection[str]) -> None:
+    """Say which of these options were given, though there is no teaching."""
+    sources = {f"--{name}": context.get_parameter_source(name) for name in names}
+    given = [option for option, source in sources.items() if source and source.name != "DEFAULT"]
+    if given:
+        say(f"{', '.join(given)}: without effect, since nothing is taught without --distill-steps.")
 
 
 def check_folder(output: Path) -> None:
@@ -86,15 +101,28 @@ def size_of(example: Any) -> tuple[int, ...]:
     return tuple(example.shape[1:])
 
 
+def ready_to_swap(network: nn.Module) -> nn.Module:
+    """A network in float32, as images are; one that is frozen as a whole, for prediction, learns.
+
+    Frozen layers would neither be refitted nor take fitted numbers.
+    """
+    network = network.float()
+    parameters = [p for p in network.parameters() if p.is_floating_point()]
+    if not any(p.requires_grad for p in parameters):
+        for parameter in parameters:
+            parameter.requires_grad_(True)
+    return network
+
+
 @torch.no_grad()
-def answer_shape(network: nn.Module, images: Tensor) -> tuple[int, ...]:
-    """The shape of what the model returns for some images.
+def answers_to(network: nn.Module, images: Tensor) -> Tensor:
+    """What the model returns for some images.
 
     Raises:
         ValueError: it does not run on them.
     """
     try:
-        return tuple(logits_of(network.eval()(images)).shape)
+        return logits_of(network.eval()(images))
     except Exception as error:
         size = "x".join(map(str, images.shape[1:]))
         raise ValueError(
@@ -103,7 +131,7 @@ def answer_shape(network: nn.Module, images: Tensor) -> tuple[int, ...]:
         ) from error
 
 
-def check_classes(shape: tuple[int, ...], numbers: Collection[int], labels: Path | None) -> None:
+def check_classes(answers: Tensor, numbers: Collection[int], labels: Path | None) -> None:
     """Raise where the labels do not number the classes of the model.
 
     Folders are numbered in their order, so that all classes have to be there.
@@ -111,10 +139,10 @@ def check_classes(shape: tuple[int, ...], numbers: Collection[int], labels: Path
     if labels is None:
         return
     classes = max(numbers) + 1
-    fits = len(shape) == 2 and (shape[1] == classes if labels.is_dir() else shape[1] >= classes)
-    if not fits:
+    known = log_probabilities(answers).shape[1] if answers.dim() <= 2 else 0
+    if not (known == classes if labels.is_dir() else known >= classes):
         raise ValueError(
-            f"{labels} has classes from 0 to {classes - 1}, and the model returns {shape[1:]} for "
-            f"an image: make it with --set num_classes={classes}, or give a CSV file with lines "
-            "IMAGE,NUMBER."
+            f"{labels} has classes from 0 to {classes - 1}, and the model returns "
+            f"{tuple(answers.shape[1:])} for an image: make it with --set num_classes={classes}, "
+            "or give a CSV file with lines IMAGE,NUMBER."
         )

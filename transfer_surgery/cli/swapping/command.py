@@ -32,13 +32,15 @@ from transfer_surgery.cli.options import (
 )
 from transfer_surgery.cli.printing import say, show
 from transfer_surgery.cli.swapping.checks import (
-    answer_shape,
+    answers_to,
     budget_of,
     check_classes,
     check_folder,
     left_out,
     preprocessing_settings,
+    ready_to_swap,
     size_of,
+    tell_without_effect,
 )
 from transfer_surgery.cli.swapping.folders import find_images, read_labels, split
 from transfer_surgery.cli.swapping.images import Images, Preprocessing
@@ -50,6 +52,7 @@ from transfer_surgery.sites import find_activations
 
 
 def swap(
+    context: typer.Context,
     model: Model,
     images: Annotated[
         Path,
@@ -179,6 +182,8 @@ def swap(
         budget = budget_of(keep)
         settings = preprocessing_settings(mean, std, crop_pct, interpolation)
         check_folder(output)
+    if not distill_steps:
+        tell_without_effect(context, ["loss", "lr", "variation"])
     with run_errors():
         check_not_lost(output, "baked")
         found = find_images(images)
@@ -188,7 +193,7 @@ def swap(
         # Make the model, and look what it has to swap.
         machine = Machine.choose(device)
         torch.manual_seed(seed)
-        network = build(spec, weights, pretrained)
+        network = ready_to_swap(build(spec, weights, pretrained))
         example = spec.example_input(network)
         whole = find_activations(network, example)
     plan = choose(whole, source, include, exclude, role)
@@ -204,7 +209,7 @@ def swap(
         )
         batches = [x.to(machine.device) for x in Images(fitted, preprocessing, batch_size)]
         network.to(machine.device)
-        check_classes(answer_shape(network, batches[0][:2]), classes.values(), labels)
+        check_classes(answers_to(network, batches[0][:2]), classes.values(), labels)
         numbers = None
         if classes:
             numbers = torch.split(torch.tensor([classes[path] for path in compared]), batch_size)

@@ -18,7 +18,8 @@ _SHARE = 4  # of so many images of one folder one is held out
 def find_images(folder: Path) -> list[Path]:
     """The images in a folder and below it, in order.
 
-    Links to folders are followed, but no folder is gone through twice.
+    Links to folders are followed, but no folder is gone through twice. Hidden files and folders,
+    such as those of notebooks and file managers, are left out.
 
     Raises:
         ValueError: there are none.
@@ -29,7 +30,8 @@ def find_images(folder: Path) -> list[Path]:
             folders.clear()
             continue
         seen.add(real)
-        folders.sort()  # so that the order of a file system does not choose between two ways
+        # Sorted, so that the order of a file system does not choose between two ways.
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
         found += [
             Path(parent, name)
             for name in names
@@ -80,7 +82,7 @@ def _natural(name: str) -> list[int | str]:
 
 def _of_csv(labels: Path, folder: Path) -> dict[Path, int]:
     found: dict[Path, int] = {}
-    with labels.open(newline="") as file:
+    with labels.open(newline="", encoding="utf-8-sig") as file:  # as spreadsheets write it
         try:
             lines = list(csv.reader(file))
         except (UnicodeDecodeError, csv.Error) as error:

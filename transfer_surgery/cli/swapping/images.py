@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -100,7 +101,9 @@ class Images:
         paths: where they are.
         preprocessing: what makes tensors of them.
         batch_size: of all batches but the last.
-        training: whether they come in a new order each time, shifted and mirrored at random.
+        training: whether they come in a new order each time, shifted and mirrored at random. Then
+            there is no smaller batch at the end, whose statistics batch norms could not use, and
+            an image that cannot be read is left out with a warning: much is computed by then.
     """
 
     paths: Sequence[Path]
@@ -111,16 +114,32 @@ class Images:
     def __iter__(self) -> Iterator[Tensor]:
         number = len(self.paths)
         order = torch.randperm(number) if self.training else torch.arange(number)
+        if self.training and number > self.batch_size:
+            order = order[: number // self.batch_size * self.batch_size]
         # PIL lets other threads run while it reads.
         with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as threads:
+            read = self._read_or_tell if self.training else self._read
             for chosen in torch.split(order, self.batch_size):
-                images = torch.stack([*threads.map(self._read, chosen.tolist())])
-                yield crop_and_flip(images, images.shape[-1] // 8) if self.training else images
+                images = []
+                for found in threads.map(read, chosen.tolist()):
+                    if isinstance(found, Tensor):
+                        images.append(found)
+                    else:
+                        warnings.warn(f"{found} The teaching goes on without it.", stacklevel=1)
+                if images:
+                    batch = torch.stack(images)
+                    yield crop_and_flip(batch, batch.shape[-1] // 8) if self.training else batch
 
     def _read(self, number: int) -> Tensor:
         with _opened(self.paths[number]) as image:
             pixels = image.convert(_MODES[self.preprocessing.size[0]])
         return self.preprocessing.transform(pixels)
+
+    def _read_or_tell(self, number: int) -> Tensor | ValueError:
+        try:
+            return self._read(number)
+        except ValueError as error:
+            return error
 
 
 @contextmanager

@@ -37,13 +37,7 @@ def choose_kept(
     Raises:
         ValueError: the budget is out of its range, or there are no batches.
     """
-    total = sum(unit.neurons for unit in units.values())
-    budget = keep if isinstance(keep, int) else int(keep * total)
-    if not 0 <= budget <= total or (keep != 0 and budget == 0):
-        raise ValueError(
-            f"keep={keep!r}: give a number of the {total:,} neurons (int) or a share of them "
-            "(float, from 0.0 to 1.0)."
-        )
+    budget = neurons_of(keep, units.values())
     networks = TwoNetworks(model, list(units.values()), as_batches(batches, model))
     with prediction_mode(model):
         costs = _costs(networks, logits)
@@ -58,6 +52,23 @@ def choose_kept(
             budget -= size[gate]
     parts = torch.split(kept, [unit.gate.count for unit in sizes])
     return {unit: part.view(unit.gate.shape) for unit, part in zip(sizes, parts, strict=True)}
+
+
+def neurons_of(keep: int | float, units: Iterable[GatedActivation]) -> int:
+    """The number of neurons that a budget means.
+
+    Raises:
+        ValueError: it is out of its range.
+    """
+    total = sum(unit.neurons for unit in units)
+    inside = 0 <= keep <= (total if isinstance(keep, int) else 1)
+    budget = int(keep if isinstance(keep, int) else keep * total) if inside else 0
+    if not inside or (keep != 0 and budget == 0):
+        raise ValueError(
+            f"keep={keep!r}: give a number of the {total:,} neurons (int) or a share of them "
+            "(float, from 0.0 to 1.0)."
+        )
+    return budget
 
 
 def _costs(networks: TwoNetworks, logits: bool) -> dict[GatedActivation, Tensor]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from bisect import bisect_left
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,10 +12,11 @@ from torch import nn
 
 from transfer_surgery._running import copied
 from transfer_surgery.matching.match_report import MatchWarning
+from transfer_surgery.matching.swapping.relu_budget import neurons_of
 from transfer_surgery.matching.swapping.site_costs import sensitivity
 from transfer_surgery.matching.swapping.stage_comparison import StageComparison
 from transfer_surgery.matching.swapping.swap import swap_targets
-from transfer_surgery.units import gated_activations
+from transfer_surgery.units import GatedActivation
 
 _COST_BATCHES = 2  # that tell what each site costs: it takes a run per site and batch
 
@@ -58,6 +59,13 @@ class SourceBudget:
         if not labels:
             raise ValueError("keep_points= needs labels=: without them no accuracy is known.")
 
+    def check_neurons(self, units: Collection[GatedActivation]) -> None:
+        """Raise where these units do not have so many neurons, or no more."""
+        if self.neurons is None:
+            return
+        if neurons_of(self.neurons, units) == sum(unit.neurons for unit in units):
+            raise ValueError(f"keep={self.neurons} keeps every neuron; nothing would be swapped.")
+
     def spend(
         self,
         model: nn.Module,
@@ -76,14 +84,10 @@ class SourceBudget:
             stages: has the original network as its first row.
 
         Raises:
-            ValueError: nothing would be swapped, or no number of sites holds the accuracy.
+            ValueError: no number of sites holds the accuracy.
         """
         if self.neurons is not None:
             swap_targets(model, keep=self.neurons, batches=batches, logits=logits)
-            if all(bool((unit.gate.predict() == 1).all()) for _, unit in gated_activations(model)):
-                raise ValueError(
-                    f"keep={self.neurons} keeps every neuron; nothing would be swapped."
-                )
             return
         order = sensitivity(model, batches[:_COST_BATCHES], logits=logits).order
 

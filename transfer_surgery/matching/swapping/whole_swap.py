@@ -72,7 +72,8 @@ def swap_activations(
     modules: torch's own ones at the sites whose fitted numbers could all be folded.
 
     Args:
-        model: a trained network, on its device. It is changed, and its weights, too.
+        model: a trained network, on its device. It is changed, and its weights, too, but for
+            frozen ones, which are not refitted and take no fitted numbers.
         target: the activation that it shall have, such as ``"relu"`` or ``"hardswish"``.
         batches: inputs without labels, as for `match_targets`; some hundred examples are enough.
         held_out: other inputs, to compare both networks on; the outputs for them are kept in
@@ -157,6 +158,7 @@ def swap_activations(
     convert(model, target, plan=plan, roles=roles, granularity=granularity, seed=0)
     with _undone_on_errors(model, teacher):
         units = dict(gated_activations(model))
+        budget.check_neurons(units.values())
         stages = StageComparison(teacher, units, held_out, labels, logits)
         if distill_steps:  # a loss that does not suit the outputs would end it after the match
             loss_function(lesson, stages.wanted, _TEMPERATURE)
