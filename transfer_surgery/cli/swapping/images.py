@@ -125,7 +125,7 @@ class Images:
                     if isinstance(found, Tensor):
                         images.append(found)
                     else:
-                        warnings.warn(f"{found} The teaching goes on without it.", stacklevel=1)
+                        warnings.warn(f"{found} The teaching goes on without it.", stacklevel=2)
                 if images:
                     batch = torch.stack(images)
                     yield crop_and_flip(batch, batch.shape[-1] // 8) if self.training else batch
