@@ -151,7 +151,7 @@ def study(recipe: Recipe, threads: int, compiled: bool, cache: Path | None) -> R
     begun = time.perf_counter()
     losses, transferred = train(recipe, model, teacher, batches, data, compiled)
     done = time.perf_counter()
-    how = ", compiled" if compiled and recipe.steps else ""
+    how = ", compiled" if compiled and recipe.steps and recipe.lesson != "teacher" else ""
     return Result(
         recipe,
         error=1 - predict(model, data.test, machine).accuracy,

@@ -44,7 +44,7 @@ def train(
     if recipe.start != "relu" and not soft and recipe.lesson != "teacher":
         transferred = _finish(model)
     if recipe.steps:
-        if compiled:  # in place, since the hooks of `distill` go by the modules' names
+        if compiled:  # `distill` runs both as written nonetheless
             teacher.compile()
             model.compile()
         if recipe.lesson == "teacher":

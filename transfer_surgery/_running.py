@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from typing import Any, TypeVar
 from weakref import ref
 
@@ -81,6 +81,13 @@ def prediction_mode(model: nn.Module) -> Iterator[None]:
         model.eval()
         with torch.compiler.set_stance("force_eager"), torch.inference_mode(False), torch.no_grad():
             yield
+
+
+def run_as_written(*models: nn.Module) -> AbstractContextManager[Any]:
+    """Compiled modules of the models run as written; without any, other code may compile."""
+    every = (module for model in models for module in model.modules())
+    compiled = any(m._compiled_call_impl is not None or hasattr(m, "_orig_mod") for m in every)
+    return torch.compiler.set_stance("force_eager") if compiled else nullcontext()
 
 
 @contextmanager

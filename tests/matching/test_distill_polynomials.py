@@ -112,3 +112,19 @@ def test_the_penalty_counts_all_calls_of_a_site_and_sites_of_parts_that_were_con
     assert [unit for unit, _ in seen] == [units[0], units[0], units[1]]
     ways = [((u.fitted.w * x + u.fitted.c).abs() - 1).clamp_min(0).square().mean() for u, x in seen]
     torch.testing.assert_close(found, (ways[0] + ways[1]) / 2 + ways[2])
+
+
+@pytest.mark.filterwarnings("ignore::transfer_surgery.DistillWarning")
+@pytest.mark.parametrize("in_place", [False, True])
+def test_a_compiled_network_is_trained_as_any_other(in_place):
+    losses = []
+    for compiled in (False, True):
+        model, teacher, x = polynomials(1, 2, times=3)
+        if compiled and in_place:
+            model.compile(backend="eager")
+            teacher.compile(backend="eager")
+        elif compiled:
+            model, teacher = (torch.compile(m, backend="eager") for m in (model, teacher))
+        model(x)  # compiled before there are hooks, which its code leaves out from then on
+        losses += [list(distill(model, teacher, x.split(HELD_OUT), steps=3, variation=0.0))]
+    assert losses[0] == losses[1]

@@ -26,7 +26,7 @@ def layers_to_compare(
     Raises:
         ValueError: a network lacks one of these modules.
     """
-    ours, theirs = (dict(network.named_modules()) for network in (model, teacher))
+    ours, theirs = (dict(_as_written(network).named_modules()) for network in (model, teacher))
     if features is None:
         layers = [path for path, module in ours.items() if isinstance(module, LAYERS)]
         return tuple(path for path in layers if isinstance(theirs.get(path), LAYERS))
@@ -39,11 +39,17 @@ def layers_to_compare(
     return tuple(features)
 
 
+def _as_written(network: nn.Module) -> nn.Module:
+    """The network that `torch.compile` has put a module around, by which its paths go."""
+    inside: nn.Module = getattr(network, "_orig_mod", network)
+    return inside
+
+
 class LayerOutputs:
     """The last output of some modules of a network, while it is watched."""
 
     def __init__(self, network: nn.Module, paths: Sequence[str]) -> None:
-        modules = dict(network.named_modules())
+        modules = dict(_as_written(network).named_modules())
         self._modules = {modules[path]: path for path in paths}
         self._last: dict[str, Tensor] = {}
 

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
-from transfer_surgery._running import modes_kept
+from transfer_surgery._running import modes_kept, run_as_written
 from transfer_surgery.units import GatedActivation
 
 TRAINED = ("all", "targets")
@@ -24,7 +24,8 @@ def ready_to_learn(
 ) -> Iterator[None]:
     """Both networks in evaluation mode, but norms that follow; other parameters frozen; undone.
 
-    Gradients are recorded, and those that the user has accumulated come back at the end.
+    They run as written, since hooks look at their layers. Gradients are recorded, and those that
+    the user has accumulated come back at the end.
     """
     learning = set(trained)
     every = (*model.parameters(), *teacher.parameters())
@@ -35,7 +36,7 @@ def ready_to_learn(
             parameter.grad = None
         for parameter in others:
             parameter.requires_grad_(False)
-        with modes_kept(model, teacher):
+        with modes_kept(model, teacher), run_as_written(model, teacher):
             model.eval()
             teacher.eval()
             for module in model.modules():
