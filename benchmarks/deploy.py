@@ -146,6 +146,8 @@ def latency(
     """
     recipes = [recipe for _, recipe in published(network) if recipe.lesson == "none"]
     names = [recipe.name for recipe in recipes if (cache / f"{recipe.name}.int8.onnx").exists()]
+    if (original := Recipe(network, "original").name) not in names:
+        raise typer.BadParameter(f"{cache} has no {original}.int8.onnx: run that recipe first.")
     files = [cache / f"{name}{kind}.onnx" for name in names for kind in ("", ".int8")]
     images = torch.rand(batch, 3, 32, 32)
     found = [round(1e3 * seconds, 4) for seconds in latencies(files, images, rounds)]

@@ -184,19 +184,21 @@ def _times(times: Sequence[Latency]) -> str:
     cells: dict[str, dict[str, str]] = {}
     for found in times:
         names = {recipe.name: label for label, recipe in published(found.network, seeds=1)}
-        base = next(iter(found.milliseconds.values()))[0]
+        base = _original_ms(found)
         columns = [f"float, batch {found.batch}", f"int8, batch {found.batch}"]
         head += columns
         for name, pair in found.milliseconds.items():
             ratios = (f"{ms / base:.2f}" for ms in pair)
             cells.setdefault(names[name], {}).update(zip(columns, ratios, strict=True))
-    originals = (
-        f"{next(iter(found.milliseconds.values()))[0]:.2f} ms for a batch of {found.batch}"
-        for found in times
-    )
+    originals = (f"{_original_ms(found):.2f} ms for a batch of {found.batch}" for found in times)
     rows = [[label, *(row.get(column, "") for column in head[1:])] for label, row in cells.items()]
     about = f"The original network in float takes {' and '.join(originals)}; {times[0].machine}."
     return f"{markdown_table(head, rows)}\n\n{about}"
+
+
+def _original_ms(found: Latency) -> float:
+    """What the original network takes in float."""
+    return found.milliseconds[Recipe(found.network, "original").name][0]
 
 
 def _settings(results: Sequence[Result]) -> str:

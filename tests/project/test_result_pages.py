@@ -57,3 +57,11 @@ def test_a_block_is_filled_where_its_marks_are_and_nowhere_else():
     assert filled == page.replace("\nold\n", "\n\nnew\n\n")
     with pytest.raises(ValueError, match="no block 'three', but one, two"):
         fill_blocks(page, {"three": "new"})
+
+
+def test_times_are_ratios_to_the_original_network_wherever_it_stands():
+    names = [deploy_table.Recipe("yolo", start).name for start in ("refitted", "original")]
+    times = deploy_table.Latency("yolo", 1, {names[0]: [1.0, 0.5], names[1]: [2.0, 4.0]}, "CPU")
+    found = deploy_table._times([times])
+    assert "| refitted | 0.50 | 0.25 |" in found
+    assert "| original | 1.00 | 2.00 |" in found
