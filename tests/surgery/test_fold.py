@@ -226,10 +226,42 @@ def test_a_positive_amplitude_goes_in_front_of_a_relu_with_several_readers(targe
     assert folded(model, FEATURES) == [("one", SEVERAL, left)]
 
 
-def test_a_block_that_is_called_twice_stays():
+def test_a_block_that_is_called_twice_is_folded_once():
     block = Between()
     model = matched(nn.Sequential(block, block), FEATURES)
-    assert folded(model, FEATURES) == [("(called 2 times)", "(called 2 times)", "a, w, c, b")]
+    assert folded(model, FEATURES) == [("0.one", "0.two", "")]
+
+
+class Levels(nn.Module):
+    """A head that is called for two scales; each scale has a last layer of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.stem = nn.Conv2d(3, 6, 3, padding=1)
+        layers = nn.Conv2d(6, 6, 3), nn.SiLU(), nn.Conv2d(6, 6, 3, padding=1), nn.SiLU()
+        self.head = nn.Sequential(*layers)
+        self.outs = nn.ModuleList(nn.Conv2d(6, 2, 1) for _ in range(2))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.stem(x)
+        levels = [
+            out(self.head(y)).flatten(1)
+            for y, out in zip((x, x[..., ::2, ::2]), self.outs, strict=True)
+        ]
+        return torch.cat(levels, 1)
+
+
+def test_a_head_that_is_called_for_several_scales_takes_what_all_calls_have():
+    x = torch.randn(8, 3, 12, 12, generator=torch.Generator().manual_seed(0))
+    model = matched(Levels(), x, "relu")
+    for site in (model.head[1], model.head[3]):
+        site.a.data.abs_()
+        site.b.data.zero_()
+    model.head[3].a.data[0] = -1.0
+    expected = [("head.0", "head.2", ""), ("head.2", "(several layers)", "a")]
+    assert folded(model, x) == expected
+    assert type(model.head[1]) is nn.ReLU
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +13,7 @@ from transfer_surgery.surgery.plain_weights import has_hooks, sharing_parameters
 from transfer_surgery.units import FittedActivation
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+_NONE = "(no layer there)"
 _NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.GroupNorm, nn.LayerNorm)
 
 
@@ -56,28 +57,50 @@ def _around(
     calls = readers.calls.get(site, [])
     if reason := _why_not_site(site, len(calls), readers, shared):
         return Neighbours(None, reason, None, reason)
-    x, y = calls[0]
-    found: list[tuple[Any, str]] = []
-    layer: Any
-    for tensor, layer in ((x, readers.writer(x)), (y, readers.only_reader(y))):
-        behind = tensor is y
-        if len(readers.read.get(id(tensor), [])) > 1:
-            found.append((None, "(several readers)"))
-        elif layer not in layers or (behind and isinstance(layer, _NORMS)):
-            found.append((None, "(no layer there)"))
-        elif reason := _why_not_layer(site, tensor, layer, readers, shared):
-            found.append((None, f"({layers[layer]} {reason})"))
-        else:
-            found.append((layer, layers[layer]))
-    return Neighbours(*found[0], *found[1])
+    given, returned = zip(*calls, strict=True)
+    writers = [readers.writer(x) for x in given]
+    read_by = [readers.only_reader(y) for y in returned]
+    read_by = [None if isinstance(reader, _NORMS) else reader for reader in read_by]
+    before = _common(site, given, writers, layers, readers, shared)
+    return Neighbours(*before, *_common(site, returned, read_by, layers, readers, shared))
+
+
+def _common(
+    site: FittedActivation,
+    tensors: Sequence[Tensor],
+    found: Sequence[nn.Module | None],
+    layers: Mapping[nn.Module, str],
+    readers: Readers,
+    shared: set[nn.Module],
+) -> tuple[Any, str]:
+    """The layer that is found at every call of a site, with its name; else None and the reason.
+
+    Args:
+        site: it.
+        tensors: what goes in, or what comes out, at each call.
+        found: what writes, or alone reads, each of these.
+        layers: all layers, with their names.
+        readers: who reads what.
+        shared: modules that share parameters.
+    """
+    layer = found[0]
+    if any(len(readers.read.get(id(tensor), [])) > 1 for tensor in tensors):
+        return None, "(several readers)"
+    if layer not in layers:
+        return None, _NONE
+    if any(other is not layer for other in found):
+        return None, "(several layers)"
+    if reason := _why_not_layer(site, tensors, layer, readers, shared):
+        return None, f"({layers[layer]} {reason})"
+    return layer, layers[layer]
 
 
 def _why_not_site(
     site: FittedActivation, calls: int, readers: Readers, shared: set[nn.Module]
 ) -> str | None:
     """Why the numbers of a site must stay there; None: they may move."""
-    if calls != 1:
-        return f"(called {calls} times)"
+    if not calls:
+        return "(not called)"
     if has_hooks(site) or has_hooks(site.activation):
         return "(the site has hooks)"
     if site in shared or site in readers.read_elsewhere:
@@ -86,16 +109,21 @@ def _why_not_site(
 
 
 def _why_not_layer(
-    site: FittedActivation, x: Tensor, layer: Any, readers: Readers, shared: set[nn.Module]
+    site: FittedActivation,
+    tensors: Sequence[Tensor],
+    layer: Any,
+    readers: Readers,
+    shared: set[nn.Module],
 ) -> str | None:
-    """Why a layer that writes or reads ``x`` cannot take numbers of a site; None: it can."""
+    """Why a layer that writes or reads tensors cannot take numbers of a site; None: it can."""
     if reason := why_not_plain(layer):
         return reason
-    if len(readers.calls[layer]) > 1 or layer in shared:
+    if len(readers.calls[layer]) > len(tensors) or layer in shared:
         return "is shared"
     if layer in readers.read_elsewhere:
         return "has parameters that are read elsewhere"
-    return None if _along_channels(site, x, layer) else "has another axis"
+    fits = all(_along_channels(site, tensor, layer) for tensor in tensors)
+    return None if fits else "has another axis"
 
 
 def _along_channels(site: FittedActivation, x: Tensor, layer: Any) -> bool:
