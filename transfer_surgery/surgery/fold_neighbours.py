@@ -83,7 +83,7 @@ def _common(
         readers: who reads what.
         shared: modules that share parameters.
     """
-    layer = found[0]
+    layer: Any = found[0]
     if any(len(readers.read.get(id(tensor), [])) > 1 for tensor in tensors):
         return None, "(several readers)"
     if layer not in layers:

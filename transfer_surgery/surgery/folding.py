@@ -38,13 +38,13 @@ def fold_targets(model: nn.Module, example_input: Any) -> FoldReport:
     else reads the tensor between, ``w`` and ``c`` go into a linear layer, a convolution or the
     weights of a norm layer before, ``a`` and ``b`` into a linear layer or a convolution behind
     (``b`` not where zeros are padded). Where no layer behind can take it, a positive ``a`` goes
-    into the layer before if ``a * f(x)`` is ``f(a * x)``, as for ReLU. A site that is called several
-    times is folded if all calls have the same layer there, which has no others. Parameters stay the same
-    objects with new values, so that an optimizer made before goes on training them; a layer without
-    a bias gets one if it needs it. What cannot take a number is left alone, and the report says
-    why: a parameter that is shared, read elsewhere, frozen, quantized, computed or hooked. The
-    outputs in evaluation mode are the same to rounding; where they would not be, a site keeps its
-    numbers.
+    into the layer before if ``a * f(x)`` is ``f(a * x)``, as for ReLU. A site that is called
+    several times is folded if all calls have the same layer there, which has no others. Parameters
+    stay the same objects with new values, so that an optimizer made before goes on training them; a
+    layer without a bias gets one if it needs it. What cannot take a number is left alone, and the
+    report says why: a parameter that is shared, read elsewhere, frozen, quantized, computed or
+    hooked. The outputs in evaluation mode are the same to rounding; where they would not be, a site
+    keeps its numbers.
 
     Args:
         model: a model after `transfer_surgery.bake`.
