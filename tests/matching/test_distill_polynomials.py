@@ -101,7 +101,7 @@ def test_the_penalty_counts_all_calls_of_a_site_and_sites_of_parts_that_were_con
     x, seen = torch.randn(256, 4), []
     for part in parts:
         match_targets(convert(part, "polynomial", example_input=x), [x])
-    model = swap_targets(nn.Sequential(*parts)).eval()
+    model = swap_targets(nn.Sequential(*parts)).train()
     units = [unit for _, unit in gated_activations(model)]
     for unit in units:
         unit.register_forward_pre_hook(lambda unit, args: seen.append((unit, *args)))

@@ -6,6 +6,7 @@ folders `two_networks`, `fitting` and `refit`, above them `distilling` and `swap
 
 from transfer_surgery.matching.distilling.distill_report import DistillReport, DistillWarning
 from transfer_surgery.matching.distilling.distillation import distill
+from transfer_surgery.matching.distilling.polynomial_range import range_penalty
 from transfer_surgery.matching.match import match_targets
 from transfer_surgery.matching.match_report import MatchReport, MatchRow, MatchWarning
 from transfer_surgery.matching.progress import Progress
@@ -25,6 +26,7 @@ __all__ = [
     "SwapStage",
     "distill",
     "match_targets",
+    "range_penalty",
     "sensitivity",
     "swap_activations",
     "swap_targets",

@@ -1,0 +1,84 @@
+"""range_penalty: the penalty on inputs outside of the range, in loops of the user's own."""
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from transfer_surgery import convert, match_targets, range_penalty, swap_targets
+from transfer_surgery.units import gated_activations
+
+X = torch.randn(256, 4, generator=torch.Generator().manual_seed(0))
+
+
+def network(target: str = "polynomial(degree=3)") -> nn.Sequential:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 8), nn.GELU(), nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 2))
+    match_targets(convert(model, target, example_input=X), [X])
+    return swap_targets(model).double().train()
+
+
+def expected_penalty(model: nn.Sequential, x: torch.Tensor) -> torch.Tensor:
+    """The definition, by plain code."""
+    total = torch.zeros((), dtype=torch.float64)
+    for layer in model:
+        if hasattr(layer, "fitted"):
+            v = x * layer.fitted.w.double() + layer.fitted.c.double()
+            z = layer.gate.predict().detach()
+            total = total + torch.where(z == 1, 0.0, (v.abs() - 1).clamp_min(0) ** 2).mean()
+        x = layer(x)
+    return total
+
+
+def gradients(loss: torch.Tensor, model: nn.Module) -> list[torch.Tensor]:
+    trained = [p for p in model.parameters() if p.requires_grad]
+    return list(torch.autograd.grad(loss, trained, materialize_grads=True))
+
+
+def test_the_penalty_and_its_gradient_are_those_of_the_definition():
+    model, x = network(), 3 * X.double()
+    model[1].log_alpha.data[:4] = 9.0  # these keep their source
+    expected = expected_penalty(model, x)
+    assert expected > 0.01
+    with range_penalty(model) as penalty:
+        model(x)
+        found = penalty()
+    torch.testing.assert_close(found, expected)
+    torch.testing.assert_close(gradients(found, model), gradients(expected, model))
+
+
+def test_only_what_is_trained_since_the_last_call_counts():
+    model, x = network(), 3 * X.double()
+    first, second = expected_penalty(model, x), expected_penalty(model, 2 * x)
+    with range_penalty(model) as penalty:
+        model.eval()(9 * x)
+        model.train()
+        with torch.no_grad():
+            model(9 * x)
+        with pytest.raises(RuntimeError, match="no polynomial has run in training mode and with"):
+            penalty()
+        model(x)
+        assert penalty().item() == pytest.approx(first.item())
+        for part in (x, 2 * x):
+            model(part)
+        assert penalty().item() == pytest.approx((first + second).item() / 2)
+    assert not any(unit._forward_pre_hooks for _, unit in gated_activations(model))
+
+
+def test_gradient_checkpointing_changes_nothing():
+    model, x, found = network(), 3 * X.double(), []
+    for run in (model, lambda x: checkpoint(model, x, use_reentrant=False)):
+        with range_penalty(model) as penalty:
+            for _ in range(2):  # what the backward pass computes again is not counted in the second
+                (run(x).square().mean() + penalty()).backward()
+        found.append([p.grad for p in model.parameters() if p.requires_grad])
+        model.zero_grad()
+    torch.testing.assert_close(*found)
+
+
+def test_models_without_fitted_polynomials_are_refused():
+    plain = convert(nn.Sequential(nn.ReLU()), "polynomial", example_input=X)
+    for model in (network("sin"), plain):
+        refused = pytest.raises(ValueError, match="no fitted polynomials: convert it with target")
+        with refused, range_penalty(model):
+            pass
