@@ -7,11 +7,10 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
-import torch
 import typer
 from torch import Tensor, nn
 
-from transfer_surgery._running import log_probabilities, logits_of
+from transfer_surgery._running import log_probabilities, logits_of, prediction_mode
 from transfer_surgery.cli.printing import say
 from transfer_surgery.sites import Plan
 
@@ -114,7 +113,6 @@ def ready_to_swap(network: nn.Module) -> nn.Module:
     return network
 
 
-@torch.no_grad()
 def answers_to(network: nn.Module, images: Tensor) -> Tensor:
     """What the model returns for some images.
 
@@ -122,7 +120,8 @@ def answers_to(network: nn.Module, images: Tensor) -> Tensor:
         ValueError: it does not run on them.
     """
     try:
-        return logits_of(network.eval()(images))
+        with prediction_mode(network):
+            return logits_of(network(images))
     except Exception as error:
         size = "x".join(map(str, images.shape[1:]))
         raise ValueError(

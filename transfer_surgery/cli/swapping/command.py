@@ -195,6 +195,8 @@ def swap(
         torch.manual_seed(seed)
         network = ready_to_swap(build(spec, weights, pretrained))
         example = spec.example_input(network)
+        size = size_of(example)
+        check_classes(answers_to(network, example), classes.values(), labels)
         whole = find_activations(network, example)
     plan = choose(whole, source, include, exclude, role)
     plan = plan.filter(lambda site: site.source != wanted)
@@ -203,13 +205,10 @@ def swap(
             raise ValueError(f"every activation selected is {wanted} already: there is no swap.")
     say(f"{len(plan)} sites to swap to {target}{left_out(whole, plan)}")
     with run_errors():
-        # Read the images, and look whether the model takes them.
-        preprocessing = Preprocessing.choose(
-            network, size_of(example), settings, [*fitted, *compared]
-        )
+        # Read the images.
+        preprocessing = Preprocessing.choose(network, size, settings, [*fitted, *compared])
         batches = [x.to(machine.device) for x in Images(fitted, preprocessing, batch_size)]
         network.to(machine.device)
-        check_classes(answers_to(network, batches[0][:2]), classes.values(), labels)
         numbers = None
         if classes:
             numbers = torch.split(torch.tensor([classes[path] for path in compared]), batch_size)
