@@ -40,8 +40,7 @@ def polynomials_bounded(units: Sequence[GatedActivation]) -> Iterator[None]:
             unit.bounded = False
 
 
-@contextmanager
-def range_penalty(model: nn.Module) -> Iterator[Callable[[], Tensor]]:
+def range_penalty(model: nn.Module) -> AbstractContextManager[Callable[[], Tensor]]:
     """Punish inputs outside of the range of polynomials, in a training loop of your own.
 
     Use it around the loop, and add a multiple of the penalty to the loss of each step. So it is
@@ -87,8 +86,11 @@ def range_penalty(model: nn.Module) -> Iterator[Callable[[], Tensor]]:
             "the model has no fitted polynomials: convert it with target='polynomial', and call "
             "match_targets."
         )
-    ranges = FittedRanges(units)
+    return _penalty_of(FittedRanges(units))
 
+
+@contextmanager
+def _penalty_of(ranges: FittedRanges) -> Iterator[Callable[[], Tensor]]:
     def penalty() -> Tensor:
         if not ranges.squares:
             raise RuntimeError(
