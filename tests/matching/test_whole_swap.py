@@ -260,6 +260,15 @@ def test_a_teaching_that_does_no_good_says_so() -> None:
     assert told[0].filename == __file__  # the line of the caller
 
 
+@pytest.mark.parametrize("far", [1.0, 1e12])
+def test_the_report_says_where_outputs_overflow(far: float) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 2))
+    x = torch.randn(128, 4)
+    found = swap_activations(model, "polynomial(degree=3)", [x], held_out=[far * x])
+    assert ("Outputs are not finite" in str(found)) == (far > 1)
+
+
 def test_a_loader_that_shuffles_is_gone_through_once() -> None:
     x = torch.cat(batches(1, 4))
     loader = torch.utils.data.DataLoader(x, batch_size=16, shuffle=True)

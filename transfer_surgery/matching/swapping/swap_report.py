@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
@@ -70,6 +71,12 @@ class SwapReport(Table[SwapStage]):
     @property
     def notes(self) -> tuple[str, ...]:
         notes = [f"Compared on {self.examples:,} inputs that nothing was fitted to."]
+        if not all(math.isfinite(error) for error in self.rows[-1].errors.values()):
+            notes.append(
+                "Outputs are not finite: some of these inputs leave the range of the fit, as those "
+                "of polynomials do, and grow from site to site. Give distill_steps=, more inputs, "
+                "a target of a higher degree, or keep some sources."
+            )
         if self.numbers:
             named = _named([f"{path} ({why})" for path, why in self.numbers.items()])
             notes.append(f"{_sites(len(self.numbers))} numbers of {_own(self.numbers)}: {named}.")
