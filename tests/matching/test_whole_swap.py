@@ -121,6 +121,15 @@ def test_the_sites_that_cost_most_keep_their_source() -> None:
     assert found.rows[-1].errors["output"] < everything.rows[-1].errors["output"]
 
 
+def test_a_site_that_stays_is_not_warned_of() -> None:  # a warning is an error here
+    torch.manual_seed(0)
+    layers = nn.Linear(4, 16), nn.Tanh(), nn.Linear(16, 16), nn.ELU(), nn.Linear(16, 3)
+    found = swap_activations(
+        nn.Sequential(*layers), "relu", torch.randn(256, 4).split(64), keep_sites=1
+    )
+    assert found.kept == ("3",)
+
+
 def test_as_few_sites_keep_their_source_as_the_accuracy_needs() -> None:
     given, other = batches(0, 2), batches(1)
     answers = [network()(x).argmax(1) for x in other]
@@ -230,6 +239,8 @@ def test_one_in_place_object_shared_by_all_layers_is_swapped_at_each() -> None:
         ({"distill_steps": -1}, "distill_steps=-1"),
         ({"distill_steps": 3, "variation": 2.0}, "variation=2.0: use a number from 0 to 1"),
         ({"distill_steps": 3, "lr": 0.0}, "lr=0.0: use positive ones"),
+        ({"distill_steps": 3, "distill_on": []}, "distill_on: there are no batches"),
+        ({"distill_steps": 3, "distill_on": [torch.ones(2, 4)]}, "the first batch of distill_on"),
         ({"keep": 2.0}, "keep=2.0: give a number of the"),
         ({"keep": float("nan")}, "keep=nan: give a number of the"),
         ({"keep": 1.0}, r"keep=1\.0 keeps every neuron"),

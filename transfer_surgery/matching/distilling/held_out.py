@@ -13,7 +13,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from transfer_surgery._running import call_model, explained, modes_kept
+from transfer_surgery._running import (
+    call_model,
+    explained,
+    modes_kept,
+    prediction_mode,
+    to_device_of,
+)
 from transfer_surgery._tensors import map_tensors
 from transfer_surgery.matching.distilling.distill_loss import Loss
 from transfer_surgery.matching.output_errors import OutputErrors
@@ -41,6 +47,22 @@ def hold_out(batches: Iterable[Any]) -> tuple[Iterable[Any], list[Any]]:
     if isinstance(batches, Iterator):  # what was taken from it is gone
         return itertools.chain(first, batches), first
     return batches, first
+
+
+def looked_at_first(network: nn.Module, batches: Iterable[Any]) -> Iterable[Any]:
+    """The batches, once the network has run on the first: much is computed before they are used.
+
+    Raises:
+        ValueError: there are none, or the network does not run on it.
+    """
+    if isinstance(batches, Tensor):
+        return looked_at_first(network, [batches])
+    for first in batches:
+        with prediction_mode(network):
+            teach(network, to_device_of(network, first), "the first batch of distill_on")
+        # What was taken from an iterator is gone.
+        return itertools.chain([first], batches) if isinstance(batches, Iterator) else batches
+    raise ValueError("distill_on: there are no batches; give some of the model's input.")
 
 
 def repeated(batches: Iterable[Any], steps: int) -> Iterator[Any]:

@@ -71,21 +71,29 @@ class SourceBudget:
         model: nn.Module,
         batches: Sequence[Any],
         logits: bool,
-        fit: Callable[[nn.Module], object],
+        fit: Callable[..., object],
         stages: StageComparison,
     ) -> None:
-        """Swap all but what costs most.
+        """Swap all but what costs most. What a site costs is known once it is fitted.
 
         Args:
-            model: a converted and matched model.
+            model: a converted model.
             batches: inputs without labels.
             logits: whether the model returns logits of classes.
-            fit: fits the swapped sites of a model, and the layers behind them.
+            fit: fits the swapped sites of a model, and the layers behind them unless it gets
+                ``refit=False``.
             stages: has the original network as its first row.
 
         Raises:
             ValueError: no number of sites holds the accuracy.
         """
+
+        def fit_quietly(network: nn.Module, **options: bool) -> None:
+            with warnings.catch_warnings():  # the network that is chosen is fitted once more
+                warnings.simplefilter("ignore", MatchWarning)
+                fit(network, **options)
+
+        fit_quietly(model, refit=False)
         if self.neurons is not None:
             swap_targets(model, keep=self.neurons, batches=batches, logits=logits)
             return
@@ -96,9 +104,7 @@ class SourceBudget:
 
         def holds(number: int) -> bool:
             tried = without(number, copied(model))
-            with warnings.catch_warnings():  # the network that is chosen is fitted once more
-                warnings.simplefilter("ignore", MatchWarning)
-                fit(tried)
+            fit_quietly(tried)
             return stages.points_lost(tried) <= float(self.points or 0)
 
         number = self.sites

@@ -20,6 +20,7 @@ from transfer_surgery._tensors import check_learns
 from transfer_surgery.activations import Activation, activation_module, get_target
 from transfer_surgery.matching.distilling.distill_loss import Loss, loss_function
 from transfer_surgery.matching.distilling.distillation import check_settings, distill
+from transfer_surgery.matching.distilling.held_out import looked_at_first
 from transfer_surgery.matching.match import match_targets
 from transfer_surgery.matching.progress import Shown
 from transfer_surgery.matching.swapping.source_budget import SourceBudget
@@ -153,6 +154,8 @@ def swap_activations(
     lesson = loss or ("kl" if logits else "relative")
     if distill_steps:
         check_settings(distill_steps, _TEMPERATURE, lr, variation)
+        if distill_on is not None:
+            distill_on = looked_at_first(model, distill_on)
     teacher = copied(model)
     roles = {site.role for site in plan}
     convert(model, target, plan=plan, roles=roles, granularity=granularity, seed=0)
@@ -174,9 +177,7 @@ def swap_activations(
                 match_targets, batches=fitted_on, offset=offset, logits=logits, progress=progress
             )
             if budget:
-                # What a site costs is known once it is fitted; then the others are fitted around
-                # those that stay.
-                fit(model)
+                # The others are fitted around the sites that stay.
                 budget.spend(model, fitted_on, logits, partial(fit, refit=refit), stages)
             left = fit(model, refit=refit).left
             if not budget:
