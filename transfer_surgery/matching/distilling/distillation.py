@@ -45,7 +45,7 @@ from transfer_surgery.units import gated_activations
 
 _KL_WEIGHT = 4.0  # of the layers' errors beside a divergence, as in the study of ResNets
 _CLIP = 2.0  # highest norm of the gradient
-_RANGE_WEIGHT = 250.0  # of inputs outside of the range of polynomials, beside the layers' errors
+_RANGE_WEIGHT = 0.05  # of inputs outside of the range of polynomials, beside the layers' errors
 _WARMUP = 0.05  # share of the steps in which the learning rate rises
 _LOOKS = 20  # how often the network is compared with its teacher in evaluation mode
 _VARIED = 0.5  # share of the examples that are varied

@@ -119,8 +119,8 @@ class FittedRanges:
 
     def __init__(self, units: Sequence[GatedActivation]) -> None:
         self._units, self._polynomials = units, polynomials(units)
-        self.squares: dict[GatedActivation, list[tuple[Tensor, int]]] = {}
-        """The sum of squared ways of each call, and the number of inputs."""
+        self.squares: dict[GatedActivation, list[Tensor]] = {}
+        """The squared furthest way of each example, for each call."""
 
     @contextmanager
     def watched(self) -> Iterator[None]:
@@ -128,8 +128,7 @@ class FittedRanges:
 
         def count(unit: GatedActivation, x: Tensor) -> None:
             if (unit.training or unit.bounded) and torch.is_grad_enabled():
-                way = self._way(unit, x)
-                found = way.square().sum(), way.numel()
+                found = self._furthest(unit, x).square()
                 if not _recomputes():
                     self.squares.setdefault(unit, []).append(found)
 
@@ -140,14 +139,13 @@ class FittedRanges:
             self.squares.clear()
 
     def penalty(self) -> Tensor:
-        """The mean squared way from the range, in halves of it, summed over sites; else 0.
+        """The mean over examples of the squared furthest way from the range, summed over sites.
 
         It is that since the last call. A site that ran several times has the mean over all of it.
         """
-        found = []
-        for calls in self.squares.values():
-            squares, counts = zip(*calls, strict=True)
-            found.append(torch.stack(squares).sum() / max(sum(counts), 1))
+        # A single input far outside makes an example overflow. In a mean over all inputs of images
+        # it would count for next to nothing.
+        found = [torch.cat(calls).mean() for calls in self.squares.values()]
         self.squares.clear()
         return torch.stack(found).sum() if found else torch.zeros(())
 
@@ -181,6 +179,13 @@ class FittedRanges:
         self, look: Callable[[GatedActivation, Tensor], object]
     ) -> AbstractContextManager[None]:
         return hooked(*(watch_inputs(unit, look) for unit in self._polynomials))
+
+    def _furthest(self, unit: GatedActivation, x: Tensor) -> Tensor:
+        """How far each example, along the first axis, is outside of the range, at its furthest."""
+        way = self._way(unit, x)
+        if not way.numel():
+            return way.new_zeros(1)
+        return way.reshape(len(way) if way.dim() else 1, -1).amax(1)
 
     def _way(self, unit: GatedActivation, x: Tensor) -> Tensor:
         """How far each input is outside of the range, in halves of it; 0 where the source stays."""
