@@ -48,6 +48,22 @@ def test_the_penalty_and_its_gradient_are_those_of_the_definition():
     torch.testing.assert_close(gradients(found, model), gradients(expected, model))
 
 
+def test_one_pixel_far_outside_counts_alike_in_small_and_large_images():
+    model = nn.Sequential(nn.Conv2d(1, 3, 1), nn.ReLU())
+    torch.manual_seed(0)
+    images = torch.rand(4, 1, 32, 32)
+    match_targets(convert(model, "polynomial", example_input=images), [images])
+    swap_targets(model).train()
+    penalties = []
+    for size in (8, 32):
+        x = images[..., :size, :size].clone()
+        x[2, 0, 3, 4] = 9.0
+        with range_penalty(model) as penalty:
+            model(x)
+            penalties.append(penalty().item())
+    assert penalties[0] == pytest.approx(penalties[1]) and penalties[0] > 1
+
+
 def test_only_what_is_trained_since_the_last_call_counts():
     model, x = network(), 3 * X.double()
     first, second = expected_penalty(model, x), expected_penalty(model, 2 * x)
