@@ -15,10 +15,10 @@ from timm.utils import CheckpointSaver, ModelEmaV3
 from torch import Tensor, nn
 from torchvision.transforms.functional import to_tensor
 
+from tests.helpers.photos import draw_photos
 from tests.helpers.shell import in_process, invoke, shell
 from transfer_surgery import load_baked
-from transfer_surgery.cli.swapping.folders import find_images, read_labels, split
-from transfer_surgery.cli.swapping.images import Images, Preprocessing
+from transfer_surgery.cli.swapping.folders import read_labels
 
 NETS = """
 from torch import nn
@@ -66,15 +66,6 @@ def make(**arguments: Any) -> nn.Sequential:
     return model
 
 
-def draw(folder: Path, number: int) -> None:
-    """Bright and dark images of noise, in a folder for each class."""
-    for level, name in ((90, "dark"), (140, "light")):
-        (folder / name).mkdir(parents=True)
-        for i in range(number):
-            pixels = (level + 60 * torch.randn(16, 16, 3)).clamp(0, 255).byte()
-            Image.fromarray(pixels.numpy()).save(folder / name / f"{i}.png")
-
-
 def read(folder: Path) -> tuple[Tensor, Tensor]:
     images = [
         (path, label)
@@ -91,8 +82,8 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("data")
     torch.manual_seed(0)
     (folder / "nets.py").write_text(NETS)
-    draw(folder / "train", 32)
-    draw(folder / "val", 30)
+    draw_photos(folder / "train", 32)
+    draw_photos(folder / "val", 30)
     model, (x, y) = make(), read(folder / "train")
     optimizer = torch.optim.Adam(model.parameters(), 0.02)
     for _ in range(20):
@@ -243,40 +234,6 @@ def test_images_are_resized_as_in_the_validation_of_timm() -> None:
     assert "6 images to fit to, 2 to compare on: 16x16 pixels, 0.5 of each cropped" in said
 
 
-def test_images_to_learn_from_come_shuffled_shifted_and_mirrored_and_others_as_they_are() -> None:
-    paths = find_images(Path("val"))[:6]
-    size, settings = (3, 16, 16), {"mean": (0.5,), "std": (0.25,)}
-    preprocessing = Preprocessing.choose(make(), size, settings, paths)
-    plain = torch.cat([*Images(paths, preprocessing, batch_size=4)])
-    pixels = torch.stack([to_tensor(Image.open(path)) for path in paths])
-    torch.testing.assert_close(plain, (pixels - 0.5) / 0.25)
-    torch.manual_seed(0)
-    learned = Images(paths, preprocessing, batch_size=3, training=True)
-    for batch in (torch.cat([*learned]) for _ in range(3)):
-        assert batch.shape == plain.shape
-        assert not torch.equal(batch, plain)
-        # The middle of each image is somewhere in one of the originals, maybe mirrored.
-        windows = plain.unfold(2, 8, 1).unfold(3, 8, 1).permute(0, 2, 3, 1, 4, 5).flatten(0, 2)
-        windows = torch.cat([windows, windows.flip(-1)])
-        for image in batch:
-            assert (windows == image[:, 4:12, 4:12]).flatten(1).all(1).any()
-
-
-def test_in_teaching_no_batch_is_smaller_and_a_broken_image_is_left_out() -> None:
-    paths = find_images(Path("val"))[:7]
-    settings = {"mean": (0.5,), "std": (0.25,)}
-    preprocessing = Preprocessing.choose(make(), (3, 16, 16), settings, paths)
-    learned = Images(paths, preprocessing, batch_size=3, training=True)
-    assert [len(batch) for batch in learned] == [3, 3]
-    Path("broken.png").write_bytes(paths[0].read_bytes()[:200])
-    learned = Images([*paths[:2], Path("broken.png")], preprocessing, batch_size=3, training=True)
-    with pytest.warns(UserWarning, match=r"broken\.png cannot be read .* goes on without it"):
-        assert [len(batch) for batch in learned] == [2]
-
-
-# --- labels, and which images are used for what --------------------------------------------------
-
-
 def test_labels_are_read_from_folders_and_from_a_file() -> None:
     folders = read_labels(Path("train"), Path("nowhere"))
     assert {(path.parent.name, label) for path, label in folders.items()} == {
@@ -289,28 +246,6 @@ def test_labels_are_read_from_folders_and_from_a_file() -> None:
         assert read_labels(Path("labels.csv"), Path("train")) == folders
     said = in_process(*SWAP, "--labels", "labels.csv", "--json")
     assert json.loads(said.stdout)["examples"] == 16
-
-
-def test_links_to_a_folder_that_is_there_and_hidden_folders_add_no_images() -> None:
-    Path("photos").mkdir()
-    Path("photos/plain").symlink_to(Path("train/dark").resolve())
-    Path("photos/again").symlink_to(Path("photos").resolve())
-    Path("photos/.thumbnails").mkdir()
-    Path("photos/.thumbnails/0.png").write_bytes(Path("val/dark/0.png").read_bytes())
-    names = sorted(path.name for path in Path("train/dark").iterdir())
-    assert find_images(Path("photos")) == [Path("photos/plain", name) for name in names]
-
-
-def test_what_is_compared_on_is_never_learned_from() -> None:
-    images = find_images(Path("train"))
-    same = [Path.cwd() / path for path in images]  # by another name
-    fitted, compared, learned = split(images, same, 10, 1000, seed=0)
-    assert (len(fitted), len(compared), len(learned)) == (10, 16, 48)
-    assert not {path.resolve() for path in compared} & {path.resolve() for path in learned}
-    assert set(fitted) < set(learned)
-    others = find_images(Path("val"))
-    fitted, compared, learned = split(images, others, 1000, 1000, seed=0)
-    assert (len(fitted), sorted(compared), learned) == (64, others, images)
 
 
 # --- errors, before anything is computed ---------------------------------------------------------
