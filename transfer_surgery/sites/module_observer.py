@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from abc import ABC, abstractmethod
 from functools import partial
 from typing import Any
 
@@ -29,7 +30,7 @@ from transfer_surgery.sites.unwatched import Unwatched
 from transfer_surgery.units import class_name
 
 
-class ModuleObserver(TorchFunctionMode):
+class ModuleObserver(TorchFunctionMode, ABC):
     """Follows the modules of a probe by hooks; it is a mode in each thread that they run in.
 
     Args:
@@ -67,9 +68,9 @@ class ModuleObserver(TorchFunctionMode):
         """The module that runs in this thread."""
         return self._stacks.here[-1] if self._stacks.here else self.around
 
+    @abstractmethod
     def is_untouched(self, event: Event) -> bool:
         """Whether the result of an activation has not been changed in place since."""
-        raise NotImplementedError
 
     def let_go(self) -> None:
         """Take the hooks, and what watches the tables, out of the probe."""
