@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.backends import cuda, cudnn, mha
 
 import transfer_surgery as ts
+from transfer_surgery._running import as_written
 from transfer_surgery.reports import plot_activation, plot_gates
 from transfer_surgery.units import compiler_error
 
@@ -189,3 +190,21 @@ def test_what_another_thread_draws_while_a_model_is_examined_does_not_come_again
     torch.manual_seed(0)
     assert len(DRAWN) > 1
     assert [torch.rand(()).item() for _ in DRAWN] == DRAWN
+
+
+def test_code_compiles_again_after_two_threads_have_run_it_as_written():
+    compiled = []
+
+    @torch.compile(backend=lambda graph, example: compiled.append(graph) or graph)
+    def double(x):
+        return 2 * x
+
+    one, other = as_written(), as_written()
+    one.__enter__()
+    other.__enter__()
+    one.__exit__(None, None, None)
+    double(torch.ones(2))
+    assert not compiled
+    other.__exit__(None, None, None)
+    double(torch.ones(2))
+    assert compiled

@@ -6,6 +6,7 @@ import copy
 import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from threading import Lock
 from typing import Any, TypeVar
 from weakref import ref
 
@@ -79,15 +80,39 @@ def prediction_mode(model: nn.Module) -> Iterator[None]:
     """
     with modes_kept(model), RandomnessKept():
         model.eval()
-        with torch.compiler.set_stance("force_eager"), torch.inference_mode(False), torch.no_grad():
+        with as_written(), torch.inference_mode(False), torch.no_grad():
             yield
+
+
+_as_written, _lock = list[AbstractContextManager[Any]](), Lock()
+
+
+@contextmanager
+def as_written() -> Iterator[None]:
+    """What torch.compile has made runs as it was written.
+
+    That holds for all threads. Where several ask for it, the last one to leave ends it: each would
+    otherwise put back what the one before has set, and nothing would ever be compiled again.
+    """
+    with _lock:
+        stance = _as_written[0] if _as_written else torch.compiler.set_stance("force_eager")
+        if not _as_written:
+            stance.__enter__()
+        _as_written.append(stance)
+    try:
+        yield
+    finally:
+        with _lock:
+            _as_written.pop()
+            if not _as_written:
+                stance.__exit__(None, None, None)
 
 
 def run_as_written(*models: nn.Module) -> AbstractContextManager[Any]:
     """Compiled modules of the models run as written; without any, other code may compile."""
     every = (module for model in models for module in model.modules())
     compiled = any(m._compiled_call_impl is not None or hasattr(m, "_orig_mod") for m in every)
-    return torch.compiler.set_stance("force_eager") if compiled else nullcontext()
+    return as_written() if compiled else nullcontext()
 
 
 @contextmanager

@@ -280,3 +280,16 @@ def test_functions_that_torch_compile_has_made_are_edited_as_they_were_written()
         unit.log_alpha.data.fill_(-8.0)
         assert not torch.equal(twin(X), before)
         unit.log_alpha.data.fill_(8.0)
+
+
+class Branches(Layers):
+    def forward(self, x):
+        h = F.silu(self.one(x))
+        return torch.cond(h.sum() > 0, lambda h: h.sin() + 1, lambda h: h - 1, (h,))
+
+
+@gradients_are_looked_at
+def test_a_forward_with_torch_cond_is_examined():
+    model = Branches()
+    assert ("silu_0", "edit") in [(site.path, site.way) for site in find_activations(model, X)]
+    assert_same_runs(model, converted(model, X), X, runs=1)

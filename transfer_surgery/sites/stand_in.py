@@ -10,11 +10,9 @@ from __future__ import annotations
 import contextlib
 import copy
 import logging
-import sys
 import warnings
 from collections import OrderedDict
 from collections.abc import Iterator
-from contextlib import AbstractContextManager
 from types import CellType, FunctionType, MethodType
 from typing import Any
 
@@ -23,6 +21,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.modules import module as torch_module
 
 from transfer_surgery._randomness import RandomnessKept
+from transfer_surgery._running import as_written
 from transfer_surgery.sites.copies import copy_function
 from transfer_surgery.sites.frames import code_of, is_torch
 
@@ -186,15 +185,11 @@ def trying() -> Iterator[None]:
         _tries.pop()
 
 
-def _eager() -> AbstractContextManager[None]:
-    """Functions that torch.compile has made run as they were written, in this thread."""
-    dynamo = sys.modules.get("torch._dynamo.eval_frame")
-    return getattr(dynamo, "_use_eager_on_nested_compile", contextlib.nullcontext)()
-
-
 @contextlib.contextmanager
 def undisturbed(is_fake: bool = False) -> Iterator[None]:
     """Examine in silence: random streams stay, global hooks and warnings wait for real runs.
+
+    Compiled functions run as they were written.
 
     Args:
         is_fake: whether all tensors are fake; torch's random generators then are not used.
@@ -204,7 +199,8 @@ def undisturbed(is_fake: bool = False) -> Iterator[None]:
     try:
         for name in held:
             hooks[name].clear()
-        with trying(), _eager(), RandomnessKept(of_torch=not is_fake), warnings.catch_warnings():
+        kept = RandomnessKept(of_torch=not is_fake)
+        with trying(), as_written(), kept, warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield
     finally:
