@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from threading import Lock
 from typing import Any, TypeVar
 from weakref import ref
@@ -62,15 +62,6 @@ def log_probabilities(logits: Tensor, temperature: float = 1.0) -> Tensor:
     return F.log_softmax(rows / temperature, -1)
 
 
-def kl_divergence(now: Tensor, wanted: Tensor) -> Tensor:
-    """Mean KL divergence of answers from the wanted ones, both as `log_probabilities`."""
-    # A class that is not wanted at all, as a masked one, adds nothing; computed it would be NaN.
-    never = wanted == -torch.inf
-    now, wanted = now.masked_fill(never, 0.0), wanted.masked_fill(never, 0.0)
-    # Rounding can put it below zero, which no divergence is.
-    return F.kl_div(now, wanted, log_target=True, reduction="batchmean").clamp_min(0)
-
-
 @contextmanager
 def prediction_mode(model: nn.Module) -> Iterator[None]:
     """Evaluation mode without gradients; then modes and random streams are as they were.
@@ -106,13 +97,6 @@ def as_written() -> Iterator[None]:
             _as_written.pop()
             if not _as_written:
                 stance.__exit__(None, None, None)
-
-
-def run_as_written(*models: nn.Module) -> AbstractContextManager[Any]:
-    """Compiled modules of the models run as written; without any, other code may compile."""
-    every = (module for model in models for module in model.modules())
-    compiled = any(m._compiled_call_impl is not None or hasattr(m, "_orig_mod") for m in every)
-    return as_written() if compiled else nullcontext()
 
 
 @contextmanager

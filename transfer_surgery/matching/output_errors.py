@@ -13,9 +13,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from transfer_surgery._running import kl_divergence, log_probabilities, logits_of
+from transfer_surgery._running import log_probabilities, logits_of
 from transfer_surgery._tensors import attributes_of
 
 
@@ -205,3 +206,12 @@ class OutputChange:
         if not self._answers:
             return errors, None, None
         return errors, self._divergence / self._answers, self._changed / self._answers
+
+
+def kl_divergence(now: Tensor, wanted: Tensor) -> Tensor:
+    """Mean KL divergence of answers from the wanted ones, both as `log_probabilities`."""
+    # A class that is not wanted at all, as a masked one, adds nothing; computed it would be NaN.
+    never = wanted == -torch.inf
+    now, wanted = now.masked_fill(never, 0.0), wanted.masked_fill(never, 0.0)
+    # Rounding can put it below zero, which no divergence is.
+    return F.kl_div(now, wanted, log_target=True, reduction="batchmean").clamp_min(0)

@@ -9,9 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from transfer_surgery._running import kl_divergence, log_probabilities
+from transfer_surgery._running import log_probabilities
 from transfer_surgery._tensors import map_tensors
-from transfer_surgery.matching.output_errors import OutputErrors, output_tensors, paired_tensors
+from transfer_surgery.matching.output_errors import (
+    OutputErrors,
+    kl_divergence,
+    output_tensors,
+    paired_tensors,
+)
 
 Loss = Callable[[Any, Any], Tensor]
 """Takes the output of the network that learns, and that of the one that teaches."""

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterator, Sequence, Set
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
-from transfer_surgery._running import modes_kept, run_as_written
+from transfer_surgery._running import as_written, modes_kept
 from transfer_surgery.units import GatedActivation
 
 TRAINED = ("all", "targets")
@@ -36,7 +36,7 @@ def ready_to_learn(
             parameter.grad = None
         for parameter in others:
             parameter.requires_grad_(False)
-        with modes_kept(model, teacher), run_as_written(model, teacher):
+        with modes_kept(model, teacher), _run_as_written(model, teacher):
             model.eval()
             teacher.eval()
             for module in model.modules():
@@ -57,6 +57,13 @@ def _follows(module: nn.Module, learning: Set[nn.Parameter]) -> bool:
         is_frozen = module.affine and learning.isdisjoint(module.parameters())
         return module.track_running_stats and bool(module.momentum) and not is_frozen
     return isinstance(module, nn.RNNBase)  # cuDNN has no gradients in evaluation mode
+
+
+def _run_as_written(*models: nn.Module) -> AbstractContextManager[Any]:
+    """Compiled modules of the models run as written; without any, other code may compile."""
+    every = (module for model in models for module in model.modules())
+    compiled = any(m._compiled_call_impl is not None or hasattr(m, "_orig_mod") for m in every)
+    return as_written() if compiled else nullcontext()
 
 
 def trained_parameters(
