@@ -19,7 +19,7 @@ import copy
 import math
 import sys
 import time
-from dataclasses import asdict
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Annotated
@@ -31,10 +31,10 @@ from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 from cifar_resnet import trained_resnet
-from pretrained_recipes import Recipe, best_recipes, recipes, swap_recipes
+from pretrained_recipes import BATCH, Recipe, best_recipes, recipes, swap_recipes
 from pretrained_table import Result, fill, read_results
 from pretrained_training import train
-from study import BATCH, calibration, machine_note, print_commands, write_json
+from study import calibration, machine_note, print_commands, write_json
 
 from transfer_surgery import HardConcrete, Line, convert, match_targets, swap_targets
 from transfer_surgery.cli.finetuning.images import load_cifar10
@@ -71,7 +71,9 @@ def run(
     lesson: Annotated[
         str, typer.Option(help="What trains: labels, teacher (no labels), both.")
     ] = "labels",
-    steps: Annotated[int, typer.Option(min=0, help="Training steps; an epoch has 390.")] = 0,
+    steps: Annotated[
+        int, typer.Option(min=0, help="Training steps; an epoch has 390 of 128 images.")
+    ] = 0,
     opt: Annotated[
         str, typer.Option(help="Optimizer: sgd, adamw (for the teacher's lesson).")
     ] = "sgd",
@@ -81,6 +83,7 @@ def run(
         str, typer.Option(help="Activation to change to: sin, snake, polynomial(degree=4), ...")
     ] = "sin",
     keep: Annotated[float, typer.Option(help="Share of neurons that stay ReLUs.")] = 0.0,
+    batch: Annotated[int, typer.Option(min=2, help="Images of a training step.")] = BATCH,
     threads: Annotated[int, typer.Option(help="Number of CPU threads.")] = 2,
     compiled: Annotated[bool, typer.Option(help="Train with torch.compile.")] = False,
     cache: Annotated[Path | None, typer.Option(help="Folder that keeps matched networks.")] = None,
@@ -89,7 +92,7 @@ def run(
     """One recipe."""
     recipe = Recipe(
         depth, start, weights, images, transfer, noise, order, lesson, steps, opt, lr, seed,
-        target, keep,
+        target, keep, batch,
     )  # fmt: skip
     torch.set_num_threads(threads)
     result = study(recipe, threads, compiled, cache)
@@ -143,7 +146,7 @@ def table(
 
 def study(recipe: Recipe, threads: int, compiled: bool, cache: Path | None) -> Result:
     machine = Machine.choose()
-    data = load_cifar10(batch_size=BATCH, device=machine.device)
+    data = load_cifar10(batch_size=recipe.batch, device=machine.device)
     teacher = machine.place(trained_resnet(recipe.depth))
     torch.manual_seed(recipe.seed)
     batches = calibration(data.train, recipe.images, recipe.seed)
@@ -167,9 +170,7 @@ def prepared(
     recipe: Recipe, teacher: nn.Module, batches: list[Tensor], cache: Path | None
 ) -> tuple[nn.Module, float]:
     """The network before any training, and the seconds that matching took, maybe earlier."""
-    untrained = Recipe(
-        **{**asdict(recipe), "steps": 0, "lesson": "labels", "opt": "sgd", "lr": 0.02}
-    )
+    untrained = replace(recipe, steps=0, lesson="labels", opt="sgd", lr=0.02, batch=BATCH)
     file = None if cache is None else cache / f"{untrained.name}.pt"
     if file is not None and file.exists():
         model, seconds = torch.load(file, weights_only=False)

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-EPOCH = 390  # steps of 128 images
+EPOCH, BATCH = 390, 128  # an epoch's steps, and their images where a recipe has no others
 
 
 @dataclass(frozen=True)
@@ -28,6 +28,11 @@ class Recipe:
     seed: int = 0
     target: str = "sin"
     keep: float = 0.0
+    batch: int = BATCH
+
+    @property
+    def epochs(self) -> float:
+        return self.steps * self.batch / (EPOCH * BATCH)
 
     @property
     def name(self) -> str:
@@ -44,6 +49,8 @@ class Recipe:
             parts.append(f"{self.images}images")
         if self.lr != default.lr:
             parts.append(f"lr{self.lr}")
+        if self.batch != default.batch:
+            parts.append(f"batch{self.batch}")
         return "-".join([*parts, f"{self.steps}steps", f"seed{self.seed}"])
 
 

@@ -48,15 +48,15 @@ def fill(page: str, results: Iterable[Result]) -> str:
 
 def write_tables(results: Iterable[Result]) -> str:
     """A section for each network and number of steps, with the seeds of a recipe in one row."""
-    sections: dict[tuple[int, str, int], dict[Recipe, list[Result]]] = {}
+    sections: dict[tuple[int, str, float], dict[Recipe, list[Result]]] = {}
     for result in results:
         recipe = result.recipe
-        section = sections.setdefault((recipe.depth, recipe.target, recipe.steps), {})
+        section = sections.setdefault((recipe.depth, recipe.target, recipe.epochs), {})
         section.setdefault(Recipe(**{**vars(recipe), "seed": 0}), []).append(result)
     parts = []
-    for (depth, target, steps), rows in sorted(sections.items()):
+    for (depth, target, epochs), rows in sorted(sections.items()):
         what = "" if target == "sin" else f", {target}"
-        parts.append(f"## ResNet-{depth}{what}, {_budget(steps)}\n")
+        parts.append(f"## ResNet-{depth}{what}, {_budget(epochs)}\n")
         head = [
             "start",
             "transfer",
@@ -78,11 +78,12 @@ def write_tables(results: Iterable[Result]) -> str:
     return "\n".join(parts)
 
 
-def _budget(steps: int) -> str:
-    if steps == 0:
+def _budget(epochs: float) -> str:
+    if epochs == 0:
         return "no training"
-    epochs = steps / EPOCH
-    return f"{steps} steps" if epochs % 1 else f"{epochs:.0f} epoch{'s' * (epochs > 1)}"
+    if epochs % 1:
+        return f"{epochs * EPOCH:.0f} steps"
+    return f"{epochs:.0f} epoch{'s' * (epochs > 1)}"
 
 
 def _cells(recipe: Recipe, seeds: list[Result]) -> list[str]:
@@ -95,6 +96,8 @@ def _cells(recipe: Recipe, seeds: list[Result]) -> list[str]:
         settings.append(f"{recipe.images} images")
     if recipe.steps:
         settings.append(f"{recipe.opt} {recipe.lr}")
+    if recipe.batch != default.batch:
+        settings.append(f"batches of {recipe.batch}")
     transfer = recipe.transfer if recipe.start != "relu" else "-"
     if transfer == "soft":
         transfer = f"soft, noise {recipe.noise}, {recipe.order}"

@@ -65,6 +65,28 @@ def test_one_pixel_far_outside_counts_alike_in_small_and_large_images():
     assert penalties[0] > 1
 
 
+@pytest.mark.filterwarnings("ignore::transfer_surgery.MatchWarning")  # six examples
+@pytest.mark.parametrize("shape", [(6, 5), (6, 5, 7), (6, 5, 4, 3), (6, 5, 2, 4, 3)])
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_the_furthest_input_is_found_in_whatever_order_the_memory_has(shape, channels_last):
+    torch.manual_seed(0)
+    x = torch.randn(shape, dtype=torch.float64)
+    if channels_last:
+        x = x.movedim(1, -1).contiguous().movedim(-1, 1)
+    model = nn.Sequential(nn.ReLU()).double()
+    match_targets(convert(model, "polynomial", example_input=x), [x])
+    unit = swap_targets(model).train()[0]
+    x = (2 * x).requires_grad_()
+    with range_penalty(model) as penalty:
+        model(x)
+        found = penalty()
+    _, w, c, *_ = unit.fitted.expand(x)
+    expected = ((w * x + c).abs().flatten(1).amax(1) - 1).clamp_min(0).square().mean()
+    torch.testing.assert_close(found, expected)
+    given = [torch.autograd.grad(value, x)[0] for value in (found, expected)]
+    torch.testing.assert_close(*given)
+
+
 def test_only_what_is_trained_since_the_last_call_counts():
     model, x = network(), 3 * X.double()
     first, second = expected_penalty(model, x), expected_penalty(model, 2 * x)

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from transfer_surgery._running import log_probabilities, logits_of
+from transfer_surgery._answers import log_probabilities, logits_of
 from transfer_surgery._tensors import attributes_of
 
 
