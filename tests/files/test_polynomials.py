@@ -6,6 +6,7 @@ import numpy as np
 import onnx
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from transfer_surgery import (
@@ -54,6 +55,30 @@ def test_the_activations_of_an_onnx_file_are_sums_and_products(fold, tmp_path):
     assert {node.op_type for node in nodes} == {"Add", "Mul"} | layers
 
 
+class LinearOnes(nn.Module):
+    """Linear operations of decoders, whose nodes are neither sums nor products."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = F.pixel_unshuffle(F.interpolate(F.pixel_shuffle(F.pad(x, (1,) * 4), 2), size=10), 2)
+        x = F.interpolate(x, scale_factor=2, mode="bilinear", align_corners=False)
+        x = torch.where(torch.arange(x.shape[-1]) % 2 == 0, x, -x)
+        return x.cumsum(-1).tril()
+
+
+def test_linear_nodes_of_all_kinds_are_polynomials(tmp_path):
+    model = nn.Sequential(nn.Conv2d(3, 4, 1), LinearOnes()).eval()
+    export_onnx(model, X, tmp_path / "model.onnx", polynomial=True)
+    nodes = onnx.load(tmp_path / "model.onnx").graph.node
+    assert {"Resize", "DepthToSpace", "CumSum", "Where", "Trilu"} <= {node.op_type for node in nodes}
+
+
+class Chosen(nn.Module):
+    """What is chosen depends on the input."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.where(x > 0, x, -x)
+
+
 @pytest.mark.parametrize(
     ("make", "named"),
     [
@@ -61,6 +86,7 @@ def test_the_activations_of_an_onnx_file_are_sums_and_products(fold, tmp_path):
         (network, r"3 nodes .* \(Relu\), .* \(Gelu\), .* \(Tanh\)"),
         (lambda: nn.Sequential(nn.Linear(8, 2), nn.LayerNorm(2)), r"\(LayerNormalization\)"),
         (Rounded, r"1 nodes .* \(Cast\)"),
+        (Chosen, r"2 nodes .* \(Greater\), .* \(Where\)"),
     ],
 )
 def test_a_graph_with_other_nodes_is_refused_and_nothing_is_written(make, named, tmp_path):

@@ -5,13 +5,17 @@ from __future__ import annotations
 from typing import Any
 
 _LINEAR = {
-    *("Add", "AveragePool", "Concat", "Expand", "Flatten", "Gather", "GlobalAveragePool"),
-    *("Identity", "Neg", "Pad", "ReduceMean", "ReduceSum", "Reshape", "Slice", "Split", "Squeeze"),
-    *("Sub", "Sum", "Tile", "Transpose", "Unsqueeze"),
+    *("Add", "AveragePool", "Col2Im", "Concat", "CumSum", "DepthToSpace", "Expand", "Flatten"),
+    *("Gather", "GatherElements", "GatherND", "GlobalAveragePool", "Identity", "Mean", "Neg", "Pad"),
+    *("ReduceMean", "ReduceSum", "Reshape", "Resize", "Slice", "SpaceToDepth", "Split", "Squeeze"),
+    *("Sub", "Sum", "Tile", "Transpose", "Trilu", "Unsqueeze"),
 }
 _PRODUCTS = {"Conv", "ConvTranspose", "Einsum", "Gemm", "MatMul", "Mul"}
 _SHAPES = {"Shape", "Size"}
-_BY_FIRST = {"BatchNormalization", "Div", "Gather", "Pow", "Reshape", "Slice"}
+_BY_FIRST = {
+    *("BatchNormalization", "CumSum", "Div", "Gather", "GatherElements", "GatherND", "Pow"),
+    *("Reshape", "Resize", "Slice"),
+}
 """These are polynomials of their first input alone, where the others are constant."""
 
 
@@ -45,6 +49,8 @@ def _is_polynomial(node: Any, constant: set[Any]) -> bool:
     rest = [value for value in node.inputs[1:] if value is not None]
     if node.op_type in _BY_FIRST and not all(value in constant for value in rest):
         return False
+    if node.op_type == "Where":
+        return node.inputs[0] in constant
     if node.op_type == "Pow":
         exponent = rest[0].const_value
         values = [] if exponent is None else exponent.numpy().flatten().tolist()
