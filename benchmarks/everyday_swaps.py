@@ -4,8 +4,8 @@
     python benchmarks/everyday_swaps.py table
 
 `run` trains a small network on MNIST, swaps its activations in several ways, fine-tunes each (or
-distils it: polynomials), and writes a JSON file to benchmarks/results/everyday. `table` puts the tables into docs/everyday.md.
-The folder named by TRANSFER_SURGERY_DATA must have MNIST.
+distils it: polynomials), and writes a JSON file to benchmarks/results/everyday. `table` puts the
+tables into docs/everyday.md. The folder named by TRANSFER_SURGERY_DATA must have MNIST.
 """
 
 from __future__ import annotations
@@ -109,7 +109,7 @@ def run(
         before = predict(model, test_images, machine)
         zeros = share_of_zeros(model, some)
         torch.manual_seed(seed)  # the same batches for each start
-        if start != "original" and target == "polynomial":
+        if start in ("matched", "refitted") and target == "polynomial":
             # Training after `bake` has neither bounds nor the penalty: it would overflow.
             model, left = swapped(teacher, source, target, start, batches, teach=teach)
         else:

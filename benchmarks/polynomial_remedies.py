@@ -12,6 +12,7 @@ from __future__ import annotations
 import copy
 import json
 import math
+import re
 import sys
 import warnings
 from contextlib import ExitStack
@@ -92,12 +93,14 @@ class Result:
     outside: list[float]
     machine: str
     divergence: float | None = None
+    original: float | None = None
+    """The error of the original network on the same images."""
 
 
 @app.command()
 def run(
     cache: Annotated[Path, typer.Option(help="Folder that keeps the matched network.")],
-    steps: Annotated[int, typer.Option(min=PARTS, help="Training steps.")] = 60,
+    steps: Annotated[int, typer.Option(min=PARTS, help="Training steps.")] = 390,
     name: Annotated[list[str] | None, typer.Option(help="Only these; several times.")] = None,
     limit: Annotated[int, typer.Option(help="Number of training images.")] = 50_000,
     folder: Folder = RESULTS,
@@ -105,10 +108,12 @@ def run(
     """Measure those that have no file yet for so many steps."""
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
-    for index, (remedy, settings) in enumerate(REMEDIES.items()):
-        file = folder / f"{index:02}-{steps}.json"
+    for remedy, settings in REMEDIES.items():
+        file = folder / f"{re.sub(r'[^a-z0-9]+', '-', remedy)}-{steps}steps.json"
         if not file.exists() and (not name or remedy in name):
-            write_json(measured(remedy, settings, steps, limit, cache), file)
+            # Networks matched to other images are others, as are those of benchmarks/pretrained.py.
+            own = cache / f"without-{HELD_OUT}-of-{limit}"
+            write_json(measured(remedy, settings, steps, limit, own), file)
             print(file.read_text())
 
 
@@ -146,13 +151,14 @@ def measured(name: str, remedy: Remedy, steps: int, limit: int, cache: Path) -> 
             print(error)
     found = predict(model, held_out, machine)
     overflow = 1 - found.logits.isfinite().all(1).double().mean().item()
-    wanted = predict(teacher, held_out, machine).logits
+    wanted = predict(teacher, held_out, machine)
     divergence = F.kl_div(
-        found.logits.log_softmax(1), wanted.log_softmax(1), reduction="batchmean", log_target=True
-    ).item()
+        found.logits.log_softmax(1), wanted.logits.log_softmax(1),
+        reduction="batchmean", log_target=True,
+    ).item()  # fmt: skip
     return Result(
         name, steps, 1 - found.accuracy, overflow, furthest, outside, machine_note(machine, 1),
-        divergence if math.isfinite(divergence) else None,
+        divergence if math.isfinite(divergence) else None, 1 - wanted.accuracy,
     )  # fmt: skip
 
 
@@ -197,7 +203,7 @@ def table(
 ) -> None:
     """Write the table."""
     results = [Result(**json.loads(file.read_text())) for file in sorted(folder.glob("*.json"))]
-    results.sort(key=lambda one: one.steps)
+    results.sort(key=lambda one: (one.steps, one.error))
     head = ["remedy", "steps", "held-out error", "divergence", "overflow",
             "furthest input, in ranges", "most outside at a site"]  # fmt: skip
     rows = [
@@ -211,6 +217,8 @@ def table(
     ]  # fmt: skip
     machines = "; ".join(sorted({one.machine for one in results}))
     text = f"{markdown_table(head, rows)}\n\n{machines}."
+    if known := [one.original for one in results if one.original is not None]:
+        text += f" The original network has {known[0]:.1%} on these images."
     page.write_text(fill_blocks(page.read_text(), {"remedies": text}))
 
 

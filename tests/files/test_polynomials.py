@@ -68,8 +68,15 @@ class LinearOnes(nn.Module):
 def test_linear_nodes_of_all_kinds_are_polynomials(tmp_path):
     model = nn.Sequential(nn.Conv2d(3, 4, 1), LinearOnes()).eval()
     export_onnx(model, X, tmp_path / "model.onnx", polynomial=True)
-    nodes = onnx.load(tmp_path / "model.onnx").graph.node
-    assert {"Resize", "DepthToSpace", "CumSum", "Where", "Trilu"} <= {node.op_type for node in nodes}
+    found = {node.op_type for node in onnx.load(tmp_path / "model.onnx").graph.node}
+    assert {"Resize", "DepthToSpace", "CumSum", "Where", "Trilu"} <= found
+
+
+class Branches(nn.Module):
+    """A branch reads the input by itself: the node has a constant alone as its input."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.cond(x.shape[0] > 3, lambda t: t.relu(), lambda t: t.sin(), (x,))
 
 
 class Chosen(nn.Module):
@@ -86,6 +93,7 @@ class Chosen(nn.Module):
         (network, r"3 nodes .* \(Relu\), .* \(Gelu\), .* \(Tanh\)"),
         (lambda: nn.Sequential(nn.Linear(8, 2), nn.LayerNorm(2)), r"\(LayerNormalization\)"),
         (Rounded, r"1 nodes .* \(Cast\)"),
+        (Branches, r"1 nodes .* \(If\)"),
         (Chosen, r"2 nodes .* \(Greater\), .* \(Where\)"),
     ],
 )
@@ -139,6 +147,15 @@ def test_the_range_is_that_of_the_inputs_of_the_fit(tmp_path):
     save_polynomials(polynomial(model), tmp_path / "polynomials.json")
     found = json.loads((tmp_path / "polynomials.json").read_text())["sites"]["2"]["range"]
     torch.testing.assert_close(torch.tensor(found), torch.stack(x.aminmax(dim=1), 1))
+
+
+def test_coefficients_may_be_as_large_as_float64_holds(tmp_path):
+    model = polynomial(network()).double()
+    fitted = next(m for m in model.modules() if isinstance(m, FittedActivation))
+    fitted.a.data *= 1e60
+    save_polynomials(model, tmp_path / "polynomials.json")
+    found = json.loads((tmp_path / "polynomials.json").read_text())["sites"]["2"]["coefficients"]
+    assert np.abs(found).max() > 1e50
 
 
 def test_only_fitted_polynomials_and_files_of_them_are_written(tmp_path):

@@ -7,7 +7,14 @@ import torch
 from torch import nn
 
 from tests.helpers.same_bits import assert_same_bits
-from transfer_surgery import DistillWarning, convert, distill, match_targets, swap_targets
+from transfer_surgery import (
+    DistillWarning,
+    convert,
+    distill,
+    match_targets,
+    range_penalty,
+    swap_targets,
+)
 from transfer_surgery.matching.distilling.polynomial_range import FittedRanges
 from transfer_surgery.units import gated_activations
 
@@ -50,7 +57,7 @@ def test_a_start_that_overflows_is_trained_until_the_outputs_are_finite(last):
     model, teacher, x = polynomials(3, 2, times=5)
     batches = [*x.split(HELD_OUT) * 2, x[-last:]]
     assert model(x[-HELD_OUT:]).abs().max() > 0.5
-    with pytest.warns(DistillWarning, match=r"overflow at the start, .* range .*: \d \("):
+    with pytest.warns(DistillWarning, match=r"overflow at the start, .* range .*: \d \(\d"):
         found = distill(
             model,
             teacher,
@@ -68,9 +75,33 @@ def test_a_start_that_overflows_is_trained_until_the_outputs_are_finite(last):
 def test_outputs_that_overflow_to_the_end_are_refused_with_the_names_of_the_sites():
     model, teacher, x = polynomials(6, 3, times=20)
     before = copy.deepcopy(model.state_dict())
-    with pytest.raises(ValueError, match=r"overflow after 5 steps .*: 1 \(.* times\), 3 \(.*keep="):
+    with pytest.raises(ValueError, match=r"overflow after 5 steps .*: 1 \(.*\), 3 \(.*keep="):
         distill(model, teacher, x.split(HELD_OUT), steps=5, variation=0.0)
     assert_same_bits(model, before)
+
+
+@pytest.mark.filterwarnings("ignore::transfer_surgery.MatchWarning")
+def test_polynomials_that_count_but_were_not_fitted_are_refused():
+    model, teacher, x = polynomials(2, 2, times=1)
+    model = convert(copy.deepcopy(teacher), "polynomial", example_input=x)
+    match_targets(model, [x], include="1")
+    swap_targets(model)
+    with pytest.raises(ValueError, match=r"^3: these polynomials were not fitted"):
+        distill(model, teacher, x.split(HELD_OUT), steps=1)
+    with pytest.raises(ValueError, match=r"^3: these polynomials were not fitted"):
+        range_penalty(model)
+
+
+@pytest.mark.filterwarnings("ignore::transfer_surgery.DistillWarning")
+def test_a_message_names_sites_by_their_paths_in_the_whole_model():
+    torch.manual_seed(0)
+    parts = [nn.Sequential(nn.Linear(8, 8), nn.ReLU()) for _ in range(2)]
+    teacher, x = copy.deepcopy(nn.Sequential(*parts)).eval(), torch.randn(256, 8)
+    for part in parts:
+        match_targets(convert(part, "polynomial", example_input=x), [x])
+    model = swap_targets(nn.Sequential(*parts))
+    with pytest.raises(ValueError, match=r"overflow after 1 steps .*: 0\.1 \(.*\), 1\.1 \("):
+        distill(model, teacher, [1e15 * x], steps=1, variation=0.0)
 
 
 def test_inputs_that_are_nan_are_no_overflow():
@@ -105,7 +136,7 @@ def test_the_penalty_counts_all_calls_of_a_site_and_sites_of_parts_that_were_con
     units = [unit for _, unit in gated_activations(model)]
     for unit in units:
         unit.register_forward_pre_hook(lambda unit, args: seen.append((unit, *args)))
-    ranges = FittedRanges(units)
+    ranges = FittedRanges(model)
     with ranges.watched():
         model(3 * x)
         found = ranges.penalty()

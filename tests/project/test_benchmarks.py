@@ -27,7 +27,14 @@ def test_a_training_step_is_measured(program: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "swap", ["gelu-relu", pytest.param("gelu-sin-vit", marks=pytest.mark.long)]
+    "swap",
+    [
+        "gelu-relu",
+        *(
+            pytest.param(swap, marks=pytest.mark.long)
+            for swap in ("gelu-sin-vit", "gelu-polynomial-vit")
+        ),
+    ],
 )
 def test_an_everyday_swap_runs(swap: str, data_folder: Path, tmp_path: Path) -> None:
     options = ("--steps", 20, "--tune-steps", 2, "--images", 128, "--limit", 512)

@@ -6,9 +6,9 @@ from typing import Any
 
 _LINEAR = {
     *("Add", "AveragePool", "Col2Im", "Concat", "CumSum", "DepthToSpace", "Expand", "Flatten"),
-    *("Gather", "GatherElements", "GatherND", "GlobalAveragePool", "Identity", "Mean", "Neg", "Pad"),
-    *("ReduceMean", "ReduceSum", "Reshape", "Resize", "Slice", "SpaceToDepth", "Split", "Squeeze"),
-    *("Sub", "Sum", "Tile", "Transpose", "Trilu", "Unsqueeze"),
+    *("Gather", "GatherElements", "GatherND", "GlobalAveragePool", "Identity", "Mean", "Neg"),
+    *("Pad", "ReduceMean", "ReduceSum", "Reshape", "Resize", "Slice", "SpaceToDepth", "Split"),
+    *("Squeeze", "Sub", "Sum", "Tile", "Transpose", "Trilu", "Unsqueeze"),
 }
 _PRODUCTS = {"Conv", "ConvTranspose", "Einsum", "Gemm", "MatMul", "Mul"}
 _SHAPES = {"Shape", "Size"}
@@ -32,10 +32,12 @@ def check_polynomial(graph: Any) -> None:
     others = []
     for node in graph:
         given = [value for value in node.inputs if value is not None]
-        if node.op_type in _SHAPES or all(value in constant for value in given):
+        if any(one.type.name.startswith("GRAPH") for one in node.attributes.values()):
+            others.append(_named(node))  # an If, say, whose branches read the input by themselves
+        elif node.op_type in _SHAPES or all(value in constant for value in given):
             constant.update(node.outputs)
         elif not _is_polynomial(node, constant):
-            others.append(f"{node.name or 'a node'} ({node.op_type})")
+            others.append(_named(node))
     if others:
         named = ", ".join(others[:5]) + ", ..." * (len(others) > 5)
         raise ValueError(
@@ -43,6 +45,10 @@ def check_polynomial(graph: Any) -> None:
             "activations there to polynomials, and replace maxima, norms and softmax in the model, "
             "or leave out polynomial=True."
         )
+
+
+def _named(node: Any) -> str:
+    return f"{node.name or 'a node'} ({node.op_type})"
 
 
 def _is_polynomial(node: Any, constant: set[Any]) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -23,13 +24,15 @@ _KIND = "transfer_surgery polynomials"
 def save_polynomials(model: nn.Module, path: str | os.PathLike[str]) -> None:
     """Write the polynomials of a baked network as JSON, for compilers of encrypted computing.
 
-    Under ``"sites"`` the file has, for each path of a polynomial in the model:
+    Under ``"sites"`` the file has, for each path of a polynomial in the model (a site that keeps
+    all of its source has none):
 
     - ``"coefficients"``: those of ``1, x, x**2, ...``, where ``x`` is the input of the site, one
       list for each gate, as float64 numbers computed from the parameters.
     - ``"range"``: the lowest and the highest input that each polynomial was fitted to; it is wider
       where these hardly differ. Beyond it a polynomial says nothing about the function that it
       stands for.
+    - ``"degree"`` of the polynomials.
     - ``"shape"`` of the gates, such as ``[64]``, and ``"trailing"``, the number of axes of the
       input behind theirs, such as 2 for channels of images.
     - ``"gates"``, only where a site keeps a part of its source: 0 for each gate whose polynomial
@@ -85,7 +88,8 @@ def save_polynomials(model: nn.Module, path: str | os.PathLike[str]) -> None:
             "and call match_targets, swap_targets and bake."
         )
     for name, site in sites.items():
-        if not all(torch.tensor(site[key]).isfinite().all() for key in ("coefficients", "range")):
+        gates = [*site["coefficients"], *site["range"]]
+        if not all(math.isfinite(number) for gate in gates for number in gate):
             raise ValueError(
                 f"{name}: a coefficient, or an end of the range, is not finite, which JSON does "
                 "not have: call match_targets again before bake."

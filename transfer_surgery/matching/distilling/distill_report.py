@@ -87,8 +87,9 @@ def warn_of_overflow(far: str) -> None:
     """Warn that the network at the start is no good, but that it can be trained."""
     warnings.warn(
         "the outputs for the held-out batches overflow at the start, since inputs leave the range "
-        f"of the polynomials' fit: {far}. Training starts nonetheless, with bounded polynomials. "
-        "The best state without bounds is kept; if all of them overflow, there will be an error.",
+        f"of the polynomials' fit. Their distances from its middle, in halves of it: {far}. "
+        "Training starts nonetheless, with bounded polynomials. The best state without bounds is "
+        "kept; if all of them overflow, there will be an error.",
         DistillWarning,
         stacklevel=user_stacklevel(),
     )
@@ -98,7 +99,7 @@ def overflow_remains(steps: int, far: str) -> str:
     """What to say where no state had finite outputs."""
     return (
         f"the outputs for the held-out batches overflow after {steps} steps as at the start, so "
-        f"the model is as it was. Inputs left the range of the polynomials' fit: {far}. Take more "
-        "steps, keep some sources with swap_targets(keep=0.2), or convert to polynomials of a "
-        "higher degree."
+        "the model is as it was. Inputs left the range of the polynomials' fit. Their distances "
+        f"from its middle at the start, in halves of it: {far}. Take more steps, keep some sources "
+        "with swap_targets(keep=0.2), or convert to polynomials of a higher degree."
     )

@@ -31,7 +31,7 @@ from transfer_surgery.matching.distilling.held_out import (
     teach,
 )
 from transfer_surgery.matching.distilling.layer_outputs import LayerOutputs, layers_to_compare
-from transfer_surgery.matching.distilling.polynomial_range import FittedRanges, polynomials_bounded
+from transfer_surgery.matching.distilling.polynomial_range import FittedRanges
 from transfer_surgery.matching.distilling.trained import (
     TRAINED,
     GraphsKept,
@@ -94,7 +94,7 @@ def distill(
             mode and not changed.
         batches: inputs without labels, as for `match_targets`. They are repeated as often as
             needed; shuffle and augment them as for training. Of a list of eight or more the last
-            eighth is held out.
+            eighth is held out; of others the first eight are looked at, and trained on as well.
         steps: number of optimizer steps.
         loss: ``"relative"``; ``"mse"``, the mean of the mean squared errors; ``"kl"``, the
             Kullback-Leibler divergence of softened logits, times the square of the temperature
@@ -120,9 +120,9 @@ def distill(
         The loss of each step, with the errors of the outputs before and after.
 
     Raises:
-        ValueError: the model is not converted, all its gates are at their source, an argument is
-            unknown or does not suit the outputs, there are no batches, the outputs are not finite,
-            or polynomials overflow to the end.
+        ValueError: the model is not converted, all its gates are at their source, a polynomial was
+            not fitted, an argument is unknown or does not suit the outputs, there are no batches,
+            the outputs are not finite, or polynomials overflow to the end.
         TypeError: the outputs have no floating tensors, or those of the two networks differ in kind
             or shape.
 
@@ -153,6 +153,7 @@ def distill(
             "every gate is at its source, so that no target would be trained: call "
             "swap_targets(model) first."
         )
+    ranges = FittedRanges(model)
     trained = trained_parameters(model, units, train)
     paths = layers_to_compare(model, teacher, features)
     ours, theirs = LayerOutputs(model, paths), LayerOutputs(teacher, paths)
@@ -171,7 +172,7 @@ def distill(
         small = SMALL if loss in ("relative", "kl", "bce") else 0.0  # others have a unit
         examination = Examination(model, trained, compare, given, further)
         usual = start = now_at = examination.look(0)
-        ranges, far = FittedRanges(units), ""
+        far = ""
         if start == math.inf:
             usual, far = ranges.look_within_bounds(examination)
             warn_of_overflow(far)
@@ -186,7 +187,7 @@ def distill(
 
         def backward(batch: Any, wanted: Any) -> Tensor:
             optimizer.zero_grad()
-            with polynomials_bounded(units), ranges.watched(), graphs:
+            with ranges.bounded(), ranges.watched(), graphs:
                 found = compare(call_model(model, map_tensors(detached_copy, batch)), wanted)
                 inside = ours.error(theirs) + _RANGE_WEIGHT * ranges.penalty()
                 found = found + weight * inside.to(found)
@@ -196,7 +197,7 @@ def distill(
         with ours.watched(), theirs.watched(), show as tell:
             for step, batch in enumerate(kept.outside(repeated(batches, steps)), 1):
                 batch = varied(to_device_of(model, batch), strength, _VARIED)
-                optimizer.param_groups[0]["lr"] = lr * _rate(step / steps)
+                optimizer.param_groups[0]["lr"] = lr * _rate((step - 0.5) / steps)
                 wanted = teach(teacher, batch, f"the batch of step {step}")
                 try:
                     found = backward(batch, wanted)
@@ -216,7 +217,7 @@ def distill(
                 if not finite or step * _LOOKS // steps > (step - 1) * _LOOKS // steps:
                     now_at = examination.look(step) if finite else math.inf
                     if now_at > (limit := _WORSE * max(usual, small)):
-                        with polynomials_bounded(units):
+                        with ranges.bounded():
                             # An overflow without bounds alone does not spoil the training.
                             if not finite or examination.loss() > limit:
                                 examination.go_back()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 
 import torch
@@ -11,33 +11,15 @@ from torch import Tensor, nn
 
 from transfer_surgery._messages import check_arguments
 from transfer_surgery._running import hooked
+from transfer_surgery.activations import degree_of
 from transfer_surgery.matching.distilling.held_out import Examination
 from transfer_surgery.units import (
     GatedActivation,
-    TargetParameters,
     gated_activations,
     watch_inputs,
 )
 
 _NAMED = 5
-
-
-def polynomials(units: Sequence[GatedActivation]) -> dict[GatedActivation, TargetParameters]:
-    """The units whose fitted targets are polynomials, and the parameters of these."""
-    found = {unit: unit.fitted for unit in units if unit.fitted is not None}
-    return {unit: fitted for unit, fitted in found.items() if fitted.k is not None}
-
-
-@contextmanager
-def polynomials_bounded(units: Sequence[GatedActivation]) -> Iterator[None]:
-    """Polynomials do not grow far beyond the range of their fit, as in training mode."""
-    for unit in units:
-        unit.bounded = True
-    try:
-        yield
-    finally:
-        for unit in units:
-            unit.bounded = False
 
 
 def range_penalty(model: nn.Module) -> AbstractContextManager[Callable[[], Tensor]]:
@@ -58,7 +40,8 @@ def range_penalty(model: nn.Module) -> AbstractContextManager[Callable[[], Tenso
         examples, summed over the sites. Channels that keep their source count as inside.
 
     Raises:
-        ValueError: the model is not converted, or has no fitted polynomials.
+        ValueError: the model is not converted, has no fitted polynomials, or transferred ones that
+            are not fitted.
         RuntimeError: the function raises it, where no polynomial ran since the last call.
 
     Examples:
@@ -80,13 +63,13 @@ def range_penalty(model: nn.Module) -> AbstractContextManager[Callable[[], Tenso
         True
     """
     check_arguments(range_penalty, locals())
-    units = [unit for _, unit in gated_activations(model)]
-    if not polynomials(units):
+    ranges = FittedRanges(model)
+    if not ranges:
         raise ValueError(
             "the model has no fitted polynomials: convert it with target='polynomial', and call "
             "match_targets."
         )
-    return _penalty_of(FittedRanges(units))
+    return _penalty_of(ranges)
 
 
 @contextmanager
@@ -105,6 +88,17 @@ def _penalty_of(ranges: FittedRanges) -> Iterator[Callable[[], Tensor]]:
         yield penalty
 
 
+@contextmanager
+def _bounded(units: Iterable[GatedActivation]) -> Iterator[None]:
+    for unit in units:
+        unit.bounded = True
+    try:
+        yield
+    finally:
+        for unit in units:
+            unit.bounded = False
+
+
 def _recomputes() -> bool:
     """Whether a backward pass runs, in which gradient checkpointing runs the network again."""
     return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
@@ -114,13 +108,34 @@ class FittedRanges:
     """How far inputs leave the range of the polynomials that they go to.
 
     Args:
-        units: those of a network; others than polynomials are left out.
+        model: a converted model; its sites whose targets are no polynomials are left out.
+
+    Raises:
+        ValueError: a polynomial that counts is not fitted, so that it has no range.
     """
 
-    def __init__(self, units: Sequence[GatedActivation]) -> None:
-        self._units, self._polynomials = units, polynomials(units)
+    def __init__(self, model: nn.Module) -> None:
+        self._paths: dict[GatedActivation, str] = {}
         self.squares: dict[GatedActivation, list[Tensor]] = {}
         """The squared furthest way of each example, for each call."""
+        unfitted = []
+        for path, unit in gated_activations(model):
+            if degree_of(unit.target) and unit.fitted is not None:
+                self._paths[unit] = path
+            elif degree_of(unit.target) and not bool((unit.gate.predict() == 1).all()):
+                unfitted.append(path)
+        if unfitted:
+            raise ValueError(
+                f"{', '.join(unfitted)}: these polynomials were not fitted, so that they have no "
+                "range: call match_targets with batches that come to them first."
+            )
+
+    def __len__(self) -> int:
+        return len(self._paths)
+
+    def bounded(self) -> AbstractContextManager[None]:
+        """Polynomials do not grow far beyond the range of their fit, as in training mode."""
+        return _bounded(self._paths)
 
     @contextmanager
     def watched(self) -> Iterator[None]:
@@ -154,32 +169,33 @@ class FittedRanges:
         """What bounded polynomials do with held-out inputs, where they overflow without bounds.
 
         Returns:
-            The loss, and for messages the sites whose inputs leave the range furthest.
+            The loss, and for messages the sites whose inputs leave the range furthest, with the
+            distances from its middle in halves of it.
 
         Raises:
             ValueError: the outputs are not finite either, so that polynomials are not the cause.
         """
-        furthest: dict[str, float] = {}
+        furthest = dict.fromkeys(self._paths.values(), 0.0)
 
         def look(unit: GatedActivation, x: Tensor) -> None:
             if x.numel():
-                way = self._furthest(unit, x).max().item()
-                furthest[unit.path] = max(furthest.get(unit.path, 0.0), way)
+                path = self._paths[unit]
+                furthest[path] = max(furthest[path], self._furthest(unit, x).max().item())
 
-        with polynomials_bounded(self._units), self._shown(look):
+        with self.bounded(), self._shown(look):
             loss = examination.loss()
         left = sorted((path for path in furthest if furthest[path] > 0), key=lambda p: -furthest[p])
         if loss == math.inf or not left:
             raise ValueError(
                 "the outputs for the held-out batches are not finite: look for NaN in the batches."
             )
-        rest = ", ..." if len(left) > _NAMED else ""
-        return loss, ", ".join(f"{p} ({1 + furthest[p]:.3g} times)" for p in left[:_NAMED]) + rest
+        named = ", ".join(f"{path} ({1 + furthest[path]:.3g})" for path in left[:_NAMED])
+        return loss, named + ", ..." * (len(left) > _NAMED)
 
     def _shown(
         self, look: Callable[[GatedActivation, Tensor], object]
     ) -> AbstractContextManager[None]:
-        return hooked(*(watch_inputs(unit, look) for unit in self._polynomials))
+        return hooked(*(watch_inputs(unit, look) for unit in self._paths))
 
     def _furthest(self, unit: GatedActivation, x: Tensor) -> Tensor:
         """How far each example, along the first axis, is outside of the range, at its furthest.
@@ -189,7 +205,8 @@ class FittedRanges:
         if not x.numel():
             return x.new_zeros(0)
         x = x.reshape(1) if not x.dim() else x
-        _, w, c, *_ = self._polynomials[unit].expand(x)
+        assert unit.fitted is not None
+        _, w, c, *_ = unit.fitted.expand(x)
         z = unit.granularity.expand(unit.gate.predict().detach(), x)
         place = _furthest_place(x, *(torch.where(z == 1, 0.0, n.detach()) for n in (w, c)))
         # Only the furthest inputs have gradients.
