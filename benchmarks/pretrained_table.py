@@ -9,7 +9,7 @@ from pathlib import Path
 from statistics import mean, stdev
 
 from markdown_page import fill_blocks, markdown_table
-from pretrained_recipes import EPOCH, Recipe
+from pretrained_recipes import Recipe
 
 
 @dataclass(frozen=True)
@@ -81,9 +81,7 @@ def write_tables(results: Iterable[Result]) -> str:
 def _budget(epochs: float) -> str:
     if epochs == 0:
         return "no training"
-    if epochs % 1:
-        return f"{epochs * EPOCH:.0f} steps"
-    return f"{epochs:.0f} epoch{'s' * (epochs > 1)}"
+    return f"{epochs:.2g} epoch{'s' * (epochs != 1)}"
 
 
 def _cells(recipe: Recipe, seeds: list[Result]) -> list[str]:
