@@ -86,10 +86,37 @@ def test_polynomials_that_count_but_were_not_fitted_are_refused():
     model = convert(copy.deepcopy(teacher), "polynomial", example_input=x)
     match_targets(model, [x], include="1")
     swap_targets(model)
-    with pytest.raises(ValueError, match=r"^3: these polynomials were not fitted"):
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(ValueError, match=r"^3: this polynomial was not fitted"):
         distill(model, teacher, x.split(HELD_OUT), steps=1)
-    with pytest.raises(ValueError, match=r"^3: these polynomials were not fitted"):
-        range_penalty(model)
+    assert_same_bits(model, before)
+    with range_penalty(model), pytest.raises(ValueError, match=r"^3: this polynomial was not"):
+        model.train()(x)
+
+
+class Auxiliary(nn.Module):
+    """A head that training alone has, which `match_targets` and `distill` do not come to."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.main, self.head = nn.Linear(8, 8), nn.Sequential(nn.Linear(8, 8), nn.ReLU())
+        self.act = nn.ReLU()
+
+    def forward(self, x):
+        y = self.act(self.main(x))
+        return y + self.head(x) if self.training else y
+
+
+@pytest.mark.filterwarnings("ignore::transfer_surgery.MatchWarning")
+@pytest.mark.filterwarnings("ignore::transfer_surgery.DistillWarning")
+def test_a_polynomial_that_does_not_run_need_not_be_fitted():
+    torch.manual_seed(0)
+    teacher, x = Auxiliary().eval(), torch.randn(256, 8)
+    model = convert(copy.deepcopy(teacher), "polynomial", example_input=x)
+    match_targets(model, [x])
+    unfitted = [path for path, unit in gated_activations(model) if unit.fitted is None]
+    assert unfitted == ["head.1"]
+    assert len(distill(swap_targets(model), teacher, x.split(HELD_OUT), steps=2)) == 2
 
 
 @pytest.mark.filterwarnings("ignore::transfer_surgery.DistillWarning")

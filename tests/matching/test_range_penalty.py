@@ -116,6 +116,20 @@ def test_gradient_checkpointing_changes_nothing():
     torch.testing.assert_close(*found)
 
 
+@pytest.mark.filterwarnings("ignore:The .grad attribute")  # of torch's compiler
+@pytest.mark.parametrize("dynamic", [None, True])
+def test_a_model_that_is_compiled_inside_is_punished_as_any_other(dynamic):
+    model = network()
+    with range_penalty(model) as penalty:
+        compiled = torch.compile(model, backend="eager", fullgraph=True, dynamic=dynamic)
+        for size in (64, 32, 16):
+            x = 3 * X[:size].double()
+            with torch.no_grad():  # such runs do not count
+                expected = expected_penalty(model, x)
+            compiled(x)
+            torch.testing.assert_close(penalty().detach(), expected)
+
+
 def test_models_without_fitted_polynomials_are_refused():
     plain = convert(nn.Sequential(nn.ReLU()), "polynomial", example_input=X)
     for model in (network("sin"), plain):

@@ -12,10 +12,7 @@ _LINEAR = {
 }
 _PRODUCTS = {"Conv", "ConvTranspose", "Einsum", "Gemm", "MatMul", "Mul"}
 _SHAPES = {"Shape", "Size"}
-_BY_FIRST = {
-    *("BatchNormalization", "CumSum", "Div", "Gather", "GatherElements", "GatherND", "Pow"),
-    *("Reshape", "Resize", "Slice"),
-}
+_BY_FIRST = _LINEAR - {"Add", "Concat", "Mean", "Sub", "Sum"} | {"BatchNormalization", "Div", "Pow"}
 """These are polynomials of their first input alone, where the others are constant."""
 
 
@@ -53,6 +50,8 @@ def _named(node: Any) -> str:
 
 def _is_polynomial(node: Any, constant: set[Any]) -> bool:
     rest = [value for value in node.inputs[1:] if value is not None]
+    if node.domain not in ("", "ai.onnx"):  # of other domains a name may mean anything
+        return False
     if node.op_type in _BY_FIRST and not all(value in constant for value in rest):
         return False
     if node.op_type == "Where":
@@ -60,12 +59,13 @@ def _is_polynomial(node: Any, constant: set[Any]) -> bool:
     if node.op_type == "Pow":
         exponent = rest[0].const_value
         values = [] if exponent is None else exponent.numpy().flatten().tolist()
-        return bool(values) and all(e >= 0 and e == int(e) for e in values)
-    if node.op_type == "Cast":  # one to whole numbers rounds
-        return bool(node.outputs[0].dtype.is_floating_point())
+        return bool(values) and all(e >= 0 and float(e).is_integer() for e in values)
+    if node.op_type in ("Cast", "Div"):  # whole numbers are rounded
+        kind = node.outputs[0].dtype
+        return kind is not None and bool(kind.is_floating_point())
     if node.op_type == "BatchNormalization":
         return not _attribute(node, "training_mode")
-    return node.op_type in _LINEAR | _PRODUCTS | {"Div"}
+    return node.op_type in _LINEAR | _PRODUCTS
 
 
 def _attribute(node: Any, name: str) -> Any:

@@ -40,8 +40,8 @@ def range_penalty(model: nn.Module) -> AbstractContextManager[Callable[[], Tenso
         examples, summed over the sites. Channels that keep their source count as inside.
 
     Raises:
-        ValueError: the model is not converted, has no fitted polynomials, or transferred ones that
-            are not fitted.
+        ValueError: the model is not converted, or has no fitted polynomials; the model raises it,
+            where a polynomial runs that was not fitted.
         RuntimeError: the function raises it, where no polynomial ran since the last call.
 
     Examples:
@@ -109,26 +109,16 @@ class FittedRanges:
 
     Args:
         model: a converted model; its sites whose targets are no polynomials are left out.
-
-    Raises:
-        ValueError: a polynomial that counts is not fitted, so that it has no range.
     """
 
     def __init__(self, model: nn.Module) -> None:
         self._paths: dict[GatedActivation, str] = {}
         self.squares: dict[GatedActivation, list[Tensor]] = {}
         """The squared furthest way of each example, for each call."""
-        unfitted = []
+        self._unfitted: dict[GatedActivation, str] = {}
         for path, unit in gated_activations(model):
-            if degree_of(unit.target) and unit.fitted is not None:
-                self._paths[unit] = path
-            elif degree_of(unit.target) and not bool((unit.gate.predict() == 1).all()):
-                unfitted.append(path)
-        if unfitted:
-            raise ValueError(
-                f"{', '.join(unfitted)}: these polynomials were not fitted, so that they have no "
-                "range: call match_targets with batches that come to them first."
-            )
+            if degree_of(unit.target):
+                (self._unfitted if unit.fitted is None else self._paths)[unit] = path
 
     def __len__(self) -> int:
         return len(self._paths)
@@ -139,7 +129,11 @@ class FittedRanges:
 
     @contextmanager
     def watched(self) -> Iterator[None]:
-        """While this lasts, `penalty` counts what the polynomials get while they are trained."""
+        """While this lasts, `penalty` counts what the polynomials get while they are trained.
+
+        Raises:
+            ValueError: one that counts and runs was not fitted, so that it has no range.
+        """
 
         def count(unit: GatedActivation, x: Tensor) -> None:
             if (unit.training or unit.bounded) and torch.is_grad_enabled():
@@ -147,8 +141,15 @@ class FittedRanges:
                 if not _recomputes():
                     self.squares.setdefault(unit, []).append(found)
 
+        def refuse(unit: GatedActivation, x: Tensor) -> None:
+            if not torch.compiler.is_compiling() and not bool((unit.gate.predict() == 1).all()):
+                raise ValueError(
+                    f"{self._unfitted[unit]}: this polynomial was not fitted, so that it has no "
+                    "range: call match_targets with batches that come to it first."
+                )
+
         try:
-            with self._shown(count):
+            with self._shown(count), hooked(*(watch_inputs(u, refuse) for u in self._unfitted)):
                 yield
         finally:
             self.squares.clear()
@@ -208,6 +209,9 @@ class FittedRanges:
         assert unit.fitted is not None
         _, w, c, *_ = unit.fitted.expand(x)
         z = unit.granularity.expand(unit.gate.predict().detach(), x)
+        if torch.compiler.is_compiling():  # it makes one pass of this, also for sizes that change
+            way = torch.where(z == 1, 0.0, (w * x + c).abs() - 1.0).clamp_min(0.0)
+            return way.reshape(len(x), -1).amax(1)
         place = _furthest_place(x, *(torch.where(z == 1, 0.0, n.detach()) for n in (w, c)))
         # Only the furthest inputs have gradients.
         w, c, z, x = (tensor.expand_as(x)[place] for tensor in (w, c, z, x))
@@ -219,7 +223,7 @@ class FittedRanges:
 def _furthest_place(x: Tensor, w: Tensor, c: Tensor) -> tuple[Tensor, ...]:
     """Where ``|w*x + c|`` is largest in each example: an index for each axis."""
     largest = torch.finfo(x.dtype).max  # so that w = 0 makes 0 of infinity
-    v = (x.clamp(-largest, largest) * w).add_(c).abs_()
+    v = (x.clamp(-largest, largest) * w + c).abs_()
     if v.dim() == 1:
         return (torch.arange(len(v), device=x.device),)
     # Go along the memory, in which images may have the channels last. First look for the row, since
