@@ -64,7 +64,6 @@ NETWORKS = {
     "gelu-sin-vit": lambda: of_timm("test_vit", img_size=32, patch_size=4),
     "gelu-sin-convnext": lambda: of_timm("test_convnext", ls_init_value=1.0),
     "gelu-polynomial-vit": lambda: of_timm("test_vit", img_size=32, patch_size=4),
-    "gelu-polynomial-convnext": lambda: of_timm("test_convnext", ls_init_value=1.0),
 }
 
 

@@ -31,10 +31,10 @@ from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 from cifar_resnet import trained_resnet
-from pretrained_recipes import BATCH, Recipe, best_recipes, recipes, swap_recipes
+from pretrained_recipes import Recipe, best_recipes, recipes, swap_recipes
 from pretrained_table import Result, fill, read_results
 from pretrained_training import train
-from study import calibration, machine_note, print_commands, write_json
+from study import BATCH, calibration, machine_note, print_commands, write_json
 
 from transfer_surgery import HardConcrete, Line, convert, match_targets, swap_targets
 from transfer_surgery.cli.finetuning.images import load_cifar10

@@ -7,7 +7,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-EPOCH, BATCH = 390, 128  # an epoch's steps, and their images where a recipe has no others
+from study import BATCH
+
+EPOCH = 390  # steps of `BATCH` images
 
 
 @dataclass(frozen=True)

@@ -81,7 +81,8 @@ def write_tables(results: Iterable[Result]) -> str:
 def _budget(epochs: float) -> str:
     if epochs == 0:
         return "no training"
-    return f"{epochs:.2g} epoch{'s' * (epochs != 1)}"
+    number = f"{epochs:.2g}"
+    return f"{number} epoch{'s' * (number != '1')}"
 
 
 def _cells(recipe: Recipe, seeds: list[Result]) -> list[str]:

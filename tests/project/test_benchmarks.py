@@ -30,10 +30,8 @@ def test_a_training_step_is_measured(program: str, tmp_path: Path) -> None:
     "swap",
     [
         "gelu-relu",
-        *(
-            pytest.param(swap, marks=pytest.mark.long)
-            for swap in ("gelu-sin-vit", "gelu-polynomial-vit")
-        ),
+        pytest.param("gelu-sin-vit", marks=pytest.mark.long),
+        pytest.param("gelu-polynomial-vit", marks=pytest.mark.long),
     ],
 )
 def test_an_everyday_swap_runs(swap: str, data_folder: Path, tmp_path: Path) -> None:

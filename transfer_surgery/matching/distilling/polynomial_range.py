@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 
 import torch
@@ -88,17 +88,6 @@ def _penalty_of(ranges: FittedRanges) -> Iterator[Callable[[], Tensor]]:
         yield penalty
 
 
-@contextmanager
-def _bounded(units: Iterable[GatedActivation]) -> Iterator[None]:
-    for unit in units:
-        unit.bounded = True
-    try:
-        yield
-    finally:
-        for unit in units:
-            unit.bounded = False
-
-
 def _recomputes() -> bool:
     """Whether a backward pass runs, in which gradient checkpointing runs the network again."""
     return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
@@ -123,9 +112,16 @@ class FittedRanges:
     def __len__(self) -> int:
         return len(self._paths)
 
-    def bounded(self) -> AbstractContextManager[None]:
+    @contextmanager
+    def bounded(self) -> Iterator[None]:
         """Polynomials do not grow far beyond the range of their fit, as in training mode."""
-        return _bounded(self._paths)
+        for unit in self._paths:
+            unit.bounded = True
+        try:
+            yield
+        finally:
+            for unit in self._paths:
+                unit.bounded = False
 
     @contextmanager
     def watched(self) -> Iterator[None]:
@@ -209,14 +205,13 @@ class FittedRanges:
         assert unit.fitted is not None
         _, w, c, *_ = unit.fitted.expand(x)
         z = unit.granularity.expand(unit.gate.predict().detach(), x)
-        if torch.compiler.is_compiling():  # it makes one pass of this, also for sizes that change
-            way = torch.where(z == 1, 0.0, (w * x + c).abs() - 1.0).clamp_min(0.0)
-            return way.reshape(len(x), -1).amax(1)
-        place = _furthest_place(x, *(torch.where(z == 1, 0.0, n.detach()) for n in (w, c)))
-        # Only the furthest inputs have gradients.
-        w, c, z, x = (tensor.expand_as(x)[place] for tensor in (w, c, z, x))
+        # Only the furthest inputs need gradients. A compiler makes one pass of all that follows.
+        if not torch.compiler.is_compiling():
+            place = _furthest_place(x, *(torch.where(z == 1, 0.0, n.detach()) for n in (w, c)))
+            w, c, z, x = (tensor.expand_as(x)[place] for tensor in (w, c, z, x))
         # The range is from -1 to 1.
-        return torch.where(z == 1, 0.0, (w * x + c).abs() - 1.0).clamp_min(0.0)
+        way = torch.where(z == 1, 0.0, (w * x + c).abs() - 1.0).clamp_min(0.0)
+        return way.reshape(len(x), -1).amax(1)
 
 
 @torch.no_grad()
@@ -229,7 +224,7 @@ def _furthest_place(x: Tensor, w: Tensor, c: Tensor) -> tuple[Tensor, ...]:
     # Go along the memory, in which images may have the channels last. First look for the row, since
     # a maximum is ten times as fast as its index.
     inner = sorted(range(1, v.dim()), key=v.stride, reverse=True)
-    rows = v.permute(0, *inner).flatten(2) if v.dim() > 2 else v.unsqueeze(2)
+    rows = v.permute(0, *inner).reshape(len(v), v.shape[inner[0]], -1)
     examples, row = torch.arange(len(v), device=x.device), rows.amax(2).argmax(1)
     flat = row * rows.shape[2] + rows[examples, row].argmax(1)
     found = torch.unravel_index(flat, [v.shape[axis] for axis in inner])
