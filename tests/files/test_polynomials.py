@@ -1,12 +1,15 @@
 """What compilers of encrypted computing get: a graph of sums and products, and coefficients."""
 
 import json
+from contextlib import nullcontext
 
 import numpy as np
 import onnx
+import onnx_ir as ir
 import pytest
 import torch
 import torch.nn.functional as F
+from onnx import TensorProto
 from torch import nn
 
 from transfer_surgery import (
@@ -18,6 +21,7 @@ from transfer_surgery import (
     save_polynomials,
     swap_targets,
 )
+from transfer_surgery.files.polynomial_graph import check_polynomial
 from transfer_surgery.units import FittedActivation
 
 X = torch.randn(64, 3, 8, 8, generator=torch.Generator().manual_seed(0))
@@ -101,6 +105,39 @@ def test_a_graph_with_other_nodes_is_refused_and_nothing_is_written(make, named,
     with pytest.raises(ValueError, match=named):
         export_onnx(make(), X, tmp_path / "model.onnx", polynomial=True)
     assert not any(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("kind", "domain", "numbers", "refused"),
+    [
+        ("Add", "", TensorProto.FLOAT, False),
+        ("Add", "my.domain", TensorProto.FLOAT, True),  # there it may be anything
+        ("Mul", "", TensorProto.FLOAT, False),
+        ("Div", "", TensorProto.FLOAT, True),
+        ("Pow", "", TensorProto.FLOAT, True),
+        ("Expand", "", TensorProto.INT64, True),  # the shape comes from the input
+    ],
+)
+def test_a_node_of_two_inputs_is_a_polynomial_of_both_or_refused(kind, domain, numbers, refused):
+    given = [
+        onnx.helper.make_tensor_value_info("x", TensorProto.FLOAT, [4]),
+        onnx.helper.make_tensor_value_info("y", numbers, [4]),
+    ]
+    result = onnx.helper.make_tensor_value_info("z", TensorProto.FLOAT, None)
+    node = onnx.helper.make_node(kind, ["x", "y"], ["z"], domain=domain)
+    model = onnx.helper.make_model(onnx.helper.make_graph([node], "one", given, [result]))
+    with pytest.raises(ValueError, match=kind) if refused else nullcontext():
+        check_polynomial(ir.from_proto(model).graph)
+
+
+@pytest.mark.parametrize(("exponent", "refused"), [(3.0, False), (0.5, True), (np.inf, True)])
+def test_a_power_has_to_be_a_whole_number(exponent, refused, tmp_path):
+    class Power(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x**exponent
+
+    with pytest.raises(ValueError, match="no polynomials") if refused else nullcontext():
+        export_onnx(Power(), X, tmp_path / "model.onnx", polynomial=True)
 
 
 @pytest.mark.parametrize(

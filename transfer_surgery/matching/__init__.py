@@ -4,6 +4,7 @@
 folders `two_networks`, `fitting` and `refit`, above them `distilling` and `swapping`.
 """
 
+from transfer_surgery.matching.answers import log_probabilities, logits_of
 from transfer_surgery.matching.distilling.distill_report import DistillReport, DistillWarning
 from transfer_surgery.matching.distilling.distillation import distill
 from transfer_surgery.matching.distilling.polynomial_range import range_penalty
@@ -25,6 +26,8 @@ __all__ = [
     "SwapReport",
     "SwapStage",
     "distill",
+    "log_probabilities",
+    "logits_of",
     "match_targets",
     "range_penalty",
     "sensitivity",

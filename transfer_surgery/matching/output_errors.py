@@ -16,8 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from transfer_surgery._answers import log_probabilities, logits_of
 from transfer_surgery._tensors import attributes_of
+from transfer_surgery.matching.answers import log_probabilities, logits_of
 
 
 def output_tensors(output: Any) -> dict[str, Tensor]:

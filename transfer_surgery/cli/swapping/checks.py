@@ -10,9 +10,9 @@ from typing import Any
 import typer
 from torch import Tensor, nn
 
-from transfer_surgery._answers import log_probabilities, logits_of
 from transfer_surgery._running import prediction_mode
 from transfer_surgery.cli.printing import say
+from transfer_surgery.matching import log_probabilities, logits_of
 from transfer_surgery.sites import Plan
 
 

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from transfer_surgery._answers import log_probabilities
 from transfer_surgery._tensors import map_tensors
+from transfer_surgery.matching.answers import log_probabilities
 from transfer_surgery.matching.output_errors import (
     OutputErrors,
     kl_divergence,

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from transfer_surgery._answers import logits_of
 from transfer_surgery._running import hooked
+from transfer_surgery.matching.answers import logits_of
 from transfer_surgery.matching.refit.linear_maps import LAYERS
 
 

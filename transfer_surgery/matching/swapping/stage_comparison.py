@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from transfer_surgery._answers import log_probabilities, logits_of
 from transfer_surgery._running import explained, hooked, prediction_mode, to_device_of
+from transfer_surgery.matching.answers import log_probabilities, logits_of
 from transfer_surgery.matching.output_check import example_count
 from transfer_surgery.matching.output_errors import OutputChange
 from transfer_surgery.matching.swapping.swap_report import SwapStage

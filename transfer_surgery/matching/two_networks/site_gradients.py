@@ -10,9 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from transfer_surgery._answers import log_probabilities
 from transfer_surgery._running import hooked
 from transfer_surgery._tensors import check_learns
+from transfer_surgery.matching.answers import log_probabilities
 from transfer_surgery.matching.output_errors import (
     OutputErrors,
     logits_if_declared,

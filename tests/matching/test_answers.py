@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from transfer_surgery import convert, distill, match_targets, sensitivity, swap_targets
-from transfer_surgery._answers import log_probabilities, logits_of
 from transfer_surgery._tensors import map_tensors
+from transfer_surgery.matching.answers import log_probabilities, logits_of
 from transfer_surgery.matching.two_networks.site_gradients import site_calls
 from transfer_surgery.matching.two_networks.two_networks import TwoNetworks
 
