@@ -106,7 +106,7 @@ def figure2(
 
 @app.command()
 def table1(
-    task: Annotated[str, typer.Argument(help="mnist, resnet20, resnet20-60 or resnet110.")],
+    task: Annotated[str, typer.Argument(help="mnist, resnet20, resnet20-5 or resnet110.")],
     rows: Row = None,
     seeds: Seeds = None,
     quick: Quick = False,
