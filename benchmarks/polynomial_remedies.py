@@ -3,8 +3,8 @@
     python benchmarks/polynomial_remedies.py run --cache FOLDER
     python benchmarks/polynomial_remedies.py table
 
-`run` distils the CIFAR-10 ResNet-20 without any ReLU for some steps with each remedy that has no
-result yet, and looks at 1,000 training images that were left out. `table` writes docs/swaps.md.
+`run` distils the CIFAR-10 ResNet-20 without any ReLU for some steps with each remedy and seed that
+has no result yet, and looks at 1,000 training images that were left out. `table` writes the page.
 """
 
 from __future__ import annotations
@@ -15,9 +15,12 @@ import math
 import re
 import sys
 import warnings
+from collections import defaultdict
 from contextlib import ExitStack
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
+from statistics import mean
 from typing import Annotated, Any
 from unittest import mock
 
@@ -28,7 +31,7 @@ from markdown_page import fill_blocks, markdown_table
 from pretrained import prepared
 from pretrained_recipes import Recipe
 from pretrained_training import STAGES
-from study import BATCH, calibration, machine_note, write_json
+from study import BATCH, calibration, machine_note, percent, write_json
 from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
@@ -60,9 +63,11 @@ class Remedy:
     warmup: float = 0.05
     lr: float = 0.002
     held_norms: bool = False
+    features: tuple[str, ...] = STAGES
 
 
 REMEDIES = {
+    "bounds at 2 ranges, penalty": Remedy(),
     "bounds at 2 ranges, penalty on the mean of all inputs": Remedy(
         range_weight=250.0, of_all=True
     ),
@@ -77,13 +82,14 @@ REMEDIES = {
     "learning rate 0.001": Remedy(lr=0.001),
     "learning rate 0.005": Remedy(lr=0.005),
     "batch norms held": Remedy(held_norms=True),
-    "bounds at 2 ranges, penalty": Remedy(),
+    "only the outputs compared, no layers": Remedy(features=()),
 }
+"""The first is what the library does; each other one changes one thing of it."""
 
 
 @dataclass
 class Result:
-    """One remedy: see the head of the table."""
+    """One remedy and seed: see the head of the table."""
 
     name: str
     steps: int
@@ -95,44 +101,48 @@ class Result:
     divergence: float | None = None
     original: float | None = None
     """The error of the original network on the same images."""
+    batch: int = 128
+    seed: int = 0
 
 
 @app.command()
 def run(
     cache: Annotated[Path, typer.Option(help="Folder that keeps the matched network.")],
-    steps: Annotated[int, typer.Option(min=PARTS, help="Training steps.")] = 390,
+    steps: Annotated[int, typer.Option(min=PARTS, help="Training steps.")] = 100,
+    batch: Annotated[int, typer.Option(min=2, help="Images of a training step.")] = 64,
+    seeds: Annotated[int, typer.Option(min=1, help="Trainings with each remedy.")] = 3,
     name: Annotated[list[str] | None, typer.Option(help="Only these; several times.")] = None,
-    limit: Annotated[int, typer.Option(help="Number of training images.")] = 50_000,
     folder: Folder = RESULTS,
 ) -> None:
     """Measure those that have no file yet for so many steps."""
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
-    for remedy, settings in REMEDIES.items():
-        file = folder / f"{re.sub(r'[^a-z0-9]+', '-', remedy)}-{steps}steps.json"
+    for seed, (remedy, settings) in product(range(seeds), REMEDIES.items()):
+        slug = re.sub(r"[^a-z0-9]+", "-", remedy)
+        file = folder / f"{slug}-{steps}x{batch}-seed{seed}.json"
         if not file.exists() and (not name or remedy in name):
-            # Networks matched to other images are others, as are those of benchmarks/pretrained.py.
-            own = cache / f"without-{HELD_OUT}-of-{limit}"
-            write_json(measured(remedy, settings, steps, limit, own), file)
+            write_json(measured(remedy, settings, steps, batch, seed, cache), file)
             print(file.read_text())
 
 
-def measured(name: str, remedy: Remedy, steps: int, limit: int, cache: Path) -> Result:
+def measured(name: str, remedy: Remedy, steps: int, batch: int, seed: int, cache: Path) -> Result:
     machine = Machine.choose()
-    train = load_cifar10(batch_size=BATCH, device=machine.device, limit=limit).train
+    train = load_cifar10(batch_size=batch, device=machine.device).train
     assert isinstance(train, MemoryLoader)
     held_out = MemoryLoader(
         train.images[-HELD_OUT:], train.labels[-HELD_OUT:], BATCH, train.preprocessing
     )
     train.images, train.labels = train.images[:-HELD_OUT], train.labels[:-HELD_OUT]
     teacher = machine.place(trained_resnet(20))
-    recipe = Recipe(start="refitted", target="polynomial")
-    model, _ = prepared(recipe, teacher, calibration(train, recipe.images, 0), cache)
+    recipe = Recipe(start="refitted", target="polynomial", seed=seed)
+    # Networks matched without the images left out are others than those of pretrained.py.
+    own = cache / f"without-{HELD_OUT}"
+    model, _ = prepared(recipe, teacher, calibration(train, recipe.images, seed), own)
     model = copy.deepcopy(model)
     for module in model.modules():
         if remedy.held_norms and isinstance(module, nn.BatchNorm2d):
             module.momentum = 0.0
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
     furthest, outside = [0.0] * PARTS, [0.0] * PARTS
     with ExitStack() as stack:
         stack.enter_context(mock.patch.object(formula, "_BOUND", remedy.bound))
@@ -145,7 +155,7 @@ def measured(name: str, remedy: Remedy, steps: int, limit: int, cache: Path) -> 
         try:
             distill(
                 model, teacher, Unlabelled(train), steps=steps, loss="kl", lr=remedy.lr,
-                features=STAGES, variation=0.0, progress=lambda now: done.append(now.done),
+                features=remedy.features, variation=0.0, progress=lambda now: done.append(now.done),
             )  # fmt: skip
         except ValueError as error:  # what overflows is the start, then
             print(error)
@@ -158,7 +168,7 @@ def measured(name: str, remedy: Remedy, steps: int, limit: int, cache: Path) -> 
     ).item()  # fmt: skip
     return Result(
         name, steps, 1 - found.accuracy, overflow, furthest, outside, machine_note(machine, 1),
-        divergence if math.isfinite(divergence) else None, 1 - wanted.accuracy,
+        divergence if math.isfinite(divergence) else None, 1 - wanted.accuracy, batch, seed,
     )  # fmt: skip
 
 
@@ -203,23 +213,37 @@ def table(
 ) -> None:
     """Write the table."""
     results = [Result(**json.loads(file.read_text())) for file in sorted(folder.glob("*.json"))]
-    results.sort(key=lambda one: (one.steps, one.error))
-    head = ["remedy", "steps", "held-out error", "divergence", "overflow",
+    groups = defaultdict(list)
+    for one in results:
+        groups[one.steps, one.batch, one.name].append(one)
+    head = ["remedy", "steps", "seeds", "held-out error", "divergence", "overflow",
             "furthest input, in ranges", "most outside at a site"]  # fmt: skip
     rows = [
         [
-            one.name, str(one.steps), f"{one.error:.1%}",
-            "-" if one.divergence is None else f"{one.divergence:.3g}", f"{one.overflow:.1%}",
-            ", ".join(f"{x:.3g}" for x in one.furthest),
-            ", ".join(f"{x:.2%}" for x in one.outside),
+            name, f"{steps} of {batch}", str(len(runs)), percent([one.error for one in runs], 1),
+            divergence(runs), percent([one.overflow for one in runs], 1),
+            ", ".join(f"{max(one.furthest[i] for one in runs):.3g}" for i in range(PARTS)),
+            ", ".join(f"{max(one.outside[i] for one in runs):.2%}" for i in range(PARTS)),
         ]
-        for one in results
+        for (steps, batch, name), runs in sorted(groups.items(), key=order)
     ]  # fmt: skip
     machines = "; ".join(sorted({one.machine for one in results}))
     text = f"{markdown_table(head, rows)}\n\n{machines}."
     if known := [one.original for one in results if one.original is not None]:
         text += f" The original network has {known[0]:.1%} on these images."
     page.write_text(fill_blocks(page.read_text(), {"remedies": text}))
+
+
+def order(group: tuple[tuple[int, int, str], list[Result]]) -> tuple[int, int, float]:
+    """Short runs first, of these the lowest error first."""
+    (steps, batch, _), runs = group
+    return steps, batch, mean(one.error for one in runs)
+
+
+def divergence(runs: list[Result]) -> str:
+    """The highest, as one example that nearly overflows counts; none where one has overflown."""
+    values = [one.divergence for one in runs]
+    return f"{max(v for v in values if v is not None):.3g}" if None not in values else "-"
 
 
 if __name__ == "__main__":
