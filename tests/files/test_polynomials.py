@@ -66,7 +66,19 @@ class LinearOnes(nn.Module):
         x = F.pixel_unshuffle(F.interpolate(F.pixel_shuffle(F.pad(x, (1,) * 4), 2), size=10), 2)
         x = F.interpolate(x, scale_factor=2, mode="bilinear", align_corners=False)
         x = torch.where(torch.arange(x.shape[-1]) % 2 == 0, x, -x)
+        x = x.scatter_add(3, torch.zeros_like(x).long(), x).clone()
+        x[:, :, torch.tensor([1, 3])] = 2.0
         return x.cumsum(-1).tril()
+
+
+def test_a_product_of_many_values_is_a_polynomial(tmp_path):
+    class Many(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x.prod(-1)
+
+    export_onnx(Many(), X, tmp_path / "model.onnx", polynomial=True)
+    found = {node.op_type for node in onnx.load(tmp_path / "model.onnx").graph.node}
+    assert "ReduceProd" in found
 
 
 def test_linear_nodes_of_all_kinds_are_polynomials(tmp_path):
@@ -74,6 +86,7 @@ def test_linear_nodes_of_all_kinds_are_polynomials(tmp_path):
     export_onnx(model, X, tmp_path / "model.onnx", polynomial=True)
     found = {node.op_type for node in onnx.load(tmp_path / "model.onnx").graph.node}
     assert {"Resize", "DepthToSpace", "CumSum", "Where", "Trilu"} <= found
+    assert {"ScatterElements", "ScatterND"} <= found
 
 
 class Branches(nn.Module):
@@ -81,6 +94,18 @@ class Branches(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return torch.cond(x.shape[0] > 3, lambda t: t.relu(), lambda t: t.sin(), (x,))
+
+
+class Scattered(nn.Module):
+    """Where a value goes depends on the input, or which of two values stays."""
+
+    def __init__(self, reduce: str, fixed: bool) -> None:
+        super().__init__()
+        self.reduce, self.fixed = reduce, fixed
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        index = torch.zeros(64, 3, 8, 8).long() if self.fixed else (x > 9).long()
+        return x.scatter_reduce(3, index, x, self.reduce)
 
 
 class Chosen(nn.Module):
@@ -98,6 +123,8 @@ class Chosen(nn.Module):
         (lambda: nn.Sequential(nn.Linear(8, 2), nn.LayerNorm(2)), r"\(LayerNormalization\)"),
         (Rounded, r"1 nodes .* \(Cast\)"),
         (Branches, r"1 nodes .* \(If\)"),
+        (lambda: Scattered("amax", fixed=True), r"1 nodes .* \(ScatterElements\)"),
+        (lambda: Scattered("sum", fixed=False), r"\(ScatterElements\)"),
         (Chosen, r"2 nodes .* \(Greater\), .* \(Where\)"),
     ],
 )

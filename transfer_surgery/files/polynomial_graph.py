@@ -11,8 +11,11 @@ _LINEAR = {
     *("Squeeze", "Sub", "Sum", "Tile", "Transpose", "Trilu", "Unsqueeze"),
 }
 _PRODUCTS = {"Conv", "ConvTranspose", "Einsum", "Gemm", "MatMul", "Mul"}
+_SCATTERS = {"ScatterElements", "ScatterND"}
 _SHAPES = {"Shape", "Size"}
-_BY_FIRST = _LINEAR - {"Add", "Concat", "Mean", "Sub", "Sum"} | {"BatchNormalization", "Div", "Pow"}
+_BY_FIRST = _LINEAR - {"Add", "Concat", "Mean", "Sub", "Sum"} | {
+    *("BatchNormalization", "Div", "Pow", "ReduceProd")
+}
 """These are polynomials of their first input alone, where the others are constant."""
 
 
@@ -54,6 +57,8 @@ def _is_polynomial(node: Any, constant: set[Any]) -> bool:
         return False
     if node.op_type in _BY_FIRST and not all(value in constant for value in rest):
         return False
+    if node.op_type in _SCATTERS:  # what stands where is fixed; a maximum of both is none
+        return node.inputs[1] in constant and _attribute(node, "reduction") not in ("max", "min")
     if node.op_type == "Where":
         return node.inputs[0] in constant
     if node.op_type == "Pow":
@@ -65,7 +70,7 @@ def _is_polynomial(node: Any, constant: set[Any]) -> bool:
         return kind is not None and bool(kind.is_floating_point())
     if node.op_type == "BatchNormalization":
         return not _attribute(node, "training_mode")
-    return node.op_type in _LINEAR | _PRODUCTS
+    return node.op_type in _LINEAR | _PRODUCTS | {"ReduceProd"}
 
 
 def _attribute(node: Any, name: str) -> Any:
