@@ -4,7 +4,7 @@
     python benchmarks/polynomial_remedies.py table
 
 `run` distils the CIFAR-10 ResNet-20 without any ReLU for some steps with each remedy and seed that
-has no result yet, and looks at 1,000 training images that were left out. `table` writes the page.
+has no result yet, and looks at 1,000 training images that were left out. `table` fills a page.
 """
 
 from __future__ import annotations
@@ -84,7 +84,7 @@ REMEDIES = {
     "batch norms held": Remedy(held_norms=True),
     "only the outputs compared, no layers": Remedy(features=()),
 }
-"""The first is what the library does; each other one changes one thing of it."""
+"""The first is what the library does. Bounds at another width are measured without the penalty."""
 
 
 @dataclass

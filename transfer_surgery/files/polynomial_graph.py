@@ -10,7 +10,7 @@ _LINEAR = {
     *("Pad", "ReduceMean", "ReduceSum", "Reshape", "Resize", "Slice", "SpaceToDepth", "Split"),
     *("Squeeze", "Sub", "Sum", "Tile", "Transpose", "Trilu", "Unsqueeze"),
 }
-_PRODUCTS = {"Conv", "ConvTranspose", "Einsum", "Gemm", "MatMul", "Mul"}
+_PRODUCTS = {"Conv", "ConvTranspose", "Einsum", "Gemm", "MatMul", "Mul", "ReduceProd"}
 _SCATTERS = {"ScatterElements", "ScatterND"}
 _SHAPES = {"Shape", "Size"}
 _BY_FIRST = _LINEAR - {"Add", "Concat", "Mean", "Sub", "Sum"} | {
@@ -70,7 +70,7 @@ def _is_polynomial(node: Any, constant: set[Any]) -> bool:
         return kind is not None and bool(kind.is_floating_point())
     if node.op_type == "BatchNormalization":
         return not _attribute(node, "training_mode")
-    return node.op_type in _LINEAR | _PRODUCTS | {"ReduceProd"}
+    return node.op_type in _LINEAR | _PRODUCTS
 
 
 def _attribute(node: Any, name: str) -> Any:
