@@ -31,8 +31,8 @@ def range_penalty(model: nn.Module) -> AbstractContextManager[Callable[[], Tenso
     so that inputs farther out have no other gradient there.
 
     Polynomials in blocks that were compiled before this began, or that are checkpointed with
-    ``use_reentrant=True``, are not counted. Copy the model outside of the context, as for an average
-    of its weights: inside, the inputs of the copy are counted, too.
+    ``use_reentrant=True``, are not counted. Copy the model outside of the context, as for an
+    average of its weights: inside, the inputs of the copy are counted, too.
 
     Args:
         model: a converted model whose targets `match_targets` has fitted, polynomials among them.
