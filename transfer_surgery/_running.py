@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from threading import Lock
 from typing import Any, TypeVar
 from weakref import ref
@@ -55,6 +55,11 @@ def as_written() -> Iterator[None]:
             _as_written.pop()
             if not _as_written:
                 stance.__exit__(None, None, None)
+
+
+def compiled_nonetheless() -> AbstractContextManager[Any]:
+    """What this library itself has compiled runs compiled inside of `as_written`, too."""
+    return torch.compiler.set_stance("default") if _as_written else nullcontext()
 
 
 @contextmanager

@@ -1,11 +1,14 @@
 """range_penalty: the penalty on inputs outside of the range, in loops of the user's own."""
 
+import copy
+import io
+
 import pytest
 import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from transfer_surgery import convert, match_targets, range_penalty, swap_targets
+from transfer_surgery import bake, convert, distill, match_targets, range_penalty, swap_targets
 from transfer_surgery.units import gated_activations
 
 X = torch.randn(256, 4, generator=torch.Generator().manual_seed(0))
@@ -92,17 +95,25 @@ def test_only_what_is_trained_since_the_last_call_counts():
     first, second = expected_penalty(model, x), expected_penalty(model, 2 * x)
     with range_penalty(model) as penalty:
         model.eval()(9 * x)
+        with pytest.raises(
+            RuntimeError, match=r"are in evaluation mode: call model.train\(\), then"
+        ):
+            penalty()
         model.train()
         with torch.no_grad():
             model(9 * x)
-        with pytest.raises(RuntimeError, match="no polynomial has run in training mode and with"):
+        with pytest.raises(
+            RuntimeError, match=r"call the model, then .* without torch.no_grad\(\)"
+        ):
             penalty()
         model(x)
         assert penalty().item() == pytest.approx(first.item())
         for part in (x, 2 * x):
             model(part)
         assert penalty().item() == pytest.approx((first + second).item() / 2)
-    assert not any(unit._forward_pre_hooks for _, unit in gated_activations(model))
+    assert not any(unit.watchers for _, unit in gated_activations(model))
+    with pytest.raises(RuntimeError, match="after the end of `with range_penalty"):
+        penalty()
 
 
 def test_gradient_checkpointing_changes_nothing():
@@ -128,6 +139,75 @@ def test_a_model_that_is_compiled_inside_is_punished_as_any_other(dynamic):
                 expected = expected_penalty(model, x)
             compiled(x)
             torch.testing.assert_close(penalty().detach(), expected)
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute")  # of torch's compiler
+@pytest.mark.parametrize("part", ["", "3"])
+def test_what_was_compiled_before_the_context_is_counted_in_it_and_not_after(part):
+    model, x = network(), 3 * X.double()
+    model.get_submodule(part).compile(backend="eager")
+    model(x)
+    expected = expected_penalty(model, x)
+    for _ in range(2):
+        with range_penalty(model) as penalty:
+            model(x)
+            torch.testing.assert_close(penalty(), expected)
+        model(x)
+
+
+def test_inputs_that_checkpointing_hides_are_refused_in_the_backward_pass():
+    model, x = network(), 3 * X.double()
+    with range_penalty(model) as penalty:
+        answer = checkpoint(model[2:], model[:2](x), use_reentrant=True)
+        loss = answer.square().mean() + penalty()
+        with pytest.raises(RuntimeError, match="^3: its inputs were not counted, .*=False"):
+            loss.backward()
+
+
+def test_copies_files_and_what_is_baked_inside_of_the_context_are_not_watched():
+    model, x = network(), 3 * X.double()
+    expected = expected_penalty(model, x)
+    with range_penalty(model) as penalty:
+        other = copy.deepcopy(model)
+        torch.save(model, file := io.BytesIO())
+        file.seek(0)
+        loaded = torch.load(file, weights_only=False)
+        model(x)
+        other(9 * x)
+        loaded(9 * x)
+        torch.testing.assert_close(penalty(), expected)
+        answers = [bake(network.eval())(x) for network in (other, loaded, model)]
+        assert torch.equal(answers[0], answers[1])
+        assert torch.equal(answers[0], answers[2])
+        with pytest.raises(RuntimeError, match="bake or revert has taken them out of the model"):
+            penalty()
+
+
+@pytest.mark.filterwarnings("ignore::transfer_surgery.DistillWarning")
+def test_what_distill_does_inside_of_the_context_does_not_count_there():
+    model, x = network(), 3 * X.double()
+    teacher = nn.Sequential(nn.Linear(4, 8), nn.GELU(), nn.Linear(8, 2)).double()
+    with range_penalty(model) as penalty:
+        distill(model, teacher, x.split(64), steps=2)
+        model(x)
+        loss = penalty()
+        torch.testing.assert_close(loss, expected_penalty(model, x))
+        loss.backward()
+
+
+def test_ranges_stay_also_where_all_parameters_are_to_be_trained():
+    model, x = network(), 3 * X.double()
+    model.requires_grad_(True)
+    before = [
+        number.clone() for unit in (model[1], model[3]) for number in unit.fitted.whole()[1:3]
+    ]
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.05)
+    with range_penalty(model) as penalty:
+        for _ in range(3):
+            (model(x).square().mean() + penalty()).backward()
+            optimizer.step()
+    after = [number for unit in (model[1], model[3]) for number in unit.fitted.whole()[1:3]]
+    assert all(map(torch.equal, before, after))
 
 
 def test_models_without_fitted_polynomials_are_refused():

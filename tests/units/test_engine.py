@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from transfer_surgery import HardConcrete, convert, get_activation
+from transfer_surgery._running import as_written
 from transfer_surgery.units import gated, make_gate
 from transfer_surgery.units.kernels import engine
 
@@ -69,6 +70,23 @@ def test_infinite_inputs_stay_in_their_channel_when_compiled(monkeypatch, compil
     assert of_x.isfinite().all()
     assert of_z.isfinite().all()
     assert compilations == ["value", "gradients"]
+
+
+def test_it_is_compiled_also_where_the_networks_around_run_as_written(monkeypatch):
+    monkeypatch.setenv(engine.VARIABLE, "compiled")
+    expected, ran = results(*inputs(3, 4, 5)), []
+    compile_ = torch.compile
+
+    def counted(graph, example):
+        return lambda *tensors: ran.append(graph) or graph(*tensors)
+
+    monkeypatch.setattr(torch, "compile", lambda f, **_: compile_(f, backend=counted))
+    monkeypatch.setattr(engine, "_engines", {})
+    with as_written():
+        torch.testing.assert_close(results(*inputs(3, 4, 5)), expected)
+        assert len(ran) == 2  # the value and the gradients
+        compile_(torch.sin, backend=counted)(torch.ones(3))
+    assert len(ran) == 2
 
 
 def test_a_formula_is_compiled_once_its_eager_runs_have_taken_as_long(monkeypatch, compilations):

@@ -9,14 +9,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from transfer_surgery._running import as_batches, explained, hooked, predict, prediction_mode
+from transfer_surgery._running import as_batches, explained, predict, prediction_mode
 from transfer_surgery.reports.axes import COLOURS, new_axes, shades
 from transfer_surgery.units import (
     GatedActivation,
     Numbers,
     fitted_value,
     gated_activations,
-    watch_inputs,
+    watched_inputs,
 )
 
 if TYPE_CHECKING:
@@ -100,7 +100,7 @@ def _inputs(model: nn.Module, unit: GatedActivation, batches: Iterable[Any]) -> 
         seen.append(x.detach().float().flatten().cpu().clone())
 
     found = as_batches(batches, model)
-    with hooked(watch_inputs(unit, keep)), prediction_mode(model):
+    with watched_inputs([unit], keep), prediction_mode(model):
         for number, batch in enumerate(found):
             with explained(model, f"batches[{number}]", batch):
                 predict(model, batch)

@@ -41,7 +41,6 @@ from transfer_surgery.units.selection import (
     select,
     select_units,
     stage_of,
-    watch_inputs,
 )
 from transfer_surgery.units.settings import (
     Bernoulli,
@@ -52,6 +51,7 @@ from transfer_surgery.units.settings import (
     SampledSettings,
 )
 from transfer_surgery.units.walkers import class_name
+from transfer_surgery.units.watched_inputs import watched_inputs
 
 __all__ = [
     "VARIABLE",
@@ -96,5 +96,5 @@ __all__ = [
     "select",
     "select_units",
     "stage_of",
-    "watch_inputs",
+    "watched_inputs",
 ]

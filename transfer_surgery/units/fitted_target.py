@@ -70,8 +70,11 @@ class TargetParameters(Float32Module):
 
     def whole(self) -> Numbers:
         """``(a, w, c, b, *k)`` in float32, gathered where FSDP2 shards them."""
-        numbers = tuple(gathered(p).float() for p in (self.a, self.w, self.c, self.b))
-        return numbers if self.k is None else (*numbers, *gathered(self.k).float().unbind())
+        a, w, c, b = (gathered(p).float() for p in (self.a, self.w, self.c, self.b))
+        if self.k is None:
+            return a, w, c, b
+        # The range stays also where model.requires_grad_(True) has taken w and c for trained ones.
+        return a, w.detach(), c.detach(), b, *gathered(self.k).float().unbind()
 
     def expand(self, x: Tensor) -> Numbers:
         """The same, viewed so that they broadcast to an input."""

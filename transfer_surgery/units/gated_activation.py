@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
@@ -84,6 +84,8 @@ class GatedActivation(nn.Module):
         self.fitted: TargetParameters | None = None
         self.bounded = False
         """Whether a fitted polynomial stays on the range of its fit as in training mode."""
+        self.watchers: tuple[Callable[[GatedActivation, Tensor], object], ...] = ()
+        """They see each input; see `watched_inputs`."""
         self.is_out = False
         """Whether `bake` or `revert` has taken it out of its network."""
         # The module that this unit stands in for, in a tuple: it is not a child of the unit.
@@ -123,6 +125,10 @@ class GatedActivation(nn.Module):
                 memo.add(self)
             yield prefix, self
 
+    def __getstate__(self) -> dict[str, Any]:
+        # Whoever watches this unit does not watch its copies, nor what is loaded from a file.
+        return vars(self) | {"watchers": ()}
+
     def config(self) -> dict[str, Any]:
         """What the unit is, as JSON can hold it: all that a file says about it but its values.
 
@@ -161,6 +167,8 @@ class GatedActivation(nn.Module):
         if isinstance(x, torch.fx.Proxy):  # a unit is one node of a graph, as torch's modules are
             path = x.tracer.path_of_module(self)
             return x.tracer.create_proxy("call_module", path, (x, *operands), {})
+        for look in self.watchers:
+            look(self, x)
         if self.settings is not None and (name := self.follow_settings()) is not None:
             warn_of_setting(self.path, name)
             result: Tensor = self.settings.module.forward(x, *operands)  # its hooks are the unit's

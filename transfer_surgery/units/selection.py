@@ -7,25 +7,13 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, TypeVar
 
 import torch
-from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
+from torch import nn
 
 from transfer_surgery._messages import check_arguments
 from transfer_surgery.units.gated_activation import GatedActivation
 
 Item = TypeVar("Item")
 _SHOWN = 20
-
-
-def watch_inputs(
-    unit: GatedActivation, look: Callable[[GatedActivation, Tensor], object]
-) -> RemovableHandle:
-    """Show what a unit gets, before each of its calls, also as ``act(input=x)``."""
-
-    def hook(unit: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        look(unit, next(iter((*args, *kwargs.values()))))
-
-    return unit.register_forward_pre_hook(hook, with_kwargs=True)
 
 
 def gated_activations(model: nn.Module) -> Iterator[tuple[str, GatedActivation]]:

@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from transfer_surgery._messages import check_arguments
 from transfer_surgery._randomness import RandomnessKept
-from transfer_surgery._running import call_model, to_device_of
-from transfer_surgery._tensors import check_learns, map_tensors
+from transfer_surgery._running import to_device_of
+from transfer_surgery._tensors import check_learns
 from transfer_surgery.matching.distilling.distill_loss import Loss, loss_function
 from transfer_surgery.matching.distilling.distill_report import (
     SMALL,
@@ -25,16 +24,19 @@ from transfer_surgery.matching.distilling.distill_report import (
 from transfer_surgery.matching.distilling.held_out import (
     Asked,
     Examination,
-    detached_copy,
     hold_out,
     repeated,
     teach,
 )
-from transfer_surgery.matching.distilling.layer_outputs import LayerOutputs, layers_to_compare
+from transfer_surgery.matching.distilling.layer_outputs import (
+    check_compared,
+    layers_to_compare,
+    outputs_kept,
+)
+from transfer_surgery.matching.distilling.lesson import Lesson
 from transfer_surgery.matching.distilling.polynomial_range import FittedRanges
 from transfer_surgery.matching.distilling.trained import (
     TRAINED,
-    GraphsKept,
     hold_amplitudes,
     ready_to_learn,
     trained_parameters,
@@ -49,6 +51,7 @@ _RANGE_WEIGHT = 0.05  # of inputs outside of the range of polynomials, beside th
 _WARMUP = 0.05  # share of the steps in which the learning rate rises
 _LOOKS = 20  # how often the network is compared with its teacher in evaluation mode
 _VARIED = 0.5  # share of the examples that are varied
+_NAMED = 5  # parameters that a message names
 _WORSE = 3.0  # times the loss at the start, from which on training goes back
 
 
@@ -76,7 +79,8 @@ def distill(
 
     Some batches are held out. The networks are compared on them in evaluation mode 20 times, and
     the best state is kept: of those that answer the given inputs as well as the start does, the one
-    that answers varied inputs best. That may be the start.
+    that answers varied inputs best. That may be the start. An error, or Ctrl-C, ends with the best
+    state until then.
 
     The model is trained in evaluation mode: without dropout, and with the branches that predictions
     take. Only batch norms that follow their inputs (a momentum above 0, and not frozen) use the
@@ -155,25 +159,30 @@ def distill(
         )
     ranges = FittedRanges(model)
     trained = trained_parameters(model, units, train)
-    paths = layers_to_compare(model, teacher, features)
-    ours, theirs = LayerOutputs(model, paths), LayerOutputs(teacher, paths)
+    if not set(trained).isdisjoint(teacher.parameters()):
+        raise ValueError(
+            "the teacher has parameters of the model, and would change as it does: give a copy of "
+            "the original, which copy.deepcopy(model) makes before convert."
+        )
+    layers = layers_to_compare(model, teacher, features)
     batches, looked_at = hold_out(batches)
     looked_at = [to_device_of(model, batch) for batch in looked_at]
 
     with ready_to_learn(model, teacher, trained), RandomnessKept() as kept:
-        # Ask the teacher about the held-out batches.
-        given = [
-            Asked(batch, teach(teacher, batch, f"held-out batch {number}"))
-            for number, batch in enumerate(looked_at)
-        ]
-        weight = _KL_WEIGHT if loss == "kl" else 1.0
-        compare = loss_function(loss, [asked.output for asked in given], temperature)
-        strength, further = bearable_variation(teacher, given, variation)
-        small = SMALL if loss in ("relative", "kl", "bce") else 0.0  # others have a unit
-        examination = Examination(model, trained, compare, given, further)
-        usual = start = now_at = examination.look(0)
+        # Ask both about the held-out batches.
+        with outputs_kept(layers[0]) as ours, outputs_kept(layers[1]) as theirs:
+            given = [
+                Asked(batch, teach(teacher, batch, f"held-out batch {number}"))
+                for number, batch in enumerate(looked_at)
+            ]
+            compare = loss_function(loss, [asked.output for asked in given], temperature)
+            strength, further = bearable_variation(teacher, given, variation)
+            examination = Examination(model, trained, compare, given, further)
+            usual = start = now_at = examination.look(0)
+            check_compared(features or (), ours, theirs)
         far = ""
         if start == math.inf:
+            check_finite(model)
             usual, far = ranges.look_within_bounds(examination)
             warn_of_overflow(far)
         before = examination.errors
@@ -183,30 +192,14 @@ def distill(
         optimizer = torch.optim.AdamW(trained, lr, weight_decay=0.0)
         losses: list[float] = []
         show = progress_line(progress, "distill", steps)
-        graphs: AbstractContextManager[Any] = nullcontext()
-
-        def backward(batch: Any, wanted: Any) -> Tensor:
-            optimizer.zero_grad()
-            with ranges.bounded(), ranges.watched(), graphs:
-                found = compare(call_model(model, map_tensors(detached_copy, batch)), wanted)
-                inside = ours.error(theirs) + _RANGE_WEIGHT * ranges.penalty()
-                found = found + weight * inside.to(found)
-                found.backward()  # type: ignore[no-untyped-call]
-            return found.detach()
-
-        with ours.watched(), theirs.watched(), show as tell:
+        weight = _KL_WEIGHT if loss == "kl" else 1.0
+        small = SMALL if loss in ("relative", "kl", "bce") else 0.0  # others have a unit
+        lesson = Lesson(model, teacher, trained, compare, layers, ranges, weight, _RANGE_WEIGHT)
+        with examination.best_at_the_end(), show as tell:
             for step, batch in enumerate(kept.outside(repeated(batches, steps)), 1):
                 batch = varied(to_device_of(model, batch), strength, _VARIED)
                 optimizer.param_groups[0]["lr"] = lr * _rate((step - 0.5) / steps)
-                wanted = teach(teacher, batch, f"the batch of step {step}")
-                try:
-                    found = backward(batch, wanted)
-                except RuntimeError as error:
-                    if step > 1 or isinstance(error, torch.OutOfMemoryError):
-                        raise
-                    # Forces, say, whose graph the network keeps in training mode alone.
-                    graphs = GraphsKept()
-                    found = backward(batch, wanted)
+                found = lesson.give(batch, step)
                 finite = nn.utils.clip_grad_norm_(trained, _CLIP).isfinite()
                 if finite:
                     optimizer.step()
@@ -224,7 +217,6 @@ def distill(
                                 optimizer.state.clear()
                                 lr, strength = lr / 2, strength / 2
                 tell(step, f"loss {losses[-1]:.3g}, held out {now_at:.3g}, at first {start:.3g}")
-        examination.go_back()
         if far and examination.loss() == math.inf:
             raise ValueError(overflow_remains(steps, far))
     report = DistillReport(losses, before, examination.errors, examination.step, strength)
@@ -238,6 +230,15 @@ def check_settings(steps: int, temperature: float, lr: float, variation: float) 
         raise ValueError(f"steps={steps}, temperature={temperature}, lr={lr}: use positive ones.")
     if not 0 <= variation <= 1:
         raise ValueError(f"variation={variation}: use a number from 0 to 1.")
+
+
+def check_finite(model: nn.Module) -> None:
+    """Raise ValueError where parameters of a network are NaN or infinite."""
+    if bad := [name for name, p in model.named_parameters() if not bool(p.isfinite().all())]:
+        raise ValueError(
+            f"{', '.join(bad[:_NAMED])} has values that are not finite: go back to a checkpoint in "
+            "which they are."
+        )
 
 
 def _rate(done: float) -> float:

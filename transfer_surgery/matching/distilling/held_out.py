@@ -6,7 +6,7 @@ import copy
 import itertools
 import math
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from statistics import fmean
 from typing import Any, NamedTuple
 
@@ -179,6 +179,14 @@ class Examination:
                     with suppress(TypeError):  # the user's loss may compare what we cannot
                         errors.add(now, asked.output)
         return fmean(losses[: len(self._given)]), fmean(losses), errors
+
+    @contextmanager
+    def best_at_the_end(self) -> Iterator[None]:
+        """Afterwards the model is in its best state, also where there was an error."""
+        try:
+            yield
+        finally:
+            self.go_back()
 
     def go_back(self) -> None:
         """Bring back the best state."""

@@ -3,93 +3,21 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
 
-from transfer_surgery._messages import check_arguments
-from transfer_surgery._running import hooked
 from transfer_surgery.activations import degree_of
 from transfer_surgery.matching.distilling.held_out import Examination
 from transfer_surgery.units import (
     GatedActivation,
     gated_activations,
-    watch_inputs,
+    watched_inputs,
 )
 
 _NAMED = 5
-
-
-def range_penalty(model: nn.Module) -> AbstractContextManager[Callable[[], Tensor]]:
-    """Punish inputs outside of the range of polynomials, in a training loop of your own.
-
-    Use it around the loop, and add a multiple of the penalty to the loss of each step. So it is
-    right with accumulated gradients, closures and loss scaling. `distill` has it built in, 0.2
-    times beside ``loss="kl"``. In training mode polynomials are constant beyond twice their range,
-    so that inputs farther out have no other gradient there.
-
-    Polynomials in blocks that were compiled before this began, or that are checkpointed with
-    ``use_reentrant=True``, are not counted. Copy the model outside of the context, as for an
-    average of its weights: inside, the inputs of the copy are counted, too.
-
-    Args:
-        model: a converted model whose targets `match_targets` has fitted, polynomials among them.
-
-    Returns:
-        A context. Its value is a function, which returns a scalar for what the model has computed
-        in training mode since the last call: of each example (first axis) the largest squared
-        distance of an input from the range of its polynomial, in halves of it, as the mean over
-        examples, summed over the sites. Channels that keep their source count as inside.
-
-    Raises:
-        ValueError: the model is not converted, or has no fitted polynomials; the model raises it,
-            where a polynomial runs that was not fitted.
-        RuntimeError: the function raises it, where no polynomial ran since the last call.
-
-    Examples:
-        >>> from transfer_surgery import convert, match_targets, swap_targets
-        >>> _ = torch.manual_seed(0)
-        >>> x = torch.randn(256, 4)
-        >>> model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
-        >>> _ = match_targets(convert(model, "polynomial", example_input=x), [x])
-        >>> optimizer = torch.optim.AdamW(swap_targets(model).train().parameters(), lr=0.01)
-        >>> losses = []
-        >>> with range_penalty(model) as penalty:
-        ...     for _ in range(20):
-        ...         loss = model(2 * x).square().mean() + penalty()
-        ...         loss.backward()
-        ...         optimizer.step()
-        ...         optimizer.zero_grad()
-        ...         losses.append(loss.item())
-        >>> losses[-1] < 0.5 * losses[0]
-        True
-    """
-    check_arguments(range_penalty, locals())
-    ranges = FittedRanges(model)
-    if not ranges:
-        raise ValueError(
-            "the model has no fitted polynomials: convert it with target='polynomial', and call "
-            "match_targets."
-        )
-    return _penalty_of(ranges)
-
-
-@contextmanager
-def _penalty_of(ranges: FittedRanges) -> Iterator[Callable[[], Tensor]]:
-    def penalty() -> Tensor:
-        if not ranges.squares:
-            raise RuntimeError(
-                "no polynomial has run in training mode and with gradients since the last call of "
-                "the penalty: call model.train(), then the model, then the penalty. Gradient "
-                "checkpointing needs use_reentrant=False, and what was compiled before this began "
-                "does not show its inputs."
-            )
-        return ranges.penalty()
-
-    with ranges.watched():
-        yield penalty
 
 
 def _recomputes() -> bool:
@@ -107,7 +35,8 @@ class FittedRanges:
     def __init__(self, model: nn.Module) -> None:
         self._paths: dict[GatedActivation, str] = {}
         self.squares: dict[GatedActivation, list[Tensor]] = {}
-        """The squared furthest way of each example, for each call."""
+        """The squared furthest way of each example, for each call since the last penalty."""
+        self._bounded = False
         self._unfitted: dict[GatedActivation, str] = {}
         for path, unit in gated_activations(model):
             if degree_of(unit.target):
@@ -119,13 +48,16 @@ class FittedRanges:
     @contextmanager
     def bounded(self) -> Iterator[None]:
         """Polynomials do not grow far beyond the range of their fit, as in training mode."""
-        for unit in self._paths:
-            unit.bounded = True
+        self._bound(True)
         try:
             yield
         finally:
-            for unit in self._paths:
-                unit.bounded = False
+            self._bound(False)
+
+    def _bound(self, bounded: bool) -> None:
+        self._bounded = bounded
+        for unit in self._paths:
+            unit.bounded = bounded
 
     @contextmanager
     def watched(self) -> Iterator[None]:
@@ -133,13 +65,21 @@ class FittedRanges:
 
         Raises:
             ValueError: one that counts and runs was not fitted, so that it has no range.
+            RuntimeError: a backward pass runs one whose inputs had no gradients before.
         """
 
         def count(unit: GatedActivation, x: Tensor) -> None:
-            if (unit.training or unit.bounded) and torch.is_grad_enabled():
-                found = self._furthest(unit, x).square()
-                if not _recomputes():
-                    self.squares.setdefault(unit, []).append(found)
+            # What `distill` does inside of a user's own context does not count in the latter.
+            if not (unit.training or self._bounded) or not torch.is_grad_enabled():
+                return
+            found = self._furthest(unit, x).square()
+            if not _recomputes():
+                self.squares.setdefault(unit, []).append(found)
+            elif unit not in self.squares:
+                raise RuntimeError(
+                    f"{self._paths[unit]}: its inputs were not counted, since gradient "
+                    "checkpointing with use_reentrant=True hides them: use use_reentrant=False."
+                )
 
         def refuse(unit: GatedActivation, x: Tensor) -> None:
             if not torch.compiler.is_compiling() and not bool((unit.gate.predict() == 1).all()):
@@ -149,7 +89,7 @@ class FittedRanges:
                 )
 
         try:
-            with self._shown(count), hooked(*(watch_inputs(u, refuse) for u in self._unfitted)):
+            with watched_inputs(self._paths, count), watched_inputs(self._unfitted, refuse):
                 yield
         finally:
             self.squares.clear()
@@ -161,10 +101,21 @@ class FittedRanges:
         """
         # A single input far outside makes an example overflow. In a mean over all inputs of images
         # it would count for next to nothing.
-        ways = [torch.cat(calls) for calls in self.squares.values()]
+        ways = [torch.cat(calls) for calls in self.squares.values() if calls]
         found = [way.sum() / max(len(way), 1) for way in ways]
-        self.squares.clear()
+        self.squares = {unit: [] for unit in self.squares}
         return torch.stack(found).sum() if found else torch.zeros(())
+
+    def why_none_ran(self) -> str:
+        """What keeps the polynomials from being counted, as far as their state tells."""
+        if all(unit.is_out for unit in self._paths):
+            return "bake or revert has taken them out of the model; end the context before."
+        if not any(unit.training for unit in self._paths):
+            return "they are in evaluation mode: call model.train(), then the model."
+        return (
+            "call the model, then the penalty, both without torch.no_grad(). A copy of the model "
+            "needs a range_penalty of its own, and gradient checkpointing use_reentrant=False."
+        )
 
     def look_within_bounds(self, examination: Examination) -> tuple[float, str]:
         """What bounded polynomials do with held-out inputs, where they overflow without bounds.
@@ -183,7 +134,7 @@ class FittedRanges:
                 path = self._paths[unit]
                 furthest[path] = max(furthest[path], self._furthest(unit, x).max().item())
 
-        with self.bounded(), self._shown(look):
+        with self.bounded(), watched_inputs(self._paths, look):
             loss = examination.loss()
         left = sorted((path for path in furthest if furthest[path] > 0), key=lambda p: -furthest[p])
         if loss == math.inf or not left:
@@ -192,11 +143,6 @@ class FittedRanges:
             )
         named = ", ".join(f"{path} ({1 + furthest[path]:.3g})" for path in left[:_NAMED])
         return loss, named + ", ..." * (len(left) > _NAMED)
-
-    def _shown(
-        self, look: Callable[[GatedActivation, Tensor], object]
-    ) -> AbstractContextManager[None]:
-        return hooked(*(watch_inputs(unit, look) for unit in self._paths))
 
     def _furthest(self, unit: GatedActivation, x: Tensor) -> Tensor:
         """How far each example, along the first axis, is outside of the range, at its furthest.

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterator, Sequence, Set
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from transfer_surgery._running import as_written, modes_kept
+from transfer_surgery._running import as_written, hooked, modes_kept
 from transfer_surgery.units import GatedActivation
 
 TRAINED = ("all", "targets")
@@ -36,7 +36,9 @@ def ready_to_learn(
             parameter.grad = None
         for parameter in others:
             parameter.requires_grad_(False)
-        with modes_kept(model, teacher), _run_as_written(model, teacher):
+        norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+        checks = hooked(*(norm.register_forward_pre_hook(_check_values) for norm in norms))
+        with modes_kept(model, teacher), as_written(), checks:
             model.eval()
             teacher.eval()
             for module in model.modules():
@@ -59,11 +61,14 @@ def _follows(module: nn.Module, learning: Set[nn.Parameter]) -> bool:
     return isinstance(module, nn.RNNBase)  # cuDNN has no gradients in evaluation mode
 
 
-def _run_as_written(*models: nn.Module) -> AbstractContextManager[Any]:
-    """Compiled modules of the models run as written; without any, other code may compile."""
-    every = (module for model in models for module in model.modules())
-    compiled = any(m._compiled_call_impl is not None or hasattr(m, "_orig_mod") for m in every)
-    return as_written() if compiled else nullcontext()
+def _check_values(norm: nn.Module, args: tuple[Tensor, ...]) -> None:
+    """Raise where a norm that follows its inputs would divide by a deviation of 0."""
+    if norm.training and args[0].numel() == args[0].shape[1]:
+        raise ValueError(
+            f"a {type(norm).__name__} that follows its inputs gets a single value for each "
+            f"channel, {tuple(args[0].shape)}: leave out batches of one example, as "
+            "DataLoader(drop_last=True) does, or hold its statistics by norm.momentum = 0."
+        )
 
 
 def trained_parameters(

@@ -19,7 +19,7 @@ from transfer_surgery.matching.output_errors import (
     output_tensors,
 )
 from transfer_surgery.matching.two_networks.two_networks import TwoNetworks
-from transfer_surgery.units import GatedActivation, watch_inputs
+from transfer_surgery.units import GatedActivation, watched_inputs
 
 
 class SiteCall(NamedTuple):
@@ -59,16 +59,15 @@ def site_calls(
     inputs: dict[nn.Module, Tensor] = {}
 
     # Copies: what comes behind a site may write into its tensors.
-    def before(unit: nn.Module, x: Tensor) -> None:
+    def before(unit: GatedActivation, x: Tensor) -> None:
         inputs[unit] = x.detach().clone()
 
     def after(unit: Any, args: tuple[Any, ...], output: Tensor) -> None:
         outputs.append(output if output.requires_grad else output.requires_grad_())
         calls.append((unit, inputs.pop(unit), output.detach().clone()))
 
-    handles = [watch_inputs(unit, before) for unit in units]
-    handles += [unit.register_forward_hook(after) for unit in units]
-    with hooked(*handles), torch.enable_grad():
+    hooks = hooked(*(unit.register_forward_hook(after) for unit in units))
+    with watched_inputs(units, before), hooks, torch.enable_grad():
         answer = networks.with_gradients_if_needed(lambda: networks.run(batch))
         loss = _drawn_loss(answer, torch.Generator().manual_seed(seed), logits)
         if not loss.requires_grad:

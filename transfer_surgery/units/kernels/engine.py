@@ -21,6 +21,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from transfer_surgery._running import compiled_nonetheless
+
 VARIABLE = "TRANSFER_SURGERY_KERNELS"
 CHOICES = ("auto", "eager", "compiled")
 COMPILE_SECONDS = 10.0
@@ -120,7 +122,8 @@ class Engine:
     def _run(self, half: int, eager: Callable[..., Any], *tensors: Tensor) -> Any:
         if self._may_compile(tensors[0]):
             try:
-                return self._compiled()[half](*tensors)
+                with compiled_nonetheless():
+                    return self._compiled()[half](*tensors)
             except Exception as error:
                 self.stays_eager = True
                 _log.warning(
