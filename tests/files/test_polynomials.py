@@ -204,6 +204,70 @@ def test_the_file_says_which_gates_keep_their_source(tmp_path):
     np.testing.assert_allclose(y, model[:2](x.double()).detach(), atol=1e-12)
 
 
+def test_polynomials_of_two_conversions_of_a_site_say_how_they_combine(tmp_path):
+    model, x = nn.Sequential(nn.Linear(8, 6), nn.ReLU(), nn.Linear(6, 2)).eval(), X[:, 0, 0]
+    for degree, keep in ((3, 4), (2, 2), (4, None)):
+        match_targets(convert(model, f"polynomial(degree={degree})", example_input=x), [x])
+        swap_targets(model, keep=keep, batches=None if keep is None else [x])
+        bake(model)
+    model.double()
+    save_polynomials(model, tmp_path / "polynomials.json")
+    sites = json.loads((tmp_path / "polynomials.json").read_text())["sites"]
+    assert {path: site["degree"] for path, site in sites.items()} == {
+        "1.source.source": 4, "1.source.target": 2, "1.target": 3
+    }  # fmt: skip
+    assert [sum(site["gates"]) for site in sites.values()] == [4, 4, 4]
+    h = model[0](x.double()).detach().numpy()
+    y = 0
+    for site in sites.values():
+        values = sum(k * h**power for power, k in enumerate(np.array(site["coefficients"]).T))
+        y = y + (1 - np.array(site["gates"])) * values
+    np.testing.assert_allclose(y, model[:2](x.double()).detach(), atol=1e-12)
+    with pytest.raises(ValueError, match=r"^1, 1.source: each of these sites keeps a part of its"):
+        export_onnx(model, x.double(), tmp_path / "model.onnx", polynomial=True)
+    model[1].z = torch.ones(3)
+    with pytest.raises(
+        ValueError, match=r"^1.source: it was converted twice, .* \(6,\) and \(3,\)"
+    ):
+        save_polynomials(model, tmp_path / "polynomials.json")
+
+
+def test_gates_of_two_kinds_at_one_site_are_refused(tmp_path):
+    model, x = nn.Sequential(nn.Linear(8, 6), nn.ReLU(), nn.Linear(6, 2)).eval(), X[:, 0, 0]
+    for granularity, keep in (("channel", 3), ("layer", None)):
+        convert(model, "polynomial", example_input=x, granularity=granularity)
+        match_targets(model, [x])
+        bake(swap_targets(model, keep=keep, batches=None if keep is None else [x]))
+    with pytest.raises(
+        ValueError, match=r"^1.source: it was converted twice, .* \(6,\) and \(1,\)"
+    ):
+        save_polynomials(model, tmp_path / "polynomials.json")
+
+
+def test_coefficients_of_the_scaled_input_are_exact_far_from_0(tmp_path):
+    layers = [nn.Linear(8, 6), nn.GELU(), nn.Linear(6, 2)]
+    model, x = nn.Sequential(*layers).eval(), X[:, 0, 0]
+    model[0].weight.data *= 0.1
+    model[0].bias.data += 300
+    match_targets(convert(model, "polynomial(degree=4)", example_input=x), [x])
+    bake(swap_targets(model)).double()
+    save_polynomials(model, tmp_path / "polynomials.json")
+    site = json.loads((tmp_path / "polynomials.json").read_text())["sites"]["1"]
+    h = model[0](x.double()).detach().numpy()
+    v = h * np.array(site["scale"]) + np.array(site["shift"])
+    y = sum(k * v**power for power, k in enumerate(np.array(site["scaled_coefficients"]).T))
+    np.testing.assert_allclose(y, model[:2](x.double()).detach(), rtol=1e-12)
+
+
+def test_bfloat16_and_an_example_of_another_width_are_refused(tmp_path):
+    model = polynomial(network())
+    with pytest.raises(ValueError, match=r"does not run on example_input: float32 \(2, 4, 8, 8\)"):
+        export_onnx(model, torch.zeros(2, 4, 8, 8), tmp_path / "model.onnx")
+    with pytest.raises(ValueError, match=r"bfloat16 .* call model.float\(\) first"):
+        export_onnx(model.bfloat16(), X.bfloat16(), tmp_path / "model.onnx", polynomial=True)
+    assert not any(tmp_path.iterdir())
+
+
 def test_the_range_is_that_of_the_inputs_of_the_fit(tmp_path):
     model = network()
     with torch.no_grad():

@@ -156,5 +156,5 @@ def test_parameters_that_are_nan_are_named():
     x = torch.randn(4, 32, 5)
     model, teacher = networks(Branching(), x[0])
     model.last.weight.data[0, 0] = torch.nan
-    with pytest.raises(ValueError, match="^last.weight has values that are not finite"):
+    with pytest.raises(ValueError, match=r"^last.weight has values that are not finite"):
         distill(model, teacher, list(x), steps=1)

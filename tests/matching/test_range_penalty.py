@@ -160,7 +160,7 @@ def test_inputs_that_checkpointing_hides_are_refused_in_the_backward_pass():
     with range_penalty(model) as penalty:
         answer = checkpoint(model[2:], model[:2](x), use_reentrant=True)
         loss = answer.square().mean() + penalty()
-        with pytest.raises(RuntimeError, match="^3: its inputs were not counted, .*=False"):
+        with pytest.raises(RuntimeError, match=r"^3: its inputs were not counted, .*=False"):
             loss.backward()
 
 

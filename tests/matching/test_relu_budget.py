@@ -2,12 +2,13 @@
 
 import copy
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from transfer_surgery import bake, convert, match_targets, report, swap_targets
+from transfer_surgery import MatchWarning, bake, convert, match_targets, report, swap_targets
 from transfer_surgery.matching.swapping import relu_budget
 from transfer_surgery.matching.swapping.relu_budget import choose_kept
 from transfer_surgery.units import gated_activations
@@ -33,7 +34,8 @@ def test_the_budget_is_kept_and_nearly_used(granularity, keep):
     neurons = report(model).total.neurons
     assert neurons == 8 * 16 + 6 * 4
     if granularity == "layer" and keep == 0.05:  # no site is that small
-        swap_targets(model, keep=keep, batches=[X])
+        with pytest.warns(MatchWarning, match=r"keeps nothing, since .* 24 or more: take a larger"):
+            swap_targets(model, keep=keep, batches=[X])
         assert report(model).total.source_neurons == 0
         return
     swap_targets(model, keep=keep, batches=X.split(150))
@@ -43,6 +45,18 @@ def test_the_budget_is_kept_and_nearly_used(granularity, keep):
     assert budget - largest < total.source_neurons <= budget
     assert total.mixed == 0
     assert set(gates(model).tolist()) <= {0.0, 1.0}
+
+
+def test_neurons_are_those_of_the_batches_where_convert_had_no_example():
+    torch.manual_seed(0)
+    layers = [nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.ReLU()]
+    model = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 3))
+    convert(model, "square")
+    neurons = 8 * 10**2 + 8 * 8**2
+    assert report(model).total.neurons > 100 * neurons  # of a guessed photograph
+    swap_targets(model, keep=np.int64(800), batches=torch.randn(16, 3, 12, 12).split(8))
+    assert report(model).total.neurons == neurons
+    assert 700 < report(model).total.source_neurons <= 800
 
 
 def test_those_are_kept_whose_swap_costs_most_per_neuron():
@@ -83,7 +97,7 @@ def test_gates_of_few_neurons_come_before_one_of_many_that_costs_more_in_all(mon
     units = dict(gated_activations(model))  # gates of 16 and of 4 neurons
     costs = [torch.full((8,), 3.0), torch.full((6,), 1.0)]
     of_units = dict(zip(units.values(), costs, strict=True))
-    monkeypatch.setattr(relu_budget, "_costs", lambda *_: of_units)
+    monkeypatch.setattr(relu_budget, "_costs", lambda *_: (of_units, {}))
     first, second = choose_kept(model, units, [X], 24, True).values()
     assert not first.any()
     assert second.all()

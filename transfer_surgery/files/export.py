@@ -17,12 +17,13 @@ from torch.export import Dim, ExportedProgram
 from torch.utils import _pytree as pytree
 
 from transfer_surgery._messages import check_arguments
-from transfer_surgery._running import prediction_mode, to_device_of
+from transfer_surgery._running import explained, predict, prediction_mode, to_device_of
 from transfer_surgery.files.polynomial_graph import check_polynomial
 from transfer_surgery.files.replacing import check_replaceable, replace_file
 from transfer_surgery.sites import example_arguments, fake_arguments, trying
-from transfer_surgery.surgery import check_no_gates
+from transfer_surgery.surgery import MixedActivation, check_no_gates
 
+_NAMED = 5
 _Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 
 
@@ -45,8 +46,8 @@ def export_program(
         The program that was written.
 
     Raises:
-        ValueError: the model still has gates, no tensor in `example_input` has an axis of examples,
-            or the file exists and is something else.
+        ValueError: the model still has gates or does not run on `example_input`, no tensor in this
+            has an axis of examples, or the file exists and is something else.
         RuntimeError: torch.export cannot follow the model, or the model fixes the batch size.
 
     Examples:
@@ -88,22 +89,26 @@ def export_onnx(
         example_input: as for `export_program`.
         path: the output file, usually ``.onnx``; folders on the way to it are made. A file that is
             there is replaced only if it is empty or an ONNX file of torch.
-        polynomial: refuse a network with nodes that are no polynomials of its input, before
-            anything is written. What is left is sums and products, as for encrypted computing.
+        polynomial: refuse a network with sites that keep a part of their source, or with nodes that
+            are no polynomials of its input, before anything is written. What is left is sums and
+            products, as for encrypted computing.
 
     Returns:
         The program that was written.
 
     Raises:
         ImportError: onnx or onnxscript is not installed.
-        ValueError: the model still has gates, no tensor in `example_input` has an axis of examples,
-            the file exists and is something else, or a node is no polynomial.
+        ValueError: the model still has gates or does not run on `example_input`, no tensor in this
+            has an axis of examples, the file exists and is something else, or, with `polynomial`, a
+            node is none or a number is a bfloat16.
         RuntimeError: torch cannot export the model, or the model fixes the batch size.
     """
     check_arguments(export_onnx, locals())
     path = Path(path)
     check_replaceable(path, _check_onnx)
     arguments = _arguments(model, example_input)
+    if polynomial:
+        _check_sums_and_products(model)
     try:
         import onnx  # noqa: F401 - torch imports both, and names neither when it cannot
         import onnxscript  # noqa: F401
@@ -122,6 +127,22 @@ def export_onnx(
         check_polynomial(program.model.graph)
     replace_file(path, program.save)
     return program
+
+
+def _check_sums_and_products(model: nn.Module) -> None:
+    """Raise ValueError where a baked model cannot become sums and products of usual numbers."""
+    kept = [path for path, part in model.named_modules() if isinstance(part, MixedActivation)]
+    if kept:
+        raise ValueError(
+            f"{', '.join(kept[:_NAMED])}{', ...' * (len(kept) > _NAMED)}: each of these sites "
+            "keeps a part of its source, and chooses by its gates. Bake a network whose gates are "
+            "all at their targets, or leave out polynomial=True."
+        )
+    if any(tensor.dtype == torch.bfloat16 for tensor in model.state_dict().values()):
+        raise ValueError(
+            "the model has bfloat16 numbers, with which few programs run the sums and products of "
+            "ONNX: call model.float() first."
+        )
 
 
 def _check_program(file: Path) -> None:
@@ -159,6 +180,9 @@ def _arguments(model: nn.Module, example_input: Any) -> _Arguments:
 def _trace(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> ExportedProgram:
     structure = pytree.tree_structure((*args, *kwargs.values()))
     shapes = pytree.tree_unflatten(_axes((args, kwargs), Dim.DYNAMIC), structure)
+    # What does not run at all is no matter of torch.export.
+    with prediction_mode(model), trying(), explained(model, "example_input", kwargs or args):
+        predict(model, kwargs or args)
     with _explained(model), prediction_mode(model), trying():
         return torch.export.export(model, args, kwargs, dynamic_shapes=shapes)
 

@@ -29,6 +29,10 @@ def save_polynomials(model: nn.Module, path: str | os.PathLike[str]) -> None:
 
     - ``"coefficients"``: those of ``1, x, x**2, ...``, where ``x`` is the input of the site, one
       list for each gate, as float64 numbers computed from the parameters.
+    - ``"scaled_coefficients"``: those of ``1, v, v**2, ...`` with ``v = scale * x + shift``, which
+      is between -1 and 1 in the range. They do not cancel where a range is far from 0, as those of
+      powers of ``x`` do.
+    - ``"scale"`` and ``"shift"`` of each gate.
     - ``"range"``: the lowest and the highest input that each polynomial was fitted to; it is wider
       where these hardly differ. Beyond it a polynomial says nothing about the function that it
       stands for.
@@ -36,7 +40,9 @@ def save_polynomials(model: nn.Module, path: str | os.PathLike[str]) -> None:
     - ``"shape"`` of the gates, such as ``[64]``, and ``"trailing"``, the number of axes of the
       input behind theirs, such as 2 for channels of images.
     - ``"gates"``, only where a site keeps a part of its source: 0 for each gate whose polynomial
-      counts, 1 for each that keeps its source, between them the share of the source.
+      counts, 1 for each that keeps its source, between them the share of the source. Where the
+      source has polynomials too, after a second conversion, each has gates of its own: the site is
+      the sum of all of its polynomials times ``1 - gates``, and of what is no polynomial.
 
     Args:
         model: a model after `transfer_surgery.bake`, also after `fold_targets`; it is not changed.
@@ -45,7 +51,8 @@ def save_polynomials(model: nn.Module, path: str | os.PathLike[str]) -> None:
 
     Raises:
         ValueError: the model still has gates, has no fitted polynomials, or one that was not fitted
-            or whose numbers are not finite, or the file exists and is something else.
+            or whose numbers are not finite, or two of one site whose gates differ in kind; or the
+            file exists and is something else.
 
     Examples:
         >>> import tempfile
@@ -69,9 +76,9 @@ def save_polynomials(model: nn.Module, path: str | os.PathLike[str]) -> None:
         for module in model.modules()
         if isinstance(module, FittedActivation) and isinstance(module.activation, Polynomial)
     }
-    mixed = {m.target: m.z for m in model.modules() if isinstance(m, MixedActivation)}
+    shares = _shares(model)
     sites = {
-        name: _site(module, mixed.get(module))
+        name: _site(name, module, shares.get(module))
         for name, module in model.named_modules()
         if (isinstance(module, Polynomial) and module not in inside)
         or (isinstance(module, FittedActivation) and module.activation in inside)
@@ -88,7 +95,7 @@ def save_polynomials(model: nn.Module, path: str | os.PathLike[str]) -> None:
             "and call match_targets, swap_targets and bake."
         )
     for name, site in sites.items():
-        gates = [*site["coefficients"], *site["range"]]
+        gates = [*site["coefficients"], *site["scaled_coefficients"], *site["range"]]
         if not all(math.isfinite(number) for gate in gates for number in gate):
             raise ValueError(
                 f"{name}: a coefficient, or an end of the range, is not finite, which JSON does "
@@ -98,7 +105,30 @@ def save_polynomials(model: nn.Module, path: str | os.PathLike[str]) -> None:
     replace_file(path, lambda new: new.write_text(text + "\n"))
 
 
-def _site(module: nn.Module, gates: Tensor | None) -> dict[str, Any]:
+def _shares(model: nn.Module) -> dict[nn.Module, Tensor]:
+    """What share of the output of its site each part of a mixed activation has, for each gate."""
+    shares: dict[nn.Module, Tensor] = {}
+    for name, mixed in model.named_modules():  # the outer ones come first
+        if isinstance(mixed, MixedActivation):
+            z = mixed.z.double().cpu()
+            whole = shares.get(mixed, torch.ones_like(z))
+            for part, share in ((mixed.source, z), (mixed.target, 1 - z)):
+                if share.numel() != 1 != whole.numel():
+                    _check_same_gates(name, share.shape, whole.shape)
+                shares |= dict.fromkeys(part.modules(), share * whole)
+    return shares
+
+
+def _check_same_gates(name: str, one: Sequence[int], other: Sequence[int]) -> None:
+    if tuple(one) != tuple(other):
+        raise ValueError(
+            f"{name}: it was converted twice, with gates of the shapes {tuple(one)} and "
+            f"{tuple(other)}. Convert the original network once, or both times with one "
+            "granularity."
+        )
+
+
+def _site(name: str, module: nn.Module, share: Tensor | None) -> dict[str, Any]:
     numbers = {name: getattr(module, name, None) for name in "awcb"}
     polynomial = module.activation if isinstance(module, FittedActivation) else module
     assert isinstance(polynomial, Polynomial)
@@ -108,24 +138,30 @@ def _site(module: nn.Module, gates: Tensor | None) -> dict[str, Any]:
         torch.full(shape, start, dtype=torch.float64) if p is None else p.detach().double().cpu()
         for p, start in zip(numbers.values(), (1.0, 1.0, 0.0, 0.0), strict=True)
     )
-    powers = _powers_of_input(k.flatten(1).unbind(), w.flatten(), c.flatten())
-    coefficients = powers * a.flatten()[:, None]
-    coefficients[:, 0] += b.flatten()
+    scaled = torch.stack([b, *(a * one for one in k)], -1).flatten(0, -2)
+    coefficients = _powers_of_input(scaled.unbind(1), w.flatten(), c.flatten())
     ends = torch.stack([(-1 - c) / w, (1 - c) / w], -1).flatten(0, -2).sort(-1).values
     found = {
         "degree": degree,
         "shape": shape,
         "trailing": polynomial.trailing,
         "coefficients": coefficients.tolist(),
+        "scaled_coefficients": scaled.tolist(),
+        "scale": w.flatten().tolist(),
+        "shift": c.flatten().tolist(),
         "range": ends.tolist(),
     }
-    return found if gates is None else found | {"gates": gates.flatten().tolist()}
+    if share is None:
+        return found
+    if share.numel() != 1:
+        _check_same_gates(name, share.shape, shape)
+    return found | {"gates": (1 - share).expand(shape).flatten().tolist()}
 
 
 def _powers_of_input(k: Sequence[Tensor], w: Tensor, c: Tensor) -> Tensor:
-    """``k1*v + k2*v**2 + ...`` with ``v = w*x + c``, as coefficients ``(gates, powers of x)``."""
-    found = torch.zeros(len(w), len(k) + 1, dtype=torch.float64)
-    for one in reversed((torch.zeros_like(w), *k)):  # Horner's rule, for polynomials in x
+    """``k0 + k1*v + k2*v**2 + ...`` with ``v = w*x + c``, as ``(gates, powers of x)``."""
+    found = torch.zeros(len(w), len(k), dtype=torch.float64)
+    for one in reversed(k):  # Horner's rule, for polynomials in x
         higher = torch.cat([torch.zeros_like(found[:, :1]), found[:, :-1]], 1)
         found = w[:, None] * higher + c[:, None] * found
         found[:, 0] += one

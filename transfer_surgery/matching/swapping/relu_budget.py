@@ -6,13 +6,18 @@ target at each element, times the squared gradient there. The gates that cost mo
 
 from __future__ import annotations
 
+import math
+import numbers
+import warnings
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from transfer_surgery._messages import user_stacklevel
 from transfer_surgery._running import as_batches, prediction_mode
+from transfer_surgery.matching.match_report import MatchWarning
 from transfer_surgery.matching.two_networks.site_gradients import site_calls
 from transfer_surgery.matching.two_networks.two_networks import TwoNetworks
 from transfer_surgery.units import GatedActivation, fitted_value
@@ -36,11 +41,17 @@ def choose_kept(
 
     Raises:
         ValueError: the budget is out of its range, or there are no batches.
+
+    Warns:
+        MatchWarning: the budget is too small for any gate.
     """
-    budget = neurons_of(keep, units.values())
     networks = TwoNetworks(model, list(units.values()), as_batches(batches, model))
     with prediction_mode(model):
-        costs = _costs(networks, logits)
+        costs, neurons = _costs(networks, logits)
+    # Where `convert` had no example of this size, it counted neurons of another one.
+    for unit, number in neurons.items():
+        unit.neurons = number or unit.neurons
+    budget = neurons_of(keep, units.values())
     # Keep gate after gate, from the most costly neuron down, while the budget lasts.
     sizes = {unit: unit.neurons // unit.gate.count for unit in units.values()}
     each = torch.cat([(cost / sizes[unit]).cpu() for unit, cost in costs.items()])
@@ -50,6 +61,13 @@ def choose_kept(
         if size[gate] <= budget:
             kept[gate] = True
             budget -= size[gate]
+    if keep and not kept.any():
+        warnings.warn(
+            f"keep={keep!r} keeps nothing, since each gate has more neurons, {min(size):,} or "
+            "more: take a larger budget, or convert with granularity='neuron'.",
+            MatchWarning,
+            stacklevel=user_stacklevel(),
+        )
     parts = torch.split(kept, [unit.gate.count for unit in sizes])
     return {unit: part.view(unit.gate.shape) for unit, part in zip(sizes, parts, strict=True)}
 
@@ -61,8 +79,9 @@ def neurons_of(keep: int | float, units: Iterable[GatedActivation]) -> int:
         ValueError: it is out of its range.
     """
     total = sum(unit.neurons for unit in units)
-    inside = 0 <= keep <= (total if isinstance(keep, int) else 1)
-    budget = int(keep if isinstance(keep, int) else keep * total) if inside else 0
+    counted = isinstance(keep, numbers.Integral)  # numpy's are, too
+    inside = 0 <= keep <= (total if counted else 1)
+    budget = int(keep if counted else keep * total) if inside else 0
     if not inside or (keep != 0 and budget == 0):
         raise ValueError(
             f"keep={keep!r}: give a number of the {total:,} neurons (int) or a share of them "
@@ -71,14 +90,21 @@ def neurons_of(keep: int | float, units: Iterable[GatedActivation]) -> int:
     return budget
 
 
-def _costs(networks: TwoNetworks, logits: bool) -> dict[GatedActivation, Tensor]:
-    """The cost of each gate of each unit, summed over its elements and the examples."""
+def _costs(
+    networks: TwoNetworks, logits: bool
+) -> tuple[dict[GatedActivation, Tensor], dict[GatedActivation, int]]:
+    """The cost of each gate of each unit, summed over its elements and the examples.
+
+    Beside it the neurons of each unit in the largest input that comes to it; 0 if none does.
+    """
+    neurons = dict.fromkeys(networks.units, 0)
     total = {unit: torch.zeros(unit.gate.count, dtype=torch.float64) for unit in networks.units}
     for index, batch in enumerate(networks.batches):
         for unit, calls in site_calls(networks, networks.units, batch, index, logits).items():
             for x, y, squared_gradient in calls:
                 numbers = None if unit.fitted is None else unit.fitted.expand(x)
                 error = fitted_value(x, unit.target, numbers).double() - y
+                neurons[unit] = max(neurons[unit], math.prod(x.shape[1:]))
                 cost = unit.granularity.group(0.5 * squared_gradient * error.square())
                 total[unit] += cost.double().sum(1).cpu()
-    return total
+    return total, neurons
