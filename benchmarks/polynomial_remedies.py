@@ -40,7 +40,7 @@ from cifar_resnet import trained_resnet
 from transfer_surgery import GatedActivation, distill
 from transfer_surgery.cli.finetuning.images import MemoryLoader, Unlabelled, load_cifar10
 from transfer_surgery.cli.finetuning.training import Machine, predict
-from transfer_surgery.matching.distilling import distillation
+from transfer_surgery.matching.distilling import batch_gradients, distillation
 from transfer_surgery.matching.distilling.polynomial_range import FittedRanges
 from transfer_surgery.units.kernels import formula
 
@@ -148,9 +148,10 @@ def measured(name: str, remedy: Remedy, steps: int, batch: int, seed: int, cache
         stack.enter_context(mock.patch.object(formula, "_BOUND", remedy.bound))
         for constant in ("range_weight", "clip", "warmup"):
             value = getattr(remedy, constant)
-            stack.enter_context(mock.patch.object(distillation, f"_{constant.upper()}", value))
+            place = batch_gradients if constant == "range_weight" else distillation
+            stack.enter_context(mock.patch.object(place, f"_{constant.upper()}", value))
         if remedy.of_all:
-            stack.enter_context(mock.patch.object(FittedRanges, "_furthest", ways))
+            stack.enter_context(mock.patch.object(FittedRanges, "_largest_distance", distances))
         done = watch(model, stack, steps, furthest, outside)
         try:
             distill(
@@ -172,7 +173,7 @@ def measured(name: str, remedy: Remedy, steps: int, batch: int, seed: int, cache
     )  # fmt: skip
 
 
-def ways(ranges: FittedRanges, unit: GatedActivation, x: Tensor) -> Tensor:
+def distances(ranges: FittedRanges, unit: GatedActivation, x: Tensor) -> Tensor:
     """How far all inputs are outside, for a penalty that is their mean."""
     assert unit.fitted is not None
     _, w, c, *_ = unit.fitted.expand(x)

@@ -14,6 +14,7 @@ from types import NoneType, UnionType
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
 _NOT_THE_USERS = ("torch", "transfer_surgery", "zoo_adapters")
+_LISTED = 5
 _CLASSES: dict[Any, Any] = {float: Real, int: Integral, None: NoneType}
 
 
@@ -79,6 +80,12 @@ def _fits(value: Any, hint: Any) -> bool:
         return hint is Any or isinstance(value, _CLASSES.get(hint, origin or hint))
     except TypeError:  # no class, but a TypeVar for example
         return True
+
+
+def listed(names: Iterable[str]) -> str:
+    """Names for a message: five of them, and whether there are more."""
+    names = list(names)
+    return ", ".join(names[:_LISTED]) + ", ..." * (len(names) > _LISTED)
 
 
 def user_stacklevel() -> int:

@@ -9,10 +9,8 @@ from torch import nn
 from tests.helpers.same_bits import assert_same_bits
 from transfer_surgery import convert, distill, match_targets, swap_targets
 
-pytestmark = [
-    pytest.mark.filterwarnings("ignore::transfer_surgery.DistillWarning"),
-    pytest.mark.filterwarnings("ignore::transfer_surgery.MatchWarning"),
-]
+no_gain = pytest.mark.filterwarnings("ignore::transfer_surgery.DistillWarning")
+"""So few steps need not help."""
 
 
 class Branching(nn.Module):
@@ -24,7 +22,7 @@ class Branching(nn.Module):
         self.act, self.norm = nn.ReLU(), nn.BatchNorm1d(8)
 
     def forward(self, x, deep=True):
-        x = self.norm(self.act(self.first(x)))
+        x = self.norm(input=self.act(self.first(x)))
         return self.last(self.within(x).tanh() if deep else x)
 
 
@@ -45,6 +43,7 @@ def layers_alone(model, teacher, batches, steps, **options):
     return list(distill(model, teacher, batches, steps=steps, **options))
 
 
+@no_gain
 def test_a_layer_is_compared_only_in_the_batches_that_come_to_it():
     x = torch.randn(8, 32, 5, generator=torch.Generator().manual_seed(0))
     batches = [(part, number in (0, 7)) for number, part in enumerate(x)]
@@ -56,8 +55,10 @@ def test_a_layer_is_compared_only_in_the_batches_that_come_to_it():
 def test_batches_of_which_some_do_not_come_to_a_layer_are_learned_from():
     x = torch.randn(8, 32, 5, generator=torch.Generator().manual_seed(0))
     batches = [(part, number % 2 == 0) for number, part in enumerate(x)]
-    report = distill(*networks(Branching(), x[0]), batches, steps=60)
-    assert len(report) == 60
+    network = Branching()
+    network.norm.momentum = 0.0
+    report = distill(*networks(network, x[0]), batches, steps=60)
+    assert report.after["output"] < 0.95 * report.before["output"]
 
 
 def test_features_that_cannot_be_compared_are_refused_before_anything_is_changed():
@@ -68,16 +69,13 @@ def test_features_that_cannot_be_compared_are_refused_before_anything_is_changed
     with pytest.raises(ValueError, match="within of the model does not run on the held-out"):
         distill(model, teacher, batches, steps=3, features=["within"])
     teacher.act = nn.Sequential(nn.ReLU(), nn.Unflatten(-1, (2, 4)))
-    teacher.norm = nn.Flatten(-2)
+    teacher.norm.forward = lambda input: input.flatten(-2)
     with pytest.raises(ValueError, match=r"act returns \(32, 8\) and \(32, 2, 4\) in the model"):
         distill(model, teacher, list(x), steps=3, features=["act"])
     assert_same_bits(model, before)
 
 
-def decorated(forward):
-    return torch.compile(forward, backend="eager")
-
-
+@no_gain
 @pytest.mark.filterwarnings("ignore:The .grad attribute")  # of torch's compiler
 @pytest.mark.parametrize("compiled", [False, True])
 def test_layers_inside_of_compiled_functions_are_compared(compiled):
@@ -92,7 +90,7 @@ def test_layers_inside_of_compiled_functions_are_compared(compiled):
             return self.act(self.inner(x))
 
     if compiled:
-        Block.forward = decorated(Block.forward)
+        Block.forward = torch.compile(Block.forward, backend="eager")
     torch.manual_seed(0)
     x = torch.randn(256, 5)
     model, teacher = networks(nn.Sequential(nn.Linear(5, 8), nn.ReLU(), Block()), x)
@@ -131,12 +129,15 @@ def test_an_error_ends_with_the_best_state(error):
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
 
 
+@no_gain
 def test_a_norm_that_cannot_learn_from_a_batch_is_explained():
     x = torch.randn(4, 32, 5)
     model, teacher = networks(Branching(), x[0])
     before = copy.deepcopy(model.state_dict())
     batches = [*x, x[0, :1]]
-    with pytest.raises(ValueError, match=r"BatchNorm1d .* single value .*drop_last=True"):
+    with pytest.raises(
+        ValueError, match=r"^norm: this BatchNorm1d .* single value .*drop_last=True"
+    ):
         distill(model, teacher, batches, steps=5)
     assert_same_bits(model, before)
     model.norm.momentum = 0.0
@@ -156,5 +157,6 @@ def test_parameters_that_are_nan_are_named():
     x = torch.randn(4, 32, 5)
     model, teacher = networks(Branching(), x[0])
     model.last.weight.data[0, 0] = torch.nan
-    with pytest.raises(ValueError, match=r"^last.weight has values that are not finite"):
+    model.norm.running_var[3] = torch.nan
+    with pytest.raises(ValueError, match=r"^last.weight, norm.running_var hold NaN or infinite"):
         distill(model, teacher, list(x), steps=1)

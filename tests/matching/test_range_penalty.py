@@ -112,6 +112,8 @@ def test_only_what_is_trained_since_the_last_call_counts():
             model(part)
         assert penalty().item() == pytest.approx((first + second).item() / 2)
     assert not any(unit.watchers for _, unit in gated_activations(model))
+    with pytest.raises(KeyError), range_penalty(model) as penalty:
+        raise KeyError
     with pytest.raises(RuntimeError, match="after the end of `with range_penalty"):
         penalty()
 
@@ -158,6 +160,7 @@ def test_what_was_compiled_before_the_context_is_counted_in_it_and_not_after(par
 def test_inputs_that_checkpointing_hides_are_refused_in_the_backward_pass():
     model, x = network(), 3 * X.double()
     with range_penalty(model) as penalty:
+        (model(x).square().mean() + penalty()).backward()  # an earlier step may have been right
         answer = checkpoint(model[2:], model[:2](x), use_reentrant=True)
         loss = answer.square().mean() + penalty()
         with pytest.raises(RuntimeError, match=r"^3: its inputs were not counted, .*=False"):

@@ -34,7 +34,7 @@ def test_the_budget_is_kept_and_nearly_used(granularity, keep):
     neurons = report(model).total.neurons
     assert neurons == 8 * 16 + 6 * 4
     if granularity == "layer" and keep == 0.05:  # no site is that small
-        with pytest.warns(MatchWarning, match=r"keeps nothing, since .* 24 or more: take a larger"):
+        with pytest.warns(MatchWarning, match=r"keeps nothing: the smallest gate has 24 neurons"):
             swap_targets(model, keep=keep, batches=[X])
         assert report(model).total.source_neurons == 0
         return
@@ -97,7 +97,9 @@ def test_gates_of_few_neurons_come_before_one_of_many_that_costs_more_in_all(mon
     units = dict(gated_activations(model))  # gates of 16 and of 4 neurons
     costs = [torch.full((8,), 3.0), torch.full((6,), 1.0)]
     of_units = dict(zip(units.values(), costs, strict=True))
-    monkeypatch.setattr(relu_budget, "_costs", lambda *_: (of_units, {}))
+    monkeypatch.setattr(
+        relu_budget, "_costs", lambda *_: (of_units, {u: u.neurons for u in of_units})
+    )
     first, second = choose_kept(model, units, [X], 24, True).values()
     assert not first.any()
     assert second.all()
@@ -153,6 +155,11 @@ def test_wrong_budgets_are_refused_and_change_nothing():
         with pytest.raises(ValueError, match=message):
             swap_targets(model, keep=keep, batches=batches)
     assert torch.equal(gates(model), before)
+    model = convert(nn.Sequential(nn.Conv2d(2, 8, 3), nn.ReLU()), "square")
+    neurons = report(model).total.neurons  # of a guessed photograph
+    with pytest.raises(ValueError, match="128 neurons"):
+        swap_targets(model, keep=129, batches=[X])
+    assert report(model).total.neurons == neurons > 128
     with pytest.raises(ValueError, match="hard_concrete"):
         swap_targets(network(gate="line"), keep=0.5, batches=[X])
 

@@ -16,14 +16,13 @@ from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 from torch.utils import _pytree as pytree
 
-from transfer_surgery._messages import check_arguments
+from transfer_surgery._messages import check_arguments, listed
 from transfer_surgery._running import explained, predict, prediction_mode, to_device_of
 from transfer_surgery.files.polynomial_graph import check_polynomial
 from transfer_surgery.files.replacing import check_replaceable, replace_file
 from transfer_surgery.sites import example_arguments, fake_arguments, trying
 from transfer_surgery.surgery import MixedActivation, check_no_gates
 
-_NAMED = 5
 _Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 
 
@@ -99,8 +98,9 @@ def export_onnx(
     Raises:
         ImportError: onnx or onnxscript is not installed.
         ValueError: the model still has gates or does not run on `example_input`, no tensor in this
-            has an axis of examples, the file exists and is something else, or, with `polynomial`, a
-            node is none or a number is a bfloat16.
+            has an axis of examples, or the file exists and is something else. With `polynomial`: a
+            site keeps a part of its source, a node is no polynomial, or the model has bfloat16
+            numbers.
         RuntimeError: torch cannot export the model, or the model fixes the batch size.
     """
     check_arguments(export_onnx, locals())
@@ -134,14 +134,14 @@ def _check_sums_and_products(model: nn.Module) -> None:
     kept = [path for path, part in model.named_modules() if isinstance(part, MixedActivation)]
     if kept:
         raise ValueError(
-            f"{', '.join(kept[:_NAMED])}{', ...' * (len(kept) > _NAMED)}: each of these sites "
-            "keeps a part of its source, and chooses by its gates. Bake a network whose gates are "
-            "all at their targets, or leave out polynomial=True."
+            f"{listed(kept)}: each of these sites chooses between two activations by its gates, "
+            "which is no sum or product. Convert the original network, and swap all gates before "
+            "bake, or leave out polynomial=True."
         )
     if any(tensor.dtype == torch.bfloat16 for tensor in model.state_dict().values()):
         raise ValueError(
             "the model has bfloat16 numbers, with which few programs run the sums and products of "
-            "ONNX: call model.float() first."
+            "ONNX: call model.float(), and give a float32 example_input."
         )
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from transfer_surgery._messages import listed
+
 _LINEAR = {
     *("Add", "AveragePool", "Col2Im", "Concat", "CumSum", "DepthToSpace", "Expand", "Flatten"),
     *("Gather", "GatherElements", "GatherND", "GlobalAveragePool", "Identity", "Mean", "Neg"),
@@ -39,11 +41,10 @@ def check_polynomial(graph: Any) -> None:
         elif not _is_polynomial(node, constant):
             others.append(_named(node))
     if others:
-        named = ", ".join(others[:5]) + ", ..." * (len(others) > 5)
         raise ValueError(
-            f"{len(others)} nodes are no polynomials of the network's input: {named}. Convert the "
-            "activations there to polynomials, and replace maxima, norms and softmax in the model, "
-            "or leave out polynomial=True."
+            f"{len(others)} nodes are no polynomials of the network's input: {listed(others)}. "
+            "Convert the activations there to polynomials, and replace maxima, norms and softmax "
+            "in the model, or leave out polynomial=True."
         )
 
 

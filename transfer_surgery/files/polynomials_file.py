@@ -39,10 +39,11 @@ def save_polynomials(model: nn.Module, path: str | os.PathLike[str]) -> None:
     - ``"degree"`` of the polynomials.
     - ``"shape"`` of the gates, such as ``[64]``, and ``"trailing"``, the number of axes of the
       input behind theirs, such as 2 for channels of images.
-    - ``"gates"``, only where a site keeps a part of its source: 0 for each gate whose polynomial
-      counts, 1 for each that keeps its source, between them the share of the source. Where the
-      source has polynomials too, after a second conversion, each has gates of its own: the site is
-      the sum of all of its polynomials times ``1 - gates``, and of what is no polynomial.
+    - ``"gates"``, only where a site mixes several parts: for each gate 1 minus the share of this
+      polynomial, so 1 where the site keeps its source. After a second conversion a site has several
+      entries, whose paths differ in ``.source`` and ``.target`` at the end. The output is the sum
+      of ``(1 - gates) * polynomial`` over them, and of the original activation times the share that
+      is left.
 
     Args:
         model: a model after `transfer_surgery.bake`, also after `fold_targets`; it is not changed.
@@ -120,6 +121,7 @@ def _shares(model: nn.Module) -> dict[nn.Module, Tensor]:
 
 
 def _check_same_gates(name: str, one: Sequence[int], other: Sequence[int]) -> None:
+    """Raise ValueError where two conversions of a site had gates of other shapes."""
     if tuple(one) != tuple(other):
         raise ValueError(
             f"{name}: it was converted twice, with gates of the shapes {tuple(one)} and "
@@ -129,14 +131,14 @@ def _check_same_gates(name: str, one: Sequence[int], other: Sequence[int]) -> No
 
 
 def _site(name: str, module: nn.Module, share: Tensor | None) -> dict[str, Any]:
-    numbers = {name: getattr(module, name, None) for name in "awcb"}
+    numbers = [getattr(module, letter, None) for letter in "awcb"]
     polynomial = module.activation if isinstance(module, FittedActivation) else module
     assert isinstance(polynomial, Polynomial)
     k = polynomial.k.detach().double().cpu()
     degree, *shape = k.shape
     a, w, c, b = (
         torch.full(shape, start, dtype=torch.float64) if p is None else p.detach().double().cpu()
-        for p, start in zip(numbers.values(), (1.0, 1.0, 0.0, 0.0), strict=True)
+        for p, start in zip(numbers, (1.0, 1.0, 0.0, 0.0), strict=True)
     )
     scaled = torch.stack([b, *(a * one for one in k)], -1).flatten(0, -2)
     coefficients = _powers_of_input(scaled.unbind(1), w.flatten(), c.flatten())

@@ -7,7 +7,7 @@ folders `two_networks`, `fitting` and `refit`, above them `distilling` and `swap
 from transfer_surgery.matching.answers import log_probabilities, logits_of
 from transfer_surgery.matching.distilling.distill_report import DistillReport, DistillWarning
 from transfer_surgery.matching.distilling.distillation import distill
-from transfer_surgery.matching.distilling.range_penalty import range_penalty
+from transfer_surgery.matching.distilling.penalty_context import range_penalty
 from transfer_surgery.matching.match import match_targets
 from transfer_surgery.matching.match_report import MatchReport, MatchRow, MatchWarning
 from transfer_surgery.matching.progress import Progress

@@ -21,7 +21,7 @@ _OUTSIDE = 0.01  # share of new inputs outside of the fitted range, from which o
 
 
 class MatchWarning(UserWarning):
-    """A target explains little of what its site computed, or was fitted to very few values."""
+    """A target explains little of its site, was fitted to very few values, or no source stays."""
 
 
 @dataclass(frozen=True)

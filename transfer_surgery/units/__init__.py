@@ -21,6 +21,7 @@ from transfer_surgery.units.granularity import (
     align,
     granularity_of,
 )
+from transfer_surgery.units.input_watchers import watched_inputs
 from transfer_surgery.units.kernels import (
     VARIABLE,
     Numbers,
@@ -51,7 +52,6 @@ from transfer_surgery.units.settings import (
     SampledSettings,
 )
 from transfer_surgery.units.walkers import class_name
-from transfer_surgery.units.watched_inputs import watched_inputs
 
 __all__ = [
     "VARIABLE",

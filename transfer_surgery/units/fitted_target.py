@@ -69,11 +69,14 @@ class TargetParameters(Float32Module):
         self.b.requires_grad_(wanted and self.a.requires_grad)
 
     def whole(self) -> Numbers:
-        """``(a, w, c, b, *k)`` in float32, gathered where FSDP2 shards them."""
+        """``(a, w, c, b, *k)`` in float32, gathered where FSDP2 shards them.
+
+        The range ``w`` and ``c`` of a polynomial has no gradient.
+        """
         a, w, c, b = (gathered(p).float() for p in (self.a, self.w, self.c, self.b))
         if self.k is None:
             return a, w, c, b
-        # The range stays also where model.requires_grad_(True) has taken w and c for trained ones.
+        # Detached, since model.requires_grad_(True) would otherwise train the range.
         return a, w.detach(), c.detach(), b, *gathered(self.k).float().unbind()
 
     def expand(self, x: Tensor) -> Numbers:

@@ -9,10 +9,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from transfer_surgery._messages import check_arguments
+from transfer_surgery._messages import check_arguments, listed
 from transfer_surgery._randomness import RandomnessKept
 from transfer_surgery._running import to_device_of
 from transfer_surgery._tensors import check_learns
+from transfer_surgery.matching.distilling.batch_gradients import KL_WEIGHT, BatchGradients
 from transfer_surgery.matching.distilling.distill_loss import Loss, loss_function
 from transfer_surgery.matching.distilling.distill_report import (
     SMALL,
@@ -30,10 +31,9 @@ from transfer_surgery.matching.distilling.held_out import (
 )
 from transfer_surgery.matching.distilling.layer_outputs import (
     check_compared,
+    first_shapes,
     layers_to_compare,
-    outputs_kept,
 )
-from transfer_surgery.matching.distilling.lesson import Lesson
 from transfer_surgery.matching.distilling.polynomial_range import FittedRanges
 from transfer_surgery.matching.distilling.trained import (
     TRAINED,
@@ -45,13 +45,10 @@ from transfer_surgery.matching.distilling.variation import bearable_variation, v
 from transfer_surgery.matching.progress import Shown, progress_line
 from transfer_surgery.units import gated_activations
 
-_KL_WEIGHT = 4.0  # of the layers' errors beside a divergence, as in the study of ResNets
 _CLIP = 2.0  # highest norm of the gradient
-_RANGE_WEIGHT = 0.05  # of inputs outside of the range of polynomials, beside the layers' errors
 _WARMUP = 0.05  # share of the steps in which the learning rate rises
 _LOOKS = 20  # how often the network is compared with its teacher in evaluation mode
 _VARIED = 0.5  # share of the examples that are varied
-_NAMED = 5  # parameters that a message names
 _WORSE = 3.0  # times the loss at the start, from which on training goes back
 
 
@@ -85,7 +82,7 @@ def distill(
     The model is trained in evaluation mode: without dropout, and with the branches that predictions
     take. Only batch norms that follow their inputs (a momentum above 0, and not frozen) use the
     statistics of the batch. The learning rate rises during 5 % of the steps, then falls like a
-    cosine.
+    cosine. What `torch.compile` has made runs as written meanwhile, in all threads.
 
     An input outside of the range of a polynomial's fit grows from site to site. So, as in training
     mode, polynomials are constant beyond twice their range, and the loss has a penalty on inputs
@@ -170,16 +167,17 @@ def distill(
 
     with ready_to_learn(model, teacher, trained), RandomnessKept() as kept:
         # Ask both about the held-out batches.
-        with outputs_kept(layers[0]) as ours, outputs_kept(layers[1]) as theirs:
+        with first_shapes(layers.teacher) as theirs:
             given = [
                 Asked(batch, teach(teacher, batch, f"held-out batch {number}"))
                 for number, batch in enumerate(looked_at)
             ]
-            compare = loss_function(loss, [asked.output for asked in given], temperature)
-            strength, further = bearable_variation(teacher, given, variation)
-            examination = Examination(model, trained, compare, given, further)
+        compare = loss_function(loss, [asked.output for asked in given], temperature)
+        strength, further = bearable_variation(teacher, given, variation)
+        examination = Examination(model, trained, compare, given, further)
+        with first_shapes(layers.model) as ours:
             usual = start = now_at = examination.look(0)
-            check_compared(features or (), ours, theirs)
+        check_compared(features or (), ours, theirs)
         far = ""
         if start == math.inf:
             check_finite(model)
@@ -192,14 +190,14 @@ def distill(
         optimizer = torch.optim.AdamW(trained, lr, weight_decay=0.0)
         losses: list[float] = []
         show = progress_line(progress, "distill", steps)
-        weight = _KL_WEIGHT if loss == "kl" else 1.0
         small = SMALL if loss in ("relative", "kl", "bce") else 0.0  # others have a unit
-        lesson = Lesson(model, teacher, trained, compare, layers, ranges, weight, _RANGE_WEIGHT)
+        weight = KL_WEIGHT if loss == "kl" else 1.0
+        gradients = BatchGradients(model, teacher, trained, compare, layers, ranges, weight)
         with examination.best_at_the_end(), show as tell:
             for step, batch in enumerate(kept.outside(repeated(batches, steps)), 1):
                 batch = varied(to_device_of(model, batch), strength, _VARIED)
                 optimizer.param_groups[0]["lr"] = lr * _rate((step - 0.5) / steps)
-                found = lesson.give(batch, step)
+                found = gradients.compute(batch, step)
                 finite = nn.utils.clip_grad_norm_(trained, _CLIP).isfinite()
                 if finite:
                     optimizer.step()
@@ -233,11 +231,13 @@ def check_settings(steps: int, temperature: float, lr: float, variation: float) 
 
 
 def check_finite(model: nn.Module) -> None:
-    """Raise ValueError where parameters of a network are NaN or infinite."""
-    if bad := [name for name, p in model.named_parameters() if not bool(p.isfinite().all())]:
+    """Raise ValueError where a network holds numbers that no output survives."""
+    bad = [name for name, p in model.named_parameters() if not bool(p.isfinite().all())]
+    # Infinite numbers of a buffer may be a mask.
+    bad += [name for name, buffer in model.named_buffers() if bool(buffer.isnan().any())]
+    if bad:
         raise ValueError(
-            f"{', '.join(bad[:_NAMED])} has values that are not finite: go back to a checkpoint in "
-            "which they are."
+            f"{listed(bad)} hold NaN or infinite numbers: load a checkpoint of the model without."
         )
 
 

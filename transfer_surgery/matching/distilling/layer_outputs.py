@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -16,13 +17,24 @@ from transfer_surgery.matching.refit.linear_maps import LAYERS
 Layers = Mapping[str, nn.Module]
 """Modules of a network by their paths."""
 
+
+class PairedLayers(NamedTuple):
+    """Modules of two networks that have the same paths."""
+
+    model: Layers
+    teacher: Layers
+
+
 Outputs = Mapping[str, Tensor]
 """What modules of a network have returned, by their paths."""
+
+Shapes = Mapping[str, tuple[int, ...]]
+"""The shapes of that."""
 
 
 def layers_to_compare(
     model: nn.Module, teacher: nn.Module, features: Sequence[str] | None
-) -> tuple[Layers, Layers]:
+) -> PairedLayers:
     """The modules of each network whose outputs are compared.
 
     Args:
@@ -33,7 +45,9 @@ def layers_to_compare(
     Raises:
         ValueError: a network lacks one of these modules.
     """
-    ours, theirs = (dict(_as_written(network).named_modules()) for network in (model, teacher))
+    ours, theirs = (
+        dict(_without_compile_wrapper(network).named_modules()) for network in (model, teacher)
+    )
     if features is None:
         layers = [path for path, module in ours.items() if isinstance(module, LAYERS)]
         features = [path for path in layers if isinstance(theirs.get(path), LAYERS)]
@@ -43,10 +57,12 @@ def layers_to_compare(
                 f"features={missing}: {type(network).__name__} has no such modules; take paths "
                 "from named_modules() that the model and its teacher both have."
             )
-    return {path: ours[path] for path in features}, {path: theirs[path] for path in features}
+    return PairedLayers(
+        {path: ours[path] for path in features}, {path: theirs[path] for path in features}
+    )
 
 
-def _as_written(network: nn.Module) -> nn.Module:
+def _without_compile_wrapper(network: nn.Module) -> nn.Module:
     """The network that `torch.compile` has put a module around, by which its paths go."""
     inside: nn.Module = getattr(network, "_orig_mod", network)
     return inside
@@ -56,37 +72,51 @@ def _as_written(network: nn.Module) -> nn.Module:
 def outputs_kept(layers: Layers) -> Iterator[Outputs]:
     """While this lasts, the last output of each layer is kept; one that does not run has none."""
     kept: dict[str, Tensor] = {}
-    paths = {module: path for path, module in layers.items()}
-
-    def keep(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        # A copy: an activation in place behind the layer writes into its output.
-        kept[paths[module]] = logits_of(output).clone()
-
-    with hooked(*(module.register_forward_hook(keep) for module in paths)):
+    # Copies: an activation in place behind a layer writes into its output.
+    with _shown(layers, lambda path, output: kept.update({path: output.clone()})):
         try:
             yield kept
         finally:
             kept.clear()  # their graphs are large
 
 
-def check_compared(features: Iterable[str], ours: Outputs, theirs: Outputs) -> None:
+@contextmanager
+def first_shapes(layers: Layers) -> Iterator[Shapes]:
+    """While this lasts, the shape of the first output of each layer is kept."""
+    shapes: dict[str, tuple[int, ...]] = {}
+    with _shown(layers, lambda path, output: shapes.setdefault(path, tuple(output.shape))):
+        yield shapes
+
+
+def _shown(layers: Layers, see: Callable[[str, Tensor], object]) -> AbstractContextManager[None]:
+    def show(path: str, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        see(path, logits_of(output))
+
+    return hooked(*(m.register_forward_hook(partial(show, path)) for path, m in layers.items()))
+
+
+def check_compared(features: Iterable[str], ours: Shapes, theirs: Shapes) -> None:
     """Raise where the outputs of modules that the user named cannot be compared.
+
+    Args:
+        features: their paths.
+        ours: the shapes of what they return in the network that learns, for held-out batches.
+        theirs: the same of the network that teaches.
 
     Raises:
         ValueError: one does not run on held-out batches, or its outputs differ in shape.
     """
     for path in features:
-        for whose, outputs in (("the model", ours), ("its teacher", theirs)):
-            if path not in outputs:
+        for whose, shapes in (("the model", ours), ("its teacher", theirs)):
+            if path not in shapes:
                 raise ValueError(
                     f"features: {path} of {whose} does not run on the held-out batches, so that "
                     "nothing of it can be compared. Leave it out, or give batches it runs on."
                 )
-        if ours[path].shape != theirs[path].shape:
-            shapes = f"{tuple(ours[path].shape)} and {tuple(theirs[path].shape)}"
+        if ours[path] != theirs[path]:
             raise ValueError(
-                f"features: {path} returns {shapes} in the model and its teacher, which cannot be "
-                "compared. Leave it out."
+                f"features: {path} returns {ours[path]} and {theirs[path]} in the model and its "
+                "teacher, which cannot be compared. Leave it out."
             )
 
 

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from transfer_surgery._messages import listed
 from transfer_surgery.activations import degree_of
 from transfer_surgery.matching.distilling.held_out import Examination
 from transfer_surgery.units import (
@@ -17,11 +18,12 @@ from transfer_surgery.units import (
     watched_inputs,
 )
 
-_NAMED = 5
-
 
 def _recomputes() -> bool:
-    """Whether a backward pass runs, in which gradient checkpointing runs the network again."""
+    """Whether a backward pass runs, in which gradient checkpointing runs the network again.
+
+    Torch's own checkpointing asks in the same way (2.11); there is no public way.
+    """
     return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
 
 
@@ -35,7 +37,9 @@ class FittedRanges:
     def __init__(self, model: nn.Module) -> None:
         self._paths: dict[GatedActivation, str] = {}
         self.squares: dict[GatedActivation, list[Tensor]] = {}
-        """The squared furthest way of each example, for each call since the last penalty."""
+        """The squared largest distance of each example, for each call since the last penalty."""
+        self._hidden: set[GatedActivation] = set()
+        """Units that ran without gradients last, of which none was counted since."""
         self._bounded = False
         self._unfitted: dict[GatedActivation, str] = {}
         for path, unit in gated_activations(model):
@@ -70,12 +74,18 @@ class FittedRanges:
 
         def count(unit: GatedActivation, x: Tensor) -> None:
             # What `distill` does inside of a user's own context does not count in the latter.
-            if not (unit.training or self._bounded) or not torch.is_grad_enabled():
+            if not (unit.training or self._bounded):
                 return
-            found = self._furthest(unit, x).square()
+            if not torch.is_grad_enabled():
+                if not torch.compiler.is_compiling():
+                    self._hidden.add(unit)
+                return
+            found = self._largest_distance(unit, x).square()
             if not _recomputes():
+                if unit in self._hidden:
+                    self._hidden.remove(unit)
                 self.squares.setdefault(unit, []).append(found)
-            elif unit not in self.squares:
+            elif unit in self._hidden:
                 raise RuntimeError(
                     f"{self._paths[unit]}: its inputs were not counted, since gradient "
                     "checkpointing with use_reentrant=True hides them: use use_reentrant=False."
@@ -95,15 +105,15 @@ class FittedRanges:
             self.squares.clear()
 
     def penalty(self) -> Tensor:
-        """The mean over examples of the squared furthest way from the range, summed over sites.
+        """The mean over examples of the squared largest distance from the range, over sites summed.
 
         It is that since the last call. A site that ran several times has the mean over all of it.
         """
         # A single input far outside makes an example overflow. In a mean over all inputs of images
         # it would count for next to nothing.
-        ways = [torch.cat(calls) for calls in self.squares.values() if calls]
-        found = [way.sum() / max(len(way), 1) for way in ways]
-        self.squares = {unit: [] for unit in self.squares}
+        squares = [torch.cat(calls) for calls in self.squares.values()]
+        found = [square.sum() / max(len(square), 1) for square in squares]
+        self.squares.clear()
         return torch.stack(found).sum() if found else torch.zeros(())
 
     def why_none_ran(self) -> str:
@@ -132,19 +142,19 @@ class FittedRanges:
         def look(unit: GatedActivation, x: Tensor) -> None:
             if x.numel():
                 path = self._paths[unit]
-                furthest[path] = max(furthest[path], self._furthest(unit, x).max().item())
+                furthest[path] = max(furthest[path], self._largest_distance(unit, x).max().item())
 
         with self.bounded(), watched_inputs(self._paths, look):
             loss = examination.loss()
         left = sorted((path for path in furthest if furthest[path] > 0), key=lambda p: -furthest[p])
         if loss == math.inf or not left:
             raise ValueError(
-                "the outputs for the held-out batches are not finite: look for NaN in the batches."
+                "the loss of the held-out batches is not finite, and polynomials are not the "
+                "cause: look for NaN in the batches, and in what a function as loss= returns."
             )
-        named = ", ".join(f"{path} ({1 + furthest[path]:.3g})" for path in left[:_NAMED])
-        return loss, named + ", ..." * (len(left) > _NAMED)
+        return loss, listed(f"{path} ({1 + furthest[path]:.3g})" for path in left)
 
-    def _furthest(self, unit: GatedActivation, x: Tensor) -> Tensor:
+    def _largest_distance(self, unit: GatedActivation, x: Tensor) -> Tensor:
         """How far each example, along the first axis, is outside of the range, at its furthest.
 
         In halves of the range; inputs whose source stays count as inside.
@@ -157,15 +167,15 @@ class FittedRanges:
         z = unit.granularity.expand(unit.gate.predict().detach(), x)
         # Only the furthest inputs need gradients. A compiler makes one pass of all that follows.
         if not torch.compiler.is_compiling():
-            place = _furthest_place(x, *(torch.where(z == 1, 0.0, n.detach()) for n in (w, c)))
+            place = _place_of_largest(x, *(torch.where(z == 1, 0.0, n.detach()) for n in (w, c)))
             w, c, z, x = (tensor.expand_as(x)[place] for tensor in (w, c, z, x))
         # The range is from -1 to 1.
-        way = torch.where(z == 1, 0.0, (w * x + c).abs() - 1.0).clamp_min(0.0)
-        return way.reshape(len(x), -1).amax(1)
+        distance = torch.where(z == 1, 0.0, (w * x + c).abs() - 1.0).clamp_min(0.0)
+        return distance.reshape(len(x), -1).amax(1)
 
 
 @torch.no_grad()
-def _furthest_place(x: Tensor, w: Tensor, c: Tensor) -> tuple[Tensor, ...]:
+def _place_of_largest(x: Tensor, w: Tensor, c: Tensor) -> tuple[Tensor, ...]:
     """Where ``|w*x + c|`` is largest in each example: an index for each axis."""
     largest = torch.finfo(x.dtype).max  # so that w = 0 makes 0 of infinity
     v = (x.clamp(-largest, largest) * w + c).abs_()

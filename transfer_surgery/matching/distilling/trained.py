@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Iterator, Sequence, Set
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
+from torch import nn
 
 from transfer_surgery._running import as_written, hooked, modes_kept
 from transfer_surgery.units import GatedActivation
@@ -22,9 +21,10 @@ _NORMS = (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm
 def ready_to_learn(
     model: nn.Module, teacher: nn.Module, trained: Sequence[nn.Parameter]
 ) -> Iterator[None]:
-    """Both networks in evaluation mode, but norms that follow; other parameters frozen; undone.
+    """Both networks are in evaluation mode, except norms that follow their inputs.
 
-    They run as written, since hooks look at their layers. Gradients are recorded, and those that
+    Other parameters are frozen. All of it is undone at the end. The networks run as written, since
+    hooks look at their layers. Gradients are recorded, and those that
     the user has accumulated come back at the end.
     """
     learning = set(trained)
@@ -36,8 +36,13 @@ def ready_to_learn(
             parameter.grad = None
         for parameter in others:
             parameter.requires_grad_(False)
-        norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
-        checks = hooked(*(norm.register_forward_pre_hook(_check_values) for norm in norms))
+        checks = hooked(
+            *(
+                norm.register_forward_pre_hook(partial(_check_statistics, path), with_kwargs=True)
+                for path, norm in model.named_modules()
+                if isinstance(norm, nn.modules.batchnorm._BatchNorm)
+            )
+        )
         with modes_kept(model, teacher), as_written(), checks:
             model.eval()
             teacher.eval()
@@ -61,13 +66,16 @@ def _follows(module: nn.Module, learning: Set[nn.Parameter]) -> bool:
     return isinstance(module, nn.RNNBase)  # cuDNN has no gradients in evaluation mode
 
 
-def _check_values(norm: nn.Module, args: tuple[Tensor, ...]) -> None:
-    """Raise where a norm that follows its inputs would divide by a deviation of 0."""
-    if norm.training and args[0].numel() == args[0].shape[1]:
+def _check_statistics(
+    path: str, norm: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> None:
+    """Raise where a batch norm in training mode gets one value for each channel, as torch does."""
+    x = next(iter((*args, *kwargs.values())))
+    if norm.training and x.dim() > 1 and x.numel() == x.shape[1]:
         raise ValueError(
-            f"a {type(norm).__name__} that follows its inputs gets a single value for each "
-            f"channel, {tuple(args[0].shape)}: leave out batches of one example, as "
-            "DataLoader(drop_last=True) does, or hold its statistics by norm.momentum = 0."
+            f"{path}: this {type(norm).__name__} follows its inputs, and gets a single value for "
+            f"each channel, {tuple(x.shape)}. Leave out batches of one example, as "
+            "DataLoader(drop_last=True) does, or set its momentum to 0, which holds its statistics."
         )
 
 
@@ -96,16 +104,3 @@ def hold_amplitudes(units: Sequence[GatedActivation]) -> None:
     for unit in units:
         if unit.fitted is not None and not unit.fitted.offset:
             unit.fitted.a.clamp_(min=0.0)
-
-
-class GraphsKept(TorchFunctionMode):
-    """Gradients that a forward pass takes can be differentiated, as many can in training mode."""
-
-    def __torch_function__(
-        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        kwargs = kwargs or {}
-        if func is torch.autograd.grad:
-            given = dict(zip(inspect.signature(func).parameters, args, strict=False)) | kwargs
-            return func(**given | {"create_graph": True, "retain_graph": True})
-        return func(*args, **kwargs)

@@ -7,9 +7,9 @@ target at each element, times the squared gradient there. The gates that cost mo
 from __future__ import annotations
 
 import math
-import numbers
 import warnings
 from collections.abc import Iterable, Mapping
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -32,6 +32,8 @@ def choose_kept(
 ) -> dict[GatedActivation, Tensor]:
     """For each unit a mask over its gates, which is True for gates that keep their source.
 
+    Each ``unit.neurons`` becomes what the batches show.
+
     Args:
         model: a converted model, best after `match_targets`; it is run in evaluation mode.
         units: the units whose gates are in question, by path.
@@ -45,13 +47,14 @@ def choose_kept(
     Warns:
         MatchWarning: the budget is too small for any gate.
     """
+    check_budget(keep)
     networks = TwoNetworks(model, list(units.values()), as_batches(batches, model))
     with prediction_mode(model):
         costs, neurons = _costs(networks, logits)
+    budget = neurons_of(keep, sum(neurons.values()))
     # Where `convert` had no example of this size, it counted neurons of another one.
     for unit, number in neurons.items():
-        unit.neurons = number or unit.neurons
-    budget = neurons_of(keep, units.values())
+        unit.neurons = number
     # Keep gate after gate, from the most costly neuron down, while the budget lasts.
     sizes = {unit: unit.neurons // unit.gate.count for unit in units.values()}
     each = torch.cat([(cost / sizes[unit]).cpu() for unit, cost in costs.items()])
@@ -63,8 +66,8 @@ def choose_kept(
             budget -= size[gate]
     if keep and not kept.any():
         warnings.warn(
-            f"keep={keep!r} keeps nothing, since each gate has more neurons, {min(size):,} or "
-            "more: take a larger budget, or convert with granularity='neuron'.",
+            f"keep={keep!r} keeps nothing: the smallest gate has {min(size):,} neurons. Take a "
+            "larger budget, or convert with granularity='neuron'.",
             MatchWarning,
             stacklevel=user_stacklevel(),
         )
@@ -72,17 +75,24 @@ def choose_kept(
     return {unit: part.view(unit.gate.shape) for unit, part in zip(sizes, parts, strict=True)}
 
 
-def neurons_of(keep: int | float, units: Iterable[GatedActivation]) -> int:
-    """The number of neurons that a budget means.
+def check_budget(keep: int | float) -> None:
+    """Raise ValueError where a number or a share of neurons is out of its range, however many."""
+    if not (keep >= 0 and (isinstance(keep, Integral) or keep <= 1)):
+        raise ValueError(
+            f"keep={keep!r}: give a number of neurons (int) or a share of them (float, from 0.0 to "
+            "1.0)."
+        )
+
+
+def neurons_of(keep: int | float, total: int) -> int:
+    """The number of neurons that a budget means, of this number.
 
     Raises:
         ValueError: it is out of its range.
     """
-    total = sum(unit.neurons for unit in units)
-    counted = isinstance(keep, numbers.Integral)  # numpy's are, too
-    inside = 0 <= keep <= (total if counted else 1)
-    budget = int(keep if counted else keep * total) if inside else 0
-    if not inside or (keep != 0 and budget == 0):
+    check_budget(keep)
+    budget = int(keep if isinstance(keep, Integral) else keep * total)
+    if budget > total or (keep and not budget):
         raise ValueError(
             f"keep={keep!r}: give a number of the {total:,} neurons (int) or a share of them "
             "(float, from 0.0 to 1.0)."
@@ -95,16 +105,16 @@ def _costs(
 ) -> tuple[dict[GatedActivation, Tensor], dict[GatedActivation, int]]:
     """The cost of each gate of each unit, summed over its elements and the examples.
 
-    Beside it the neurons of each unit in the largest input that comes to it; 0 if none does.
+    Beside it the neurons of each unit, of the largest input that comes to it.
     """
-    neurons = dict.fromkeys(networks.units, 0)
+    neurons: dict[GatedActivation, int] = {}
     total = {unit: torch.zeros(unit.gate.count, dtype=torch.float64) for unit in networks.units}
     for index, batch in enumerate(networks.batches):
         for unit, calls in site_calls(networks, networks.units, batch, index, logits).items():
             for x, y, squared_gradient in calls:
                 numbers = None if unit.fitted is None else unit.fitted.expand(x)
                 error = fitted_value(x, unit.target, numbers).double() - y
-                neurons[unit] = max(neurons[unit], math.prod(x.shape[1:]))
+                neurons[unit] = max(neurons.get(unit, 0), math.prod(x.shape[1:]))
                 cost = unit.granularity.group(0.5 * squared_gradient * error.square())
                 total[unit] += cost.double().sum(1).cpu()
-    return total, neurons
+    return total, {unit: neurons.get(unit, unit.neurons) for unit in networks.units}

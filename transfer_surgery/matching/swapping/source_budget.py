@@ -63,7 +63,8 @@ class SourceBudget:
         """Raise where these units do not have so many neurons, or no more."""
         if self.neurons is None:
             return
-        if neurons_of(self.neurons, units) == sum(unit.neurons for unit in units):
+        total = sum(unit.neurons for unit in units)
+        if neurons_of(self.neurons, total) == total:
             raise ValueError(f"keep={self.neurons} keeps every neuron; nothing would be swapped.")
 
     def spend(

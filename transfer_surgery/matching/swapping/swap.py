@@ -54,6 +54,9 @@ def swap_targets(
             range, is given without ``batches``, or the gates have no ``log_alpha``.
         TypeError: the model is sharded by FSDP2.
 
+    Warns:
+        MatchWarning: ``keep`` is smaller than any gate.
+
     Examples:
         >>> from transfer_surgery import bake, convert
         >>> model = convert(nn.Sequential(nn.ReLU()), example_input=torch.zeros(1, 4))

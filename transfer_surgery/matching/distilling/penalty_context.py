@@ -36,6 +36,7 @@ def range_penalty(model: nn.Module) -> AbstractContextManager[Callable[[], Tenso
             ``use_reentrant=True``, so that its inputs had no gradients.
 
     Examples:
+        >>> import torch
         >>> from transfer_surgery import convert, match_targets, swap_targets
         >>> _ = torch.manual_seed(0)
         >>> x = torch.randn(256, 4)
@@ -73,13 +74,15 @@ def _penalty_of(ranges: FittedRanges) -> Iterator[Callable[[], Tensor]]:
                 "the penalty was called after the end of `with range_penalty(model)`: put the "
                 "whole loop into it."
             )
-        if not any(ranges.squares.values()):
+        if not ranges.squares:
             raise RuntimeError(
                 "no polynomial has run in training mode and with gradients since the last call of "
                 f"the penalty: {ranges.why_none_ran()}"
             )
         return ranges.penalty()
 
-    with ranges.watched():
-        yield penalty
-    ended = True
+    try:
+        with ranges.watched():
+            yield penalty
+    finally:
+        ended = True

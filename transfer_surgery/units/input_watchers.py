@@ -16,8 +16,9 @@ def watched_inputs(
 ) -> Iterator[None]:
     """Show what units get, before they compute anything of it.
 
-    No hooks: compiled code runs those that it knows, copies take them along, and `bake` hands them
-    on. What compiled code was made for units that nobody watched is compiled anew.
+    These are no hooks: `torch.compile` ignores those that come later, copies would keep them, and
+    `bake` would hand them on. It guards on what watches a unit, and compiles anew where that
+    changes.
 
     Args:
         units: those to watch.

@@ -1,29 +1,35 @@
-"""What a network learns from one batch: the gradients of all that distill compares."""
+"""The gradients of one batch: of all that `distill` compares."""
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from transfer_surgery._running import call_model
 from transfer_surgery._tensors import map_tensors
 from transfer_surgery.matching.distilling.distill_loss import Loss
 from transfer_surgery.matching.distilling.held_out import detached_copy, teach
 from transfer_surgery.matching.distilling.layer_outputs import (
-    Layers,
     Outputs,
+    PairedLayers,
     layers_error,
     outputs_kept,
 )
 from transfer_surgery.matching.distilling.polynomial_range import FittedRanges
-from transfer_surgery.matching.distilling.trained import GraphsKept
+
+KL_WEIGHT = 4.0
+"""Weight of the error of the layers beside a divergence, as in the study of ResNets."""
+
+_RANGE_WEIGHT = 0.05  # of inputs outside of the range of polynomials, beside the layers' error
 
 
-class Lesson:
+class BatchGradients:
     """Computes the loss of a batch, and its gradients.
 
     Args:
@@ -34,7 +40,6 @@ class Lesson:
         layers: modules of both networks whose outputs are compared.
         ranges: of the model's polynomials.
         weight: of the error of the layers, beside the loss of the outputs.
-        range_weight: of the penalty on inputs out of range, beside the error of the layers.
     """
 
     def __init__(
@@ -43,17 +48,15 @@ class Lesson:
         teacher: nn.Module,
         trained: Sequence[nn.Parameter],
         compare: Loss,
-        layers: tuple[Layers, Layers],
+        layers: PairedLayers,
         ranges: FittedRanges,
         weight: float,
-        range_weight: float,
     ) -> None:
         self._model, self._teacher, self._trained = model, teacher, trained
-        self._compare, self._layers = compare, layers
-        self._ranges, self._weight, self._range_weight = ranges, weight, range_weight
+        self._compare, self._layers, self._ranges, self._weight = compare, layers, ranges, weight
         self._graphs: AbstractContextManager[Any] = nullcontext()
 
-    def give(self, batch: Any, step: int) -> Tensor:
+    def compute(self, batch: Any, step: int) -> Tensor:
         """Give the parameters the gradients of the loss of a batch, and return the loss.
 
         Args:
@@ -63,25 +66,39 @@ class Lesson:
         Raises:
             ValueError: the teacher does not run on the batch.
         """
-        with outputs_kept(self._layers[1]) as theirs:
+        with outputs_kept(self._layers.teacher) as theirs:
             wanted = teach(self._teacher, batch, f"the batch of step {step}")
             try:
                 return self._backward(batch, wanted, theirs)
             except RuntimeError as error:
                 if step > 1 or isinstance(error, torch.OutOfMemoryError):
                     raise
-                # Forces, say, whose graph the network keeps in training mode alone.
-                self._graphs = GraphsKept()
+                # Some networks keep the graph of their forces in training mode alone. So the first
+                # step tries once more, with all graphs kept.
+                self._graphs = _GraphsKept()
                 return self._backward(batch, wanted, theirs)
 
     def _backward(self, batch: Any, wanted: Any, theirs: Outputs) -> Tensor:
         for parameter in self._trained:
             parameter.grad = None
-        ranges, layers = self._ranges, self._layers[0]
+        ranges, layers = self._ranges, self._layers.model
         with ranges.bounded(), ranges.watched(), self._graphs, outputs_kept(layers) as ours:
             now = call_model(self._model, map_tensors(detached_copy, batch))
             found = self._compare(now, wanted)
-            inside = layers_error(ours, theirs) + self._range_weight * ranges.penalty()
+            inside = layers_error(ours, theirs) + _RANGE_WEIGHT * ranges.penalty()
             found = found + self._weight * inside.to(found)
             found.backward()  # type: ignore[no-untyped-call]
         return found.detach()
+
+
+class _GraphsKept(TorchFunctionMode):
+    """Gradients that a forward pass takes can be differentiated, as many can in training mode."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func is torch.autograd.grad:
+            given = dict(zip(inspect.signature(func).parameters, args, strict=False)) | kwargs
+            return func(**given | {"create_graph": True, "retain_graph": True})
+        return func(*args, **kwargs)
