@@ -12,11 +12,7 @@ from torch import Tensor, nn
 from transfer_surgery._messages import listed
 from transfer_surgery.activations import degree_of
 from transfer_surgery.matching.distilling.held_out import Examination
-from transfer_surgery.units import (
-    GatedActivation,
-    gated_activations,
-    watched_inputs,
-)
+from transfer_surgery.units import GatedActivation, gated_activations, watched_inputs
 
 
 def _recomputes() -> bool:
@@ -82,8 +78,7 @@ class FittedRanges:
                 return
             found = self._largest_distance(unit, x).square()
             if not _recomputes():
-                if unit in self._hidden:
-                    self._hidden.remove(unit)
+                self._hidden.discard(unit)
                 self.squares.setdefault(unit, []).append(found)
             elif unit in self._hidden:
                 raise RuntimeError(
@@ -105,7 +100,7 @@ class FittedRanges:
             self.squares.clear()
 
     def penalty(self) -> Tensor:
-        """The mean over examples of the squared largest distance from the range, over sites summed.
+        """The mean over examples of the squared largest distance from the range, summed over sites.
 
         It is that since the last call. A site that ran several times has the mean over all of it.
         """
