@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from threading import Lock
 from typing import Any, TypeVar
 from weakref import ref
@@ -57,9 +57,17 @@ def as_written() -> Iterator[None]:
                 stance.__exit__(None, None, None)
 
 
-def compiled_nonetheless() -> AbstractContextManager[Any]:
+@contextmanager
+def compiled_nonetheless() -> Iterator[None]:
     """What this library itself has compiled runs compiled inside of `as_written`, too."""
-    return torch.compiler.set_stance("default") if _as_written else nullcontext()
+    if not _as_written:
+        yield
+        return
+    with torch.compiler.set_stance("default"):
+        yield
+    with _lock:
+        if not _as_written:  # another thread has ended it meanwhile
+            torch.compiler.set_stance("default")
 
 
 @contextmanager

@@ -36,8 +36,10 @@ from transfer_surgery import (
     find_activations,
     load_baked,
     load_gates,
+    report,
     save_baked,
     save_gates,
+    swap_targets,
     wrap_optimizer,
 )
 from transfer_surgery.activations import Activation
@@ -282,3 +284,17 @@ def test_wrapped_models_are_baked_as_the_plain_one(fold, wrap, file):
 def test_a_wrapped_base_model_is_refused(file):
     saved(file)
     refuses(TypeError, "before torch.compile", torch.compile(chain()), file)
+
+
+def test_neurons_that_a_budget_has_counted_come_back(tmp_path):
+    """A model that was converted without an example counts those of a photograph."""
+    x = torch.randn(8, 3, 12, 12)
+
+    def network():
+        torch.manual_seed(0)
+        return convert(nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU()), "square")
+
+    model = swap_targets(network(), keep=200, batches=[x])
+    save_gates(model, tmp_path / "gates.safetensors")
+    other = load_gates(network(), tmp_path / "gates.safetensors")
+    assert report(other).total.neurons == report(model).total.neurons == 4 * 10**2

@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from tests.helpers.same_bits import assert_same_bits
 from transfer_surgery import convert, distill, match_targets, swap_targets
@@ -160,3 +161,43 @@ def test_parameters_that_are_nan_are_named():
     model.norm.running_var[3] = torch.nan
     with pytest.raises(ValueError, match=r"^last.weight, norm.running_var hold NaN or infinite"):
         distill(model, teacher, list(x), steps=1)
+
+
+class Growing(nn.Module):
+    """A table that grows with the longest input, and one that the first forward makes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.act, self.last = nn.Linear(5, 8), nn.ReLU(), nn.Linear(8, 3)
+        self.register_buffer("places", torch.zeros(2), persistent=False)
+
+    def forward(self, x):
+        if x.shape[1] > len(self.places):
+            self.places = torch.arange(x.shape[1]) / 9.0
+        if self.training or x.shape[1] > 5:
+            self.register_buffer("late", torch.ones(1), persistent=False)
+        return self.last(self.act(self.first(x) + self.places[: x.shape[1], None]))
+
+
+@no_gain
+def test_tables_that_grow_or_come_while_training_do_not_end_it():
+    batches = [torch.randn(16, length, 5) for length in (6, 7, 4)]
+    model, teacher = networks(Growing(), torch.randn(16, 4, 5))
+    model.last.weight.data += 1.0
+    report = distill(model, teacher, [*batches[:2], *batches[2:] * 6], steps=40, lr=0.01)
+    assert report.kept > 0
+    assert model(batches[1]).isfinite().all()
+
+
+@pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad")
+def test_layers_that_reentrant_checkpointing_hides_are_refused():
+    class Checkpointed(nn.Sequential):
+        def forward(self, x):
+            return checkpoint(super().forward, x, use_reentrant=True)
+
+    x = torch.randn(64, 5)
+    model, teacher = networks(nn.Sequential(nn.Linear(5, 8), nn.ReLU(), nn.Linear(8, 3)), x)
+    model = nn.Sequential(model[0], Checkpointed(*model[1:]))
+    teacher = nn.Sequential(teacher[0], Checkpointed(*teacher[1:]))
+    with pytest.raises(RuntimeError, match=r"^1.1 runs inside of an autograd.Function"):
+        distill(model, teacher, [x], steps=1)

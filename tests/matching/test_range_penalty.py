@@ -157,14 +157,21 @@ def test_what_was_compiled_before_the_context_is_counted_in_it_and_not_after(par
         model(x)
 
 
-def test_inputs_that_checkpointing_hides_are_refused_in_the_backward_pass():
+def test_inputs_that_reentrant_checkpointing_hides_are_refused():
     model, x = network(), 3 * X.double()
     with range_penalty(model) as penalty:
         (model(x).square().mean() + penalty()).backward()  # an earlier step may have been right
-        answer = checkpoint(model[2:], model[:2](x), use_reentrant=True)
-        loss = answer.square().mean() + penalty()
-        with pytest.raises(RuntimeError, match=r"^3: its inputs were not counted, .*=False"):
-            loss.backward()
+        with pytest.raises(RuntimeError, match=r"^3 runs inside of an autograd.Function, .*=False"):
+            checkpoint(model[2:], model[:2](x), use_reentrant=True)
+
+
+def test_a_look_without_gradients_before_the_backward_pass_changes_nothing():
+    model, x = network(), 3 * X.double()
+    with range_penalty(model) as penalty:
+        loss = checkpoint(model, x, use_reentrant=False).square().mean() + penalty()
+        with torch.no_grad():
+            model(x)
+        loss.backward()
 
 
 def test_copies_files_and_what_is_baked_inside_of_the_context_are_not_watched():

@@ -59,6 +59,33 @@ def test_neurons_are_those_of_the_batches_where_convert_had_no_example():
     assert 700 < report(model).total.source_neurons <= 800
 
 
+class Flattened(nn.Module):
+    """A site that gets the tokens of all examples along its first axis."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second, self.act = nn.Linear(4, 5), nn.Linear(5, 3), nn.ReLU()
+
+    def forward(self, x):
+        y = torch.relu(self.first(x.reshape(-1, 4))).reshape(len(x), -1, 5)
+        return self.act(self.second(y))
+
+
+def test_neurons_are_counted_for_each_example_of_the_batch():
+    torch.manual_seed(0)
+    x = torch.randn(8, 7, 4)
+    model = convert(Flattened(), "square", example_input=x)
+    swap_targets(model, keep=30, batches=[x])
+    assert report(model).total.neurons == 7 * 5 + 7 * 3
+    assert 0 < report(model).total.source_neurons <= 30
+
+
+def test_gates_of_another_size_are_explained():
+    model = network("neuron")
+    with pytest.raises(ValueError, match="convert with an example_input of this size"):
+        swap_targets(model, keep=5, batches=[torch.randn(8, 2, 9, 9)])
+
+
 def test_those_are_kept_whose_swap_costs_most_per_neuron():
     """Beside the loss that each gate adds when it is swapped alone, by brute force."""
     model = network(target="relu(variant='clamp(x, min=0)')")

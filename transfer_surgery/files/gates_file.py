@@ -118,6 +118,7 @@ def load_gates(
     for path, unit in units.items():
         if unit.fitted is not None:
             unit.fitted.offset = bool(sites[path]["offset"])
+        unit.neurons = int(sites[path]["neurons"])  # which `swap_targets` has counted, maybe
     return model
 
 

@@ -150,6 +150,9 @@ class FittedActivation(Float32Module):
         self.activation = activation if k is None else Polynomial(k, self.trailing)
         for name in "awcb":
             self.register_parameter(name, getattr(parameters, name))
+        if k is not None:  # model.requires_grad_(True) has meant what is trained
+            parameters.w.requires_grad_(False)
+            parameters.c.requires_grad_(False)
 
     def forward(self, input: Tensor) -> Tensor:
         # Float32 numbers make the arithmetic float32; the result is what the network expects.

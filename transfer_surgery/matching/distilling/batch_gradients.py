@@ -82,7 +82,12 @@ class BatchGradients:
         for parameter in self._trained:
             parameter.grad = None
         ranges, layers = self._ranges, self._layers.model
-        with ranges.bounded(), ranges.watched(), self._graphs, outputs_kept(layers) as ours:
+        with (
+            ranges.bounded(),
+            ranges.watched(),
+            self._graphs,
+            outputs_kept(layers, learn=True) as ours,
+        ):
             now = call_model(self._model, map_tensors(detached_copy, batch))
             found = self._compare(now, wanted)
             inside = layers_error(ours, theirs) + _RANGE_WEIGHT * ranges.penalty()

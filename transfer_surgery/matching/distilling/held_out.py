@@ -139,7 +139,7 @@ class Examination:
     ) -> None:
         self._model, self._trained, self._loss = model, trained, loss
         self._given, self._further = given, further
-        self._best: list[Tensor] = []
+        self._best: dict[str | int, Tensor] = {}
         self._lowest, self._start = (math.inf, math.inf), math.inf
         self.step = 0
         """The step after which the best state was reached; 0: the start."""
@@ -191,15 +191,24 @@ class Examination:
     def go_back(self) -> None:
         """Bring back the best state."""
         with torch.no_grad():
-            for tensor, best in zip(self._state(), self._best, strict=True):
+            for name, tensor in self._state().items():
+                best = self._best.get(name)
+                if best is None:  # a table that a forward has made since
+                    continue
+                if tensor.shape != best.shape:  # one that has grown with its inputs
+                    path, _, last = str(name).rpartition(".")
+                    self._model.get_submodule(path)._buffers[last] = best.clone()
                 # An expanded buffer takes no copy; a sparse one cannot be compared.
-                if tensor.layout != torch.strided or not _same(tensor, best):
+                elif tensor.layout != torch.strided or not _same(tensor, best):
                     tensor.copy_(best)
 
-    def _state(self) -> list[Tensor]:
-        return [tensor.detach() for tensor in (*self._trained, *self._model.buffers())]
+    def _state(self) -> dict[str | int, Tensor]:
+        buffers = {name: buffer.detach() for name, buffer in self._model.named_buffers()}
+        return {i: parameter.detach() for i, parameter in enumerate(self._trained)} | buffers
 
 
 def _same(a: Tensor, b: Tensor) -> bool:
     """Whether two tensors have the same values, where NaN is one."""
-    return torch.equal(a, b) or bool(((a == b) | (a.isnan() & b.isnan())).all())
+    return torch.equal(a, b) or (
+        a.shape == b.shape and bool(((a == b) | (a.isnan() & b.isnan())).all())
+    )

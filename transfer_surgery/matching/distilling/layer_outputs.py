@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from transfer_surgery._checkpointing import check_graph_shows
 from transfer_surgery._running import hooked
 from transfer_surgery.matching.answers import logits_of
 from transfer_surgery.matching.refit.linear_maps import LAYERS
@@ -69,11 +70,25 @@ def _without_compile_wrapper(network: nn.Module) -> nn.Module:
 
 
 @contextmanager
-def outputs_kept(layers: Layers) -> Iterator[Outputs]:
-    """While this lasts, the last output of each layer is kept; one that does not run has none."""
+def outputs_kept(layers: Layers, learn: bool = False) -> Iterator[Outputs]:
+    """While this lasts, the last output of each layer is kept; one that does not run has none.
+
+    Args:
+        layers: the modules.
+        learn: whether gradients are to come from the outputs.
+
+    Raises:
+        RuntimeError: none can come, in reentrant checkpointing; the network raises it.
+    """
     kept: dict[str, Tensor] = {}
-    # Copies: an activation in place behind a layer writes into its output.
-    with _shown(layers, lambda path, output: kept.update({path: output.clone()})):
+
+    def keep(path: str, output: Tensor) -> None:
+        if learn:
+            check_graph_shows(path)
+        # A copy: an activation in place behind a layer writes into its output.
+        kept[path] = output.clone()
+
+    with _shown(layers, keep):
         try:
             yield kept
         finally:

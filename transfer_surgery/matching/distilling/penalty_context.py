@@ -26,14 +26,15 @@ def range_penalty(model: nn.Module) -> AbstractContextManager[Callable[[], Tenso
         A context. Its value is a function, which returns a scalar for what the model has computed
         in training mode since the last call: of each example (first axis) the largest squared
         distance of an input from the range of its polynomial, in halves of it, as the mean over
-        examples, summed over the sites. Channels that keep their source count as inside.
+        examples, summed over the sites. Channels that keep their source count as inside. A step
+        that you skip needs a call, too.
 
     Raises:
         ValueError: the model is not converted, or has no fitted polynomials; the model raises it,
             where a polynomial runs that was not fitted.
         RuntimeError: the function raises it, where no polynomial ran since the last call, or after
-            the end of the context; the backward pass, where a polynomial was checkpointed with
-            ``use_reentrant=True``, so that its inputs had no gradients.
+            the end of the context; the model, where a polynomial is checkpointed with
+            ``use_reentrant=True``, so that its inputs have no graph.
 
     Examples:
         >>> import torch

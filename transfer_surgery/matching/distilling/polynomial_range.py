@@ -9,18 +9,11 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from transfer_surgery._checkpointing import check_graph_shows, recomputes
 from transfer_surgery._messages import listed
 from transfer_surgery.activations import degree_of
 from transfer_surgery.matching.distilling.held_out import Examination
 from transfer_surgery.units import GatedActivation, gated_activations, watched_inputs
-
-
-def _recomputes() -> bool:
-    """Whether a backward pass runs, in which gradient checkpointing runs the network again.
-
-    Torch's own checkpointing asks in the same way (2.11); there is no public way.
-    """
-    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
 
 
 class FittedRanges:
@@ -34,8 +27,6 @@ class FittedRanges:
         self._paths: dict[GatedActivation, str] = {}
         self.squares: dict[GatedActivation, list[Tensor]] = {}
         """The squared largest distance of each example, for each call since the last penalty."""
-        self._hidden: set[GatedActivation] = set()
-        """Units that ran without gradients last, of which none was counted since."""
         self._bounded = False
         self._unfitted: dict[GatedActivation, str] = {}
         for path, unit in gated_activations(model):
@@ -65,7 +56,7 @@ class FittedRanges:
 
         Raises:
             ValueError: one that counts and runs was not fitted, so that it has no range.
-            RuntimeError: a backward pass runs one whose inputs had no gradients before.
+            RuntimeError: one runs where its inputs have no graph, in reentrant checkpointing.
         """
 
         def count(unit: GatedActivation, x: Tensor) -> None:
@@ -73,18 +64,11 @@ class FittedRanges:
             if not (unit.training or self._bounded):
                 return
             if not torch.is_grad_enabled():
-                if not torch.compiler.is_compiling():
-                    self._hidden.add(unit)
+                check_graph_shows(self._paths[unit])
                 return
             found = self._largest_distance(unit, x).square()
-            if not _recomputes():
-                self._hidden.discard(unit)
+            if not recomputes():
                 self.squares.setdefault(unit, []).append(found)
-            elif unit in self._hidden:
-                raise RuntimeError(
-                    f"{self._paths[unit]}: its inputs were not counted, since gradient "
-                    "checkpointing with use_reentrant=True hides them: use use_reentrant=False."
-                )
 
         def refuse(unit: GatedActivation, x: Tensor) -> None:
             if not torch.compiler.is_compiling() and not bool((unit.gate.predict() == 1).all()):

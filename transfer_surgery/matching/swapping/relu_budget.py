@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from transfer_surgery._messages import user_stacklevel
 from transfer_surgery._running import as_batches, prediction_mode
+from transfer_surgery._tensors import map_tensors
 from transfer_surgery.matching.match_report import MatchWarning
 from transfer_surgery.matching.two_networks.site_gradients import site_calls
 from transfer_surgery.matching.two_networks.two_networks import TwoNetworks
@@ -105,16 +106,29 @@ def _costs(
 ) -> tuple[dict[GatedActivation, Tensor], dict[GatedActivation, int]]:
     """The cost of each gate of each unit, summed over its elements and the examples.
 
-    Beside it the neurons of each unit, of the largest input that comes to it.
+    Beside it the neurons of each unit for one example, in the batch that has most of them.
     """
     neurons: dict[GatedActivation, int] = {}
     total = {unit: torch.zeros(unit.gate.count, dtype=torch.float64) for unit in networks.units}
     for index, batch in enumerate(networks.batches):
+        examples = _examples(batch)
         for unit, calls in site_calls(networks, networks.units, batch, index, logits).items():
+            # A site may get the tokens of all examples along one axis, or run several times.
+            if calls:
+                of_one = math.ceil(sum(call.input.numel() for call in calls) / examples)
+                neurons[unit] = max(neurons.get(unit, 0), of_one)
             for x, y, squared_gradient in calls:
                 numbers = None if unit.fitted is None else unit.fitted.expand(x)
                 error = fitted_value(x, unit.target, numbers).double() - y
-                neurons[unit] = max(neurons.get(unit, 0), math.prod(x.shape[1:]))
+                numbers = None if unit.fitted is None else unit.fitted.expand(x)
+                error = fitted_value(x, unit.target, numbers).double() - y
                 cost = unit.granularity.group(0.5 * squared_gradient * error.square())
                 total[unit] += cost.double().sum(1).cpu()
     return total, {unit: neurons.get(unit, unit.neurons) for unit in networks.units}
+
+
+def _examples(batch: Any) -> int:
+    """The number of examples of a batch: the first axis of its first tensor."""
+    tensors: list[Tensor] = []
+    map_tensors(tensors.append, batch)
+    return max(len(tensors[0]), 1) if tensors[0].dim() else 1

@@ -38,8 +38,8 @@ def swap_targets(
         keep: how many neurons of these sites keep their source at most: a number (int) or a share
             (float). The gates whose swap would change the outputs most per neuron are kept, which
             is estimated from squared gradients; ``report(model).total.source_neurons`` counts their
-            neurons, in the largest batch. One gate per neuron gives the finest choice, one per
-            channel a faster network.
+            neurons, for each example of the largest batch (the first axis of its first tensor). One
+            gate per neuron gives the finest choice, one per channel a faster network.
             Call `match_targets` once more afterwards: it fits the others around those that stay.
         batches: inputs without labels, as for `match_targets`; needed with ``keep``.
         logits: whether the model returns logits of classes, so that ``keep`` goes by their KL

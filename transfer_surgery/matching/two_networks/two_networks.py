@@ -111,7 +111,7 @@ class TwoNetworks:
 class HeldGate(nn.Module):
     """Stands in for a gate of any kind, with the same value in every call."""
 
-    straight_through = False
+    straight_through = learned = False
 
     def __init__(self, gate: Gate, value: float | Tensor) -> None:
         super().__init__()
