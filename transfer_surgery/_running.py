@@ -63,11 +63,13 @@ def compiled_nonetheless() -> Iterator[None]:
     if not _as_written:
         yield
         return
-    with torch.compiler.set_stance("default"):
-        yield
-    with _lock:
-        if not _as_written:  # another thread has ended it meanwhile
-            torch.compiler.set_stance("default")
+    try:
+        with torch.compiler.set_stance("default"):
+            yield
+    finally:
+        with _lock:
+            if not _as_written:  # another thread has ended it meanwhile
+                torch.compiler.set_stance("default")
 
 
 @contextmanager

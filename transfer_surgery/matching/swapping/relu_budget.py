@@ -120,8 +120,6 @@ def _costs(
             for x, y, squared_gradient in calls:
                 numbers = None if unit.fitted is None else unit.fitted.expand(x)
                 error = fitted_value(x, unit.target, numbers).double() - y
-                numbers = None if unit.fitted is None else unit.fitted.expand(x)
-                error = fitted_value(x, unit.target, numbers).double() - y
                 cost = unit.granularity.group(0.5 * squared_gradient * error.square())
                 total[unit] += cost.double().sum(1).cpu()
     return total, {unit: neurons.get(unit, unit.neurons) for unit in networks.units}
