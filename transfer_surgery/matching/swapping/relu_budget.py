@@ -80,8 +80,8 @@ def check_budget(keep: int | float) -> None:
     """Raise ValueError where a number or a share of neurons is out of its range, however many."""
     if not (keep >= 0 and (isinstance(keep, Integral) or keep <= 1)):
         raise ValueError(
-            f"keep={keep!r}: give a number of the neurons (int) or a share of them (float, from 0.0 "
-            "to 1.0)."
+            f"keep={keep!r}: give a number of the neurons (int) or a share of them (float, from "
+            "0.0 to 1.0)."
         )
 
 
